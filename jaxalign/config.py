@@ -1,0 +1,465 @@
+"""The configuration: the only home of defaults, and the checks that run before anything is loaded.
+
+A config file is a Python file with `get_config()`.  It starts from `defaults(algorithm)` and sets what
+differs.  Every tree is locked: a field that does not exist is an error that offers the nearest name.
+Only fields that the algorithm reads are in its tree, so that no option is without effect.
+
+No jax here: `jaxalign --help` and a misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxalign.errors import InputError
+
+ALGORITHMS = ("sft", "reward", "dpo", "ppo")
+REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
+
+
+def defaults(algorithm: str) -> ConfigDict:
+    """The default configuration of one training stage.
+
+    Args:
+      algorithm: one of `ALGORITHMS`.
+
+    Returns:
+      A locked ConfigDict; required fields are None until set.
+
+    >>> defaults("dpo").algorithm.beta
+    0.1
+    >>> defaults("ppo").optimizer.learning_rate
+    1e-06
+    """
+    if algorithm not in ALGORITHMS:
+        raise InputError(
+            f"algorithm {algorithm!r}", f"one of {', '.join(ALGORITHMS)}", f"defaults({_nearest(algorithm, ALGORITHMS)!r})"
+        )
+    c = _common()
+    c.algorithm = {"sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo}[algorithm]()
+    if algorithm == "sft":
+        c.optimizer.learning_rate = 2e-5
+        c.data.train_on = "completion"  # or "all": prompts are trained on too
+        c.data.packing = True
+    elif algorithm == "reward":
+        c.optimizer.learning_rate = 1e-5
+        c.data.shared_prompt = True
+    elif algorithm == "dpo":
+        c.optimizer.learning_rate = 1e-6  # the guides: 5e-7 to 5e-6
+        c.data.shared_prompt = True
+    if algorithm == "ppo":
+        c.optimizer.learning_rate = 1e-6
+        c.optimizer.value_learning_rate = 5e-6
+        c.optimizer.schedule = "constant"
+        c.rewards = _rewards()
+        del c.data.max_completion_length  # rollout.max_new_tokens bounds the completion
+        del c.data.append_eos
+    if algorithm in ("dpo", "ppo"):
+        c.rollout = _rollout()
+        c.logging.samples_every = 100  # 0: no samples
+        c.logging.num_samples = 4
+    return c.lock()
+
+
+def _common() -> ConfigDict:
+    none = config_dict.placeholder
+    return ConfigDict(
+        {
+            "seed": 0,
+            "workdir": none(str),
+            # What this stage starts from, by the name of an earlier stage; see `stages`.
+            "from": {"model": none(str), "reward": none(str)},
+            "num_train_steps": none(int),  # batches of the data stream; PPO: iterations. Else num_epochs
+            "num_epochs": 1,
+            "batch_size": 64,  # rows of a global batch: records, pairs or prompts where rows are not packed
+            "grad_accum_steps": 1,
+            "model": {
+                "path": none(str),  # directory or hub id
+                "revision": none(str),
+                "tokenizer": none(str),  # default: model.path
+                "chat_template": none(str),  # a file or a template; default: the tokenizer's own
+                "from_scratch": False,  # initialise from config.json alone
+                "dtype": "float32",  # of the computation: float32, bfloat16, float16
+                "param_dtype": "float32",  # of the trained weights
+                "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
+                "remat": "full",  # none, dots, full
+            },
+            "data": {
+                "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset
+                "eval_sources": (),
+                "eval_fraction": 0.0,  # share of the training records held out where eval_sources is empty
+                "max_records": none(int),
+                "max_length": 1024,  # prompt + completion, in tokens
+                "max_prompt_length": none(int),
+                "max_completion_length": none(int),
+                "row_length": none(int),  # default: what the data needs, at most max_length (pairs: twice that)
+                "truncation": "drop",  # drop, keep_start, keep_end
+                "append_eos": True,  # to a completion that lacks it and was not truncated
+                "packing": False,
+                "shuffle": True,
+                "cache_dir": none(str),  # default: workdir/cache
+            },
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "optimizer": {
+                "name": "adamw",  # adamw, adafactor, lion, sgd
+                "learning_rate": 1e-5,
+                "schedule": "cosine",  # constant, linear, cosine
+                "warmup_steps": 0,
+                "final_fraction": 0.1,  # of the learning rate, at the end of linear and cosine
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "decay_mask": "matrices",  # matrices, all
+                "max_grad_norm": 1.0,
+            },
+            "eval": {"every": 0, "num_batches": none(int)},  # every: 0 for the end only
+            "checkpoint": {
+                "every": 0,  # steps; 0 for the end only
+                "keep": 1,
+                "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
+                "best_mode": "min",
+                "resume": True,
+            },
+            "logging": {
+                "every": 1,
+                "tensorboard": True,
+                "wandb_project": none(str),
+                "progress": True,
+            },
+        }
+    )
+
+
+def _sft() -> ConfigDict:
+    return ConfigDict({"name": "sft"})
+
+
+def _reward() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "reward",
+            "label_smoothing": 0.0,
+            "center_coef": 0.0,  # adds coef * (r_chosen + r_rejected)^2
+            "use_margin": False,  # subtract the records' `margin` column
+        }
+    )
+
+
+def _dpo() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "dpo",
+            "loss": "sigmoid",  # sigmoid, ipo
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
+            "reference_path": config_dict.placeholder(str),  # default: the policy's own start
+        }
+    )
+
+
+def _ppo() -> ConfigDict:
+    none = config_dict.placeholder
+    return ConfigDict(
+        {
+            "name": "ppo",
+            "kl_coef": 0.05,
+            "kl_estimator": "k1",  # k1, k2, k3
+            "kl_target": none(float),  # set: adaptive coefficient towards this many nats a completion
+            "kl_horizon": 10_000,  # completions over which the adaptive coefficient moves
+            "entropy_coef": 0.0,
+            "gamma": 1.0,
+            "gae_lambda": 0.95,
+            "clip_range": 0.2,
+            "value_clip_range": 0.2,
+            "vf_coef": 0.1,
+            "num_ppo_epochs": 4,
+            "num_minibatches": 1,
+            "whiten_advantages": True,
+            "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
+            "value_path": none(str),  # default: the reward model, or the policy where the reward is a function
+        }
+    )
+
+
+def _rewards() -> ConfigDict:
+    none = config_dict.placeholder
+    return ConfigDict(
+        {
+            "model": none(str),  # a reward model's directory or hub id
+            "function": none(str),  # "package.module:function" or "file.py:function"
+            "scale": 1.0,
+            "clip": none(float),  # scores are clipped to [-clip, clip] after scaling
+            "whiten": False,  # over the tokens' rewards of an iteration; the mean is kept
+            "normalize": False,  # scores by their running mean and standard deviation
+            "missing_eos_penalty": none(float),  # subtracted where a completion did not finish
+        }
+    )
+
+
+def _rollout() -> ConfigDict:
+    return ConfigDict(
+        {
+            "max_new_tokens": 128,
+            "temperature": 1.0,
+            "top_k": 0,  # 0: off
+            "top_p": 1.0,  # 1: off
+            "stop": (),  # more stop tokens, beside the model's own: ids or token strings
+        }
+    )
+
+
+def stages(workdir: str | None = None, seed: int = 0, **sections: ConfigDict) -> ConfigDict:
+    """Several stages in order, each a whole configuration under its own name.
+
+    A stage reads an earlier one through its `from` field: `dpo["from"].model = "sft"` starts the policy from
+    the stage `sft`, `ppo["from"].reward = "reward"` takes the reward model of the stage `reward`.
+    A stage works in `workdir/<name>` and its seed is the shared one.
+
+    >>> c = stages("runs/x", sft=defaults("sft"), dpo=defaults("dpo"))
+    >>> c.stages
+    ('sft', 'dpo')
+    """
+    c = ConfigDict({"seed": seed, "workdir": config_dict.placeholder(str), "stages": tuple(sections)})
+    c.workdir = workdir
+    for name, section in sections.items():
+        c[name] = section
+    return c.lock()
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain nested dicts with JSON values only, the form that is written to `config.json`."""
+    return json.loads(json.dumps(config.to_dict(), sort_keys=True, default=_jsonable))
+
+
+def _jsonable(value):
+    if isinstance(value, ConfigDict):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{value!r} is not a JSON value")
+
+
+def leaves(config: Mapping, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, (ConfigDict, Mapping)):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _nearest(name: str, names) -> str:
+    names = list(names)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return found[0] if found else ""
+
+
+def nearest_field(config: ConfigDict, name: str) -> str:
+    """The existing dotted field most like `name`.
+
+    >>> nearest_field(defaults("dpo"), "optimizer.learnin_rate")
+    'optimizer.learning_rate'
+    """
+    names = list(leaves(config))
+    tail = name.rsplit(".", 1)[-1]
+    same_tail = [n for n in names if n.rsplit(".", 1)[-1] == _nearest(tail, {n.rsplit(".", 1)[-1] for n in names})]
+    return _nearest(name, same_tail or names)
+
+
+# (field, allowed values)
+_CHOICES: tuple[tuple[str, tuple], ...] = (
+    ("algorithm.name", ALGORITHMS),
+    ("algorithm.loss", ("sigmoid", "ipo")),
+    ("algorithm.reference", ("live", "cached")),
+    ("algorithm.kl_estimator", ("k1", "k2", "k3")),
+    ("model.dtype", ("float32", "bfloat16", "float16", "float64")),
+    ("model.param_dtype", ("float32", "bfloat16", "float64")),
+    ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
+    ("model.remat", ("none", "dots", "full")),
+    ("data.truncation", ("drop", "keep_start", "keep_end")),
+    ("data.train_on", ("completion", "all")),
+    ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
+    ("optimizer.schedule", ("constant", "linear", "cosine")),
+    ("optimizer.decay_mask", ("matrices", "all")),
+    ("checkpoint.best_mode", ("min", "max")),
+)
+
+# (field, least, greatest); a bound of None is open, and None values pass
+_BOUNDS: tuple[tuple[str, float | None, float | None], ...] = (
+    ("batch_size", 1, None),
+    ("grad_accum_steps", 1, None),
+    ("num_train_steps", 1, None),
+    ("num_epochs", 1, None),
+    ("data.max_length", 2, None),
+    ("data.max_prompt_length", 1, None),
+    ("data.max_completion_length", 1, None),
+    ("data.row_length", 2, None),
+    ("data.max_records", 1, None),
+    ("data.eval_fraction", 0, 0.9),
+    ("optimizer.learning_rate", 0, None),
+    ("optimizer.value_learning_rate", 0, None),
+    ("optimizer.warmup_steps", 0, None),
+    ("optimizer.max_grad_norm", 0, None),
+    ("optimizer.weight_decay", 0, None),
+    ("optimizer.final_fraction", 0, 1),
+    ("algorithm.beta", 1e-9, None),
+    ("algorithm.label_smoothing", 0, 0.4999),
+    ("algorithm.center_coef", 0, None),
+    ("algorithm.kl_coef", 0, None),
+    ("algorithm.kl_target", 1e-9, None),
+    ("algorithm.kl_horizon", 1, None),
+    ("algorithm.gamma", 0, 1),
+    ("algorithm.gae_lambda", 0, 1),
+    ("algorithm.clip_range", 1e-9, None),
+    ("algorithm.value_clip_range", 1e-9, None),
+    ("algorithm.num_ppo_epochs", 1, None),
+    ("algorithm.num_minibatches", 1, None),
+    ("algorithm.max_approx_kl", 1e-9, None),
+    ("rollout.max_new_tokens", 1, None),
+    ("rollout.temperature", 0, None),
+    ("rollout.top_k", 0, None),
+    ("rollout.top_p", 1e-9, 1),
+    ("rewards.clip", 1e-9, None),
+    ("eval.every", 0, None),
+    ("eval.num_batches", 1, None),
+    ("checkpoint.every", 0, None),
+    ("checkpoint.keep", 1, None),
+    ("logging.every", 1, None),
+    ("logging.samples_every", 0, None),
+    ("logging.num_samples", 1, None),
+)
+
+# (algorithm, field, least, greatest): what practitioners' guides give; outside it is a warning, not an error
+_GUIDE_RANGES: tuple[tuple[str, str, float, float], ...] = (
+    ("dpo", "algorithm.beta", 0.05, 0.5),
+    ("dpo", "optimizer.learning_rate", 5e-7, 5e-6),
+    ("dpo", "num_epochs", 1, 1),
+    ("ppo", "algorithm.clip_range", 0.1, 0.2),
+    ("ppo", "algorithm.gae_lambda", 0.95, 0.95),
+)
+
+
+def get(config: ConfigDict, field: str, default: Any = None) -> Any:
+    """The value of a dotted field, or `default` where the tree does not have it."""
+    node: Any = config
+    for key in field.split("."):
+        if not isinstance(node, (ConfigDict, Mapping)) or key not in node:
+            return default
+        node = node[key]
+    return node
+
+
+def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
+    """Checks one stage's configuration before anything is loaded.
+
+    Args:
+      config: a tree made from `defaults`.
+      inputs: whether required inputs must be set; False while a stage's inputs are not yet known.
+
+    Returns:
+      Warnings, a sentence each: values outside the ranges that practitioners' guides give.
+
+    Raises:
+      InputError: naming the field, what it may be, and the flag that sets it.
+    """
+    if inputs:
+        for field in REQUIRED:
+            if not get(config, field):
+                raise InputError(f"{field} is not set", "a value: it has no default", f"--config.{field}=...")
+    for field, allowed in _CHOICES:
+        value = get(config, field, _ABSENT)
+        if value is not _ABSENT and value not in allowed:
+            near = _nearest(str(value), [a for a in allowed if a])
+            raise InputError(f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}")
+    for field, low, high in _BOUNDS:
+        value = get(config, field)
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+            raise InputError(f"{field} is {value!r}", span, f"--config.{field}={low if value < (low or 0) else high}")
+    _validate_relations(config, inputs)
+    name = config.algorithm.name
+    return [
+        f"{field} is {get(config, field):g}; guides for {name} give "
+        + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
+        for algorithm, field, low, high in _GUIDE_RANGES
+        if algorithm == name and not low <= (get(config, field) or 0) <= high
+        and not (field == "num_epochs" and config.num_train_steps is not None)
+    ]
+
+
+_ABSENT = object()
+
+
+def _validate_relations(c: ConfigDict, inputs: bool) -> None:
+    """Checks between fields."""
+    if c.batch_size % c.grad_accum_steps:
+        raise InputError(
+            f"batch_size {c.batch_size} is not divisible by grad_accum_steps {c.grad_accum_steps}",
+            "equal micro-batches",
+            f"--config.batch_size={-(-c.batch_size // c.grad_accum_steps) * c.grad_accum_steps}",
+        )
+    if c.model.param_dtype == "bfloat16":
+        low = min(c.optimizer.learning_rate, get(c, "optimizer.value_learning_rate", 1.0))
+        if low < 1e-4:
+            raise InputError(
+                f"bfloat16 weights at a learning rate of {low:g}",
+                "float32 weights below 1e-4: at 5e-7 one percent of bfloat16 weights move in a step",
+                "--config.model.param_dtype=float32 (the computation may stay in bfloat16)",
+            )
+    for field in ("max_prompt_length", "max_completion_length"):
+        value = get(c, f"data.{field}")
+        if value is not None and value >= c.data.max_length:
+            raise InputError(
+                f"data.{field} is {value}, data.max_length {c.data.max_length}",
+                "room for the other part",
+                f"--config.data.{field}={c.data.max_length // 2}",
+            )
+    if c.checkpoint.best_metric and not c.eval.every:
+        raise InputError(
+            f"checkpoint.best_metric is {c.checkpoint.best_metric!r} but eval.every is 0",
+            "evaluations to choose by",
+            "--config.eval.every=100",
+        )
+    if c.algorithm.name == "dpo" and c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
+        raise InputError(
+            "label_smoothing with the ipo loss",
+            "0: IPO has no smoothed form",
+            "--config.algorithm.label_smoothing=0",
+        )
+    if c.algorithm.name == "ppo":
+        if c.batch_size % c.algorithm.num_minibatches:
+            raise InputError(
+                f"batch_size {c.batch_size} is not divisible by num_minibatches {c.algorithm.num_minibatches}",
+                "equal minibatches",
+                f"--config.algorithm.num_minibatches={_divisor(c.batch_size, c.algorithm.num_minibatches)}",
+            )
+        if c.rollout.temperature <= 0:
+            raise InputError(
+                "rollout.temperature is 0", "a positive temperature: PPO learns from samples", "--config.rollout.temperature=1.0"
+            )
+        if inputs and not (c.rewards.model or c.rewards.function):
+            raise InputError(
+                "PPO without a reward", "a reward model or a function", "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME"
+            )
+        if c.rewards.model and c.rewards.function:
+            raise InputError(
+                "both rewards.model and rewards.function", "one of them", "--config.rewards.function=None"
+            )
+        if c.rollout.max_new_tokens >= c.data.max_length:
+            raise InputError(
+                f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {c.data.max_length}",
+                "room for a prompt: max_length limits prompt + completion",
+                f"--config.data.max_length={c.rollout.max_new_tokens * 2}",
+            )
+
+
+def _divisor(n: int, at_most: int) -> int:
+    return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
