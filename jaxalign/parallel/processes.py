@@ -1,0 +1,90 @@
+"""Starting JAX's own multi-controller runtime from what the cluster has already set."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from jaxalign.errors import InputError
+
+_PORT = 8476
+
+
+def initialize() -> bool:
+    """Joins this process to the others of the run; with one process, does nothing.
+
+    What is looked for, in this order:
+      1. `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`: what a person or a launcher sets;
+      2. Kubernetes JobSet or indexed Job: `JOB_COMPLETION_INDEX`, with `JAX_NUM_PROCESSES` and either
+         `JAX_COORDINATOR_ADDRESS` or `JOBSET_NAME` and `REPLICATED_JOB_NAME`;
+      3. Slurm, Open MPI and PMI (MPICH, Intel MPI), where they started more than one task;
+      4. a TPU slice of several hosts: `TPU_WORKER_HOSTNAMES`, or `jax`'s own detection with `JAXALIGN_TPU_POD=1`.
+
+    After it SIGTERM is swallowed by the runtime; the loop polls `reached_preemption_sync_point` instead.
+
+    Returns:
+      True where several processes were joined.
+
+    Raises:
+      InputError: half of the settings are there.
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
+    env = os.environ
+    found = settings(env)
+    if found is None:
+        return False
+    if found and found["num_processes"] == 1:
+        return False
+    jax.distributed.initialize(**found)  # an empty dict: jax asks the cluster (Slurm, Open MPI, TPU metadata)
+    return jax.process_count() > 1
+
+
+def settings(env) -> dict | None:
+    """What `jax.distributed.initialize` is called with: None for one process, {} where jax finds out by itself.
+
+    >>> settings({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
+    {'coordinator_address': 'a:1', 'num_processes': 2, 'process_id': 1}
+    >>> settings({})
+    >>> settings({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    {}
+    """
+    address = env.get("JAX_COORDINATOR_ADDRESS")
+    count = env.get("JAX_NUM_PROCESSES")
+    index = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX"))
+    if not address and count and "JOBSET_NAME" in env and "REPLICATED_JOB_NAME" in env:
+        name = env["JOBSET_NAME"]
+        address = f"{name}-{env['REPLICATED_JOB_NAME']}-0-0.{name}:{_PORT}"
+    if address and count and index is not None:
+        return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    if int(env.get("SLURM_NTASKS", env.get("SLURM_NPROCS", "1"))) > 1 and "SLURM_PROCID" in env:
+        return {}
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return {}
+    if int(env.get("PMI_SIZE", "1")) > 1:
+        if not address:
+            raise _half("PMI_SIZE (MPICH or Intel MPI) without JAX_COORDINATOR_ADDRESS")
+        return {
+            "coordinator_address": address,
+            "num_processes": int(env["PMI_SIZE"]),
+            "process_id": int(env["PMI_RANK"]),
+        }
+    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or env.get("JAXALIGN_TPU_POD") == "1":
+        return {}
+    if address or count:
+        raise _half(f"JAX_COORDINATOR_ADDRESS={address} JAX_NUM_PROCESSES={count} and process {index}")
+    return None
+
+
+def _half(found: str) -> InputError:
+    return InputError(
+        found,
+        "all three of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or none",
+        "export JAX_COORDINATOR_ADDRESS=HOST:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0",
+    )
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes text."""
+    return jax.process_index() == 0
