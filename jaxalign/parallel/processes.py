@@ -18,7 +18,7 @@ def initialize() -> bool:
       1. `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`: what a person or a launcher sets;
       2. Kubernetes JobSet or indexed Job: `JOB_COMPLETION_INDEX`, with `JAX_NUM_PROCESSES` and either
          `JAX_COORDINATOR_ADDRESS` or `JOBSET_NAME` and `REPLICATED_JOB_NAME`;
-      3. Slurm, Open MPI and PMI (MPICH, Intel MPI), where they started more than one task;
+      3. Slurm (`srun`), Open MPI and PMI (MPICH, Intel MPI), where they started more than one task;
       4. a TPU slice of several hosts: `TPU_WORKER_HOSTNAMES`, or `jax`'s own detection with `JAXALIGN_TPU_POD=1`.
 
     After it SIGTERM is swallowed by the runtime; the loop polls `reached_preemption_sync_point` instead.
@@ -35,7 +35,7 @@ def initialize() -> bool:
     found = settings(env)
     if found is None:
         return False
-    if found and found["num_processes"] == 1:
+    if found.get("num_processes") == 1:
         return False
     jax.distributed.initialize(**found)  # an empty dict: jax asks the cluster (Slurm, Open MPI, TPU metadata)
     return jax.process_count() > 1
@@ -47,7 +47,7 @@ def settings(env) -> dict | None:
     >>> settings({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
     {'coordinator_address': 'a:1', 'num_processes': 2, 'process_id': 1}
     >>> settings({})
-    >>> settings({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    >>> settings({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"})
     {}
     """
     address = env.get("JAX_COORDINATOR_ADDRESS")
@@ -58,7 +58,10 @@ def settings(env) -> dict | None:
         address = f"{name}-{env['REPLICATED_JOB_NAME']}-0-0.{name}:{_PORT}"
     if address and count and index is not None:
         return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
-    if int(env.get("SLURM_NTASKS", env.get("SLURM_NPROCS", "1"))) > 1 and "SLURM_PROCID" in env:
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:  # absent in sbatch's own shell
+        gpus = int(env.get("SLURM_GPUS_ON_NODE", "0"))
+        if gpus > 1 and env.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1":
+            return {"local_device_ids": list(range(gpus))}  # jax would give a node's only task its first GPU alone
         return {}
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return {}

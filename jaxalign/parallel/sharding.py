@@ -55,16 +55,18 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """
     if math.prod(shape) <= 1:  # step counters, and adafactor's placeholders
         return PartitionSpec()
-    for pattern, spec in RULES:
-        if re.search(rf"(^|/){pattern}$", path):
-            break
-    else:
+    spec = _rule(path)
+    if spec is None:
         raise KeyError(f"no sharding rule matches {path} {shape}: add it to jaxalign.parallel.sharding.RULES")
     if not spec:
         return spec
     if len(spec) != len(shape):
-        raise ValueError(f"{path} has shape {shape}; its rule {pattern!r} is for {len(spec)} dims")
+        raise ValueError(f"{path} has shape {shape}; its rule {spec} is for {len(spec)} dims")
     return PartitionSpec(*(_fit(names, dim, mesh) for names, dim in zip(spec, shape, strict=True)))
+
+
+def _rule(path: str) -> PartitionSpec | None:
+    return next((spec for pattern, spec in RULES if re.search(rf"(^|/){pattern}$", path)), None)
 
 
 def _fit(names: Any, dim: int, mesh: Mesh) -> Any:
@@ -97,8 +99,7 @@ def unsplit(mesh: Mesh, tree: Any) -> list[str]:
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = path_name(path)
-        spec = next((s for p, s in RULES if re.search(rf"(^|/){p}$", name)), PartitionSpec())
-        for axis, dim in zip(spec, leaf.shape, strict=False):
+        for axis, dim in zip(_rule(name) or (), leaf.shape, strict=False):
             if axis is not None and dim % mesh.shape[axis]:
                 found.append(f"{name} keeps its dim of {dim} whole: {axis}={mesh.shape[axis]} does not divide it")
     return found

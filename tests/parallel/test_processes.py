@@ -1,0 +1,44 @@
+"""What a cluster sets, and what is made of it."""
+
+import pytest
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.processes import settings
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # sbatch's own shell, not under srun
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, {}),
+        (
+            {
+                "SLURM_STEP_NODELIST": "a[1-2]",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+                "SLURM_GPUS_ON_NODE": "4",
+            },
+            {"local_device_ids": [0, 1, 2, 3]},
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "1", "JAX_COORDINATOR_ADDRESS": "h:1"},
+            {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1},
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (
+            {"JOBSET_NAME": "j", "REPLICATED_JOB_NAME": "w", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"},
+            {"coordinator_address": "j-w-0-0.j:8476", "num_processes": 4, "process_id": 3},
+        ),
+    ],
+)
+def test_settings(env, expected):
+    assert settings(env) == expected
+
+
+def test_half_set_is_refused():
+    with pytest.raises(InputError, match="JAX_PROCESS_ID"):
+        settings({"JAX_COORDINATOR_ADDRESS": "h:1"})
