@@ -2,13 +2,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import pearsonr
+
 from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
 from jaxalign.evaluate.perplexity import perplexity
-from scipy.stats import pearsonr
 
 
 def test_distinct_ngrams_by_hand():
-    samples = ["the cat the cat".split(), "the dog".split()]
+    samples = [["the", "cat", "the", "cat"], ["the", "dog"]]
     assert distinct_ngrams(samples, 1) == 3 / 6
     assert distinct_ngrams(samples, 2) == 3 / 4  # the cat, cat the, the dog of four
     assert distinct_ngrams(samples, 3) == 2 / 2

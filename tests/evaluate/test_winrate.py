@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxalign.evaluate.winrate import verdict, wilson, win_rate
 from scipy.stats import binomtest
+
+from jaxalign.evaluate.winrate import verdict, wilson, win_rate
 
 
 @pytest.mark.parametrize("wins,items", [(0, 1), (1, 1), (0, 30), (30, 30), (8, 10), (55, 100), (731, 1000), (5, 9)])
