@@ -1,0 +1,120 @@
+"""One record of training data, in the one form that tokenisation knows, and the tally of how records came to be.
+
+    file, hub id --sources.read--> raw dict --columns, presets--> Record --mixture.load_records--> list of Record
+
+`mixture.load_records(sources, purpose, seed=..., max_records=...)` is the door; what tokenisation may rely on:
+
+- `record.index` is the record's place in the returned list.  A source of weight 2 gives each record twice, with two
+  indices and the same `origin`; a held-out split must keep equal origins on one side.
+- A field is a string or a list of messages `{"role", "content", ...}`, and all fields of one record are of one sort.
+  Strings are used as they are, without a chat template; roles are system, user, assistant and tool.  A message may
+  carry what a chat template reads beside role and content (`tool_calls`, `name`, ...); an assistant message with
+  `"weight": 0` is not trained on.
+- A prompt of messages ends with a user (or tool) turn and its completions begin with an assistant turn.
+- A pair of dialogues keeps what its sides share, up to a user turn, as the prompt.  Where the sides part later than
+  their first turn, they start with `num_shared(record)` equal messages, which are not scored.
+- A tokenizer without a chat template writes messages as text by `dialogues.render_plain` and its companions, framed by
+  `record.framing`: "dialogue" (`\\n\\nHuman: ...\\n\\nAssistant: ...`) or "alpaca" (`### Instruction: ...`).
+
+numpy-free and jax-free: this module costs nothing to import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+PURPOSES = ("sft", "reward", "dpo", "ppo")
+KINDS = ("text", "messages", "completion", "pair", "prompt")
+
+Message = dict[str, Any]
+Content = str | list[Message]
+
+
+class Record(NamedTuple):
+    """One record; the fields that its kind does not have are None.
+
+    | kind | fields |
+    |---|---|
+    | text | text |
+    | messages | messages |
+    | completion | prompt, completion |
+    | pair | prompt, chosen, rejected |
+    | prompt | prompt |
+    """
+
+    index: int  # place in the list of records
+    source: str  # file, or hub id and split
+    line: int  # line of the file, or record of the set, from 1
+    kind: str  # one of KINDS
+    text: str | None = None
+    messages: list[Message] | None = None
+    prompt: Content | None = None
+    completion: Content | None = None
+    chosen: Content | None = None
+    rejected: Content | None = None
+    weight: float = 1.0  # of the item in the loss
+    score: float = 0.0  # a number from the data: margin of a pair, label, rating
+    framing: str = "dialogue"  # how messages are written where the tokenizer has no chat template
+    columns: dict[str, Any] = {}  # noqa: RUF012  every other column, by the data's own names; reward functions get them
+
+    @property
+    def origin(self) -> tuple[str, int]:
+        """What the record was made from; repeated records and pairs of one dialogue tree share it."""
+        return self.source, self.line
+
+
+def num_shared(record: Record) -> int:
+    """Messages with which both sides of a pair begin; they are context of the preference and are not scored.
+
+    >>> a, u = {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "More"}
+    >>> num_shared(Record(0, "", 1, "pair", prompt=[u], chosen=[a, u, a], rejected=[a, u]))
+    2
+    >>> num_shared(Record(0, "", 1, "pair", prompt="Q", chosen="yes", rejected="yo"))
+    0
+    """
+    count = 0
+    if isinstance(record.chosen, list) and isinstance(record.rejected, list):
+        for one, other in zip(record.chosen, record.rejected, strict=False):
+            if one != other:
+                break
+            count += 1
+    return count
+
+
+@dataclass
+class Tally:
+    """What was read, kept and dropped, and why."""
+
+    read: int = 0  # records that the sources hold, as far as they were read
+    kept: int = 0  # records that can be used, before weights and max_records
+    used: int = 0  # records in the returned list
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places, as file:line
+    sources: list[dict[str, Any]] = field(default_factory=list)  # path, weight, read, kept, dropped, used of each source
+
+    def drop(self, reason: str, where: str) -> None:
+        """Counts one record that cannot be used."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(where)
+
+    def absorb(self, other: Tally) -> None:
+        """Adds the counts of another tally."""
+        self.read += other.read
+        self.kept += other.kept
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:3]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values for the data report."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "used": self.used,
+            "dropped": dict(self.dropped),
+            "examples": {reason: list(places) for reason, places in self.examples.items()},
+            "sources": [dict(source) for source in self.sources],
+        }
