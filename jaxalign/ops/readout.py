@@ -1,0 +1,271 @@
+"""Reading hidden states out at chosen places: log-probs and entropies of tokens, scalar scores.
+
+The vocabulary-sized work happens here and only for readouts, in chunks, so that no [B, M, V] array is ever held.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.ops.precision import at_least_float32
+from jaxalign.types import CHOSEN, REJECTED, Completions, Readouts
+
+# Logits a device holds at one time, in numbers: 2^27 are half a GiB of float32, enough for matmuls at full speed.
+MAX_LOGITS = 2**27
+
+
+def take_sources(hidden: jax.Array, source: jax.Array) -> jax.Array:
+    """Hidden states at the readouts' sources, [B, T, D] and [B, M] -> [B, M, D].
+
+    `take_along_axis` keeps the gather and its transpose within each row: no collective on a batch-sharded mesh,
+    where `hidden[arange(B)[:, None], source]` all-reduces every hidden state.
+    """
+    return jnp.take_along_axis(hidden, source[:, :, None], axis=1, mode="clip")
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    head: jax.Array,
+    readouts: Readouts,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Log-probability of each readout's target given the hidden state at its source.
+
+    log p(target) = z[target] - logsumexp(z),  z = head^T hidden[source] / temperature
+
+    Computed in chunks along M; the backward pass computes the logits again instead of keeping them.  Under a mesh with
+    axes `data`, `fsdp`, `tensor` the vocabulary work runs inside `shard_map`: the head is gathered over `fsdp` once,
+    its gradient accumulated locally in at least float32 and reduce-scattered once; the vocabulary stays split over
+    `tensor`.
+
+    Args:
+      hidden: [B, T, D] final hidden states (after the last norm), in the compute dtype.
+      head: [D, V] in the same dtype.
+      readouts: fields [B, M].
+      temperature: divides the logits; top-k and top-p never enter log-probs.
+      entropy: also return the entropy of the distribution, -sum_v p_v log p_v.
+      max_logits: logits that a device may hold at a time; sets the chunk length.
+
+    Returns:
+      (logprobs [B, M], entropy [B, M] or None) in nats, in at least float32, 0 where the mask is False.
+    """
+    if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[-1] != head.shape[0]:
+        raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {head.shape}")
+    taken = take_sources(hidden, readouts.source)
+    logprobs, entropies = _logprobs(taken, head, readouts.target, float(temperature), entropy, max_logits)
+    logprobs = jnp.where(readouts.mask, logprobs, 0)
+    return logprobs, (jnp.where(readouts.mask, entropies, 0) if entropy else None)
+
+
+# The vocabulary work has its own derivative, for three reasons: the backward pass reuses the forward's logsumexp, the
+# head's gradient is accumulated over chunks in float32 though the head be bfloat16, and each collective is explicit.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _logprobs(taken, head, target, temperature, entropy, max_logits):
+    return _forward(taken, head, target, temperature, entropy, max_logits)[0]
+
+
+def _forward(taken, head, target, temperature, entropy, max_logits):
+    layout = _Layout(taken.shape, head.shape)
+
+    def local(taken, head, target):
+        head = layout.gather_head(head)
+        offset = layout.vocabulary_offset(head)
+
+        def chunk(_, inputs):
+            h, t = inputs
+            z = _logits(h, head) / temperature
+            top = layout.max_over_vocabulary(jnp.max(z, axis=-1))
+            e = jnp.exp(z - top[..., None])
+            total = layout.sum_over_vocabulary(jnp.sum(e, axis=-1))
+            lse = top + jnp.log(total)
+            hit = _hits(t, z.shape[-1], offset)
+            logprob = layout.sum_over_vocabulary(jnp.sum(jnp.where(hit, z, 0), axis=-1)) - lse
+            if not entropy:
+                return None, (logprob, lse)
+            # H = lse - sum p z, with z measured from its maximum so that nothing large cancels
+            mean = layout.sum_over_vocabulary(jnp.sum(e * (z - top[..., None]), axis=-1)) / total
+            return None, (logprob, lse, jnp.log(total) - mean)
+
+        return _over_chunks(chunk, None, (taken, target), _chunk_length(taken.shape, head.shape, max_logits))[1]
+
+    out = layout.run(local, "forward", 3 if entropy else 2)(taken, head, target)
+    logprobs, lse, *entropies = out
+    entropies = entropies[0] if entropy else None
+    return (logprobs, entropies), (taken, head, target, lse, entropies)
+
+
+def _backward(temperature, entropy, max_logits, residuals, cotangents):
+    taken, head, target, lse, entropies = residuals
+    layout = _Layout(taken.shape, head.shape)
+    per_readout = (target, lse, cotangents[0]) + ((entropies, cotangents[1]) if entropy else ())
+
+    def local(taken, head_shard, *per_readout):
+        head = layout.gather_head(head_shard)
+        offset = layout.vocabulary_offset(head)
+
+        def chunk(d_head, inputs):
+            h, t, lse, g, *of_entropy = inputs
+            logp = _logits(h, head) / temperature - lse[..., None]
+            p = jnp.exp(logp)
+            d_z = jnp.where(_hits(t, p.shape[-1], offset), g[..., None], 0) - g[..., None] * p
+            if entropy:  # dH / dz_v = -p_v (log p_v + H)
+                value, g_entropy = of_entropy
+                d_z -= g_entropy[..., None] * p * (logp + value[..., None])
+            d_z = (d_z / temperature).astype(h.dtype)  # matmuls in the compute dtype, accumulated in float32
+            d_h = layout.sum_over_vocabulary(_matmul(d_z, head, (((2,), (1,)), ((), ())))).astype(h.dtype)
+            return d_head + _matmul(h, d_z, (((0, 1), (0, 1)), ((), ()))), d_h
+
+        zeros = jnp.zeros(head.shape, at_least_float32(head).dtype)
+        length = _chunk_length(taken.shape, head.shape, max_logits)
+        d_head, d_h = _over_chunks(chunk, zeros, (taken, *per_readout), length)
+        return d_h, layout.scatter_head(d_head).astype(head.dtype)
+
+    d_taken, d_head = layout.run(local, "backward", len(per_readout))(taken, head, *per_readout)
+    return d_taken, d_head, None
+
+
+_logprobs.defvjp(_forward, _backward)
+
+
+class _Layout:
+    """How the vocabulary work is split over the ambient mesh, and the collectives that this takes.
+
+    Rows are split over `data` and `fsdp`, the head arrives as [D / fsdp, V / tensor].  A dim that its axis does not
+    divide stays whole; without a mesh, or where the rows do not divide, everything is left to the compiler.
+    """
+
+    def __init__(self, taken_shape: tuple[int, ...], head_shape: tuple[int, ...]):
+        mesh = jax.sharding.get_abstract_mesh()
+        manual = any(t == jax.sharding.AxisType.Manual for t in mesh.axis_types)
+        sizes = {} if mesh.empty or manual else {a: n for a, n in mesh.shape.items() if n > 1}
+        self.batch = tuple(a for a in ("data", "fsdp") if a in sizes)
+        if taken_shape[0] % math.prod(sizes[a] for a in self.batch):
+            sizes, self.batch = {}, ()
+        self.split = bool(self.batch) or "tensor" in sizes
+        self.fsdp = "fsdp" if "fsdp" in sizes and head_shape[0] % sizes["fsdp"] == 0 else None
+        self.tensor = "tensor" if "tensor" in sizes and head_shape[1] % sizes["tensor"] == 0 else None
+
+    def run(self, local, kind: str, count: int):
+        """`local` over the shards: forward gives `count` arrays [B, M], backward takes as many and gives gradients."""
+        if not self.split:
+            return local
+        rows, head = P(self.batch), P(self.fsdp, self.tensor)
+        forward = kind == "forward"
+        ins = (rows, head, rows) if forward else (rows, head) + (rows,) * count
+        outs = (rows,) * count if forward else (rows, head)
+        return jax.shard_map(local, in_specs=ins, out_specs=outs, check_vma=False)
+
+    def gather_head(self, head):
+        return jax.lax.all_gather(head, self.fsdp, axis=0, tiled=True) if self.fsdp else head
+
+    def scatter_head(self, d_head):
+        """The transpose of `gather_head`, summed over the rows' shards."""
+        others = tuple(a for a in self.batch if a != self.fsdp)
+        if self.fsdp:
+            d_head = jax.lax.psum_scatter(d_head, self.fsdp, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(d_head, others) if others else d_head
+
+    def vocabulary_offset(self, head):
+        return jax.lax.axis_index(self.tensor) * head.shape[1] if self.tensor else 0
+
+    def sum_over_vocabulary(self, x):
+        return jax.lax.psum(x, self.tensor) if self.tensor else x
+
+    def max_over_vocabulary(self, x):
+        return jax.lax.pmax(x, self.tensor) if self.tensor else x
+
+
+def _matmul(a, b, dims):
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _logits(h, head):
+    return _matmul(h, head, (((2,), (0,)), ((), ())))
+
+
+def _hits(target, width, offset):
+    """Where the vocabulary index is the target's: a comparison, which unlike a gather stays within a shard."""
+    return jax.lax.broadcasted_iota(jnp.int32, (*target.shape, width), 2) + offset == target[..., None]
+
+
+def _chunk_length(taken_shape, head_shape, max_logits):
+    """Equal chunks of M, as long as the logits of a chunk allow."""
+    rows, m, _ = taken_shape
+    count = math.ceil(m / max(1, max_logits // max(1, rows * head_shape[1]))) if m else 1
+    return math.ceil(m / count)
+
+
+def _over_chunks(fn, carry, arrays, length):
+    """`fn(carry, chunk of arrays) -> (carry, outputs)` along dim 1 of the arrays; one call where one chunk will do."""
+    m = arrays[0].shape[1]
+    if length >= m:
+        return fn(carry, arrays)
+    count = math.ceil(m / length)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, count * length - m)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, length, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], count * length, *x.shape[3:])[:, :m]
+
+    carry, outputs = jax.lax.scan(fn, carry, jax.tree.map(cut, arrays))
+    return carry, jax.tree.map(join, outputs)
+
+
+def scalar_readout(hidden: jax.Array, kernel: jax.Array, readouts: Readouts) -> jax.Array:
+    """A scalar head (score or value) at each readout's source: w^T hidden[source].
+
+    Args:
+      hidden: [B, T, D].
+      kernel: [D, 1].
+      readouts: fields [B, M].
+
+    Returns:
+      [B, M] in at least float32 (the head is computed in it), 0 where the mask is False.
+    """
+    if hidden.ndim != 3 or kernel.shape != (hidden.shape[-1], 1):
+        raise ValueError(f"hidden is [B, T, D] and kernel [D, 1]; got {hidden.shape} and {kernel.shape}")
+    taken = at_least_float32(take_sources(hidden, readouts.source))
+    values = jnp.sum(taken * kernel[:, 0].astype(taken.dtype), axis=-1)
+    return jnp.where(readouts.mask, values, 0)
+
+
+def completion_sums(values: jax.Array, readouts: Readouts, num_completions: int) -> jax.Array:
+    """Sums of the readouts' values over each completion, [B, M] -> [B, C]; masked readouts are left out.
+
+    >>> one = jnp.ones((1, 3), int)
+    >>> r = Readouts(one, one, jnp.array([[0, 1, 1]]), jnp.array([[True, True, True]]))
+    >>> print(completion_sums(jnp.array([[1.0, 2.0, 3.0]]), r, 2))
+    [[1. 5.]]
+    """
+    values = at_least_float32(values)
+    member = (readouts.completion[:, None, :] == jnp.arange(num_completions)[:, None]) & readouts.mask[:, None, :]
+    return jnp.sum(jnp.where(member, values[:, None, :], 0), axis=-1)
+
+
+def pairs(values: jax.Array, completions: Completions) -> dict[str, jax.Array]:
+    """Per-completion values by pair, [B, C] -> {"chosen": [B, C'], "rejected": [B, C'], "mask": bool [B, C']}.
+
+    C' = (C + 1) // 2 pair slots.  Which completion is which is read from `pair` and `role`, never from the order.
+    A slot is masked, and its values 0, where one of the two is absent.
+    """
+    slots = jnp.arange((completions.pair.shape[1] + 1) // 2)
+    in_slot = (completions.pair[:, None, :] == slots[:, None]) & completions.mask[:, None, :]
+    chosen = in_slot & (completions.role == CHOSEN)[:, None, :]
+    rejected = in_slot & (completions.role == REJECTED)[:, None, :]
+    mask = chosen.any(axis=-1) & rejected.any(axis=-1)
+
+    def pick(member):
+        return jnp.sum(jnp.where(member & mask[..., None], values[:, None, :], 0), axis=-1)
+
+    return {"chosen": pick(chosen), "rejected": pick(rejected), "mask": mask}

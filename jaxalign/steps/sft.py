@@ -1,0 +1,48 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.ops.losses_language import sft_loss
+from jaxalign.ops.readout import token_logprobs
+from jaxalign.steps.step import Objective, Sums, reduce_terms
+from jaxalign.types import Batch, Params
+
+
+def sft_objective(
+    apply: Callable[..., Any], head: Callable[[Params], jax.Array], *, entropy: bool = False
+) -> Objective:
+    """The mean negative log-likelihood of the scored tokens, each weighted by its completion.
+
+    Args:
+      apply: (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      head: params -> [D, V].
+      entropy: also log the mean entropy of the predicting distributions.
+
+    Returns:
+      The objective of the role "policy".
+    """
+
+    def objective(params, frozen, extra, batch: Batch) -> Sums:
+        del frozen, extra
+        hidden, _, _ = apply(params["policy"], None, batch.rows)
+        logprobs, entropies = token_logprobs(hidden, head(params["policy"]), batch.readouts, entropy=entropy)
+        weights = readout_weights(batch)
+        terms = sft_loss(logprobs, weights, entropy=entropies)
+        return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": jnp.sum(weights != 0)})
+
+    return objective
+
+
+def readout_weights(batch: Batch) -> jax.Array:
+    """Weight of each readout, [B, M]: that of its completion, 0 where either is masked."""
+    completions = batch.completions
+    weights = jnp.where(completions.mask, completions.weight, 0)
+    return jnp.where(
+        batch.readouts.mask, jnp.take_along_axis(weights, batch.readouts.completion, axis=1, mode="clip"), 0
+    )
