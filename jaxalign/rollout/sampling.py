@@ -1,0 +1,100 @@
+"""Choosing a token from logits: temperature, top-k, top-p, and a key for every token."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign.ops.precision import at_least_float32
+from jaxalign.types import Array
+
+
+def keep_top_k(logits: Array, k: int) -> Array:
+    """Keeps the k likeliest tokens of each row; the others get -inf.
+
+    Tokens that tie with the k-th are kept too, as in transformers' `TopKLogitsWarper`.
+
+    Args:
+      logits: float [B, V].
+      k: 0 keeps all.
+
+    >>> keep_top_k(jnp.array([[3.0, 1.0, 2.0]]), 2).tolist()
+    [[3.0, -inf, 2.0]]
+    """
+    chex.assert_rank(logits, 2)
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    least = jax.lax.top_k(logits, k)[0][:, -1:]
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_top_p(logits: Array, p: float) -> Array:
+    """Keeps the smallest set of likeliest tokens whose probability reaches p; the others get -inf.
+
+    The token that crosses p is kept, and so is every token that ties with the last one kept.
+    Source: Holtzman et al. 2020 (arXiv:1904.09751), section 3.1.
+
+    Args:
+      logits: float [B, V]; -inf where a token is already excluded.
+      p: in (0, 1]; 1 keeps all.
+
+    >>> keep_top_p(jnp.log(jnp.array([[0.5, 0.2, 0.3]])), 0.6).tolist()
+    [[-0.6931471824645996, -inf, -1.2039728164672852]]
+    """
+    chex.assert_rank(logits, 2)
+    if p >= 1:
+        return logits
+    order = jnp.flip(jnp.sort(logits, axis=-1), -1)
+    probs = jax.nn.softmax(order, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # probability of the likelier ones
+    count = jnp.maximum(jnp.sum(before < p, axis=-1, keepdims=True), 1)
+    least = jnp.take_along_axis(order, count - 1, axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def sample(
+    logits: Array, keys: Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Array, Array]:
+    """One token of each row, and its log-prob under the whole distribution at the stated temperature.
+
+    The order is that of transformers: temperature, top-k, top-p.  The log-prob leaves top-k and top-p out, so that it
+    is what a training forward computes.
+
+    Args:
+      logits: float [B, V].
+      keys: random keys [B], one per row: no row's token depends on another row.
+      temperature: 0 takes the likeliest token (the first of equals); its log-prob is then at temperature 1.
+      top_k: 0 for all tokens.
+      top_p: 1 for all tokens.
+
+    Returns:
+      (tokens int32 [B], logprobs [B] in nats).
+    """
+    chex.assert_rank([logits, keys], [2, 1])
+    logits = at_least_float32(logits)
+    if temperature == 0:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        logits = logits / temperature
+        tokens = jax.vmap(jax.random.categorical)(keys, keep_top_p(keep_top_k(logits, top_k), top_p))
+    tokens = tokens.astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def token_keys(key: Array, sample_ids: Array, position: Array | int) -> Array:
+    """The key of each row's next token: fold_in(fold_in(key, sample id), position in the completion).
+
+    It depends on nothing else: not on the row's slot, its neighbours, its padding or the mesh.
+
+    Args:
+      key: of the run, or of an iteration.
+      sample_ids: int32 [B].
+      position: 0 for a completion's first token.
+
+    Returns:
+      Keys [B].
+    """
+    chex.assert_rank(sample_ids, 1)
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), position))(sample_ids)

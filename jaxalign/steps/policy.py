@@ -1,0 +1,103 @@
+"""The policy-gradient step of PPO: a clipped policy loss and a clipped value loss on collected experience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.ops.losses_policy import policy_loss, value_loss
+from jaxalign.ops.readout import scalar_readout, token_logprobs
+from jaxalign.steps.sft import readout_weights
+from jaxalign.steps.step import Objective, Sums, reduce_terms
+from jaxalign.types import Params, PolicyBatch, Terms
+
+
+def policy_objective(
+    apply: Callable[..., Any],
+    head: Callable[[Params], jax.Array],
+    value_apply: Callable[..., Any],
+    value_kernel: Callable[[Params], jax.Array],
+    *,
+    temperature: float,
+    clip_range: float,
+    value_clip_range: float,
+    vf_coef: float,
+    entropy_coef: float,
+) -> Objective:
+    """PPO's two losses, means over the real completion tokens of the whole batch.
+
+        policy: mean_t [max(-A rho, -A clip(rho))] - entropy_coef * mean_t H_t
+        value:  vf_coef * mean_t [max((V - R)^2, (V_clipped - R)^2) / 2]
+
+    The value of a token is read from the same place as its log-prob: the state before the token.  The models share no
+    parameters, so `vf_coef` scales the value model's gradient alone.
+
+    Args:
+      apply: the policy, (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      head: policy parameters -> [D, V].
+      value_apply: the value model, as `apply`.
+      value_kernel: value parameters -> [D, 1].
+      temperature: that of the rollout; divides the logits.
+      clip_range: of the probability ratio.
+      value_clip_range: of the value's move, in units of value.
+      vf_coef: weight of the value loss.
+      entropy_coef: weight of the entropy bonus.
+
+    Returns:
+      The objective of the roles "policy" and "value" on a PolicyBatch.
+    """
+
+    def objective(params, frozen, extra, batch: PolicyBatch) -> Sums:
+        del frozen, extra
+        rows, readouts = batch.batch.rows, batch.batch.readouts
+        hidden, _, _ = apply(params["policy"], None, rows)
+        logprobs, entropy = token_logprobs(
+            hidden, head(params["policy"]), readouts, temperature=temperature, entropy=True
+        )
+        of_policy = policy_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            batch.advantages,
+            readouts.mask,
+            clip_range=clip_range,
+            entropy=entropy,
+            entropy_coef=entropy_coef,
+        )
+        hidden, _, _ = value_apply(params["value"], None, rows)
+        values = scalar_readout(hidden, value_kernel(params["value"]), readouts)
+        of_value = value_loss(values, batch.old_values, batch.returns, readouts.mask, clip_range=value_clip_range)
+        weights = readout_weights(batch.batch)
+        value_sum, value_weight = _weighted(of_value, weights)
+        return Sums(
+            loss={"policy": _weighted(of_policy, weights), "value": (vf_coef * value_sum, value_weight)},
+            metrics=of_policy.metrics | of_value.metrics,
+            counts={"tokens": jnp.sum(readouts.mask)},
+        )
+
+    return objective
+
+
+def stop_on_kl(max_approx_kl: float) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """The early stop of an iteration: whether the policy has moved further than this from the one that sampled.
+
+    For `make_train_step(early_stop=...)`: the update whose batch shows it is not made, nor are those left of the
+    iteration (a mask: parameters and optimizer stay, the step counts); the next collection clears the mark.
+    Source: OpenAI Spinning Up `ppo.py`, which stops before the update as well.
+
+    Args:
+      max_approx_kl: bound on `policy/approxkl` of a minibatch, nats a token.
+    """
+
+    def exceeded(metrics: dict[str, jax.Array]) -> jax.Array:
+        return metrics["policy/approxkl"] > max_approx_kl
+
+    return exceeded
+
+
+def _weighted(terms: Terms, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, weight) of per-token terms, each token weighted by its record too."""
+    return reduce_terms(terms._replace(weight=terms.weight * weights))
