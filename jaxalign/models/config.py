@@ -1,0 +1,219 @@
+"""The one description of a model that everything is derived from, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.ops.rope import KINDS, Rope
+
+HEADS = ("lm", "score")
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer; family differences are fields."""
+
+    vocab_size: int  # V
+    num_layers: int  # L
+    embed_dim: int  # D
+    mlp_dim: int  # F
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    norm_eps: float
+    rope: Rope
+    tied: bool  # the head is the embedding transposed
+    attention_bias: bool
+    mlp_bias: bool
+    initializer_range: float
+    head: str  # "lm": token logits; "score": one number a token
+    dtype: str  # of the computation
+    param_dtype: str  # of the parameters
+    remat: str  # what the backward pass keeps: "none": everything; "dots": matrix products; "full": layer inputs
+    hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """The original `config.json`, every field of it."""
+        return json.loads(self.hf_config)
+
+
+# Fields that say nothing of a forward pass: bookkeeping, token ids, generation defaults of old files.
+_BOOKKEEPING = frozenset(
+    """architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range label2id length_penalty max_length max_position_embeddings max_sequence_length min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id pretraining_tp prefix problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache use_return_dict""".split()
+)  # pretraining_tp splits products into parts that are summed: the same mathematics
+
+_HONOURED = frozenset(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias""".split()
+)
+
+# Values at which a field that is not honoured changes nothing.
+_NEUTRAL: Mapping[str, tuple] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1, None),
+}
+
+_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def from_hf(
+    hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, head: str | None = None
+) -> ModelConfig:
+    """Reads a Hugging Face config of the Llama family.
+
+    Args:
+      hf: the parsed `config.json`, of transformers 5 (`rope_parameters`) or older (`rope_theta`, `rope_scaling`).
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      remat: what the backward pass recomputes, one of `REMAT`.
+      head: "lm", "score", or None for what `architectures` names.
+
+    Returns:
+      The model's description.
+
+    Raises:
+      InputError: naming a field that changes the mathematics and is not honoured, or that is missing or wrong.
+    """
+    if hf.get("model_type") != "llama":
+        raise InputError(f"model_type {hf.get('model_type')!r}", "'llama'", "--config.model.path=a Llama checkpoint")
+    for name, value in hf.items():
+        _check_field(name, value)
+    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
+    if architectures[0] not in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
+        raise InputError(
+            f"architectures {architectures} in config.json",
+            "LlamaForCausalLM or LlamaForSequenceClassification",
+            "--config.model.path=such a checkpoint",
+        )
+    if head is None:
+        head = "score" if architectures[0] == "LlamaForSequenceClassification" else "lm"
+    _one_of("head", head, HEADS)
+    _one_of("remat", remat, REMAT)
+    labels = hf.get("id2label")
+    if architectures[0] == "LlamaForSequenceClassification" and labels is not None and len(labels) != 1:
+        raise InputError(
+            f"id2label with {len(labels)} labels in config.json",
+            "one label: the score of a reward model",
+            "--config.model.path=a checkpoint with num_labels 1",
+        )
+    heads, embed = _integer(hf, "num_attention_heads"), _integer(hf, "hidden_size")
+    kv_heads = _integer(hf, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise _wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
+    head_dim = _integer(hf, "head_dim", embed // heads)
+    if "head_dim" not in hf and embed % heads:
+        raise _wrong("hidden_size", embed, f"a multiple of num_attention_heads {heads}, or a head_dim")
+    if head_dim % 2:
+        raise _wrong("head_dim", head_dim, "an even number: rotary embeddings turn pairs")
+    return ModelConfig(
+        vocab_size=_integer(hf, "vocab_size"),
+        num_layers=_integer(hf, "num_hidden_layers"),
+        embed_dim=embed,
+        mlp_dim=_integer(hf, "intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        rope=_rope(hf),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        attention_bias=bool(hf.get("attention_bias", False)),
+        mlp_bias=bool(hf.get("mlp_bias", False)),
+        initializer_range=float(hf.get("initializer_range", 0.02)),
+        head=head,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        hf_config=json.dumps(dict(hf)),
+    )
+
+
+def _check_field(name: str, value: Any) -> None:
+    if name in _HONOURED or name in _BOOKKEEPING or name.startswith("_") or name.endswith("_version"):
+        return
+    if name in _NEUTRAL:
+        if value in _NEUTRAL[name]:
+            return
+        expected = " or ".join(repr(v) for v in _NEUTRAL[name] if v is not None)
+    else:
+        if not value:  # None, False, 0, "" and empty lists switch a feature off
+            return
+        expected = "no such field, or one that is off: jaxalign does not compute it, so the model would be another one"
+    raise _wrong(name, value, expected)
+
+
+def _wrong(name: str, value: Any, expected: str) -> InputError:
+    return InputError(
+        f"{name} is {value!r} in config.json", expected, f"another checkpoint, or config.json without {name} if it is wrong"
+    )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}", f"one of {', '.join(allowed)}", f"--config.model.{name}={allowed[0]}")
+
+
+def _integer(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = hf.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(name, value, "a positive whole number")
+    return value
+
+
+def _rope(hf: Mapping[str, Any]) -> Rope:
+    """The rotary embedding, from either form of config."""
+    new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
+    if new and old and _rope_type(new) != _rope_type(old):
+        raise _wrong("rope_scaling", old, f"the same as rope_parameters {new}")
+    fields = dict(new or old or {})
+    theta = fields.pop("rope_theta", None)
+    theta = hf.get("rope_theta") if theta is None else theta
+    theta = 10000.0 if theta is None else float(theta)
+    if hf.get("rope_theta") is not None and float(hf["rope_theta"]) != theta:
+        raise _wrong("rope_theta", hf["rope_theta"], f"the same as in rope_parameters, {theta:g}")
+    kind = _rope_type(fields)
+    fields.pop("rope_type", None), fields.pop("type", None)
+    if kind not in KINDS:
+        raise _wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
+    if kind == "llama3" and fields.get("original_max_position_embeddings") is None:
+        fields["original_max_position_embeddings"] = hf.get("max_position_embeddings")
+    for name in _ROPE_FIELDS[kind]:
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise _wrong(f"rope_parameters.{name}", value, f"a positive number, for rope_type {kind!r}")
+    for name, value in fields.items():
+        if name in _ROPE_FIELDS[kind] or value is None or (name == "partial_rotary_factor" and value == 1):
+            continue
+        if kind == "default" and name in _ROPE_FIELDS["llama3"]:
+            continue  # transformers ignores them for this type as well
+        raise _wrong(f"rope_parameters.{name}", value, f"no such field for rope_type {kind!r}")
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(kind, theta, float(fields["factor"]))
+    low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
+    if high <= low:
+        raise _wrong("rope_parameters.high_freq_factor", high, f"more than low_freq_factor {low:g}")
+    return Rope(kind, theta, float(fields["factor"]), low, high, int(fields["original_max_position_embeddings"]))
+
+
+def _rope_type(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("rope_type") or fields.get("type") or "default")

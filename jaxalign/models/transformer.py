@@ -1,0 +1,228 @@
+"""The decoder-only transformer: modules authored in Flax NNX, used as pure functions of plain nested dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign.models.cache import Cache
+from jaxalign.models.config import ModelConfig
+from jaxalign.ops.attention import attention
+from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.rope import frequencies, rotate, rotations
+from jaxalign.parallel.sharding import constrain
+from jaxalign.types import Params, Rows
+
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Linear(nnx.Module):
+    """`y = einsum(equation, x, kernel) + bias`, in the compute dtype."""
+
+    def __init__(self, config: ModelConfig, equation: str, shape: tuple[int, ...], bias: tuple[int, ...] | None, rngs):
+        self.equation = equation
+        self.dtype = config.dtype
+        dtype = jnp.dtype(config.param_dtype)
+        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
+        self.bias = None if bias is None else nnx.Param(jnp.zeros(bias, dtype))
+
+    def __call__(self, x):
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Norm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, in at least float32 (RMSNorm, arXiv 1910.07467 eq. 4)."""
+
+    def __init__(self, config: ModelConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.dtype(config.param_dtype)))
+
+    def __call__(self, x):
+        wide = at_least_float32(x)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention over intervals, with rotary positions."""
+
+    def __init__(self, config: ModelConfig, rngs):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        bias = config.attention_bias
+        self.query = Linear(config, "btd,dnh->btnh", (D, N, H), (N, H) if bias else None, rngs)
+        self.key = Linear(config, "btd,dkh->btkh", (D, K, H), (K, H) if bias else None, rngs)
+        self.value = Linear(config, "btd,dkh->btkh", (D, K, H), (K, H) if bias else None, rngs)
+        self.out = Linear(config, "btnh,nhd->btd", (N, H, D), (D,) if bias else None, rngs)
+
+    def __call__(self, x, rotation, rows: Rows, layer, cache: Cache | None):
+        q = constrain(rotate(self.query(x), *rotation), "batch", None, "tensor", None)
+        k = constrain(rotate(self.key(x), *rotation), "batch", None, "tensor", None)
+        v = constrain(self.value(x), "batch", None, "tensor", None)
+        if cache is not None:
+            at = (layer, 0, cache.index, 0, 0)
+            keys = jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), at)
+            values = jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), at)
+            cache = cache._replace(keys=keys, values=values)
+            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False).astype(x.dtype)
+            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False).astype(x.dtype)
+        out = attention(q, k, v, rows.attend_start, rows.attend_end)
+        return self.out(constrain(out, "batch", None, "tensor", None)), cache
+
+
+class Mlp(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202 eq. 6)."""
+
+    def __init__(self, config: ModelConfig, rngs):
+        D, F = config.embed_dim, config.mlp_dim
+        bias = config.mlp_bias
+        self.gate = Linear(config, "btd,df->btf", (D, F), (F,) if bias else None, rngs)
+        self.up = Linear(config, "btd,df->btf", (D, F), (F,) if bias else None, rngs)
+        self.down = Linear(config, "btf,fd->btd", (F, D), (D,) if bias else None, rngs)
+
+    def __call__(self, x):
+        return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), "batch", None, "tensor"))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then mlp, each after a norm and added to its input."""
+
+    def __init__(self, config: ModelConfig, rngs):
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = Norm(config)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x, rotation, rows: Rows, layer, cache: Cache | None):
+        attended, cache = self.attention(self.attention_norm(x), rotation, rows, layer, cache)
+        x = constrain(x + attended, "batch", None, None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), cache
+
+
+class Embed(nnx.Module):
+    """Token vectors, row v of `embedding` for token v."""
+
+    def __init__(self, config: ModelConfig, rngs):
+        self.dtype = config.dtype
+        shape = (config.vocab_size, config.embed_dim)
+        dtype = jnp.dtype(config.param_dtype)
+        self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
+
+    def __call__(self, tokens):
+        # Gathered whole first: a lookup in a table split over `fsdp` would move every token's vector instead.
+        table = constrain(self.embedding[...].astype(self.dtype), None, None)
+        return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
+
+
+class Ends(nnx.Module):
+    """What is not a layer: the embedding, the last norm and the head."""
+
+    def __init__(self, config: ModelConfig, rngs):
+        D, V = config.embed_dim, config.vocab_size
+        self.embed = Embed(config, rngs)
+        self.norm = Norm(config)
+        if config.head == "score":
+            # std 1 / sqrt(D + 1): scores start small beside the hidden state's unit scale (arXiv 2009.01325 app. C)
+            scale = dataclasses.replace(config, initializer_range=(D + 1) ** -0.5)
+            self.score = Linear(scale, "btd,do->bto", (D, 1), None, rngs)
+        elif not config.tied:
+            self.lm_head = Linear(config, "btd,dv->btv", (D, V), None, rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(kind: type[nnx.Module], config: ModelConfig):
+    """The structure of a module, and its parameters as a plain dict of shapes."""
+    module = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(params=0)))
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        raise TypeError(f"{kind.__name__} holds state that is not a parameter: {rest}")
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def _init(kind: type[nnx.Module], config: ModelConfig, key: jax.Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A transformer as pure functions of its parameters; hashable, so it may be closed over or static in a jit."""
+
+    config: ModelConfig
+
+    def abstract(self) -> Params:
+        """The one declaration: shape and dtype of every parameter, layers stacked [L, ...]."""
+        c = self.config
+        params = dict(_graph(Ends, c)[1])
+        params["layers"] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), x.dtype), _graph(Block, c)[1]
+        )
+        return params
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters: kernels normal(0, initializer_range), norms 1, biases 0. Pure, so jit it into shards.
+
+        Args:
+          key: a jax random key.
+        """
+        ends, layers = jax.random.split(key)
+        params = _init(Ends, self.config, ends)
+        keys = jax.random.split(layers, self.config.num_layers)
+        params["layers"] = jax.vmap(lambda k: _init(Block, self.config, k))(keys)
+        return params
+
+    def apply(
+        self, params: Params, adapters: None, rows: Rows, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+        """Hidden states of rows of tokens, after the last norm.
+
+        Args:
+          params: as `abstract` says.
+          adapters: None, this model has no adapters.
+          rows: [B, T]; with a cache, the intervals refer to its slots and the T tokens are written to the slots
+            `index` to `index + T`.
+          cache: keys and values of earlier tokens.
+
+        Returns:
+          hidden [B, T, D] in the compute dtype, the advanced cache (None without one), auxiliary numbers (none).
+        """
+        if adapters is not None:
+            raise ValueError("this model has no adapters")
+        c = self.config
+        graphdef = _graph(Block, c)[0]
+        ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
+        rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype))
+
+        def body(carry, layer):
+            x, cache = carry
+            index, layer_params = layer
+            return nnx.merge(graphdef, layer_params)(x, rotation, rows, index, cache), None
+
+        if c.remat != "none":
+            # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
+            body = jax.checkpoint(body, policy=_POLICIES[c.remat], prevent_cse=False)
+        carry = (ends.embed(rows.tokens), cache)
+        (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(c.num_layers), params["layers"]))
+        if cache is not None:
+            cache = cache._replace(index=cache.index + rows.tokens.shape[1])
+        return ends.norm(x), cache, {}
+
+    def head(self, params: Params) -> jax.Array:
+        """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed."""
+        if self.config.head != "lm":
+            raise ValueError("a model with a scalar head has no token head")
+        kernel = params["embed"]["embedding"].T if self.config.tied else params["lm_head"]["kernel"]
+        return kernel.astype(self.config.dtype)
+
+    def score_kernel(self, params: Params) -> jax.Array:
+        """The matrix [D, 1] from hidden states to a score or value, in the parameters' dtype."""
+        if self.config.head != "score":
+            raise ValueError("a model with a token head has no scalar head")
+        return params["score"]["kernel"]

@@ -1,0 +1,98 @@
+"""Rotary position embeddings: frequencies of each rope type, and the rotation of queries and keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """What a checkpoint's config says of its rotary embedding.
+
+    `default` uses theta alone, `linear` divides all frequencies by `factor`, `llama3` divides those whose wavelength
+    is longer than `original_length / low_freq_factor` and blends up to `original_length / high_freq_factor`.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+KINDS = ("default", "linear", "llama3")
+
+
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair of head dims: `theta^(-2i/H)`, rescaled as the rope type says.
+
+    Source: RoFormer (arXiv 2104.09864) eq. 15; `llama3` after transformers `_compute_llama3_parameters`.
+
+    Args:
+      rope: the rope type and its numbers.
+      head_dim: H, even.
+
+    Returns:
+      float64 [H / 2], for the caller to round once, to the precision of the angles.
+
+    >>> frequencies(Rope(theta=100.0), 4).tolist()
+    [1.0, 0.1]
+    >>> frequencies(Rope("linear", theta=100.0, factor=2.0), 4).tolist()
+    [0.5, 0.05]
+    """
+    freq = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "default":
+        return freq
+    if rope.kind == "linear":
+        return freq / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / freq
+        # 0 where the wavelength is at least original/low (divided by factor), 1 where at most original/high (kept).
+        keep = (rope.original_length / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        keep = np.clip(keep, 0.0, 1.0)
+        return keep * freq + (1 - keep) * freq / rope.factor
+    raise ValueError(f"rope type {rope.kind!r} is not one of {', '.join(KINDS)}")
+
+
+def rotations(positions: jax.Array, freq: np.ndarray, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each token's angles, made once for all layers.
+
+    Args:
+      positions: int [B, T].
+      freq: [H / 2], radians per position.
+      dtype: of the computation; angles are in at least float32, since a position times a frequency needs the digits.
+
+    Returns:
+      (cos, sin), each [B, T, H / 2] in at least float32.
+    """
+    chex.assert_rank(positions, 2)
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    angles = positions.astype(dtype)[..., None] * jnp.asarray(freq, dtype)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Array:
+    """Rotates each pair (i, i + H/2) of head dims by its angle, in the precision of `cos`; the halves convention.
+
+    Args:
+      x_BTNH: queries or keys [B, T, N, H].
+      cos_BTF: [B, T, H / 2].
+      sin_BTF: [B, T, H / 2].
+
+    Returns:
+      [B, T, N, H], dtype of `x_BTNH`.
+    """
+    chex.assert_rank([x_BTNH, cos_BTF, sin_BTF], [4, 3, 3])
+    cos, sin = cos_BTF[:, :, None, :], sin_BTF[:, :, None, :]
+    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out.astype(x_BTNH.dtype)
