@@ -1,0 +1,175 @@
+"""The command line: flags to calls, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxalign import __version__
+from jaxalign.errors import InputError
+
+HELP = """\
+jaxalign teaches a language model preferences, in JAX and Flax.
+
+You bring a Hugging Face checkpoint (a directory or a hub id) and a file of examples; you get back a checkpoint that
+transformers and vLLM load. The two roads, each a list of stages in a config file:
+
+  SFT -> DPO                   from pairs of a better and a worse answer, in one step
+  SFT -> reward model -> PPO   learn a reward from the pairs, then learn from it by trying
+
+Start here
+  jaxalign doctor                                      what this machine has, and whether it works
+  jaxalign train --config=configs/dpo.py --dry_run     check data, rows and memory; train nothing
+  jaxalign train --config=configs/dpo.py               train; the same command goes on after a stop
+
+Change any field of a config from the command line, by its dotted name:
+  jaxalign train --config=configs/dpo.py --config.workdir=runs/mine --config.model.path=DIR_OR_HUB_ID \\
+                 --config.data.sources=pairs.jsonl --config.algorithm.beta=0.2
+
+Commands
+  train      run a config file: one stage, or several in order
+  export     write a run's checkpoint as a Hugging Face directory
+  generate   continue a prompt
+  logprobs   log-probability of given completions
+  score      a reward model's score of given completions, or DPO's implicit reward
+  compare    two models side by side on held-out prompts: win rate, perplexity, diversity
+  doctor     devices, versions, memory, missing extras
+
+  jaxalign COMMAND --help      a command's own flags
+  jaxalign --version
+
+Data files are JSON lines: {"prompt": ..., "chosen": ..., "rejected": ...} for pairs, {"prompt": ..., "completion": ...}
+for SFT. Results of a run: WORKDIR/export (the model), WORKDIR/metrics.jsonl, WORKDIR/data_report.json.
+Exit status: 0 done, 1 something failed, 2 the input was wrong (the message says which line fixes it).
+"""
+
+TRAIN_HELP = """\
+jaxalign train --config=FILE [--config.FIELD=VALUE ...] [--dry_run]
+
+  --config=FILE            a Python file with get_config(); FILE:ARGUMENT calls get_config(ARGUMENT)
+  --config.FIELD=VALUE     changes one field, by its dotted name; a name that does not exist is an error
+                             --config.optimizer.learning_rate=5e-7     a number
+                             --config.data.sources=a.jsonl,b.jsonl     several values; repeating the flag also adds
+                             --config.data.sources='[{"path": "a.jsonl", "weight": 2}]'
+                             --config.model.revision=None              empties a field that may be empty
+  --dry_run                parses, reports the data, shows three rows decoded with their masks, estimates memory
+
+A config with stages runs them in order into WORKDIR/STAGE. A stage that is done, with the same configuration and
+inputs, is skipped; one that was stopped goes on; one that changed is run anew, with all that depends on it, and its
+earlier result is kept as WORKDIR/STAGE.old-N.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments after the program's name; default: those of the process.
+
+    Returns:
+      The exit status: 0, 1 for something that failed, 2 for input that cannot be used.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "-help", "--helpshort", "--helpfull", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("--version", "-V", "version"):
+        print(f"jaxalign {__version__}")
+        return 0
+    try:
+        return _COMMANDS[argv[0]](argv[1:]) if argv[0] in _COMMANDS else _unknown(argv[0])
+    except InputError as error:
+        print(f"jaxalign {argv[0]}: the input cannot be used\n{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _unknown(name: str) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.0)[0]
+    raise InputError(f"command {name!r}", f"one of {', '.join(_COMMANDS)}", f"jaxalign {near}")
+
+
+def _train(argv: list[str]) -> int:
+    from absl import flags
+
+    own, overrides = split_overrides(argv)
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "config file", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "check without training", flag_values=values)
+    flags.DEFINE_bool("help", False, "this page", short_name="h", flag_values=values)
+    try:
+        rest = values(["train", *own])[1:]
+    except flags.Error as error:
+        raise InputError(str(error), "--config=FILE --config.FIELD=VALUE --dry_run", "jaxalign train --help") from None
+    if values.help:
+        print(TRAIN_HELP, end="")
+        return 0
+    if rest:
+        raise InputError(f"argument {rest[0]!r}", "flags: --name=value", f"jaxalign train --config={rest[0]}")
+    if not values.config:
+        raise InputError("no --config", "a config file", "jaxalign train --config=configs/dpo.py")
+
+    from jaxalign.pipeline.configfile import load_config
+
+    config = load_config(values.config, overrides)
+    from jaxalign.pipeline import stages
+
+    stages.run(config, dry_run=values.dry_run)
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """Parts the flags of a config's fields from the rest, in order.
+
+    `--config.a.b=1`, `--config.a.b 1`, `--config.a.b` (true) and `--noconfig.a.b` (false) are known.
+
+    >>> split_overrides(["--config=f.py", "--config.seed=1", "--config.x.y", "2", "--noconfig.data.packing"])
+    (['--config=f.py'], [('seed', '1'), ('x.y', '2'), ('data.packing', 'false')])
+    """
+    rest: list[str] = []
+    overrides: list[tuple[str, str | None]] = []
+    i = 0
+    while i < len(argv):
+        name, equals, value = argv[i].partition("=")
+        bare = name.lstrip("-")
+        if not name.startswith("-") or not bare.startswith(("config.", "noconfig.")):
+            rest.append(argv[i])
+        elif bare.startswith("noconfig."):
+            overrides.append((bare.removeprefix("noconfig."), "false"))
+        elif equals:
+            overrides.append((bare.removeprefix("config."), value))
+        elif i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            overrides.append((bare.removeprefix("config."), argv[i + 1]))
+            i += 1
+        else:
+            overrides.append((bare.removeprefix("config."), None))
+        i += 1
+    return rest, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong flags are wrong input, in the same three lines as any other."""
+
+    def error(self, message: str):
+        raise InputError(message, self.format_usage().strip().removeprefix("usage: "), f"{self.prog} --help")
+
+
+def _parser(name: str, text: str) -> _Parser:
+    return _Parser(
+        prog=f"jaxalign {name}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+_COMMANDS = {"train": _train}

@@ -1,0 +1,200 @@
+"""From a config file and the command line's overrides to one locked configuration."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, FieldReference
+
+from jaxalign.config import nearest_field
+from jaxalign.errors import InputError
+
+
+def load_config(path: str, overrides: Iterable[tuple[str, str | None]] = ()) -> ConfigDict:
+    """Runs `get_config()` of a Python file, applies overrides in order, and locks the result.
+
+    Args:
+      path: a Python file; after a colon, an argument: "configs/sft.py:tiny" calls `get_config("tiny")`.
+      overrides: (dotted field, its value as text); see `override`.
+
+    Returns:
+      The configuration, locked.
+
+    Raises:
+      InputError: no such file, a file that does not give a configuration, or an override that does not fit.
+    """
+    config = _run(path)
+    config.lock()
+    seen: set[str] = set()
+    for field, text in overrides:
+        override(config, field, text, extend=field in seen)
+        seen.add(field)
+    return config
+
+
+def override(config: ConfigDict, field: str, text: str | None, *, extend: bool = False) -> None:
+    """Sets one field from the command line's text, by the type that the field has.
+
+    - A number, a truth value (true/false) or a string, as it stands.  `None` empties a field that may be empty.
+    - A tuple: one value (`a.jsonl`), several with commas (`a.jsonl,b.jsonl`), the flag repeated, or a Python or
+      JSON literal (`[{"path": "a.jsonl", "weight": 2}]`); one dict is a tuple of one.
+    - A section: a dict of the fields to change; the others stay.
+
+    Args:
+      config: changed in place.
+      field: dotted name, as in "optimizer.learning_rate".
+      text: None for a flag without a value, which is true.
+      extend: a tuple's values are added to those that are there: the flag was repeated.
+
+    Raises:
+      InputError: there is no such field, or the text is not of its type.
+
+    >>> from jaxalign.config import defaults
+    >>> c = defaults("dpo")
+    >>> override(c, "data.sources", "a.jsonl,b.jsonl")
+    >>> c.data.sources
+    ('a.jsonl', 'b.jsonl')
+    >>> override(c, "mesh", "{'tensor': 2}")
+    >>> c.mesh.tensor, c.mesh.fsdp
+    (2, -1)
+    """
+    *parents, name = field.split(".")
+    node: Any = config
+    for key in parents:
+        node = node[key] if isinstance(node, ConfigDict) and key in node else None
+    if not isinstance(node, ConfigDict) or name not in node:
+        near = nearest_field(config, field)
+        raise InputError(
+            f"--config.{field}: there is no such field", f"the nearest name is {near}", f"--config.{near}=..."
+        )
+    kind = node.get_type(name)
+    if issubclass(kind, ConfigDict):
+        values = _literal(text)
+        if not isinstance(values, dict):
+            raise _unfit(field, text, "a dict of fields to change", "{...}")
+        for key, value in values.items():
+            override(config, f"{field}.{key}", value if isinstance(value, str) else repr(value))
+        return
+    value = _parse(field, kind, text, may_be_empty=_is_placeholder(node, name))
+    node[name] = node[name] + value if extend and kind is tuple else value
+
+
+def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool) -> Any:
+    """The text as a value of the field's type; the scalars are read by absl's own parsers."""
+    if kind is bool:
+        if text is None:
+            return True
+        try:
+            return flags.BooleanParser().parse(text)
+        except ValueError:
+            raise _unfit(field, text, "true or false", "true") from None
+    if text is None:
+        raise _unfit(field, text, f"a value of type {kind.__name__}", "...")
+    if may_be_empty and text == "None":
+        return None
+    if kind is tuple:
+        return _tuple(field, text)
+    if kind is int:
+        try:
+            value = float(text) if "e" in text.lower() and not text.lower().startswith("0x") else int(text, 0)
+            if value == int(value):
+                return int(value)
+        except (ValueError, OverflowError):
+            pass
+        raise _unfit(field, text, "a whole number", "100")
+    if kind is float:
+        try:
+            return flags.FloatParser().parse(text)
+        except (ValueError, TypeError):
+            raise _unfit(field, text, "a number", "0.1") from None
+    return text
+
+
+def _tuple(field: str, text: str) -> tuple:
+    value = _literal(text)
+    if value is _NOT_A_LITERAL:
+        if text.lstrip()[:1] in tuple("([{"):
+            raise _unfit(field, text, "a Python or JSON literal", '[{"path": "a.jsonl"}] (quote it for the shell)')
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+_NOT_A_LITERAL = object()
+
+
+def _literal(text: str | None) -> Any:
+    for read in (ast.literal_eval, json.loads):
+        try:
+            return read(text or "")
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return _NOT_A_LITERAL
+
+
+def _is_placeholder(node: ConfigDict, name: str) -> bool:
+    """Whether the field was declared as one that may be empty."""
+    return any(k == name and isinstance(v, FieldReference) for k, v in node.items(preserve_field_references=True))
+
+
+def _unfit(field: str, text: str | None, expected: str, example: str) -> InputError:
+    shown = f"--config.{field}" + ("" if text is None else f"={text}")
+    return InputError(shown, expected, f"--config.{field}={example}")
+
+
+def _run(path: str) -> ConfigDict:
+    """`get_config()` of the file."""
+    file, argument = Path(path), None
+    if not file.exists() and ":" in path:
+        name, argument = path.rsplit(":", 1)
+        file = Path(name)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path("configs")
+        names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+        near = difflib.get_close_matches(str(file), names, n=1, cutoff=0.0) or ["configs/sft.py"]
+        raise InputError(f"no file {file}", "a Python file with get_config()", f"--config={near[0]}")
+    spec = importlib.util.spec_from_file_location(f"jaxalign_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} is not a Python file", "a Python file with get_config()", "--config=FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError(f"{file} has no get_config()", "def get_config(): ... return config", f"edit {file}")
+        config = module.get_config() if argument is None else module.get_config(argument)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _broken(file, error) from error
+    known = isinstance(config, ConfigDict) and (
+        "stages" in config or ("algorithm" in config and "name" in config.algorithm)
+    )
+    if not known:
+        raise InputError(
+            f"get_config() of {file} returns {type(config).__name__}",
+            "a tree that starts from jaxalign.config.defaults(...) or stages(...)",
+            'config = defaults("dpo")',
+        )
+    return config
+
+
+def _broken(file: Path, error: Exception) -> InputError:
+    """An exception in a user's config file, by the line in that file."""
+    frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if Path(f.filename) == file]
+    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (frames[-1].lineno if frames else None)
+    message = (str(error.args[0]) if error.args else "").strip("'\"").replace("\n", " ")
+    return InputError(
+        f"{file}:{line or '?'}: {type(error).__name__}: {message}",
+        "a config file that runs",
+        f"edit {file}" + (f", line {line}" if line else ""),
+    )

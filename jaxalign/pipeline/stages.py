@@ -1,0 +1,391 @@
+"""Running a configuration: one stage, or several in order, each only where its result is not there yet.
+
+A stage's key is a hash of its configuration, of the files it names and of the keys of the stages it takes its
+inputs from.  A finished stage with the same key is skipped, an unfinished one with the same key is resumed by the
+trainer, and one with another key is moved aside to `<stage>.old-<n>` before the stage runs anew: nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxalign.config import get, to_dict, validate
+from jaxalign.errors import InputError
+
+RECORD = "stage.json"  # in a stage's directory: its key, and what the key was made of
+FORMAT = 1
+
+# Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
+_NOT_IN_KEY = (
+    "workdir", "logging", "mesh", "from", "model.remat", "data.cache_dir",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
+)  # fmt: skip
+
+# Fields that name files or directories; where these exist on this machine their contents are part of the key.
+_INPUTS = (
+    "model.path", "model.tokenizer", "model.chat_template", "algorithm.reference_path", "algorithm.value_path",
+    "rewards.model", "rewards.function", "data.sources", "data.eval_sources",
+)  # fmt: skip
+
+# (role in `from`, the field it fills, algorithms of stages it may name)
+_FROM = (
+    ("model", "model.path", ("sft", "dpo", "ppo")),
+    ("reward", "rewards.model", ("reward",)),
+)
+
+
+class Stage(NamedTuple):
+    """One stage, ready to run."""
+
+    name: str  # "" for a configuration without stages
+    config: ConfigDict  # whole: workdir and inputs filled in
+    key: str  # hex digits
+    inputs: dict[str, str]  # role in `from` -> name of the stage
+    warnings: list[str]
+
+
+def plan(config: ConfigDict) -> list[Stage]:
+    """Resolves and validates every stage before the first one runs.
+
+    Args:
+      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`.
+
+    Returns:
+      The stages in order.
+
+    Raises:
+      InputError: a stage that does not exist, that takes its input from a later one or from one of the wrong kind,
+        or a stage's own configuration; the stage is named.
+    """
+    if "stages" not in config:
+        return [Stage("", config, _key(config, {}), {}, validate(config))]
+    names = _names(config)
+    if not config.workdir:
+        raise InputError("workdir is not set", "a directory for the results", "--config.workdir=runs/NAME")
+    done: dict[str, Stage] = {}
+    for name in names:
+        stage = config[name].copy_and_resolve_references()
+        with stage.unlocked():
+            stage.workdir = os.path.join(config.workdir, name)
+            stage.seed = config.seed
+        inputs = _resolve(name, stage, done, names)
+        try:
+            warnings = validate(stage)
+        except InputError as error:
+            raise _in_stage(name, error) from None
+        key = _key(stage, {role: done[source].key for role, source in inputs.items()})
+        done[name] = Stage(name, stage, key, inputs, warnings)
+    return list(done.values())
+
+
+def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs a configuration's stages in order, skipping those whose result is there.
+
+    Args:
+      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`.
+      dry_run: report data, rows and memory of every stage, train nothing, write nothing but caches.
+      log: receives a line of text about each stage.
+
+    Returns:
+      The trainer's result; with stages, one for each stage by its name.
+
+    Raises:
+      InputError: before the first stage runs, whichever stage it concerns.
+    """
+    from jaxalign.parallel.processes import initialize, is_main  # jax from here on
+
+    stages = plan(config)
+    _check_files(stages)
+    initialize()
+    say = log if is_main() else _silent
+    for stage in stages:
+        for warning in stage.warnings:
+            say(f"warning: {stage.name + ': ' if stage.name else ''}{warning}")
+    if dry_run:
+        return _dry(stages, say)
+    if not stages[0].name:
+        return _train(stages[0].config)
+    results: dict[str, Any] = {}
+    for stage in stages:
+        action = _agree(_prepare(stage, say) if is_main() else 0)
+        if action == _SKIP:
+            results[stage.name] = {"skipped": True, "workdir": stage.config.workdir}
+            continue
+        results[stage.name] = _train(stage.config)
+        if not is_done(stage.config.workdir):
+            say(f"stage {stage.name} stopped before its end; the same command goes on from there")
+            break
+        _release()
+    return results
+
+
+def is_done(workdir: str) -> bool:
+    """Whether a run reached its end in this directory."""
+    return _path(workdir, "DONE").exists()
+
+
+def _names(config: ConfigDict) -> tuple[str, ...]:
+    names = config.stages
+    sections = [k for k in config if isinstance(config[k], ConfigDict)]
+    if not names:
+        raise InputError("stages is empty", f"names of stages: {', '.join(sections)}", f"--config.stages={sections[0]}")
+    for name in names:
+        if not isinstance(name, str) or name not in sections:
+            raise InputError(
+                f"stages holds {name!r}, which has no section",
+                f"one of {', '.join(sections)}",
+                f"c[{name!r}] = defaults(...)",
+            )
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise InputError(
+                f"a stage named {name!r}", "letters, digits, - and _: it names a directory", "another name"
+            )
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise InputError(
+            f"stages holds {twice!r} twice", "each stage once", f"--config.stages={','.join(dict.fromkeys(names))}"
+        )
+    return tuple(names)
+
+
+def _resolve(name: str, stage: ConfigDict, done: dict[str, Stage], names: tuple[str, ...]) -> dict[str, str]:
+    """Fills in what `from` names and returns role -> stage."""
+    inputs = {}
+    for role, field, algorithms in _FROM:
+        source = stage["from"][role]
+        if source is None:
+            continue
+        flag = f"--config.{name}.from.{role}"
+        if source == name:
+            raise InputError(f"stage {name}: from.{role} is {name!r} itself", "an earlier stage", f"{flag}=None")
+        if source not in names:
+            earlier = ", ".join(done) or "none: this is the first stage"
+            raise InputError(f"stage {name}: from.{role} is {source!r}", f"an earlier stage ({earlier})", f"{flag}=...")
+        if source not in done:
+            order = ",".join([source, *(n for n in names if n != source)])
+            raise InputError(
+                f"stage {name}: from.{role} is {source!r}, which runs after it",
+                "an earlier stage",
+                f"--config.stages={order}",
+            )
+        given = done[source].config.algorithm.name
+        if given not in algorithms:
+            raise InputError(
+                f"stage {name}: from.{role} is {source!r}, a {given} stage",
+                f"a stage of {' or '.join(algorithms)}",
+                f"{flag}=...",
+            )
+        section, leaf = field.split(".")
+        if section not in stage:
+            raise InputError(
+                f"stage {name}: from.{role} is {source!r}", f"None: {stage.algorithm.name} takes none", f"{flag}=None"
+            )
+        if stage[section][leaf] is not None:
+            raise InputError(
+                f"stage {name}: both from.{role} and {field} are set", "one of them", f"--config.{name}.{field}=None"
+            )
+        if role == "model" and stage.model.from_scratch:
+            raise InputError(
+                f"stage {name}: model.from_scratch with from.model",
+                "weights from one place",
+                f"--config.{name}.model.from_scratch=false",
+            )
+        stage[section][leaf] = os.path.join(done[source].config.workdir, "export")
+        inputs[role] = source
+    return inputs
+
+
+def _in_stage(name: str, error: InputError) -> InputError:
+    return InputError(
+        f"stage {name}: {error.found}", error.expected, error.fix.replace("--config.", f"--config.{name}.")
+    )
+
+
+def _key(config: ConfigDict, inputs: dict[str, str]) -> str:
+    """Hash of a stage's configuration, the files it names and its inputs' keys."""
+    tree = to_dict(config)
+    for field in _NOT_IN_KEY:
+        *parents, leaf = field.split(".")
+        node = tree
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(leaf, None)
+    filled = {field for role, field, _ in _FROM if role in inputs}
+    files = {}
+    for field in _INPUTS:
+        if field in filled:
+            section, leaf = field.split(".")
+            tree[section].pop(leaf)  # the input's key stands for it, wherever the workdir is
+            continue
+        for path in _paths(get(config, field)):
+            files[path] = fingerprint(path)
+    text = json.dumps({"format": FORMAT, "config": tree, "inputs": inputs, "files": files}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _paths(value: Any) -> list[str]:
+    """The paths in a field: a string, a dict with `path`, or a tuple of these."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [_module_file(value) if ":" in value and "://" not in value else value]
+    if isinstance(value, (tuple, list)):
+        return [path for item in value for path in _paths(item)]
+    return _paths(value.get("path")) if hasattr(value, "get") else []
+
+
+def _module_file(name: str) -> str:
+    """The source file of "package.module:function" or "file.py:function"."""
+    module = name.rsplit(":", 1)[0]
+    if module.endswith(".py") or os.path.exists(module):
+        return module
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    return spec.origin if spec and spec.origin else name
+
+
+def fingerprint(path: str) -> str | None:
+    """What is in a local file, or in all files of a directory; None where there is none here.
+
+    A file up to 64 MiB counts by its content; a larger one by size, time of change and first and last MiB.
+    """
+    root = Path(path)
+    if root.is_dir():
+        parts = [(p.relative_to(root).as_posix(), fingerprint(str(p))) for p in sorted(root.rglob("*")) if p.is_file()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if not root.is_file():
+        return None
+    size = root.stat().st_size
+    with root.open("rb") as file:
+        if size <= 64 << 20:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{size} {root.stat().st_mtime_ns}".encode() + file.read(1 << 20))
+        file.seek(-(1 << 20), os.SEEK_END)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+_RUN, _SKIP = 1, 2
+
+
+def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
+    """Decides what to do with a stage's directory, and makes it ready."""
+    workdir = _path(stage.config.workdir)
+    record = _path(stage.config.workdir, RECORD)
+    if workdir.exists() and any(True for _ in workdir.iterdir()):
+        known = _read(record).get("key")
+        if known == stage.key and is_done(stage.config.workdir):
+            say(f"stage {stage.name}: done before, kept ({workdir})")
+            return _SKIP
+        if known == stage.key:
+            say(f"stage {stage.name}: goes on ({workdir})")
+            return _RUN
+        n = 1
+        while (aside := workdir.parent / f"{workdir.name}.old-{n}").exists():
+            n += 1
+        workdir.rename(aside)
+        reason = "its configuration or an input changed" if known else "it was not made by this configuration"
+        say(f"stage {stage.name}: {reason}; the earlier result is kept as {aside}")
+    say(f"stage {stage.name}: runs ({workdir})")
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = {
+        "format": FORMAT,
+        "key": stage.key,
+        "name": stage.name,
+        "from": stage.inputs,
+        "config": to_dict(stage.config),
+    }
+    draft = _path(stage.config.workdir, RECORD + ".tmp")
+    draft.write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+    draft.rename(record)
+    return _RUN
+
+
+def _read(path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _agree(action: int) -> int:
+    """What process 0 decided, on every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return action
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(action)))
+
+
+def _check_files(stages: list[Stage]) -> None:
+    """Local files that any stage reads are there before the first stage starts."""
+    for stage in stages:
+        for field in ("data.sources", "data.eval_sources"):
+            for path in _paths(get(stage.config, field)):
+                local = path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in _DATA_SUFFIXES
+                if local and "://" not in path and "*" not in path and not os.path.exists(os.path.expanduser(path)):
+                    prefix = f"--config.{stage.name}." if stage.name else "--config."
+                    raise InputError(
+                        f"{field}: no file {path}", "a file, a directory or a hub id", f"{prefix}{field}=..."
+                    )
+
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".csv")
+
+
+def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
+    """A dry run of each stage; an input that is not trained yet is stood for by what it will start from."""
+    results = {}
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        with stage.config.unlocked():
+            for role, field, _ in _FROM:
+                section, leaf = field.split(".")
+                source = stage.inputs.get(role)
+                if source and not os.path.isdir(stage.config[section][leaf]):
+                    stage.config[section][leaf] = by_name[source].config.model.path
+        if stage.name:
+            say(f"stage {stage.name}:")
+        results[stage.name] = _train(stage.config, dry_run=True)
+        _release()
+    return results if stages[0].name else results[""]
+
+
+def _train(config: ConfigDict, *, dry_run: bool = False) -> dict[str, Any]:
+    from jaxalign.train import trainer
+
+    return trainer.run(config, dry_run=dry_run) if dry_run else trainer.run(config)
+
+
+def _release() -> None:
+    """Gives a finished stage's memory back: its arrays, and its compiled programs."""
+    import jax
+
+    gc.collect()
+    jax.clear_caches()
+
+
+def _path(*parts: str):
+    """A path on disk or in an object store."""
+    from etils import epath
+
+    return epath.Path(*parts)
+
+
+def _silent(line: str) -> None:
+    del line

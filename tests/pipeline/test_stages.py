@@ -1,0 +1,261 @@
+"""Stages with a trainer that only notes what it is asked for."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxalign.config import defaults, stages
+from jaxalign.errors import InputError
+from jaxalign.pipeline import stages as module
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Calls of the trainer, by stage; `stop` names a stage that ends before it is done."""
+    calls = types.SimpleNamespace(names=[], configs=[], dry=[], stop=None, fail=None)
+
+    def run(config, dry_run=False):
+        workdir = Path(config.workdir)
+        calls.names.append(workdir.name)
+        calls.configs.append(config)
+        calls.dry.append(dry_run)
+        if dry_run:
+            return {"dry": True}
+        if calls.fail == workdir.name:
+            raise RuntimeError("a crash")
+        (workdir / "export").mkdir(parents=True, exist_ok=True)
+        (workdir / "export" / "weights").write_text(str(config.optimizer.learning_rate))
+        if calls.stop != workdir.name:
+            (workdir / "DONE").write_text("")
+        return {"loss": 1.0}
+
+    fake = types.ModuleType("jaxalign.train.trainer")
+    fake.run = run
+    import jaxalign.train
+
+    monkeypatch.setitem(sys.modules, "jaxalign.train.trainer", fake)
+    monkeypatch.setattr(jaxalign.train, "trainer", fake, raising=False)
+    return calls
+
+
+def section(algorithm, data, **fields):
+    c = defaults(algorithm)
+    c.data.sources = (str(data),)
+    for key, value in fields.items():
+        c["from"][key] = value
+    return c
+
+
+@pytest.fixture
+def road(tmp_path):
+    """SFT -> reward model -> PPO and SFT -> DPO."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+
+    def make(**changes):
+        sft = section("sft", data)
+        sft.model.path = "org/model"
+        c = stages(
+            str(tmp_path / "run"),
+            sft=sft,
+            dpo=section("dpo", data, model="sft"),
+            reward=section("reward", data, model="sft"),
+            ppo=section("ppo", data, model="sft", reward="reward"),
+        )
+        for field, value in changes.items():
+            *parents, leaf = field.split("__")
+            node = c
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        return c
+
+    return make
+
+
+def test_stages_run_in_order_on_each_others_results(road, trainer, tmp_path):
+    results = module.run(road(), log=lambda line: None)
+    assert trainer.names == ["sft", "dpo", "reward", "ppo"]
+    run = tmp_path / "run"
+    sft, dpo, reward, ppo = trainer.configs
+    assert sft.model.path == "org/model"
+    assert dpo.model.path == reward.model.path == ppo.model.path == str(run / "sft" / "export")
+    assert ppo.rewards.model == str(run / "reward" / "export")
+    assert results == {name: {"loss": 1.0} for name in trainer.names}
+    record = json.loads((run / "ppo" / "stage.json").read_text())
+    assert record["from"] == {"model": "sft", "reward": "reward"}
+    assert record["format"] == 1
+
+
+def test_a_rerun_does_nothing(road, trainer):
+    module.run(road(), log=lambda line: None)
+    lines = []
+    results = module.run(road(), log=lines.append)
+    assert len(trainer.names) == 4
+    assert all(r["skipped"] for r in results.values())
+    assert all("done before" in line for line in lines)
+
+
+def test_a_rerun_starts_where_it_stopped(road, trainer, tmp_path):
+    trainer.fail = "reward"
+    with pytest.raises(RuntimeError):
+        module.run(road(), log=lambda line: None)
+    trainer.fail = None
+    (tmp_path / "run" / "reward" / "checkpoints").mkdir(parents=True)
+    module.run(road(), log=lambda line: None)
+    assert trainer.names == ["sft", "dpo", "reward", "reward", "ppo"]
+    assert (tmp_path / "run" / "reward" / "checkpoints").is_dir()  # resumed in place, not moved aside
+    assert not list((tmp_path / "run").glob("*.old-*"))
+
+
+def test_a_stage_that_was_stopped_ends_the_run(road, trainer):
+    trainer.stop = "dpo"  # as after SIGTERM: saved, not done
+    lines = []
+    module.run(road(), log=lines.append)
+    assert trainer.names == ["sft", "dpo"]
+    assert "dpo stopped before its end" in lines[-1]
+
+
+def test_a_changed_reward_stage_reruns_itself_and_what_depends_on_it(road, trainer, tmp_path):
+    module.run(road(), log=lambda line: None)
+    changed = road(reward__optimizer__learning_rate=3e-5)
+    module.run(changed, log=lambda line: None)
+    assert trainer.names[4:] == ["reward", "ppo"]
+    run = tmp_path / "run"
+    assert (run / "reward.old-1" / "export" / "weights").read_text() == "1e-05"
+    assert (run / "reward" / "export" / "weights").read_text() == "3e-05"
+    assert (run / "ppo.old-1" / "DONE").exists()
+    assert not (run / "sft.old-1").exists() and not (run / "dpo.old-1").exists()
+    module.run(road(), log=lambda line: None)  # and back again: nothing is ever overwritten
+    assert trainer.names[6:] == ["reward", "ppo"]
+    assert (run / "reward.old-2" / "export" / "weights").read_text() == "3e-05"
+
+
+def test_changed_data_is_a_changed_input(road, trainer, tmp_path):
+    module.run(road(), log=lambda line: None)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "b"}\n')  # same size: content counts
+    module.run(road(), log=lambda line: None)
+    assert trainer.names[4:] == ["sft", "dpo", "reward", "ppo"]
+
+
+def test_what_does_not_change_the_result_does_not_rerun_it(road, trainer):
+    module.run(road(), log=lambda line: None)
+    module.run(
+        road(sft__logging__every=50, sft__mesh__data=2, dpo__model__remat="none", ppo__checkpoint__every=7),
+        log=lambda line: None,
+    )
+    assert len(trainer.names) == 4
+
+
+def test_the_seed_is_shared_and_part_of_the_key(road, trainer):
+    module.run(road(), log=lambda line: None)
+    module.run(road(seed=5), log=lambda line: None)
+    assert trainer.names[4:] == ["sft", "dpo", "reward", "ppo"]
+    assert {c.seed for c in trainer.configs[4:]} == {5}
+
+
+def test_a_moved_workdir_keeps_its_keys(road, trainer, tmp_path):
+    module.run(road(), log=lambda line: None)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    module.run(road(workdir=str(tmp_path / "elsewhere")), log=lambda line: None)
+    assert len(trainer.names) == 4
+
+
+def test_a_directory_of_unknown_origin_is_kept(road, trainer, tmp_path):
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "thesis.txt").write_text("mine")
+    module.run(road(), log=lambda line: None)
+    assert (tmp_path / "run" / "sft.old-1" / "thesis.txt").read_text() == "mine"
+
+
+def test_part_of_the_stages(road, trainer):
+    module.run(road(stages=("sft", "dpo")), log=lambda line: None)
+    assert trainer.names == ["sft", "dpo"]
+    module.run(road(), log=lambda line: None)
+    assert trainer.names[2:] == ["reward", "ppo"]
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"ppo__from__model": "stf"}, "from.model is 'stf'"),
+        ({"stages": ("dpo", "sft")}, "'sft', which runs after it"),
+        ({"sft__from__model": "dpo"}, "'dpo', which runs after it"),
+        ({"sft__from__model": "sft"}, "'sft' itself"),
+        ({"stages": ()}, "stages is empty"),
+        ({"stages": ("sft", "bogus")}, "'bogus', which has no section"),
+        ({"stages": ("sft", "sft")}, "'sft' twice"),
+        ({"ppo__from__reward": "dpo"}, "a dpo stage"),
+        ({"ppo__from__model": "reward"}, "a reward stage"),
+        ({"dpo__from__reward": "reward", "stages": ("sft", "reward", "dpo")}, "dpo takes none"),
+        ({"dpo__model__path": "org/other"}, "both from.model and model.path"),
+        ({"dpo__model__from_scratch": True}, "from_scratch with from.model"),
+        ({"ppo__from__reward": None}, "stage ppo: PPO without a reward"),
+        ({"ppo__algorithm__clip_range": -1.0}, "stage ppo: algorithm.clip_range"),
+        ({"ppo__data__sources": ("gone.jsonl",)}, "no file gone.jsonl"),
+        ({"sft__model__path": None}, "stage sft: model.path is not set"),
+        ({"workdir": None}, "workdir is not set"),
+    ],
+)
+def test_every_stage_is_checked_before_the_first_runs(road, trainer, changes, words):
+    with pytest.raises(InputError) as error:
+        module.run(road(**changes), log=lambda line: None)
+    assert words in str(error.value)
+    assert trainer.names == []
+
+
+def test_the_fix_names_the_stages_own_flag(road, trainer):
+    with pytest.raises(InputError) as error:
+        module.run(road(ppo__algorithm__clip_range=-1.0), log=lambda line: None)
+    assert error.value.fix.startswith("--config.ppo.algorithm.clip_range=")
+
+
+def test_dry_run_stands_for_what_is_not_trained_yet(road, trainer, tmp_path):
+    module.run(road(), dry_run=True, log=lambda line: None)
+    assert trainer.names == ["sft", "dpo", "reward", "ppo"]
+    assert all(trainer.dry)
+    assert {c.model.path for c in trainer.configs} == {"org/model"}
+    assert trainer.configs[3].rewards.model == "org/model"
+    assert not (tmp_path / "run").exists()
+
+
+def test_warnings_name_their_stage(road, trainer):
+    lines = []
+    module.run(road(dpo__algorithm__beta=3.0), log=lines.append)
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: dpo: algorithm.beta is 3; guides for dpo give 0.05 to 0.5"
+    ]
+
+
+def test_a_single_stage_is_the_trainers_own(trainer, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text("{}\n")
+    c = section("sft", data)
+    c.model.path, c.workdir = "org/model", str(tmp_path / "one")
+    assert module.run(c, log=lambda line: None) == {"loss": 1.0}
+    assert not (tmp_path / "one" / "stage.json").exists()
+
+
+def test_reward_functions_count_by_their_source(tmp_path):
+    function = tmp_path / "mine.py"
+    function.write_text("def f(): return 1\n")
+    before = module.fingerprint(module._paths(f"{function}:f")[0])
+    function.write_text("def f(): return 2\n")
+    assert module.fingerprint(module._paths(f"{function}:f")[0]) != before
+    assert module._paths("json.decoder:JSONDecoder")[0].endswith("decoder.py")
+    assert module._paths("gs://bucket/file") == ["gs://bucket/file"]
+
+
+def test_large_files_count_by_size_time_and_ends(tmp_path):
+    big = tmp_path / "big.bin"
+    with big.open("wb") as file:
+        file.truncate((64 << 20) + 10)
+    before = module.fingerprint(str(big))
+    assert before == module.fingerprint(str(big))
+    with big.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert module.fingerprint(str(big)) != before
