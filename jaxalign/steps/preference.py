@@ -1,0 +1,86 @@
+"""Direct preference optimization: DPO and its relatives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.errors import InputError
+from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
+from jaxalign.ops.readout import completion_sums, pairs, token_logprobs
+from jaxalign.steps.step import Objective, Sums, reduce_terms
+from jaxalign.types import Batch, Params
+
+
+def sequence_logprobs(
+    apply: Callable[..., Any], head: Callable[[Params], jax.Array], params: Params, batch: Batch
+) -> jax.Array:
+    """Log-prob of each completion given its prompt, summed over its scored tokens: [B, C], in nats, at least float32.
+
+    The one path by which policy and reference, live or cached, get their log-probs.
+    """
+    hidden, _, _ = apply(params, None, batch.rows)
+    logprobs, _ = token_logprobs(hidden, head(params), batch.readouts)
+    return completion_sums(logprobs, batch.readouts, batch.completions.mask.shape[1])
+
+
+def preference_objective(
+    apply: Callable[..., Any],
+    head: Callable[[Params], jax.Array],
+    *,
+    loss: str,
+    beta: float,
+    label_smoothing: float,
+    reference: str,
+    **options: Any,
+) -> Objective:
+    """The mean of a preference loss over the batch's pairs, each weighted by its record.
+
+    Args:
+      apply: (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      head: params -> [D, V].
+      loss: a name in `PREFERENCE_LOSSES`.
+      beta: strength of the tie to the reference.
+      label_smoothing: share of labels taken to be wrong; an error where the loss has no such form and it is not 0.
+      reference: "live", the forward of `frozen["ref"]` in the same step; "cached", `batch.completions.ref_logprob`.
+      options: further options of the loss.
+
+    Returns:
+      The objective of the role "policy".
+    """
+    terms_of = PREFERENCE_LOSSES[loss]
+    if "label_smoothing" in inspect.signature(terms_of).parameters:
+        options["label_smoothing"] = label_smoothing
+    elif label_smoothing:
+        raise InputError(
+            f"label_smoothing {label_smoothing} with the {loss} loss",
+            "0: this loss has no smoothed form",
+            "--config.algorithm.label_smoothing=0",
+        )
+    if reference not in ("live", "cached"):
+        raise ValueError(f"reference is 'live' or 'cached', not {reference!r}")
+
+    def objective(params, frozen, extra, batch: Batch) -> Sums:
+        del extra
+        completions = batch.completions
+        policy = sequence_logprobs(apply, head, params["policy"], batch)
+        if reference == "live":
+            ref = jax.lax.stop_gradient(sequence_logprobs(apply, head, frozen["ref"], batch))
+        else:
+            ref = completions.ref_logprob
+        lengths = completion_sums(batch.readouts.mask, batch.readouts, completions.mask.shape[1])
+        policy, ref, lengths, weights = (by_pair(x, batch) for x in (policy, ref, lengths, completions.weight))
+        terms = terms_of(policy, ref, lengths, weights["chosen"], beta=beta, **options)
+        tokens = jnp.sum(jnp.where(weights["chosen"] != 0, lengths["chosen"] + lengths["rejected"], 0))
+        return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": tokens})
+
+    return objective
+
+
+def by_pair(values: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """Values of completions, [B, C], as flat arrays of pairs [B * C']; a pair that is not whole gets zeros."""
+    return {name: array.reshape(-1) for name, array in pairs(values, batch.completions).items()}
