@@ -1,0 +1,220 @@
+"""Hugging Face checkpoints to parameters: weights stream from safetensors straight into their shards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jaxalign.errors import InputError
+from jaxalign.models import names
+from jaxalign.models.config import ModelConfig, from_hf
+from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.transformer import Model
+from jaxalign.models.weights import DTYPES, Tensor, list_tensors
+from jaxalign.types import Params
+
+Shardings = Callable[[Params], Any] | None
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    revision: str | None = None,
+    head: str | None = None,
+    shardings: Shardings = None,
+    key: jax.Array | None = None,
+) -> tuple[Model, Params]:
+    """Reads a checkpoint.
+
+    Args:
+      path: a directory in Hugging Face form, or a hub id.
+      dtype: of the computation.
+      param_dtype: of the parameters; the file's numbers are converted while they are read.
+      remat: what the backward pass recomputes: none, dots or full.
+      revision: of a hub id.
+      head: "lm", "score", or None for what the checkpoint is. "score" on a causal language model drops its token head
+        and starts a scalar one.
+      shardings: from the abstract parameters to a tree of shardings; None: the first local device.
+      key: of a new scalar head; needed only there.
+
+    Returns:
+      The model and its parameters.
+
+    Raises:
+      InputError: a config field that is not honoured, or a key that is unknown, missing, twice or of another shape.
+    """
+    directory = locate(path, revision)
+    config = from_hf(read_json(directory / CONFIG), dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
+    model = Model(config)
+    abstract = model.abstract()
+    sources = match(config, abstract, list_tensors(directory))
+    params = {}
+    for leaf_path, leaf, sharding in _leaves(abstract, shardings):
+        if leaf_path in sources:
+            _put(params, leaf_path, _read_leaf(names.row_of(leaf_path), sources[leaf_path], config, leaf, sharding))
+        elif key is None:
+            raise ValueError(f"{directory} has no scalar head: pass a key to start one")
+        else:
+            fresh = jax.jit(lambda k: model.init(k)["score"]["kernel"], out_shardings=sharding)
+            _put(params, leaf_path, fresh(key))
+    return model, params
+
+
+def from_scratch(
+    path: str | Path,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    key: jax.Array,
+    revision: str | None = None,
+    head: str | None = None,
+    shardings: Shardings = None,
+) -> tuple[Model, Params]:
+    """Starts a model from its `config.json` alone: kernels normal(0, initializer_range), norms 1, biases 0.
+
+    Args and returns are `load`'s; each parameter is made on the devices that hold it.
+    """
+    directory = locate(path, revision, weights=False)
+    config = from_hf(read_json(directory / CONFIG), dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
+    model = Model(config)
+    out: Params = {}
+    for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
+        _put(out, leaf_path, sharding)
+    return model, jax.jit(model.init, out_shardings=out)(key)
+
+
+def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Which tensors make up each parameter, every key of the checkpoint accounted for.
+
+    Args:
+      config: of the model.
+      abstract: its parameters.
+      tensors: of the checkpoint, by name.
+
+    Returns:
+      For each path of a parameter its tensors, one for each layer where it is stacked. Only a scalar head may lack.
+
+    Raises:
+      InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
+    """
+    sizes = names.sizes(config)
+    leaves = {leaf_path: leaf for leaf_path, leaf, _ in _leaves(abstract, None)}
+    found: dict[str, dict[int, Tensor]] = {leaf_path: {} for leaf_path in leaves}
+    for name, tensor in tensors.items():
+        known = names.find(name)
+        if known is None or known[0].path not in leaves or (known[1] or 0) >= config.num_layers:
+            if names.is_harmless(name) or (name == "lm_head.weight" and _headless(config, tensors)):
+                continue
+            raise InputError(
+                f"{name} in {tensor.file}, which this model does not have",
+                f"the tensors of a {config.num_layers}-layer {'tied ' if config.tied else ''}"
+                f"Llama with a {'scalar' if config.head == 'score' else 'token'} head",
+                "a config.json that describes these weights, or weights without it",
+            )
+        row, layer = known
+        if tensor.shape != row.shape(sizes):
+            raise InputError(
+                f"{name} of shape {tensor.shape} in {tensor.file}",
+                f"{row.shape(sizes)}, as config.json says",
+                "a config.json that describes these weights",
+            )
+        if tensor.dtype not in DTYPES:
+            raise InputError(
+                f"{name} of type {tensor.dtype} in {tensor.file}",
+                f"one of {', '.join(DTYPES)}",
+                "an unquantised copy of the checkpoint",
+            )
+        found[row.path][layer or 0] = tensor
+    complete = {}
+    for leaf_path, parts in found.items():
+        row = names.row_of(leaf_path)
+        wanted = range(config.num_layers) if row.stacked else range(1)
+        missing = [row.name.format(layer=i) for i in wanted if i not in parts]
+        if leaf_path == "score/kernel" and missing:
+            continue
+        if missing:
+            raise InputError(
+                f"no {missing[0]} among the weights" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+                "every tensor that config.json asks for",
+                "a whole checkpoint, or a config.json that describes it",
+            )
+        complete[leaf_path] = [parts[i] for i in wanted]
+    return complete
+
+
+def _headless(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a token head may be left unread: a scalar head takes its place, or it repeats the embedding."""
+    if config.head == "score":
+        return True
+    head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+    if embedding is None or not config.tied:
+        return True  # the missing embedding is reported by its own name
+    if head.shape == embedding.shape and np.array_equal(head.read(), embedding.read()):
+        return True
+    raise InputError(
+        f"lm_head.weight in {head.file} differs from model.embed_tokens.weight",
+        "the same numbers, since tie_word_embeddings is true",
+        '"tie_word_embeddings": false in config.json',
+    )
+
+
+def _read_leaf(
+    row: names.Row, tensors: list[Tensor], config: ModelConfig, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    """One parameter, each device's part read on its own."""
+    sizes = names.sizes(config)
+
+    @functools.cache  # devices that hold the same part share one array
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+        within = tuple(slice(*b) for b in (bounds[1:] if row.stacked else bounds))
+        if not row.stacked:
+            out[...] = row.to_ours(tensors[0].read(), sizes)[within]
+            return out
+        for i, layer in enumerate(range(*bounds[0])):
+            out[i] = row.to_ours(tensors[layer].read(), sizes)[within]
+        return out
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return read(tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)))
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _leaves(abstract: Params, shardings: Shardings) -> list[tuple[str, jax.ShapeDtypeStruct, Sharding]]:
+    """Path, shape and sharding of each parameter."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    if shardings is None:
+        placed = [SingleDeviceSharding(jax.local_devices()[0])] * len(flat)
+    else:
+        placed = treedef.flatten_up_to(shardings(abstract))
+    return [("/".join(k.key for k in p), leaf, s) for (p, leaf), s in zip(flat, placed, strict=True)]
+
+
+def _put(tree: dict, leaf_path: str, value: Any) -> None:
+    *parents, last = leaf_path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def get_leaf(tree: Mapping, leaf_path: str) -> Any:
+    """The array at a path such as `layers/mlp/up/kernel`."""
+    for name in leaf_path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def num_params(abstract: Params) -> int:
+    """How many numbers the parameters hold."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))

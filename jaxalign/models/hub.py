@@ -1,0 +1,80 @@
+"""From what a user calls a model, a directory or a hub id, to a directory on this host."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import InputError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The directory that holds a model; a hub id is fetched into the hub's cache, or found there when offline.
+
+    Args:
+      path: a directory, or a hub id such as "org/name".
+      revision: branch, tag or commit of a hub id.
+      weights: whether safetensors are wanted too.
+
+    Raises:
+      InputError: no such directory, and not on the hub or not reachable.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory.resolve()
+    if not _HUB_ID.fullmatch(str(path)) or directory.exists():
+        raise InputError(f"no directory {path}", "a directory in Hugging Face form, or a hub id", "--config.model.path=DIR")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES]
+    if weights:
+        patterns += ["*.safetensors", "*.safetensors.index.json"]
+    try:
+        found = snapshot_download(
+            str(path), revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path}{at}: no such directory here, and the hub did not give it ({reason})",
+            "a directory in Hugging Face form, or a hub id that is in the cache or can be reached",
+            f"hf download {path}, or HF_TOKEN=... for a gated model, or --config.model.path=DIR",
+        ) from error
+    return Path(found)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      InputError: no such file, or not a JSON object.
+    """
+    if not file.is_file():
+        raise InputError(f"no {file.name} in {file.parent}", "a model in Hugging Face form", "--config.model.path=DIR")
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}", "a JSON object", f"a whole {file.name}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} holds a {type(value).__name__}", "a JSON object", f"a whole {file.name}")
+    return value

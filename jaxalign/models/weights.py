@@ -1,0 +1,182 @@
+"""safetensors files read by header and memory map, written tensor by tensor: never a whole file in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxalign.errors import InputError
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_NAME = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100 << 20  # as the safetensors library
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str  # the file's own code, "F32" and so on
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def read(self) -> np.ndarray:
+        """A read-only map of it; its pages leave memory when the array does."""
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, DTYPES[self.dtype])
+        data = np.memmap(self.file, np.uint8, "r", self.offset, math.prod(self.shape) * DTYPES[self.dtype].itemsize)
+        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def list_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, single file or sharded, by name; only headers are read.
+
+    Raises:
+      InputError: no safetensors there, a file missing or cut short, a name twice or in another file than the index says.
+    """
+    index = directory / _INDEX
+    if (directory / _NAME).is_file():
+        files, where = [directory / _NAME], None
+    elif index.is_file():
+        where = json.loads(index.read_text())["weight_map"]
+        files = sorted({directory / name for name in where.values()})
+    else:
+        found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
+        raise InputError(
+            f"{found} in {directory}",
+            f"{_NAME}, or {_INDEX} and its shards",
+            "convert it once: transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"no {file.name} in {directory}", f"the shards that {_INDEX} names", "download it again")
+        for name, tensor in _header(file).items():
+            if name in tensors:
+                raise InputError(
+                    f"{name} in both {tensors[name].file.name} and {file.name}", "each tensor once", "download it again"
+                )
+            if where is not None and where.get(name) != file.name:
+                raise InputError(
+                    f"{name} in {file.name}", f"{_INDEX} to say so; it says {where.get(name)}", "download it again"
+                )
+            tensors[name] = tensor
+    for name in where or ():
+        if name not in tensors:
+            raise InputError(f"no {name} in {where[name]}", f"what {_INDEX} says", "download it again")
+    return tensors
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    """Source: https://huggingface.co/docs/safetensors, "Format"."""
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+        if length > min(size - 8, _MAX_HEADER):
+            raise InputError(f"{file} is not a whole safetensors file", "a header in its first bytes", "download it again")
+        try:
+            header = json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file))
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file} has an unreadable header", "a safetensors file", "download it again") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if 8 + length + end > size:
+            raise InputError(f"{file} is cut short at {name}", f"{8 + length + end} bytes or more", "download it again")
+        if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise InputError(f"{name} {shape} {dtype} in {end - begin} bytes of {file}", "its size", "download it again")
+        tensors[name] = Tensor(file, dtype, shape, 8 + length + begin)
+    return tensors
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{twice} twice in {file}", "each tensor once", "download it again")
+    return dict(pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: made only when its turn comes."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write_tensors(
+    directory: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype, max_bytes: int = 5 * 10**9
+) -> None:
+    """Writes one file, or shards of at most `max_bytes` and their index, in the order given.
+
+    Args:
+      directory: where; None to make every tensor and write nothing (the other processes of a multi-host run: making a
+        tensor gathers it from all of them).
+      tensors: by name.
+      dtype: of all of them in the file.
+      max_bytes: of one file; a larger tensor has a file of its own. transformers 4 used 5 GB.
+    """
+    shards: list[list[str]] = [[]]
+    used = total = 0
+    for name, planned in tensors.items():
+        size = math.prod(planned.shape) * dtype.itemsize
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used, total = used + size, total + size
+    files = [
+        _NAME if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(None if directory is None else directory / file, {n: tensors[n] for n in names}, dtype)
+    if directory is not None and len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(file: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    end = 0
+    for name, planned in tensors.items():
+        begin, end = end, end + math.prod(planned.shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(planned.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    with open(file or os.devnull, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, planned in tensors.items():
+            array = planned.make()
+            if array.shape != planned.shape:
+                raise ValueError(f"{name} was planned as {planned.shape} and made as {array.shape}")
+            if file is not None:
+                array = np.ascontiguousarray(array, dtype)
+                f.write(array.reshape(-1).view(np.uint8).data)
+        if file is not None:
+            f.flush()
+            os.fsync(f.fileno())
