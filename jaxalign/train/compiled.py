@@ -1,0 +1,143 @@
+"""A jitted function compiled ahead, once for each shape of its arguments, that says what it needs when memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxalign.errors import InputError
+
+# What to change, by what helps most for least.
+ADVICE = (
+    "--config.grad_accum_steps=2 (or more: rows at a time), --config.model.remat=full, "
+    "--config.data.max_length or --config.data.row_length smaller, --config.batch_size smaller, "
+    "--config.mesh.fsdp=-1 with more devices, --config.optimizer.name=adafactor, --config.model.frozen_dtype=bfloat16"
+)
+
+
+class Compiled:
+    """Calls `function` through executables made ahead of time, one for each set of argument shapes.
+
+    An executable takes arguments of the shardings that it was compiled for and no others, so that nothing is compiled
+    a second time without a word: after the first step, after a restore, in the last batch.
+    """
+
+    def __init__(
+        self, function: Callable, name: str, *, donate: tuple[int, ...] = (), out_shardings: Any = None
+    ):
+        """
+        Args:
+          function: pure.
+          name: how messages call it.
+          donate: positions of the arguments whose memory the results take over.
+          out_shardings: pinned, for all results; None leaves them to the compiler.
+        """
+        self.name, self.num_compiles, self.memory = name, 0, {}
+        function.__name__ = name.replace(" ", "_")  # what profiles show
+        kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
+        self._jitted = jax.jit(function, donate_argnums=donate, **kwargs)
+        self._executables: dict[Any, Any] = {}
+
+    def compile(self, *args: Any) -> Any:
+        """The executable for arguments of these shapes (arrays or ShapeDtypeStructs)."""
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, tuple((x.shape, x.dtype) for x in leaves))
+        if key not in self._executables:
+            with memory_errors(self.name):
+                executable = self._jitted.lower(*args).compile()
+            self.num_compiles += 1
+            self.memory = memory_of(executable)
+            refuse_what_cannot_fit(self.name, self.memory)
+            self._executables[key] = executable
+        return self._executables[key]
+
+    def __call__(self, *args: Any) -> Any:
+        executable = self.compile(*args)
+        with memory_errors(self.name, self.memory):
+            return executable(*args)
+
+
+def memory_of(executable: Any) -> dict[str, int]:
+    """Bytes that an executable needs on each device: `arguments`, `results`, `temporary`, and their `total`.
+
+    Results that take over donated arguments are counted once.  Empty where the backend does not say.
+    """
+    analysis = executable.memory_analysis()
+    if analysis is None:
+        return {}
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+        "arguments": arguments,
+        "results": results,
+        "temporary": temporary,
+        "total": arguments + results + temporary,
+    }
+
+
+def device_limit() -> int | None:
+    """Bytes that the runtime may use on the first device; None where it does not say (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: on a device where it counts them, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if stats.get("peak_bytes_in_use"):
+        return int(stats["peak_bytes_in_use"])
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def refuse_what_cannot_fit(name: str, memory: dict[str, int], limit: int | None = None) -> None:
+    """Raises before anything runs where an executable needs more memory than a device has.
+
+    Args:
+      name: what is to run.
+      memory: from `memory_of`.
+      limit: bytes there; asked of the device by default.
+    """
+    limit = device_limit() if limit is None else limit
+    if memory and limit and memory["total"] > limit:
+        raise out_of_memory(name, memory, limit)
+
+
+def out_of_memory(name: str, memory: dict[str, int], limit: int | None, detail: str = "") -> InputError:
+    """The error for a program that does not fit: bytes needed, bytes there, what to change.
+
+    >>> print(out_of_memory("train step", {"arguments": 2**30, "results": 0, "temporary": 2**31, "total": 3 * 2**30}, 2**31))
+    found:    out of memory in the train step: it needs 3,221,225,472 bytes (3.00 GiB) on each device (arguments 1.00 GiB, results 0.00 GiB, temporary 2.00 GiB)
+    expected: at most the 2,147,483,648 bytes (2.00 GiB) there
+    fix:      --config.grad_accum_steps=2 (or more: rows at a time), --config.model.remat=full, --config.data.max_length or --config.data.row_length smaller, --config.batch_size smaller, --config.mesh.fsdp=-1 with more devices, --config.optimizer.name=adafactor, --config.model.frozen_dtype=bfloat16
+    """  # noqa: E501  a doctest
+    found = f"out of memory in the {name}"
+    if memory:
+        parts = ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items() if k != "total")
+        found += f": it needs {memory['total']:,} bytes ({memory['total'] / 2**30:.2f} GiB) on each device ({parts})"
+    if detail:
+        found += f"; {detail}"
+    there = f"the {limit:,} bytes ({limit / 2**30:.2f} GiB) there" if limit else "what the device has"
+    return InputError(found, f"at most {there}", ADVICE)
+
+
+class memory_errors:  # noqa: N801  used as a statement
+    """`with memory_errors("train step"):` turns a runtime's out-of-memory error into one that says what to change."""
+
+    def __init__(self, name: str, memory: dict[str, int] | None = None):
+        self._name, self._memory = name, memory or {}
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        text = str(error)
+        if isinstance(error, (RuntimeError, MemoryError)) and (
+            isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+        ):
+            raise out_of_memory(self._name, self._memory, device_limit(), text.splitlines()[0][:300]) from error

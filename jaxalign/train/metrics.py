@@ -1,0 +1,207 @@
+"""Where a run's figures go: `metrics.jsonl`, TensorBoard, Weights & Biases, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.processes import is_main
+from jaxalign.train.rundir import RunDir
+
+
+class Writer:
+    """Writes rows of figures; on processes other than 0, nothing.
+
+    A row of `metrics.jsonl` is `{"step": N, "time": seconds since 1970, name: value, ...}`, N batches done.
+    """
+
+    def __init__(self, run: RunDir, cfg: Any, *, start: int, config: Mapping[str, Any]):
+        """
+        Args:
+          run: the run's directory.
+          cfg: the `logging` section.
+          start: the step that the run goes on from; rows of later steps, left by a crash, are cut.
+          config: the whole configuration, for Weights & Biases.
+        """
+        self._run, self._file, self._events, self._wandb = run, None, None, None
+        if not is_main():
+            return
+        run.path.mkdir(parents=True, exist_ok=True)
+        cut_back(run, start)
+        if run.remote:  # objects cannot be appended to: the whole file is written at each flush
+            self._lines = run.metrics.read_text() if run.metrics.exists() else ""
+        else:
+            self._file = open(os.fspath(run.metrics), "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        if cfg.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(os.fspath(run.events), purge_step=start + 1, flush_secs=30)
+        if cfg.wandb_project:
+            self._wandb = _start_wandb(cfg.wandb_project, run, config)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one row; values that are not finite become null."""
+        if not is_main():
+            return
+        finite = {k: (float(v) if math.isfinite(v) else None) for k, v in sorted(values.items())}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines += line
+        if self._events is not None:
+            for name, value in finite.items():
+                if value is not None:
+                    self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in finite.items() if v is not None}, step=step)
+
+    def flush(self) -> None:
+        """Makes sure that what was written survives a crash; called before each checkpoint."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        elif is_main():
+            self._run.metrics.write_text(self._lines)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if not is_main():
+            return
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, run: RunDir, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            f"logging.wandb_project is {project!r} and wandb is not installed",
+            "the package wandb, or no project",
+            "pip install wandb, or --config.logging.wandb_project=None",
+        ) from error
+    return wandb.init(project=project, name=str(run.path), config=dict(config), resume="allow")
+
+
+def cut_back(run: RunDir, step: int) -> None:
+    """Drops the rows after `step`, and a last row that a crash cut short."""
+    if not run.metrics.exists():
+        return
+    text = run.metrics.read_text()
+    kept = "".join(json_line for json_line, row in _rows(text) if row["step"] <= step)
+    if kept == text:
+        return
+    if run.remote:
+        run.metrics.write_text(kept)
+        return
+    tmp = run.path / ".metrics.tmp"
+    tmp.write_text(kept)
+    os.replace(tmp, run.metrics)
+
+
+def read_metrics(run: RunDir) -> list[dict]:
+    """All whole rows of `metrics.jsonl`."""
+    return [row for _, row in _rows(run.metrics.read_text())] if run.metrics.exists() else []
+
+
+def _rows(text: str) -> Iterator[tuple[str, dict]]:
+    for line in text.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if line.endswith("\n"):
+            yield line, row
+
+
+class Progress:
+    """A line that says how far the run is: step, loss, tokens per second, time left.
+
+    On a terminal a bar that stays in place; elsewhere a plain line now and then.
+    """
+
+    _EVERY = 10.0  # seconds between plain lines
+
+    def __init__(self, name: str, total: int, *, start: int, enabled: bool):
+        self._name, self._total, self._bar, self._last = name, total, None, 0.0
+        self._enabled = enabled and is_main()
+        self._start, self._t0 = start, time.monotonic()
+        if self._enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn(name),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(name, total=total, completed=start, figures="compiling")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+        """Shows a finished step."""
+        if not self._enabled:
+            return
+        figures = f"loss {loss:.4f}" + (f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+            return
+        now = time.monotonic()
+        if step in (self._start + 1, self._total) or now - self._last > self._EVERY:
+            left = (now - self._t0) / max(step - self._start, 1) * (self._total - step)
+            print(f"{self._name}  step {step}/{self._total}  {figures}  {clock(left)} left", file=sys.stderr, flush=True)
+            self._last = now
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(3725), clock(65), clock(4)
+    ('1h02m', '1m05s', '4s')
+    """
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def count_tokens(rows: Any) -> int:
+    """Tokens of a host batch that are not padding: those that see another token, or that another token sees.
+
+    Args:
+      rows: `types.Rows` of numpy arrays [B, T].
+
+    >>> from jaxalign.types import Rows
+    >>> count_tokens(Rows(np.zeros((1, 4)), None, np.array([[0, 0, 0, 3]]), np.array([[1, 2, 3, 4]])))
+    3
+    """
+    start, end = np.asarray(rows.attend_start), np.asarray(rows.attend_end)
+    batch, length = start.shape
+    edges = np.zeros((batch, length + 1), np.int64)
+    row = np.arange(batch)[:, None]
+    np.add.at(edges, (row, start), 1)
+    np.add.at(edges, (row, end), -1)
+    seen_by = np.cumsum(edges, axis=1)[:, :length]
+    return int(np.sum((end - start > 1) | (seen_by > 1)))

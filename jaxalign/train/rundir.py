@@ -1,0 +1,167 @@
+"""A run's directory: its format, the configuration it belongs to, and its results when it is done.
+
+    config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/ export/ DONE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.processes import is_main
+
+FORMAT = 1
+
+# Fields that may differ between a run and its continuation: they do not change what is computed, or the numbers
+# only by rounding (mesh, remat).
+_FREE = (
+    "workdir",
+    "mesh",
+    "eval",
+    "checkpoint",
+    "logging",
+    "model.remat",
+    "data.cache_dir",
+    "data.eval_sources",
+)
+_LENGTH = ("num_train_steps", "num_epochs")  # may differ under a constant learning rate
+
+
+class RunDir:
+    """The directory of one training stage, local or on an object store (`gs://`, `s3://`).
+
+    Only process 0 writes text into it.
+    """
+
+    def __init__(self, workdir: str):
+        from etils import epath
+
+        self.remote = "://" in str(workdir)
+        self.path = epath.Path(workdir if self.remote else os.path.abspath(os.path.expanduser(workdir)))
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events"
+        self.samples = self.path / "samples"
+        self.cache = self.path / "cache"
+        self.export = self.path / "export"
+
+    def open(self, config: Mapping[str, Any], *, resume: bool) -> dict | None:
+        """Takes the directory for a run of this configuration.
+
+        Args:
+          config: the whole configuration as plain dicts.
+          resume: whether to go on with what is there.
+
+        Returns:
+          The results, where such a run is already done.
+
+        Raises:
+          InputError: the directory holds another format, another configuration's run, or a run that may not be resumed.
+        """
+        old = self.read_json("config.json")
+        if old is not None:
+            self._check(old, config)
+            if self.checkpoints.exists() and not resume and any(self.checkpoints.iterdir()):
+                raise InputError(
+                    f"{self.path} holds checkpoints and checkpoint.resume is False",
+                    "a fresh directory, or leave to go on",
+                    "--config.workdir=ANOTHER or --config.checkpoint.resume=True",
+                )
+            done = self.read_json("DONE")
+            if done is not None and _pick(old["config"], _LENGTH) == _pick(config, _LENGTH):
+                return done
+        elif self.path.exists() and any(self.path.glob("checkpoints/*")):
+            raise InputError(
+                f"{self.path} has checkpoints but no config.json",
+                "a run directory of jaxalign, or an empty one",
+                "--config.workdir=ANOTHER",
+            )
+        self.write_json("config.json", {"format": FORMAT, "config": config})
+        if is_main() and (self.path / "DONE").exists():  # a longer run goes on from a finished one
+            (self.path / "DONE").unlink()
+        return None
+
+    def _check(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        if old.get("format") != FORMAT:
+            raise InputError(
+                f"{self.path} has run format {old.get('format')}",
+                f"format {FORMAT}, which this version of jaxalign writes",
+                "--config.workdir=ANOTHER, or the version of jaxalign that wrote it",
+            )
+        free = _FREE + (_LENGTH if config["optimizer"]["schedule"] == "constant" else ())
+        changed = [
+            f"{field} (was {before!r}, is {after!r})"
+            for field, before, after in _differences(old["config"], json.loads(json.dumps(config)))
+            if not any(field == f or field.startswith(f"{f}.") for f in free)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run of another configuration: {'; '.join(changed[:6])}",
+                "the same configuration, to go on with that run, or a directory of its own",
+                "--config.workdir=ANOTHER",
+            )
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a file as a whole: a reader sees the old one or the new one."""
+        if not is_main():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        if self.remote:  # an object appears when it is complete
+            (self.path / name).write_text(text)
+            return
+        tmp = self.path / f".{name}.tmp"
+        tmp.write_text(text)
+        os.replace(tmp, self.path / name)
+
+    def read_json(self, name: str) -> Any:
+        """The file's value, None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def _differences(old: Any, new: Any, prefix: str = ""):
+    """(dotted field, old value, new value) of every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(set(old) | set(new)):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new
+
+
+def _pick(config: Mapping[str, Any], names) -> dict:
+    return {n: config.get(n) for n in names}
+
+
+def require_shared(run: RunDir) -> None:
+    """Refuses a workdir that not every process sees: checkpoints need all of them to write into one.
+
+    Raises:
+      InputError: on every process, where one host cannot see what another wrote.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    token = run.path / f".seen-{int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))}"
+    if is_main():
+        run.path.mkdir(parents=True, exist_ok=True)
+        token.write_text("")
+    multihost_utils.sync_global_devices("workdir written")
+    seen = any(token.exists() or time.sleep(0.2) for _ in range(25))  # network file systems may lag
+    everyone = multihost_utils.process_allgather(np.array(seen))
+    if is_main():
+        token.unlink()
+    if not np.all(everyone):
+        raise InputError(
+            f"workdir {run.path} is local to a host: processes {np.flatnonzero(~everyone).tolist()} do not see it",
+            "a directory that all hosts share (a network file system or gs://, s3://)",
+            "--config.workdir=gs://BUCKET/RUN",
+        )
