@@ -16,7 +16,7 @@
 - A tokenizer without a chat template writes messages as text by `dialogues.render_plain` and its companions, framed by
   `record.framing`: "dialogue" (`\\n\\nHuman: ...\\n\\nAssistant: ...`) or "alpaca" (`### Instruction: ...`).
 
-numpy-free and jax-free: this module costs nothing to import.
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Tally:
     used: int = 0  # records in the returned list
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places, as file:line
-    sources: list[dict[str, Any]] = field(default_factory=list)  # path, weight, read, kept, dropped, used of each source
+    sources: list[dict[str, Any]] = field(default_factory=list)  # of each: path, weight, read, kept, dropped, used
 
     def drop(self, reason: str, where: str) -> None:
         """Counts one record that cannot be used."""

@@ -1,0 +1,336 @@
+"""Where records come from: a file, a glob, a directory, a saved `datasets` directory, a URL, or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxalign.data.files import SUFFIXES, Raw, is_url, read_file, supported
+from jaxalign.errors import InputError
+
+# Hub sets whose subsets are folders, not named configurations.
+_SUBSET_IS_FOLDER = ("anthropic/hh-rlhf",)
+
+# Files beside the data that only describe it.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+# (split, words in a file's or folder's name that mean it)
+_SPLITS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("train", ("train", "training")),
+    ("validation", ("validation", "valid", "val", "dev", "eval")),
+    ("test", ("test", "testing")),
+)
+
+
+class Source(NamedTuple):
+    """One source of a mixture; all but the path have a neutral default."""
+
+    path: str  # file, glob, directory, URL or hub id
+    split: str | None = None  # default: train, or the only one there is
+    name: str | None = None  # subset of a hub set
+    revision: str | None = None  # of a hub set
+    weight: float = 1.0  # how often each record is drawn
+    columns: dict[str, str] = {}  # noqa: RUF012  our name -> the data's name
+    preset: str | None = None
+    field: str = "data.sources"  # the config field it was given in, for messages
+
+
+def parse_sources(sources: Any, field: str = "data.sources") -> list[Source]:
+    """The sources of a config field, checked.
+
+    Args:
+      sources: a path, a dict with the fields of `Source`, or a sequence of these.
+      field: the config field, for messages.
+
+    >>> parse_sources(("a.jsonl", {"path": "b.jsonl", "weight": 2}))[1].weight
+    2.0
+    """
+    if isinstance(sources, (str, os.PathLike)) or _is_dict(sources):
+        sources = (sources,)
+    if not isinstance(sources, Iterable):
+        raise InputError(f"{field} is {sources!r}", "paths, hub ids or dicts", f'{field}=("data.jsonl",)')
+    parsed = [_parse(item, field) for item in sources]
+    if not parsed:
+        raise InputError(f"{field} is empty", "at least one source", f'{field}=("data.jsonl",)')
+    return parsed
+
+
+def _is_dict(item: Any) -> bool:
+    return isinstance(item, Mapping) or (
+        hasattr(item, "to_dict") and hasattr(item, "keys")
+    )  # a ConfigDict is no Mapping
+
+
+def _parse(item: Any, field: str) -> Source:
+    if isinstance(item, (str, os.PathLike)):
+        item = {"path": os.fspath(item)}
+    if not _is_dict(item):
+        raise InputError(
+            f"{field} holds {item!r}", "a path, a hub id or a dict with a path", f'{field}=("data.jsonl",)'
+        )
+    item = dict(item.items())
+    if isinstance(item.get("path"), os.PathLike):
+        item["path"] = os.fspath(item["path"])
+    known = [name for name in Source._fields if name != "field"]
+    for key in item:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"a source with {key!r}", f"one of {', '.join(known)}", f'{field}=({{"path": ..., "{near}": ...}},)'
+            )
+    for key in ("path", "split", "name", "revision", "preset"):
+        value = item.get(key)
+        if (value is None and key == "path") or not isinstance(value, (str, type(None))) or value == "":
+            raise InputError(
+                f"a source whose {key} is {value!r}", "a string", f'{field}=({{"path": "data.jsonl", ...}},)'
+            )
+    source = Source(item["path"], item.get("split"), item.get("name"), item.get("revision"), field=field)
+    weight = item.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
+        raise InputError(
+            f"{source.path}: weight {weight!r}",
+            "a positive number: 1 draws each record once, 2 twice, 0.5 every other",
+            config_line(source, weight=1.0),
+        )
+    columns = item.get("columns") or {}
+    if not _is_dict(columns) or not all(isinstance(k, str) and isinstance(v, str) for k, v in columns.items()):
+        raise InputError(
+            f"{source.path}: columns {columns!r}",
+            "a dict of our name to the data's name",
+            config_line(source, columns={"prompt": "question", "completion": "answer"}),
+        )
+    return source._replace(weight=float(weight), columns=dict(columns.items()), preset=item.get("preset"))
+
+
+def config_line(source: Source, **changes: Any) -> str:
+    """The config line that gives a source with changes.
+
+    >>> config_line(Source("x.jsonl"), columns={"prompt": "q"})
+    'data.sources=({"path": "x.jsonl", "columns": {"prompt": "q"}},)'
+    """
+    shown = {
+        name: value
+        for name, value in source._replace(**changes)._asdict().items()
+        if name != "field" and (name == "path" or value != Source._field_defaults[name])
+    }
+    return f"{source.field}=({json.dumps(shown, ensure_ascii=False)},)"
+
+
+def read(source: Source) -> Iterator[Raw]:
+    """The rows of a source, in order; nothing is read before the first is asked for.
+
+    Raises:
+      InputError: where nothing is at the path, a split is missing, or a row cannot be read.
+    """
+    path = source.path
+    if not is_url(path) and os.path.isdir(path) and _needs_datasets(source):
+        yield from _read_datasets(source)
+        return
+    files = _files(source)
+    if files is None:
+        if not _looks_like_hub_id(path):
+            raise _not_found(source)
+        yield from _read_datasets(source)
+        return
+    for option in ("name", "revision"):
+        if getattr(source, option):
+            raise InputError(
+                f"{path}: {option} {getattr(source, option)!r} of local files",
+                f"{option} for a hub id only",
+                config_line(source, **{option: None}),
+            )
+    for file in files:
+        yield from read_file(file)
+
+
+def _needs_datasets(source: Source) -> bool:
+    """Whether only `datasets` reads a directory rightly: it saved it, or it is a set's repository with subsets."""
+    names = set(os.listdir(source.path))
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
+        return True
+    if source.name:
+        return True
+    if "README.md" in names:
+        with open(os.path.join(source.path, "README.md"), encoding="utf-8", errors="replace") as readme:
+            head = readme.read(20_000)
+        return head.startswith("---") and "\nconfigs:" in head.split("\n---", 1)[0]
+    return False
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    """Whether a path that is not there may be `owner/set` or `set`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) is not None and not supported(path)
+
+
+def _files(source: Source) -> list[str] | None:
+    """The data files of a source in order, None where there is nothing at the path."""
+    path = source.path
+    root, is_directory, found = _url_files(path) if is_url(path) else _local_files(path)
+    if found is None:
+        return None
+    if not is_directory:
+        if source.split:
+            raise InputError(
+                f"{path}: split {source.split!r} of files named one by one",
+                "split for directories and hub ids only",
+                config_line(source, split=None),
+            )
+        return found
+    found = sorted(f for f in found if supported(f) and os.path.basename(f) not in _METADATA)
+    if not found:
+        raise InputError(f"{path}: no data files in it", f"files that end in {', '.join(SUFFIXES)}", f"ls {path}")
+    splits: dict[str | None, list[str]] = {}
+    for file in found:
+        splits.setdefault(_split_of(os.path.relpath(file, root) if not is_url(path) else file[len(root) :]), []).append(
+            file
+        )
+    chosen = choose_split(source, [name for name in splits if name])
+    if chosen is None:
+        return found
+    if None in splits and source.split is None and chosen != "train":
+        raise InputError(
+            f"{path}: {os.path.relpath(splits[chosen][0], path)} beside {os.path.relpath(splits[None][0], path)}",
+            "files of one split, or a choice",
+            config_line(source, split=chosen),
+        )
+    return splits[chosen]
+
+
+def _local_files(path: str) -> tuple[str, bool, list[str] | None]:
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        found = []
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        return path, True, found
+    if os.path.exists(path):
+        return path, False, [path]
+    return path, False, sorted(glob.glob(path, recursive=True)) or None
+
+
+def _url_files(path: str) -> tuple[str, bool, list[str] | None]:
+    import fsspec
+
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        if fs.isdir(root):
+            return fs.unstrip_protocol(root), True, [fs.unstrip_protocol(f) for f in fs.find(root)]
+        if fs.exists(root):
+            return path, False, [path]
+        found = sorted(fs.glob(root)) if glob.has_magic(root) else []
+        return path, False, [fs.unstrip_protocol(f) for f in found] or None
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{path}: {error}", "a URL that fsspec can open", 'data.sources=("data.jsonl",)') from error
+
+
+def _split_of(relative: str) -> str | None:
+    """The split that a file's path speaks of.
+
+    >>> _split_of("data/train-00000-of-00002.parquet"), _split_of("test_socratic.jsonl"), _split_of("contest.csv")
+    ('train', 'test', None)
+    """
+    words = re.split(r"[^a-z]+", relative.lower())
+    for split, names in _SPLITS:
+        if any(word in names for word in words):
+            return split
+    return None
+
+
+def choose_split(source: Source, splits: list[str]) -> str | None:
+    """The split to read: the one asked for, else train, else the only one.
+
+    Args:
+      source: whose `split` is asked for.
+      splits: the names there are.
+
+    Returns:
+      One of `splits`, or None where there are none and none was asked for.
+    """
+    wanted = source.split
+    if wanted is not None:
+        canonical = next((split for split, names in _SPLITS if wanted in names), wanted)
+        for name in (wanted, canonical):
+            if name in splits:
+                return name
+        near = difflib.get_close_matches(wanted, splits, n=1, cutoff=0.0)
+        raise InputError(
+            f"{source.path}: no split {wanted!r}",
+            f"one of {', '.join(splits)}" if splits else "no split: its files do not name any",
+            config_line(source, split=near[0] if near else None),
+        )
+    if not splits or "train" in splits:
+        return "train" if splits else None
+    if len(splits) > 1:
+        raise InputError(
+            f"{source.path}: splits {', '.join(splits)}, none of them train",
+            "a choice of one",
+            config_line(source, split=splits[0]),
+        )
+    return splits[0]
+
+
+def _not_found(source: Source) -> InputError:
+    """What to say where nothing is at the path: the nearest name in its nearest existing folder."""
+    folder, name = os.path.split(source.path)
+    if is_url(source.path):
+        return InputError(f"{source.path}: nothing there", "a file, a folder or a glob", config_line(source))
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    inside = sorted(os.listdir(folder or "."))
+    near = difflib.get_close_matches(name, inside, n=1, cutoff=0.5)
+    shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
+    return InputError(
+        f"{source.path}: no such file" + (" (the glob matches nothing)" if glob.has_magic(source.path) else ""),
+        f"a file, a folder, a glob or a hub id; in {folder or 'the working directory'} there is: {shown or 'nothing'}",
+        config_line(source, path=os.path.join(folder, near[0]) if near else "PATH"),
+    )
+
+
+def _read_datasets(source: Source) -> Iterator[Raw]:
+    """Rows through the `datasets` library: a hub id, a saved set, or a set's repository on disk."""
+    import datasets
+
+    path = source.path
+    local = os.path.isdir(path)
+    saved = local and (
+        os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json"))
+    )
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(path)
+        else:
+            folder = path.lower() in _SUBSET_IS_FOLDER
+            subset = {"data_dir" if folder else "name": source.name} if source.name else {}
+            sliced = {"split": source.split} if source.split and "[" in source.split else {}
+            loaded = datasets.load_dataset(path, revision=source.revision, **subset, **sliced)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _not_loaded(source, error) from error
+    if hasattr(loaded, "keys"):  # a dict of splits
+        split = choose_split(source, list(loaded.keys()))
+        rows, label = loaded[split], f"{path}[{split}]"
+    else:
+        rows, label = loaded, path if saved else f"{path}[{source.split or 'train'}]"
+    for number, row in enumerate(rows, 1):
+        yield Raw(label, number, row)
+
+
+def _not_loaded(source: Source, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if os.path.isdir(source.path):
+        return InputError(
+            f"{source.path}: {reason}", "a directory that `datasets` loads", config_line(source, name=None, split=None)
+        )
+    beside = sorted(f for f in os.listdir(".") if supported(f))
+    near = difflib.get_close_matches(os.path.basename(source.path), beside, n=1, cutoff=0.5)
+    return InputError(
+        f"{source.path}: no such file or folder, and as a hub id it did not load ({reason})",
+        "a file, a folder, a glob, or a hub id that can be reached (HF_HUB_OFFLINE unset, HF_TOKEN for gated sets)",
+        config_line(source, path=near[0] if near else "data.jsonl", name=None, revision=None, split=None),
+    )
