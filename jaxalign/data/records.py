@@ -10,11 +10,10 @@
   Strings are used as they are, without a chat template; roles are system, user, assistant and tool.  A message may
   carry what a chat template reads beside role and content (`tool_calls`, `name`, ...); an assistant message with
   `"weight": 0` is not trained on.
-- A prompt of messages ends with a user (or tool) turn and its completions begin with an assistant turn.
-- A pair of dialogues keeps what its sides share, up to a user turn, as the prompt.  Where the sides part later than
-  their first turn, they start with `num_shared(record)` equal messages, which are not scored.
-- A tokenizer without a chat template writes messages as text by `dialogues.render_plain` and its companions, framed by
-  `record.framing`: "dialogue" (`\\n\\nHuman: ...\\n\\nAssistant: ...`) or "alpaca" (`### Instruction: ...`).
+- A prompt of messages ends with a user (or tool) turn and its completions begin with an assistant turn, but for
+  pairs of dialogues: there the prompt is all that the sides share, turn by turn, and where they part in a user turn
+  their completions begin with it.  Nothing in a prompt is scored, and only assistant turns of a completion are.
+- A tokenizer without a chat template writes messages as text by `dialogues.render_plain`.
 
 Nothing heavy is imported here.
 """
@@ -55,31 +54,12 @@ class Record(NamedTuple):
     rejected: Content | None = None
     weight: float = 1.0  # of the item in the loss
     score: float = 0.0  # a number from the data: margin of a pair, label, rating
-    framing: str = "dialogue"  # how messages are written where the tokenizer has no chat template
     columns: dict[str, Any] = {}  # noqa: RUF012  every other column, by the data's own names; reward functions get them
 
     @property
     def origin(self) -> tuple[str, int]:
         """What the record was made from; repeated records and pairs of one dialogue tree share it."""
         return self.source, self.line
-
-
-def num_shared(record: Record) -> int:
-    """Messages with which both sides of a pair begin; they are context of the preference and are not scored.
-
-    >>> a, u = {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "More"}
-    >>> num_shared(Record(0, "", 1, "pair", prompt=[u], chosen=[a, u, a], rejected=[a, u]))
-    2
-    >>> num_shared(Record(0, "", 1, "pair", prompt="Q", chosen="yes", rejected="yo"))
-    0
-    """
-    count = 0
-    if isinstance(record.chosen, list) and isinstance(record.rejected, list):
-        for one, other in zip(record.chosen, record.rejected, strict=False):
-            if one != other:
-                break
-            count += 1
-    return count
 
 
 @dataclass
