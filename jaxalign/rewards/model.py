@@ -1,0 +1,147 @@
+"""Rewards that are models: a scalar read at the last real token of prompt and completion."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxalign.data.records import Record
+from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
+from jaxalign.models.transformer import Model
+from jaxalign.ops.readout import scalar_readout
+from jaxalign.rollout.host import local_rows
+from jaxalign.parallel.sharding import put_batch
+from jaxalign.rewards.samples import Samples
+from jaxalign.types import Array, Params, Readouts, Rows
+
+_LEAST_WIDTH = 32  # row lengths are powers of two from here on, so that few shapes are compiled
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def score_rows(model: Model, params: Params, rows: Rows, last: Array) -> Array:
+    """Scores of rows, each read at the stated row index; no token id decides where.
+
+    Args:
+      model: with a scalar head.
+      params: its parameters.
+      rows: [B, T], padded on either side.
+      last: int32 [B], row index of the last real token.
+
+    Returns:
+      float32 [B].
+    """
+    chex.assert_rank([rows.tokens, last], [2, 1])
+    hidden, _, _ = model.apply(params, None, rows)
+    source = last[:, None]
+    readouts = Readouts(source, jnp.zeros_like(source), jnp.zeros_like(source), jnp.ones(source.shape, bool))
+    return scalar_readout(hidden, model.score_kernel(params), readouts)[:, 0]
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same ids for every text and render messages alike.
+
+    Args:
+      one: a `transformers` tokenizer.
+      other: another.
+    """
+    if one is other:
+        return True
+    if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
+        return False
+    if one.get_vocab() != other.get_vocab() or one.all_special_ids != other.all_special_ids:
+        return False
+    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
+    if None in backends:
+        return type(one) is type(other)
+    return backends[0].to_str() == backends[1].to_str()
+
+
+class ModelScorer:
+    """Scores text by a reward model with its own tokenizer: rendered by its own template, tokenised anew.
+
+    Args:
+      model: with a scalar head.
+      tokenizer: the reward model's.
+      params: its parameters; None where every call brings them.
+      mesh: where rows are placed; None: one device.
+      plain: renderer of messages where the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: Model, tokenizer: Any, params: Params | None = None, mesh: Mesh | None = None, plain=None):
+        self.model, self.params, self.mesh = model, params, mesh
+        self.encoder = Encoder(tokenizer, plain=plain)
+
+    def __call__(self, samples: Samples) -> list[float | None]:
+        """Scores in the order of the samples."""
+        return [float(s) for s in self.scores(self.params, samples)]
+
+    def scores(self, params: Params, samples: Samples) -> np.ndarray:
+        """Scores float32 [N] of a process's own samples; every process calls with equally many.
+
+        Args:
+          params: of the reward model.
+          samples: prompts (text or messages), completions and whether they finished.
+        """
+        rows, last = padded_rows([self.tokens(p, c, f) for p, c, f in zip(*samples[:2], samples.finished, strict=True)])
+        if self.mesh is None:
+            return np.asarray(score_rows(self.model, params, rows, last))
+        with jax.set_mesh(self.mesh):
+            return local_rows(score_rows(self.model, params, *put_batch((rows, last), self.mesh)))
+
+    def tokens(self, prompt: Any, completion: str, finished: bool) -> np.ndarray:
+        """Prompt and completion as the reward model was trained to see them; an EOS where, and only where, it finished.
+
+        Args:
+          prompt: text or messages.
+          completion: text.
+          finished: whether a stop token ended it.
+        """
+        encoder, eos = self.encoder, self.encoder.eos_id
+        record = Record(0, "a completion", 1, "completion", prompt=prompt, completion=completion)
+        example = next(tokenize_records([record], encoder, "reward", append_eos=False))
+        if isinstance(example, Dropped):  # no text: the prompt and an end
+            example = next(tokenize_records([record], encoder, "ppo", append_eos=False))
+            if isinstance(example, Dropped):
+                raise ValueError("a reward model cannot score an empty prompt with an empty completion")
+            ids = example.prompt
+            return np.append(ids, eos).astype(np.int32) if finished and eos is not None else ids
+        ids = np.concatenate([example.prompt, example.completions[0]])
+        if example.complete[0] and not finished:
+            ids = ids[:-1]
+        if not example.complete[0] and finished and eos is not None:
+            ids = np.append(ids, eos)
+        return ids.astype(np.int32)
+
+
+def padded_rows(sequences: list[np.ndarray]) -> tuple[Rows, np.ndarray]:
+    """Token sequences as causal rows padded on the right, one a row, their width a power of two.
+
+    Args:
+      sequences: int32 arrays, each of at least one token.
+
+    Returns:
+      Rows [N, T] of numpy arrays and the row index of each last token, int32 [N].
+    """
+    longest = max(len(s) for s in sequences)
+    if jax.process_count() > 1:  # every process runs the same program
+        longest = int(multihost_utils.process_allgather(np.int32(longest)).max())
+    width = max(_LEAST_WIDTH, 1 << (longest - 1).bit_length())
+    lengths = np.array([len(s) for s in sequences], np.int32)
+    place = np.arange(width, dtype=np.int32)[None].repeat(len(sequences), 0)
+    real = place < lengths[:, None]
+    tokens = np.zeros_like(place)
+    tokens[real] = np.concatenate(sequences)
+    rows = Rows(
+        tokens=tokens,
+        positions=np.where(real, place, 0),
+        attend_start=np.where(real, 0, place),  # padding sees itself
+        attend_end=place + 1,
+    )
+    return rows, lengths - 1

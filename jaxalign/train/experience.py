@@ -1,0 +1,403 @@
+"""Experience for PPO: sample completions, score them, and make them into minibatches.
+
+    prepare = make_prepare(config, policy=Model, value=Model, reward=..., records=dataset.record, tokenizer=...,
+                           stop_ids=(2,), mesh=mesh)
+    state.extra |= initial_extra(config)
+    state, batches, metrics = prepare(state, frozen, batch)     # frozen: {"ref", and "reward" where it is a model}
+    for minibatch in batches: state, ... = step(state, frozen, minibatch)
+    prepare.samples(4)                                          # for the log; of this process's rows
+
+One iteration: rollout, decoded text where the reward reads text, log-probs of policy and reference and values by the
+training forward at the sampling temperature, rewards of tokens, advantages, then `num_ppo_epochs` times
+`num_minibatches` PolicyBatches.  Every result is a function of (state, batch, seed); the iteration's number is
+`state.data_cursor`, whatever it counts.  `state` is read here only, before the first step may donate it, and comes back
+with a new `extra`: KL coefficient, running statistics of scores, and the early-stop mark cleared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.data.records import Record
+from jaxalign.errors import InputError
+from jaxalign.evaluate import diversity
+from jaxalign.models.transformer import Model
+from jaxalign.ops.advantages import gae
+from jaxalign.ops.kl import adapt_kl_coef, kl_estimate, token_rewards
+from jaxalign.ops.masked import masked_mean, masked_var, whiten
+from jaxalign.ops.readout import scalar_readout, token_logprobs
+from jaxalign.parallel.mesh import batch_shards
+from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
+from jaxalign.rewards.model import ModelScorer, score_rows
+from jaxalign.rewards.samples import Samples, Scorer
+from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
+from jaxalign.rollout.generate import Rollout, completed_rows, decode, prefill
+from jaxalign.rollout.host import all_rows, local_rows
+from jaxalign.train.compiled import memory_errors
+from jaxalign.types import Array, Batch, Params, PolicyBatch, Readouts, Rows, TrainState
+
+_EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
+
+
+class Forward(NamedTuple):
+    """What the training forward says of the completions, [B, R] each; 0 where masked."""
+
+    logprobs: Array  # of the policy, nats, at the sampling temperature
+    ref_logprobs: Array  # of the reference, likewise
+    values: Array
+
+
+def initial_extra(config: Any) -> dict[str, Array]:
+    """What PPO keeps in the state beside parameters and optimizer.
+
+    Args:
+      config: of the stage.
+    """
+    extra = {"kl_coef": jnp.float32(config.algorithm.kl_coef)}
+    if config.rewards.normalize:
+        extra |= initial_statistics()
+    if config.algorithm.max_approx_kl is not None:
+        extra["skip"] = jnp.array(False)
+    return extra
+
+
+def make_prepare(
+    config: Any,
+    *,
+    policy: Model,
+    value: Model,
+    reward: Model | ModelScorer | Scorer,
+    records: Callable[[int], Record],
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    mesh: Mesh,
+) -> Prepare:
+    """The collection of experience for one stage.
+
+    Args:
+      config: of the stage: `algorithm`, `rollout`, `rewards`, `batch_size`, `grad_accum_steps`, `seed`.
+      policy: of `state.params["policy"]` and `frozen["ref"]`.
+      value: of `state.params["value"]`, with a scalar head.
+      reward: a Model of `frozen["reward"]` that reads the policy's own tokens; a ModelScorer, likewise, that has
+        another tokenizer and reads text; or any other Scorer, such as a FunctionScorer.  See `rewards.load`.
+      records: from a record's number to the record.
+      tokenizer: of the policy.
+      stop_ids: the tokens that end a completion.
+      mesh: where everything lies.
+
+    Returns:
+      prepare(state, frozen, batch) -> (state, batches, metrics); batch: prompts on the mesh.
+
+    Raises:
+      InputError: rows that minibatches, micro-batches or the mesh do not divide.
+    """
+    rows, minibatches, accumulation = config.batch_size, config.algorithm.num_minibatches, config.grad_accum_steps
+    parts = minibatches * accumulation * batch_shards(mesh)
+    if rows % parts:
+        raise InputError(
+            f"batch_size {rows} in {minibatches} minibatches of {accumulation} micro-batches on "
+            f"{batch_shards(mesh)} shards",
+            f"a multiple of {parts}",
+            f"--config.batch_size={-(-rows // parts) * parts}",
+        )
+    return Prepare(config, policy, value, reward, records, tokenizer, tuple(stop_ids), mesh)
+
+
+class Prepare:
+    """See `make_prepare`."""
+
+    def __init__(self, config, policy, value, reward, records, tokenizer, stop_ids, mesh):
+        self.config, self.policy, self.value, self.reward = config, policy, value, reward
+        self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, stop_ids, mesh
+        self._last: dict[str, Any] = {}
+        rows, whole = batch_sharding(mesh), replicated(mesh)
+        self._complete = jax.jit(completed_rows, out_shardings=rows)
+        self._forward = jax.jit(self._forward_passes, out_shardings=rows)
+        self._finish = jax.jit(self._finish_experience, out_shardings=(rows, whole, whole))
+
+    def __call__(
+        self, state: TrainState, frozen: dict[str, Params], batch: Batch
+    ) -> tuple[TrainState, list[PolicyBatch], dict[str, Any]]:
+        """One iteration's experience; metrics are scalars, some of them still on their way from the device."""
+        with jax.set_mesh(self.mesh), memory_errors("collection of experience"):
+            extra = jax.device_put(state.extra, replicated(self.mesh))
+            collected, metrics = self._collect(state.params, frozen, batch, state.data_cursor, int(state.step))
+            batches, extra, more = self._finish(extra, state.data_cursor, batch, *collected)
+        return state._replace(extra=extra), batches, metrics | more
+
+    def evaluate(self, state: TrainState, frozen: dict[str, Params], batch: Batch) -> dict[str, Any]:
+        """Scores, KL and length of one sample per prompt: {name: (sum, weight)}, to be added up over batches.
+
+        The keys are the same at every evaluation.
+        """
+        with jax.set_mesh(self.mesh), memory_errors("evaluation of samples"):
+            stream = jnp.int32(_EVAL_STREAM)
+            (rows, readouts, rollout, forward, scores, applies), _ = self._collect(
+                state.params, frozen, batch, stream, int(state.step)
+            )
+            return _eval_sums(
+                batch.completions.mask[:, 0], readouts.mask, rollout.finished, forward, scores, applies
+            )
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """The last iteration's first prompts, completions and scores, of this process's rows."""
+        kept = self._last
+        return [
+            {
+                "prompt": kept["prompts"][i],
+                "completion": kept["completions"][i],
+                "score": None if kept["scores"][i] is None else float(kept["scores"][i]),
+                "finished": bool(kept["finished"][i]),
+                "num_tokens": len(kept["ids"][i]),
+            }
+            for i in range(min(count, len(kept.get("prompts", ()))))
+        ]
+
+    # What runs on the host
+
+    def _collect(self, params, frozen, batch, stream, step):
+        """Rollout, scores and forward passes of one batch of prompts."""
+        c = self.config
+        start = time.perf_counter()
+        options = {"max_new_tokens": c.rollout.max_new_tokens}
+        prefilled = jax.block_until_ready(prefill(self.policy, params["policy"], batch.rows, **options))
+        read = time.perf_counter()
+        rollout, _ = decode(
+            self.policy,
+            params["policy"],
+            prefilled,
+            _stream_key(c.seed, stream, 0),
+            jnp.where(batch.completions.mask[:, 0], batch.record_ids[:, 0], -1),
+            temperature=float(c.rollout.temperature),
+            top_k=int(c.rollout.top_k),
+            top_p=float(c.rollout.top_p),
+            stop_ids=self.stop_ids,
+            **options,
+        )
+        del prefilled
+        rows, readouts = jax.block_until_ready(self._complete(batch.rows, rollout))
+        sampled = time.perf_counter()
+        on_device = isinstance(self.reward, Model)
+        if on_device:
+            scores = _score_completions(self.reward, frozen["reward"], rows, readouts.mask)
+        forward = self._forward(
+            {role: params[role] for role in ("policy", "value")}, frozen["ref"], rows, readouts
+        )  # the devices work on while the host scores
+        samples, used = self._read_samples(batch, rollout, step)
+        if on_device:
+            host = local_rows(scores)[used].tolist()
+            applies = batch.completions.mask[:, 0]
+        else:
+            host, scores, applies = self._score_on_host(frozen, samples, used)
+        scored = time.perf_counter()
+        self._keep(samples, host, batch, used)
+        metrics = self._text_metrics(rollout, samples, host) | {
+            "time/prefill": read - start,
+            "time/decode": sampled - read,
+            "time/scoring": scored - sampled,
+        }
+        return (rows, readouts, rollout, forward, scores, applies), metrics
+
+    def _read_samples(self, batch: Batch, rollout: Rollout, step: int) -> tuple[Samples, np.ndarray]:
+        """This process's completions as text, and which of its rows they are in."""
+        ids, used = local_rows(batch.record_ids)[:, 0], local_rows(batch.completions.mask)[:, 0]
+        tokens, mask = local_rows(rollout.tokens), local_rows(rollout.mask)
+        finished = local_rows(rollout.finished)
+        records = [self.records(int(i)) for i in ids[used]]
+        completions = [t[m].tolist() for t, m in zip(tokens[used], mask[used], strict=True)]
+        return Samples(
+            prompts=[r.prompt for r in records],
+            completions=self.tokenizer.batch_decode(completions, skip_special_tokens=True),
+            completion_ids=completions,
+            finished=finished[used].tolist(),
+            records=records,
+            step=step,
+        ), used
+
+    def _score_on_host(self, frozen, samples: Samples, used: np.ndarray):
+        """Scores by a function, or by a model that reads text: on the host, and as rows on the mesh."""
+        if isinstance(self.reward, ModelScorer):
+            host = [float(s) for s in self.reward.scores(frozen["reward"], samples, len(used))]
+        else:
+            host = self.reward(samples) if samples.prompts else []
+        scores, applies = np.zeros(len(used), np.float32), np.zeros(len(used), bool)
+        applies[used] = [s is not None for s in host]
+        scores[used] = [0.0 if s is None else s for s in host]
+        scores, applies = put_batch((scores, applies), self.mesh)
+        if not all_rows(applies).any():
+            raise InputError(
+                "the reward gave None for every completion of a batch",
+                "a score for some",
+                "a reward that applies to these prompts: --config.rewards.function=... or --config.data.sources=...",
+            )
+        return host, scores, applies
+
+    def _keep(self, samples: Samples, host, batch: Batch, used: np.ndarray) -> None:
+        """Keeps the samples for the log; prompts of messages as the policy reads them."""
+        prompts = list(samples.prompts)
+        if any(not isinstance(p, str) for p in prompts):
+            rows = Rows(*(local_rows(x)[used] for x in batch.rows))
+            real = np.arange(rows.tokens.shape[1]) >= rows.attend_start[:, -1:]
+            prompts = [self.tokenizer.decode(t[m].tolist()) for t, m in zip(rows.tokens, real, strict=True)]
+        self._last = {
+            "prompts": prompts,
+            "completions": samples.completions,
+            "ids": samples.completion_ids,
+            "finished": samples.finished,
+            "scores": host,
+        }
+
+    def _text_metrics(self, rollout: Rollout, samples: Samples, host) -> dict[str, float]:
+        """Signs of collapse over the global batch; how scores go with length, over this process's rows."""
+        tokens, mask = all_rows(rollout.tokens), all_rows(rollout.mask)
+        ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True) if m.any()]
+        scored = [(len(i), s) for i, s in zip(samples.completion_ids, host, strict=True) if s is not None]
+        return {
+            "rollout/distinct_1": diversity.distinct_ngrams(ids, 1),
+            "rollout/distinct_2": diversity.distinct_ngrams(ids, 2),
+            "rollout/distinct_samples": diversity.distinct_samples(ids),
+            "rollout/repetition": diversity.repetition(ids, 3),
+            "rollout/length_score_correlation": diversity.length_correlation(*zip(*scored, strict=True)),
+        }
+
+    # What runs on the mesh
+
+    def _forward_passes(self, params, ref, rows: Rows, readouts: Readouts) -> Forward:
+        """Log-probs and values, as many rows at a time as a training step takes."""
+        temperature = float(self.config.rollout.temperature)
+
+        def logprobs(params, rows, readouts):
+            hidden, _, _ = self.policy.apply(params, None, rows)
+            return token_logprobs(hidden, self.policy.head(params), readouts, temperature=temperature)[0]
+
+        def micro(part):
+            rows, readouts = part
+            hidden, _, _ = self.value.apply(params["value"], None, rows)
+            return Forward(
+                logprobs(params["policy"], rows, readouts),
+                logprobs(ref, rows, readouts),
+                scalar_readout(hidden, self.value.score_kernel(params["value"]), readouts),
+            )
+
+        count = self.config.algorithm.num_minibatches * self.config.grad_accum_steps
+        return _in_parts(micro, (rows, readouts), count)
+
+    def _finish_experience(self, extra, stream, batch: Batch, rows, readouts, rollout, forward: Forward, scores, applies):
+        """Rewards, advantages, minibatches, the next `extra`, metrics."""
+        a, r = self.config.algorithm, self.config.rewards
+        used, mask, extra = batch.completions.mask[:, 0], readouts.mask, dict(extra)
+        statistics = None
+        if r.normalize:
+            extra |= merge_statistics({k: v for k, v in extra.items() if k.startswith("score_")}, r.scale * scores, applies)
+            statistics = {k: v for k, v in extra.items() if k.startswith("score_")}
+        shaped = shape_scores(
+            scores,
+            applies,
+            rollout.finished,
+            statistics,
+            scale=r.scale,
+            clip=r.clip,
+            missing_eos_penalty=r.missing_eos_penalty,
+        )
+        kl = kl_estimate(forward.logprobs, forward.ref_logprobs, a.kl_estimator)
+        taught = mask & applies[:, None]  # a completion without a score teaches nothing
+        rewards = token_rewards(shaped, kl, taught, extra["kl_coef"])
+        if r.whiten:
+            rewards = whiten(rewards, taught, shift_mean=False)
+        advantages, returns = gae(rewards, forward.values, taught, gamma=a.gamma, gae_lambda=a.gae_lambda)
+        explained = 1 - masked_var(returns - forward.values, taught) / jnp.maximum(masked_var(returns, taught), 1e-8)
+        if a.whiten_advantages:
+            advantages = whiten(advantages, taught)
+
+        observed = masked_mean(jnp.sum(kl, axis=1), used)
+        gap = forward.logprobs - rollout.logprobs
+        metrics = {
+            "objective/kl": observed,
+            "objective/kl_coef": extra["kl_coef"],
+            "objective/entropy": masked_mean(jnp.sum(-forward.logprobs, axis=1), used),
+            "objective/scores": masked_mean(scores, applies),
+            "objective/scores_std": jnp.sqrt(masked_var(scores, applies)),
+            "objective/scores_share": masked_mean(applies.astype(jnp.float32), used),
+            "objective/non_score_reward": -extra["kl_coef"] * observed,
+            "objective/rlhf_reward": masked_mean(shaped - extra["kl_coef"] * jnp.sum(kl, axis=1), applies),
+            "val/explained_variance": explained,
+            "rollout/eos_share": masked_mean(rollout.finished.astype(jnp.float32), used),
+            "rollout/length_mean": masked_mean(jnp.sum(mask, axis=1).astype(jnp.float32), used),
+            "rollout/sampler_ratio": masked_mean(jnp.exp(gap), mask),
+            "rollout/sampler_gap": jnp.max(jnp.where(mask, jnp.abs(gap), 0)),
+        }
+        if a.kl_target is not None:
+            extra["kl_coef"] = adapt_kl_coef(
+                extra["kl_coef"], observed, jnp.sum(used), target=a.kl_target, horizon=a.kl_horizon
+            )
+        if "skip" in extra:
+            extra["skip"] = jnp.zeros_like(extra["skip"])
+
+        whole = PolicyBatch(
+            Batch(rows, readouts._replace(mask=taught), batch.completions, batch.record_ids),
+            forward.logprobs,
+            forward.ref_logprobs,
+            forward.values,
+            advantages,
+            returns,
+        )
+        batches = [
+            jax.tree.map(lambda x, order=order: jnp.take(x, order, axis=0), whole)
+            for epoch in range(a.num_ppo_epochs)
+            for order in _deal(_stream_key(self.config.seed, stream, 1 + epoch), used, a.num_minibatches)
+        ]
+        return batches, extra, metrics
+
+
+def _stream_key(seed: int, iteration: Array, use: int) -> Array:
+    """The random key of one use (0 the rollout, 1 + e the order of epoch e) in one iteration."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), use)
+
+
+def _deal(key: Array, used: Array, count: int) -> list[Array]:
+    """Row numbers of `count` minibatches: a random order dealt out in turn, unused rows last.
+
+    Dealing gives each minibatch its share of the real rows, so that none is empty in the last batch of an epoch.
+    """
+    order = jax.random.permutation(key, used.shape[0])
+    order = order[jnp.argsort(~used[order], stable=True)]
+    return [order[i::count] for i in range(count)]
+
+
+def _in_parts(function: Callable, tree: Any, count: int) -> Any:
+    """function over `count` interleaved parts of the rows, one after the other; rows come back in order.
+
+    Part i holds the rows b with b % count == i: on a batch-sharded mesh nothing moves between devices.
+    """
+    if count == 1:
+        return function(tree)
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), tree)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
+
+
+def _score_completions(model: Model, params: Params, rows: Rows, mask: Array) -> Array:
+    """A reward model's score at each completion's last real token, [B]."""
+    width = rows.tokens.shape[1] - mask.shape[1]
+    return score_rows(model, params, rows, width - 1 + jnp.sum(mask, axis=1, dtype=jnp.int32))
+
+
+@jax.jit
+def _eval_sums(used, mask, finished, forward: Forward, scores, applies) -> dict[str, tuple[Array, Array]]:
+    """(sum, weight) over completions."""
+    of_each = {
+        "objective/kl": jnp.sum(forward.logprobs - forward.ref_logprobs, axis=1),
+        "objective/entropy": jnp.sum(-forward.logprobs, axis=1),
+        "rollout/eos_share": finished,
+        "rollout/length_mean": jnp.sum(mask, axis=1),
+    }
+    count = jnp.sum(used).astype(jnp.float32)
+    sums = {name: (jnp.sum(jnp.where(used, x, 0)).astype(jnp.float32), count) for name, x in of_each.items()}
+    sums["objective/scores"] = jnp.sum(jnp.where(applies, scores, 0)), jnp.sum(applies).astype(jnp.float32)
+    return sums
