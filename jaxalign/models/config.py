@@ -74,9 +74,7 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def from_hf(
-    hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, head: str | None = None
-) -> ModelConfig:
+def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, head: str | None = None) -> ModelConfig:
     """Reads a Hugging Face config of the Llama family.
 
     Args:
@@ -161,7 +159,9 @@ def _check_field(name: str, value: Any) -> None:
 
 def _wrong(name: str, value: Any, expected: str) -> InputError:
     return InputError(
-        f"{name} is {value!r} in config.json", expected, f"another checkpoint, or config.json without {name} if it is wrong"
+        f"{name} is {value!r} in config.json",
+        expected,
+        f"another checkpoint, or config.json without {name} if it is wrong",
     )
 
 

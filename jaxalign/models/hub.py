@@ -41,7 +41,9 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     if directory.is_dir():
         return directory.resolve()
     if not _HUB_ID.fullmatch(str(path)) or directory.exists():
-        raise InputError(f"no directory {path}", "a directory in Hugging Face form, or a hub id", "--config.model.path=DIR")
+        raise InputError(
+            f"no directory {path}", "a directory in Hugging Face form, or a hub id", "--config.model.path=DIR"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

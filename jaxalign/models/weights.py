@@ -26,6 +26,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAME = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # as the safetensors library
+MAX_BYTES = 5 * 10**9  # of one file: what the hub and older loaders are used to
+PRODUCER = "jaxalign"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,29 +86,46 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _header(file: Path) -> dict[str, Tensor]:
-    """Source: https://huggingface.co/docs/safetensors, "Format"."""
+def producer_of(file: Path) -> str | None:
+    """The program that wrote a file, as far as its header says."""
+    try:
+        return _raw_header(file)[0].get("__metadata__", {}).get("producer")
+    except InputError:
+        return None
+
+
+def _raw_header(file: Path) -> tuple[dict[str, Any], int]:
+    """A file's header and its length in bytes. Source: https://huggingface.co/docs/safetensors, "Format"."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
         if length > min(size - 8, _MAX_HEADER):
-            raise InputError(f"{file} is not a whole safetensors file", "a header in its first bytes", "download it again")
+            raise InputError(
+                f"{file} is not a whole safetensors file", "a header in its first bytes", "download it again"
+            )
         try:
-            header = json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file))
+            return json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file)), length
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{file} has an unreadable header", "a safetensors file", "download it again") from error
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
+    header, length = _raw_header(file)
     header.pop("__metadata__", None)
-    tensors = {}
+    size, tensors = file.stat().st_size, {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         if 8 + length + end > size:
             raise InputError(f"{file} is cut short at {name}", f"{8 + length + end} bytes or more", "download it again")
         if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise InputError(f"{name} {shape} {dtype} in {end - begin} bytes of {file}", "its size", "download it again")
+            raise InputError(
+                f"{name} {shape} {dtype} in {end - begin} bytes of {file}", "its size", "download it again"
+            )
         tensors[name] = Tensor(file, dtype, shape, 8 + length + begin)
     return tensors
 
@@ -127,9 +146,7 @@ class Planned:
     make: Callable[[], np.ndarray]
 
 
-def write_tensors(
-    directory: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype, max_bytes: int = 5 * 10**9
-) -> None:
+def write_tensors(directory: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype, max_bytes: int) -> None:
     """Writes one file, or shards of at most `max_bytes` and their index, in the order given.
 
     Args:
@@ -137,7 +154,7 @@ def write_tensors(
         tensor gathers it from all of them).
       tensors: by name.
       dtype: of all of them in the file.
-      max_bytes: of one file; a larger tensor has a file of its own. transformers 4 used 5 GB.
+      max_bytes: of one file; a larger tensor has a file of its own.
     """
     shards: list[list[str]] = [[]]
     used = total = 0
@@ -161,7 +178,7 @@ def write_tensors(
 
 
 def _write_file(file: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": PRODUCER}}  # transformers wants the format
     end = 0
     for name, planned in tensors.items():
         begin, end = end, end + math.prod(planned.shape) * dtype.itemsize

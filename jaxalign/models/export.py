@@ -1,0 +1,218 @@
+"""Parameters to a Hugging Face checkpoint: a directory that transformers, PEFT and vLLM load."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxalign.errors import InputError
+from jaxalign.models import names
+from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
+from jaxalign.models.transformer import Model
+from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
+from jaxalign.types import Params
+
+_ARCHITECTURES = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
+
+
+def save(
+    directory: str | Path,
+    model: Model,
+    params: Params,
+    *,
+    source: str | Path | None = None,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Writes a directory that `transformers` loads, whole or not at all.
+
+    Every process calls it: one tensor at a time is gathered from all of them, and process 0 writes.
+
+    Args:
+      directory: where; replaced only where it is empty or an earlier export.
+      model: of the parameters; a model with a scalar head becomes a LlamaForSequenceClassification.
+      params: the parameters, sharded or not.
+      source: the directory or hub id the model came from: its tokenizer, generation config and licence are copied.
+      tokenizer: a loaded tokenizer, saved instead of the source's files (it may have another chat template).
+      dtype: of the weights in the file; None: that of the parameters.
+      max_bytes: of one file, beyond which the weights are sharded.
+
+    Returns:
+      The directory.
+
+    Raises:
+      InputError: something else lies there.
+    """
+    target = Path(directory).expanduser().absolute()
+    writes = jax.process_index() == 0
+    leaf_type = jax.tree.leaves(params)[0].dtype
+    file_type = np.dtype(leaf_type if dtype is None else jax.numpy.dtype(dtype))
+    if file_type not in DTYPES.values():
+        raise InputError(
+            f"dtype {file_type}", f"one of {', '.join(str(d) for d in DTYPES.values())}", "dtype='float32'"
+        )
+    check_target(target)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    if writes:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    try:
+        write_tensors(part if writes else None, dict(_planned(model, params)), file_type, max_bytes)
+        if writes:
+            _copy(None if source is None else locate(source, weights=False), tokenizer, part)
+            config = hf_config(model, file_type, _pad_id(model, tokenizer, part))
+            (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            _replace(part, target)
+    finally:
+        if writes:
+            shutil.rmtree(part, ignore_errors=True)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"jaxalign export {target}")
+    return target
+
+
+def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> dict[str, Any]:
+    """The `config.json` of an export: the source's own fields, and what the weights changed.
+
+    Args:
+      model: what is exported.
+      file_type: of the weights in the file.
+      pad_token_id: for a scalar head, the id after which transformers looks for the last token of a row.
+    """
+    config = model.config.hf
+    config["architectures"] = [_ARCHITECTURES[model.config.head]]
+    for field in ("dtype", "torch_dtype"):  # transformers 5, and older
+        config[field] = str(file_type)
+    if model.config.head == "score":
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        config["pad_token_id"] = pad_token_id
+    return config
+
+
+def check_target(target: Path) -> None:
+    """Makes sure that nothing is lost by writing an export there.
+
+    Raises:
+      InputError: a file, or a directory with anything but an earlier export in it.
+    """
+    if not target.exists():
+        return
+    own = {CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES}
+    foreign = (
+        [target.name]
+        if not target.is_dir()
+        else [p.name for p in sorted(target.iterdir()) if p.name not in own and not _is_own_weights(p)]
+    )
+    if (
+        target.is_dir()
+        and not foreign
+        and any(target.iterdir())
+        and not any(_is_own_weights(p) for p in target.iterdir())
+    ):
+        foreign = sorted(p.name for p in target.iterdir())
+    if foreign:
+        raise InputError(
+            f"{target} holds {', '.join(foreign[:3])}{' and more' if foreign[3:] else ''}, not written by jaxalign",
+            "an empty or new directory, or an earlier export",
+            "another directory",
+        )
+
+
+def _is_own_weights(file: Path) -> bool:
+    if file.name == "model.safetensors.index.json":
+        return True
+    return file.suffix == ".safetensors" and producer_of(file) == PRODUCER
+
+
+def _replace(part: Path, target: Path) -> None:
+    """Puts a finished directory in its place; a reader sees the old one or the new one, never a mixture."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(source: Path | None, tokenizer: Any, part: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    if source is None:
+        return
+    wanted = (GENERATION_CONFIG, *LICENCE_FILES) + (TOKENIZER_FILES if tokenizer is None else ())
+    for name in wanted:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, part / name)
+
+
+def _pad_id(model: Model, tokenizer: Any, part: Path) -> int | None:
+    """An id that no real token of a row has, so that transformers pools a score at the last real one.
+
+    The config's own where it differs from BOS and EOS, else the tokenizer's by the same rule. Without one, None:
+    transformers then scores rows one by one and refuses a batch, instead of pooling at the wrong place.
+    """
+    if model.config.head != "score":
+        return None
+    hf = model.config.hf
+    ends: set[int] = set()
+    for value in (hf.get("bos_token_id"), hf.get("eos_token_id")):
+        ends |= set(value) if isinstance(value, list) else {value}
+    found = hf.get("pad_token_id")
+    if found is not None and found not in ends:
+        return found
+    if tokenizer is None and any((part / name).is_file() for name in TOKENIZER_FILES):
+        from jaxalign.models.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(part)
+    found = None if tokenizer is None else tokenizer.pad_token_id
+    return None if found in ends or (tokenizer is not None and found == tokenizer.eos_token_id) else found
+
+
+def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
+    """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
+    sizes = names.sizes(model.config)
+    leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for path in leaves:
+        names.row_of(path)
+    rows = [row for row in names.LLAMA if row.path in leaves]
+    first = [row for row in rows if not row.stacked][:1]
+    last = [row for row in rows if not row.stacked][1:]
+    for row in first:
+        yield row.name, Planned(row.shape(sizes), functools.partial(_gather, row, leaves[row.path], None, sizes))
+    for layer in range(model.config.num_layers):
+        for row in (r for r in rows if r.stacked):
+            make = functools.partial(_gather, row, leaves[row.path], layer, sizes)
+            yield row.name.format(layer=layer), Planned(row.shape(sizes), make)
+    for row in last:
+        yield row.name, Planned(row.shape(sizes), functools.partial(_gather, row, leaves[row.path], None, sizes))
+
+
+def _gather(row: names.Row, leaf: Any, layer: int | None, sizes: dict[str, int]) -> np.ndarray:
+    """One tensor on the host, in Hugging Face's layout."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        leaf = _whole(whole)(leaf) if layer is None else _whole_layer(whole)(leaf, layer)
+    elif layer is not None:
+        leaf = leaf[layer]
+    return row.to_theirs(np.asarray(leaf), sizes)
+
+
+@functools.cache
+def _whole(sharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+@functools.cache
+def _whole_layer(sharding):
+    return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=sharding)

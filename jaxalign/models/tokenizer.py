@@ -1,0 +1,131 @@
+"""The tokenizer of a model: its chat template, its padding token, and the tokens that end a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
+
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None, chat_template: str | None = None) -> Any:
+    """Reads a tokenizer with `transformers`, and settles its padding token.
+
+    Args:
+      path: a directory or a hub id.
+      revision: of a hub id.
+      chat_template: a file, or the template itself; None: the tokenizer's own, if it has one.
+
+    Returns:
+      A transformers tokenizer whose `pad_token_id` is set, see `choose_pad`.
+
+    Raises:
+      InputError: no tokenizer there, or one that transformers cannot read without further packages.
+    """
+    from transformers import AutoTokenizer
+
+    directory = locate(path, revision, weights=False)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"no tokenizer in {directory}", " or ".join(TOKENIZER_FILES[:2]), "--config.model.tokenizer=DIR"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its back end raised
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        only = not (directory / "tokenizer.json").is_file()
+        raise InputError(
+            f"the tokenizer in {directory} cannot be read: {reason}",
+            "a tokenizer.json" + (" (this directory has none, only an older form)" if only else ""),
+            "save it once where sentencepiece and protobuf are installed: "
+            "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    tokenizer.pad_token_id = choose_pad(tokenizer)
+    return tokenizer
+
+
+def _template(chat_template: str) -> str:
+    """The text of a template that is given as a file or as itself."""
+    if "{" in chat_template:
+        return chat_template
+    file = Path(chat_template).expanduser()
+    if not file.is_file():
+        raise InputError(
+            f"chat_template {chat_template!r}", "a file, or a Jinja template", "--config.model.chat_template=FILE.jinja"
+        )
+    return file.read_text()
+
+
+def choose_pad(tokenizer: Any) -> int:
+    """The id that fills rows: masks say what is padding, yet tools that read an export go by the id.
+
+    The tokenizer's own padding token where it differs from EOS; else a token that is made for it, or reserved; else
+    the unknown token where it is neither BOS nor EOS; else EOS.
+
+    Raises:
+      InputError: none of these exists.
+    """
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return tokenizer.pad_token_id
+    vocabulary = tokenizer.get_vocab()
+    for name in _PAD_NAMES:
+        if name in vocabulary and vocabulary[name] not in ends:
+            return vocabulary[name]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in ends:
+        return tokenizer.unk_token_id
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "a tokenizer with neither a padding nor an EOS token",
+            "at least an EOS token",
+            'set "eos_token" in its tokenizer_config.json',
+        )
+    return tokenizer.eos_token_id
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Makes sure that the model has a vector for every token.
+
+    Args:
+      tokenizer: of transformers.
+      vocab_size: V of the model.
+
+    Raises:
+      InputError: naming a token whose id is V or more.
+    """
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise InputError(
+            f"token {token!r} has id {highest}, the model has a vocabulary of {vocab_size}",
+            f"ids below {vocab_size}: a tokenizer that belongs to the model",
+            "--config.model.tokenizer=the model's own directory",
+        )
+
+
+def stop_ids(source: str | Path | Mapping[str, Any], tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:
+    """The tokens at which a completion ends: those of the generation config, of `config.json` and of the tokenizer.
+
+    Args:
+      source: a model's directory or hub id, or a parsed generation config.
+      tokenizer: of transformers.
+      revision: of a hub id.
+
+    Returns:
+      Ids in ascending order; none where nothing names one.
+    """
+    configs: list[Mapping[str, Any]] = []
+    if isinstance(source, Mapping):
+        configs.append(source)
+    else:
+        directory = locate(source, revision, weights=False)
+        configs += [read_json(directory / f) for f in (GENERATION_CONFIG, CONFIG) if (directory / f).is_file()]
+    found: set[int] = set()
+    for value in [*(c.get("eos_token_id") for c in configs), tokenizer.eos_token_id]:
+        found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return tuple(sorted(int(i) for i in found if i is not None))
