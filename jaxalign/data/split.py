@@ -1,0 +1,93 @@
+"""Training records and held-out records, with no prompt in both."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from jaxalign.data.records import Record
+from jaxalign.errors import InputError
+
+
+def _key(value: object, seed: str = "") -> int:
+    data = repr(value).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.encode()).digest(), "little")
+
+
+def prompt_key(record: Record) -> int:
+    """A number for what must stay on one side of a split: the prompt, or the whole of a record that has none."""
+    value: object = record.prompt or record.text
+    if record.kind == "messages":
+        said = [m.get("role") for m in record.messages]
+        value = record.messages[: said.index("assistant") if "assistant" in said else None] or record.messages
+    value = value or record.completion or record.chosen
+    if isinstance(value, list):
+        value = [(m.get("role"), m.get("content")) for m in value]
+    return _key(value)
+
+
+class Groups:
+    """Groups of records that share a prompt or an origin, found while they are read."""
+
+    def __init__(self):
+        self._parent: list[int] = []  # by group, -> an earlier group that it was joined to, or itself
+        self._group_of: dict[object, int] = {}  # prompt key or origin -> group
+        self._keys: list[int] = []  # by group, the prompt key it began with
+        self._records: list[int] = []
+
+    def add(self, record: Record) -> None:
+        """The next record."""
+        key = prompt_key(record)
+        known = [self._root(self._group_of[k]) for k in (key, record.origin) if k in self._group_of]
+        if known:
+            group = min(known)
+            self._parent[max(known)] = group
+        else:
+            group = len(self._parent)
+            self._parent.append(group)
+            self._keys.append(key)
+        self._group_of[key] = self._group_of[record.origin] = group
+        self._records.append(group)
+
+    def _root(self, group: int) -> int:
+        while self._parent[group] != group:
+            self._parent[group] = group = self._parent[self._parent[group]]
+        return group
+
+    def finish(self) -> np.ndarray:
+        """uint64 [N]: a number for each record, equal within a group and made from a prompt of it."""
+        return np.array([self._keys[self._root(group)] for group in self._records], np.uint64)
+
+
+def held_out(groups: np.ndarray, fraction: float, seed: int, split: str) -> np.ndarray:
+    """int32 [N]: the records of a split, in order.
+
+    Whole groups are held out: those that a hash of the seed and their prompt ranks first, as many as keep within
+    the share, and at least one.
+
+    Args:
+      groups: uint64, the group of each record.
+      fraction: share that is held out; 0 gives all records to both splits.
+      seed: of the run.
+      split: "train" or "eval".
+
+    Raises:
+      InputError: where nothing is left to train on.
+    """
+    n = len(groups)
+    if not fraction:
+        return np.arange(n, dtype=np.int32)
+    unique, members, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.argsort([_key(int(g), str(seed)) for g in unique])
+    taken = max(int(np.searchsorted(np.cumsum(counts[order]), fraction * n, side="right")), 1)
+    is_held = np.zeros(len(unique), bool)
+    is_held[order[:taken]] = True
+    chosen = is_held[members]
+    if chosen.all():
+        raise InputError(
+            f"data.eval_fraction {fraction:g} of {n} records with {len(unique)} different prompts",
+            "records left to train on: no prompt is in both splits",
+            "--config.data.eval_fraction=0, and data.eval_sources for evaluation",
+        )
+    return np.flatnonzero(chosen if split == "eval" else ~chosen).astype(np.int32)

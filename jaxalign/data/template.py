@@ -1,0 +1,231 @@
+"""Chat templates: messages to text, and where in that text the assistant speaks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxalign.data.records import Message
+from jaxalign.errors import InputError
+
+Span = tuple[int, int]  # half-open range of characters
+
+_SENTINEL = "\ue000"  # a private-use character: no real message begins or ends with it
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Rendered(NamedTuple):
+    """A conversation as text."""
+
+    text: str
+    spans: tuple[Span, ...]  # what the assistant says, its end-of-turn text included, in order
+    boundary: int  # character at which the prompt ends
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """Length of the longest common prefix of two strings or lists, by bisection.
+
+    >>> common_prefix("Paris", "Parrot")
+    3
+    """
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or a plain renderer where it has none.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      plain: `(messages, add_generation_prompt) -> text`, used where the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer, plain: Callable[[list[Message], bool], str] | None = None):
+        self._tokenizer = tokenizer
+        self._plain = plain
+        self.source: str | dict | None = getattr(tokenizer, "chat_template", None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether conversations are rendered without a chat template."""
+        return not self.source
+
+    def prompt(self, messages: Sequence[Message], *, tools=None) -> str:
+        """The text after which the assistant speaks next.
+
+        Raises:
+          InputError: where the template refuses the conversation.
+        """
+        return _Conversation(self, messages, tools).render(len(messages), True)
+
+    def conversation(self, messages: Sequence[Message], first: int = 0, *, tools=None) -> Rendered:
+        """Renders a conversation and finds what the assistant says from message `first` on.
+
+        Generation marks in the template are followed.  Without them a turn is what `messages[:i + 1]` adds to
+        `messages[:i]` with the generation prompt, where both really are prefixes of the whole.  Templates that
+        rewrite earlier turns fail that test; there a turn is what changes in the whole text when its content
+        is replaced, and the end-of-turn text that follows.
+
+        Args:
+          messages: the whole conversation; an assistant message with `"weight": 0` is not among the spans.
+          first: messages before this index are the prompt, whoever speaks.
+          tools: tool schemas for templates that show them.
+
+        Returns:
+          The text, the assistant's spans, and the boundary of the prompt: the start of message `first`, or of the
+          first span where `first` is 0.
+
+        Raises:
+          InputError: where the template refuses the conversation or leaves a message out.
+        """
+        return _Conversation(self, messages, tools).rendered(first)
+
+
+class _Conversation:
+    """One conversation under one template."""
+
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools):
+        self._template, self._tools = template, tools
+        self._messages = [{k: v for k, v in m.items() if v is not None and k != "weight"} for m in messages]
+        self._said = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+        self._scored = [i for i in self._said if messages[i].get("weight") != 0]
+
+    def rendered(self, first: int) -> Rendered:
+        wanted = [i for i in self._scored if i >= first]
+        marked = self._marked()
+        if marked is None:
+            text = self.render(len(self._messages))
+            spans = [self._turn(i, text) for i in wanted]
+        else:
+            text, pieces = marked
+            spans = self._marked_turns(pieces, wanted, text)
+        spans = [span for span in spans if span[1] > span[0]]
+        if first == 0:
+            boundary = spans[0][0] if spans else len(text)
+        elif first in self._said:
+            boundary = self._start(first, text)
+            if boundary < 0:
+                boundary = self._turn_by_replacement(first, text)[0]
+        else:
+            boundary = common_prefix(self.render(first), text)
+        return Rendered(text, tuple(spans), boundary)
+
+    def render(self, count: int, add_generation_prompt: bool = False, messages=None) -> str:
+        """The text of the first `count` messages."""
+        messages = (self._messages if messages is None else messages)[:count]
+        template = self._template
+        if template.is_plain:
+            if template._plain is None:
+                raise InputError(
+                    "messages, but the tokenizer has no chat template",
+                    "a template that turns messages into text",
+                    "--config.model.chat_template=FILE.jinja",
+                )
+            return template._plain(messages, add_generation_prompt)
+        try:
+            return template._tokenizer.apply_chat_template(
+                messages, tools=self._tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise what they like; either they or the record are at fault
+            raise self._refused(messages, error) from error
+
+    def _refused(self, messages, error) -> InputError:
+        roles = " ".join(str(m.get("role")) for m in messages)
+        return InputError(
+            f"the chat template refuses a conversation ({roles}): {error}",
+            "messages that the template takes",
+            "the record, or --config.model.chat_template=FILE.jinja",
+        )
+
+    def _render_or_none(self, count: int, add_generation_prompt: bool = False, messages=None) -> str | None:
+        """Templates may refuse a part of a conversation that they take as a whole."""
+        try:
+            return self.render(count, add_generation_prompt, messages)
+        except InputError:
+            return None
+
+    def _marked(self) -> tuple[str, list[Span]] | None:
+        """Text and spans by the template's own generation marks, or None where it has none."""
+        if self._template.is_plain:
+            return None
+        tokenizer = self._template._tokenizer
+        source = tokenizer.get_chat_template(None, self._tools)
+        if not _GENERATION_MARK.search(source):
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [self._messages],
+                tools=self._tools,
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise self._refused(self._messages, error) from error
+        text, eos = texts[0], tokenizer.eos_token
+        pieces = []
+        for start, end in spans[0]:
+            if eos and not text[:end].endswith(eos) and text.startswith(eos, end):
+                end += len(eos)  # the author of the template left the end of the turn out of the mark
+            pieces.append((start, end))
+        return text, pieces
+
+    def _marked_turns(self, pieces: list[Span], wanted: list[int], text: str) -> list[Span]:
+        """The marked pieces that belong to the wanted messages; a template may mark a turn in several pieces."""
+        if len(pieces) == len(self._said):
+            return [pieces[self._said.index(i)] for i in wanted]
+        turns = [self._turn(i, text) for i in wanted]
+        return [p for p in pieces if any(start < p[1] and p[0] < end for start, end in turns)]
+
+    def _start(self, i: int, text: str) -> int:
+        """Where the words of message `i`, the assistant's, begin in `text`; -1 where prefixes do not tell."""
+        before = self._render_or_none(i) if i else None
+        opened = self._render_or_none(i, True) if i else None
+        if before is None or opened is None or not text.startswith(before):
+            return -1
+        return max(len(before), common_prefix(opened, text))
+
+    def _turn(self, i: int, text: str) -> Span:
+        start = self._start(i, text)
+        through = text if i == len(self._messages) - 1 else self._render_or_none(i + 1)
+        if through is not None and 0 <= start <= len(through) and text.startswith(through):
+            return start, len(through)
+        return self._turn_by_replacement(i, text)
+
+    def _turn_by_replacement(self, i: int, text: str) -> Span:
+        replaced = list(self._messages)
+        replaced[i] = {**replaced[i], "content": _SENTINEL}
+        other = self.render(len(replaced), messages=replaced)
+        if _SENTINEL not in other:
+            raise InputError(
+                f"the chat template leaves out message {i} (assistant: {str(self._messages[i].get('content'))[:60]!r})",
+                "a template that renders every assistant message",
+                "--config.model.chat_template=FILE.jinja",
+            )
+        start = common_prefix(text, other)
+        end = len(text) - common_prefix(text[start:][::-1], other[start:][::-1])
+        alone = self._render_or_none(i + 1, messages=replaced)
+        if alone is not None and _SENTINEL in alone:
+            end += common_prefix(text[end:], alone[alone.rindex(_SENTINEL) + 1 :])
+        return start, end
+
+
+def tools_of(columns: dict[str, Any]) -> list | None:
+    """The tool schemas of a record's `tools` column, as a list; None where there are none."""
+    tools = columns.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            return None
+    return tools if isinstance(tools, list) and tools and all(isinstance(t, dict) for t in tools) else None

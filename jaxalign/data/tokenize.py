@@ -1,0 +1,329 @@
+"""Records to examples: token ids, and which of them are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxalign.data.records import Message, Record
+from jaxalign.data.template import ChatTemplate, Rendered, common_prefix, tools_of
+from jaxalign.errors import InputError
+
+_CHUNK = 512  # records tokenised in one call
+
+
+class Example(NamedTuple):
+    """One record as tokens."""
+
+    record: int  # number of the record in the dataset
+    prompt: np.ndarray  # int32 [P], P >= 1
+    completions: tuple[np.ndarray, ...]  # int32 [R] each: none (a prompt), one, or chosen and rejected
+    masks: tuple[np.ndarray, ...]  # bool [R] each: which tokens of the completion are scored
+    complete: tuple[bool, ...]  # whether the completion ends by EOS
+    weight: float
+    score: float
+
+
+class Dropped(NamedTuple):
+    """A record that gives no example."""
+
+    record: int
+    reason: str
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, with the characters each came from."""
+
+    text: str
+    ids: np.ndarray  # int32 [N]
+    before: Callable[[int], int]  # number of leading tokens that end at or before a character
+    after: Callable[[int], int]  # number of leading tokens that start before a character
+
+
+class Encoder:
+    """A tokenizer as the data layer uses it: whole texts, at most one BOS, character offsets.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      eos_ids: every id that ends a completion; the tokenizer's own is always among them.
+      plain: renderer of messages where the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer, eos_ids: Iterable[int] = (), plain=None):
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, plain)
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.eos_ids = frozenset(eos_ids) | ({self.eos_id} if self.eos_id is not None else set())
+        bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        full = list(tokenizer("a")["input_ids"])
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        self.prefix: list[int] = full[:at]  # what the tokenizer puts before a text of its own accord
+
+    def encode(self, texts: Sequence[str], templated: Sequence[bool]) -> list[Encoded]:
+        """Tokenises whole texts.
+
+        A templated text gets no special tokens beside its own, as `apply_chat_template` does; a plain one gets
+        the tokenizer's own prefix.  Either way it starts with one BOS at most.
+        """
+        if not texts:
+            return []
+        fast = self.tokenizer.is_fast
+        out = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=fast,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        offsets = out["offset_mapping"] if fast else [None] * len(texts)
+        return [
+            self._encoded(text, ids, spans, [] if in_template else self.prefix)
+            for text, ids, spans, in_template in zip(texts, out["input_ids"], offsets, templated, strict=True)
+        ]
+
+    def ids(self, text: str, templated: bool = False) -> np.ndarray:
+        """Token ids of one text."""
+        return self.encode([text], [templated])[0].ids
+
+    def _encoded(self, text: str, ids: list[int], offsets, prefix: list[int]) -> Encoded:
+        cut = 0
+        while self.bos_id is not None and ids[cut : cut + 2] == [self.bos_id, self.bos_id]:
+            cut += 1
+        if prefix and ids[cut : cut + 1] == [self.bos_id]:
+            prefix = [t for t in prefix if t != self.bos_id]
+        added = len(prefix) - cut
+        tokens = np.asarray(prefix + ids[cut:], np.int32)
+        if offsets is None:
+            return Encoded(text, tokens, *self._boundaries_by_prefix(text, ids, added))
+        starts, ends = np.asarray(offsets, np.int32).reshape(-1, 2).T
+        ends = np.maximum.accumulate(ends) if len(ends) else ends
+        starts = np.maximum.accumulate(starts) if len(starts) else starts
+
+        def before(char: int) -> int:
+            return max(int(np.searchsorted(ends, char, side="right")) + added, 0)
+
+        def after(char: int) -> int:
+            return max(int(np.searchsorted(starts, char, side="left")) + added, 0)
+
+        return Encoded(text, tokens, before, after)
+
+    def _boundaries_by_prefix(self, text: str, ids: list[int], added: int):
+        """`before` and `after` for a tokenizer without offsets, by tokenising the text up to the character."""
+
+        def head(char: int) -> list[int]:
+            return list(self.tokenizer(text[:char], add_special_tokens=False, verbose=False)["input_ids"])
+
+        def before(char: int) -> int:
+            return max((len(ids) if char >= len(text) else common_prefix(ids, head(char))) + added, 0)
+
+        def after(char: int) -> int:
+            if char >= len(text):
+                return len(ids) + added
+            tokens = head(char)
+            kept = common_prefix(ids, tokens)
+            return max(kept + (kept < len(tokens)) + added, 0)
+
+        return before, after
+
+
+class _Part(NamedTuple):
+    """A rendered sequence of a record, before tokenisation."""
+
+    rendered: Rendered
+    templated: bool
+
+
+def _conversation(encoder: Encoder, record: Record, messages, first: int = 0) -> _Part:
+    template = encoder.template
+    tools = tools_of(record.columns)
+    return _Part(template.conversation(messages, first, tools=tools), not template.is_plain)
+
+
+def _sequence(encoder: Encoder, record: Record, prompt, completion) -> _Part:
+    """Prompt and completion as one text; strings stay as they are, messages go through the template."""
+    if isinstance(completion, str):
+        start, text = len(prompt or ""), (prompt or "") + completion
+        return _Part(Rendered(text, ((start, len(text)),) if completion else (), start), False)
+    before = list(prompt or [])
+    return _conversation(encoder, record, before + list(completion), len(before))
+
+
+def _prompt(encoder: Encoder, record: Record) -> _Part:
+    prompt = record.messages[: first_assistant(record.messages)] if record.kind == "messages" else record.prompt
+    if isinstance(prompt, str):
+        return _Part(Rendered(prompt, (), len(prompt)), False)
+    template = encoder.template
+    text = template.prompt(prompt, tools=tools_of(record.columns))
+    return _Part(Rendered(text, (), len(text)), not template.is_plain)
+
+
+def _parts(encoder: Encoder, record: Record, purpose: str) -> list[_Part]:
+    """The sequences of a record: one for a prompt or a single completion, two for a pair."""
+    if purpose == "ppo" and record.kind != "text":
+        return [_prompt(encoder, record)]
+    if purpose == "sft" and record.kind == "text":
+        return [_sequence(encoder, record, None, record.text)]
+    if purpose == "sft" and record.kind == "messages":
+        return [_conversation(encoder, record, record.messages)]
+    if purpose == "sft" and record.kind in ("completion", "pair"):
+        said = record.completion if record.kind == "completion" else record.chosen
+        return [_sequence(encoder, record, record.prompt, said)]
+    if purpose in ("reward", "dpo") and record.kind == "pair":
+        return [_sequence(encoder, record, record.prompt, said) for said in (record.chosen, record.rejected)]
+    raise InputError(
+        f"a record of kind {record.kind!r} for {purpose}",
+        "text, messages or completions for sft, pairs for reward and dpo, prompts for ppo",
+        "--config.data.sources=... with the columns of that algorithm",
+    )
+
+
+def first_assistant(messages: Sequence[Message]) -> int:
+    """Index of the first assistant message; the number of messages where there is none."""
+    return next((i for i, m in enumerate(messages) if m.get("role") == "assistant"), len(messages))
+
+
+def _scored(encoder: Encoder, encoded: Encoded, rendered: Rendered) -> np.ndarray:
+    """bool [N]: tokens that overlap an assistant span, each turn ending at its EOS."""
+    mask = np.zeros(len(encoded.ids), bool)
+    for start, end in rendered.spans:
+        first, last = encoded.before(start), encoded.after(end)
+        ends = [i for i in range(first, last) if int(encoded.ids[i]) in encoder.eos_ids]
+        # A template's newline behind the end of a turn is never generated, so it is not scored.
+        if ends and not encoder.tokenizer.decode(encoded.ids[ends[-1] + 1 : last].tolist()).strip():
+            last = ends[-1] + 1
+        mask[first:last] = True
+    return mask
+
+
+def _without_prompt(encoder: Encoder, sequences: list[np.ndarray], masks: list[np.ndarray], shared: int):
+    """Gives sequences that would start with a completion a prompt of one token: BOS, or their first token."""
+    if shared:
+        return sequences, masks, shared
+    if encoder.bos_id is not None and not any(len(s) and s[0] == encoder.bos_id for s in sequences):
+        sequences = [np.concatenate([[encoder.bos_id], s]).astype(np.int32) for s in sequences]
+        masks = [np.concatenate([[False], m]) for m in masks]
+        return sequences, masks, 1
+    heads = {int(s[0]) if len(s) else -1 for s in sequences}
+    return sequences, masks, 1 if len(heads) == 1 and heads != {-1} else 0
+
+
+def _example(
+    encoder: Encoder, record: Record, parts, encoded: list[Encoded], purpose: str, train_on: str, append_eos: bool
+):
+    """One record's example, or why it gives none."""
+    weight, score = float(record.weight), float(record.score)
+    sequences = [e.ids for e in encoded]
+    if purpose == "ppo":
+        prompt = sequences[0]
+        if not len(prompt) and encoder.bos_id is not None:
+            prompt = np.asarray([encoder.bos_id], np.int32)
+        if not len(prompt):
+            return Dropped(record.index, "empty prompt")
+        return Example(record.index, prompt, (), (), (), weight, score)
+
+    masks = [_scored(encoder, e, part.rendered) for e, part in zip(encoded, parts, strict=True)]
+    for tokens, mask in zip(sequences, masks, strict=True):
+        if not any(int(t) not in encoder.eos_ids for t in tokens[mask]):
+            return Dropped(record.index, "empty completion")
+    stated = [e.before(part.rendered.boundary) for e, part in zip(encoded, parts, strict=True)]
+    shared = min([*stated, common_prefix(sequences[0].tolist(), sequences[-1].tolist())])
+    if train_on == "all":
+        shared = min(shared, int(bool(encoder.prefix) and sequences[0][0] == encoder.bos_id))
+        masks = [np.ones(len(s), bool) for s in sequences]
+    for mask, end in zip(masks, stated, strict=True):
+        mask[shared:end] = True  # tokens that the other side's merge moved out of the prompt
+    sequences, masks, shared = _without_prompt(encoder, sequences, masks, shared)
+    if not shared:
+        return Dropped(record.index, "no prompt, and the tokenizer has no BOS token")
+
+    completions, kept, complete = [], [], []
+    for tokens, mask in zip(sequences, masks, strict=True):
+        tokens, mask = tokens[shared:], mask[shared:]
+        last = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
+        tokens, mask = tokens[:last], mask[:last]  # nothing is read behind the last scored token
+        if not last:
+            return Dropped(record.index, "empty completion")
+        if append_eos and int(tokens[-1]) not in encoder.eos_ids:
+            tokens, mask = np.append(tokens, encoder.eos_id), np.append(mask, True)
+        completions.append(tokens.astype(np.int32))
+        kept.append(mask)
+        complete.append(int(tokens[-1]) in encoder.eos_ids)
+    if len(completions) == 2 and np.array_equal(completions[0], completions[1]):
+        return Dropped(record.index, "chosen equals rejected")
+    return Example(record.index, sequences[0][:shared], tuple(completions), tuple(kept), tuple(complete), weight, score)
+
+
+def tokenize_records(
+    records: Iterable[Record], encoder: Encoder, purpose: str, *, train_on: str = "completion", append_eos: bool
+) -> Iterator[Example | Dropped]:
+    """Turns records into examples, in order, a few hundred at a time.
+
+    The whole rendered text is tokenised once, so that training tokens are what `apply_chat_template` gives.
+    A pair's prompt is the longest common token prefix that ends at or before the stated boundary: a token that
+    merges over it moves into the completions of both.
+
+    Args:
+      records: `Record`s.
+      encoder: the tokenizer.
+      purpose: "sft", "reward", "dpo" or "ppo".
+      train_on: "completion", or "all" to score prompts too (sft).
+      append_eos: whether a completion that lacks an EOS gets one.
+
+    Yields:
+      An Example, or Dropped with the reason.
+
+    Raises:
+      InputError: naming the record that cannot be rendered.
+    """
+    if append_eos and purpose != "ppo" and encoder.eos_id is None:
+        raise InputError("a tokenizer without an EOS token", "an EOS to append", "--config.data.append_eos=False")
+    stream = iter(records)
+    while chunk := list(islice(stream, _CHUNK)):
+        parts: list[list[_Part]] = []
+        for record in chunk:
+            try:
+                parts.append(_parts(encoder, record, purpose))
+            except InputError as error:
+                where = f"record {record.index} (line {record.line} of {record.source})"
+                raise InputError(f"{where}: {error.found}", error.expected, error.fix) from error
+        flat = [part for record_parts in parts for part in record_parts]
+        encoded = iter(encoder.encode([p.rendered.text for p in flat], [p.templated for p in flat]))
+        for record, record_parts in zip(chunk, parts, strict=True):
+            own = [next(encoded) for _ in record_parts]
+            yield _example(encoder, record, record_parts, own, purpose, train_on, append_eos)
+
+
+def plain_example(encoder: Encoder, record: int, prompt: str, completion: str, *, joint: bool = False) -> Example:
+    """An example from two strings as they are: no template, no EOS beside what the completion holds.
+
+    Args:
+      encoder: the tokenizer.
+      record: number that the example carries.
+      prompt: text, tokenised with the tokenizer's own special tokens.
+      completion: text, tokenised without special tokens.
+      joint: tokenise prompt + completion as one text, as training does, rather than each by itself.
+
+    Returns:
+      An example whose completion is scored throughout.
+
+    Raises:
+      InputError: where prompt or completion give no token.
+    """
+    if joint:
+        encoded = encoder.encode([prompt + completion], [False])[0]
+        split = encoded.before(len(prompt))
+        ids, said = encoded.ids[:split], encoded.ids[split:]
+    else:
+        ids = encoder.ids(prompt) if prompt else np.asarray(encoder.prefix, np.int32)
+        said = encoder.ids(completion, templated=True)
+    if not len(ids) and encoder.bos_id is not None:
+        ids = np.asarray([encoder.bos_id], np.int32)
+    if not len(ids) or not len(said):
+        empty = "prompt" if not len(ids) else "completion"
+        raise InputError(f"line {record + 1}: an empty {empty}", "at least one token", f"the file's {empty} column")
+    complete = int(said[-1]) in encoder.eos_ids
+    return Example(record, ids, (said,), (np.ones(len(said), bool),), (complete,), 1.0, 0.0)
