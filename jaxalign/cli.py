@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from jaxalign import __version__
 from jaxalign.errors import InputError
@@ -92,8 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unknown(name: str) -> int:
-    import difflib
-
     near = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.0)[0]
     raise InputError(f"command {name!r}", f"one of {', '.join(_COMMANDS)}", f"jaxalign {near}")
 
@@ -160,16 +162,161 @@ class _Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input, in the same three lines as any other."""
 
     def error(self, message: str):
-        raise InputError(message, self.format_usage().strip().removeprefix("usage: "), f"{self.prog} --help")
+        raise InputError(message, " ".join(self.format_usage().removeprefix("usage: ").split()), f"{self.prog} --help")
 
 
-def _parser(name: str, text: str) -> _Parser:
-    return _Parser(
+def _parser(name: str, text: str, *flags: tuple[str, type, str | None, str]) -> _Parser:
+    """A command's flags: (name, type, "" where it is required, what it is)."""
+    parser = _Parser(
         prog=f"jaxalign {name}",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    for flag, kind, default, help_text in flags:
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=help_text)
+        else:
+            shown = flag.lstrip("-").upper() if kind is str else "N" if kind is int else "X"
+            parser.add_argument(
+                flag, type=kind, metavar=shown, required=default == "", default=default or None, help=help_text
+            )
+    return parser
 
 
-_COMMANDS = {"train": _train}
+_MODEL = ("--model", str, "", "directory in Hugging Face form, or a hub id")
+_LINES = ("--data", str, "", 'JSON lines, each with strings "prompt" and "completion"')
+_DTYPE = ("--dtype", str, None, "of weights and computation: float32 (default), bfloat16, float16")
+_SAMPLING = (
+    ("--temperature", float, None, "0 always takes the likeliest token; default 1"),
+    ("--max_new_tokens", int, None, "most tokens of a completion; default 128"),
+    ("--top_k", int, None, "samples among the k likeliest tokens; default 0, off"),
+    ("--top_p", float, None, "samples among the likeliest tokens that make up this share; default 1, off"),
+    ("--seed", int, None, "of the samples; default 0"),
+)
+
+
+def _export(argv: list[str]) -> int:
+    parser = _parser(
+        "export",
+        "Writes a run's model as a Hugging Face directory, from one of its checkpoints.",
+        ("--workdir", str, "", "a run's directory, or that of a run with stages"),
+        ("--out", str, "", "where to write: a new or empty directory, or an earlier export"),
+        ("--stage", str, None, "which stage, where workdir holds several"),
+        ("--checkpoint", str, None, "last (default), best, or a number"),
+        ("--dtype", str, None, "of the weights in the file; default: as they were trained"),
+    )
+    args = parser.parse_args(argv)
+    from jaxalign.pipeline.export import export
+
+    where = export(args.workdir, args.out, stage=args.stage, checkpoint=args.checkpoint or "last", dtype=args.dtype)
+    print(where)
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    parser = _parser(
+        "generate",
+        "Continues a prompt and prints the completion, nothing else.",
+        _MODEL,
+        ("--prompt", str, "", "the text to continue, as it stands"),
+        *_SAMPLING,
+        ("--chat", bool, None, "the prompt is a user's message: it is put into the model's chat template"),
+        _DTYPE,
+    )
+    args = parser.parse_args(argv)
+    from jaxalign.pipeline.generate import generate
+
+    print(generate(args.model, args.prompt, chat=args.chat, dtype=args.dtype, **_sampling(args)))
+    return 0
+
+
+def _logprobs(argv: list[str]) -> int:
+    parser = _parser(
+        "logprobs",
+        'Prints {"sum_logprob": nats, "num_tokens": n} for each line, in order: the completion given the prompt.\n'
+        "The prompt is tokenised with the tokenizer's own special tokens, the completion without; EOS counts only\n"
+        "where the completion holds it.",
+        _MODEL,
+        _LINES,
+        _DTYPE,
+    )
+    args = parser.parse_args(argv)
+    from jaxalign.pipeline.logprobs import logprobs
+
+    logprobs(args.model, args.data, dtype=args.dtype)
+    return 0
+
+
+def _score(argv: list[str]) -> int:
+    parser = _parser(
+        "score",
+        'Prints {"score": x} for each line, in order: a reward model\'s score at the last token of prompt and\n'
+        "completion, or, with --ref and --beta, DPO's implicit reward beta (log p_model - log p_ref).",
+        _MODEL,
+        _LINES,
+        ("--ref", str, None, "reference policy: what the model was before DPO"),
+        ("--beta", float, None, "of the DPO run"),
+        ("--append_eos", bool, None, "end each completion by EOS, as in training; default: as it stands"),
+        _DTYPE,
+    )
+    args = parser.parse_args(argv)
+    from jaxalign.pipeline.score import score
+
+    score(args.model, args.data, ref=args.ref, beta=args.beta, append_eos=args.append_eos, dtype=args.dtype)
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    parser = _parser(
+        "compare",
+        "Two models side by side on held-out prompts: samples, win rate under a reward with its interval, perplexity\n"
+        "of the completions in the data, diversity.",
+        ("--base", str, "", "the model before: directory or hub id"),
+        ("--aligned", str, "", "the model after"),
+        ("--data", str, "", "held-out records in any format that training reads"),
+        ("--reward", str, None, "a reward model's directory, module:function or FILE.py:function"),
+        ("--num_prompts", int, None, "how many of the data's prompts; default: all"),
+        ("--show", int, None, "how many samples to show; default 5"),
+        ("--confidence", float, None, "of the win rate's interval; default 0.95"),
+        *_SAMPLING,
+        ("--out", str, None, "a file for all of it as JSON"),
+        ("--json", bool, None, "print the JSON instead of the page"),
+        _DTYPE,
+    )
+    args = parser.parse_args(argv)
+    from jaxalign.pipeline.compare import compare, page
+
+    options = {k: getattr(args, k) for k in ("num_prompts", "confidence") if getattr(args, k) is not None}
+    result = compare(
+        args.base, args.aligned, args.data, reward=args.reward, dtype=args.dtype, **options, **_sampling(args)
+    )
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    print(text if args.json else page(result, show=5 if args.show is None else args.show))
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags that were given."""
+    names = ("temperature", "max_new_tokens", "top_k", "top_p", "seed")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _doctor(argv: list[str]) -> int:
+    _parser("doctor", "Prints devices, versions, memory and missing extras, and tries a small step.").parse_args(argv)
+    from jaxalign.pipeline.doctor import doctor
+
+    return doctor()
+
+
+_COMMANDS = {
+    "train": _train,
+    "export": _export,
+    "generate": _generate,
+    "logprobs": _logprobs,
+    "score": _score,
+    "compare": _compare,
+    "doctor": _doctor,
+}

@@ -1,0 +1,110 @@
+"""A model that is ready to be asked: weights on this machine's devices, its tokenizer, its stop tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxalign.config import defaults
+from jaxalign.errors import InputError
+from jaxalign.evaluate.sequences import Tokens
+from jaxalign.models.hf import load
+from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+from jaxalign.models.transformer import Model
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.types import Params
+
+
+class Loaded(NamedTuple):
+    """A model for inference."""
+
+    path: str
+    model: Model
+    params: Params
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    mesh: jax.sharding.Mesh
+    context: int | None  # tokens that the model was made for; None where its config does not say
+
+
+def load_model(path: str, *, head: str, dtype: str | None = None, devices: Sequence[Any] | None = None) -> Loaded:
+    """Loads a directory or hub id over this machine's devices, weights split among them.
+
+    Args:
+      path: a directory in Hugging Face form, or a hub id.
+      head: "lm" or "score", what the checkpoint must have.
+      dtype: of weights and computation; None: the configuration's default.
+      devices: None: all.
+
+    Raises:
+      InputError: no such model, or one of the other kind.
+    """
+    file = read_json(locate(path, weights=False) / CONFIG)
+    scalar = "SequenceClassification" in (file.get("architectures") or [""])[0]
+    if scalar and head == "lm":
+        raise InputError(
+            f"{path} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
+        )
+    if not scalar and head == "score":
+        raise InputError(
+            f"{path} is a language model, without a score",
+            "a reward model, or a reference for DPO's implicit reward",
+            "jaxalign score --model DIR --ref DIR --beta B",
+        )
+    common = defaults("sft")
+    dtype = dtype or common.model.dtype
+    mesh = make_mesh(common.mesh, devices)
+    model, params = load(
+        path,
+        dtype=dtype,
+        param_dtype=dtype,
+        remat="none",
+        head=head,
+        shardings=lambda tree: param_shardings(mesh, tree),
+    )
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
+
+
+def tokenize(loaded: Loaded, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Tokens]:
+    """Plain strings to tokens: the prompt with the tokenizer's own special tokens, the completion without.
+
+    The two are tokenised apart, so no token crosses the boundary; nothing is added at the end.
+
+    Args:
+      loaded: its tokenizer is used.
+      pairs: (prompt, completion).
+      places: where each stands, for messages.
+
+    Raises:
+      InputError: a prompt that gives no token, so that nothing predicts the completion's first one.
+    """
+    if not pairs:
+        return []
+    prompts, completions = zip(*pairs, strict=True)
+    before = loaded.tokenizer(list(prompts), verbose=False)["input_ids"]
+    after = loaded.tokenizer(list(completions), add_special_tokens=False, verbose=False)["input_ids"]
+    for place, ids in zip(places, before, strict=True):
+        if not ids:
+            raise InputError(
+                f"{place}: the prompt gives no token",
+                "at least one: the completion's first token is predicted from it",
+                f"start the prompt with {loaded.tokenizer.bos_token or loaded.tokenizer.eos_token or 'a token'}",
+            )
+    return [Tokens(p, c) for p, c in zip(before, after, strict=True)]
+
+
+def warn_of_context(loaded: Loaded, sequences: Sequence[Tokens], places: Sequence[str]) -> str | None:
+    """A sentence where sequences are longer than the model was made for; their numbers mean little."""
+    if loaded.context is None:
+        return None
+    long = [p for p, s in zip(places, sequences, strict=True) if len(s.prompt) + len(s.completion) > loaded.context]
+    if not long:
+        return None
+    more = f" and {len(long) - 1} more" if len(long) > 1 else ""
+    return f"warning: {long[0]}{more}: longer than the {loaded.context} tokens that {loaded.path} was made for"

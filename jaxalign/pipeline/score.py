@@ -1,0 +1,89 @@
+"""Scores of given completions: a reward model's, or DPO's implicit reward."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TextIO
+
+from jaxalign.errors import InputError
+from jaxalign.pipeline.lines import read_lines
+
+
+def score(
+    model: str,
+    data: str,
+    *,
+    ref: str | None = None,
+    beta: float | None = None,
+    append_eos: bool = False,
+    dtype: str | None = None,
+    out: TextIO | None = None,
+) -> None:
+    """Prints {"score"} for each line of a file, in order.
+
+    Without a reference, `model` is a reward model and its score is read at the last token of prompt and completion.
+    With one, `model` is a policy and the score is DPO's implicit reward,
+
+        beta (log p_model(completion | prompt) - log p_ref(completion | prompt))
+
+    (Rafailov et al. 2023, arXiv 2305.18290, equation 5 without the prompt's constant).
+
+    Args:
+      model: directory or hub id.
+      data: a file of lines with strings `prompt` and `completion`.
+      ref: the reference policy, a directory or hub id.
+      beta: of the DPO run; needed with `ref`.
+      append_eos: end each completion by the tokenizer's EOS, as a finished answer; default: as it stands.
+      dtype: of weights and computation; None: the configuration's default.
+      out: default: standard output.
+
+    Raises:
+      InputError: a model, a line or a combination of arguments that cannot be used.
+    """
+    if (ref is None) != (beta is None):
+        raise InputError(
+            "--ref without --beta" if beta is None else "--beta without --ref",
+            "both, for DPO's implicit reward, or neither, for a reward model",
+            "--ref DIR --beta 0.1",
+        )
+    lines = read_lines(data)
+    from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
+    from jaxalign.pipeline.loaded import Loaded, load_model, tokenize, warn_of_context
+
+    places = [line.where for line in lines]
+
+    def read(loaded: Loaded) -> list[Tokens]:
+        sequences = tokenize(loaded, [(line.prompt, line.completion) for line in lines], places)
+        if append_eos:
+            eos = loaded.tokenizer.eos_token_id
+            if eos is None:
+                raise InputError(
+                    f"the tokenizer of {loaded.path} has no EOS", "one, for --append_eos", "no --append_eos"
+                )
+            sequences = [Tokens(s.prompt, [*s.completion, eos]) for s in sequences]
+        if warning := warn_of_context(loaded, sequences, places):
+            print(warning, file=sys.stderr)
+        return sequences
+
+    if ref is None:
+        loaded = load_model(model, head="score", dtype=dtype)
+        scores = final_scores(loaded.model, loaded.params, read(loaded), loaded.mesh)
+    else:
+        sums, ids = [], []
+        for path in (model, ref):  # one after the other: one model in memory
+            loaded = load_model(path, head="lm", dtype=dtype)
+            ids.append(read(loaded))
+            sums.append(completion_logprobs(loaded.model, loaded.params, ids[-1], loaded.mesh))
+            del loaded
+        if ids[0] != ids[1]:
+            place = next(p for p, a, b in zip(places, *ids, strict=True) if a != b)
+            raise InputError(
+                f"{place}: the tokenizers of {model} and {ref} give different tokens",
+                "a reference with the policy's tokenizer",
+                "--ref=the model that the policy started from",
+            )
+        assert beta is not None
+        scores = [beta * (policy - reference) for policy, reference in zip(*sums, strict=True)]
+    for value in scores:
+        print(json.dumps({"score": value}), file=out or sys.stdout)
