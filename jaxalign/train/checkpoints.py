@@ -75,7 +75,7 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          like: the state's shapes, dtypes and shardings (ShapeDtypeStructs); the mesh may be another one than at saving.
+          like: the state's shapes, dtypes and shardings; the mesh may be another one than at saving.
 
         Raises:
           InputError: the checkpoint is of another model or optimizer.

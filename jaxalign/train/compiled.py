@@ -1,7 +1,8 @@
-"""A jitted function compiled ahead, once for each shape of its arguments, that says what it needs when memory is short."""
+"""A jitted function compiled ahead, once for each shape of its arguments, that says what memory it needs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,7 @@ class Compiled:
     a second time without a word: after the first step, after a restore, in the last batch.
     """
 
-    def __init__(
-        self, function: Callable, name: str, *, donate: tuple[int, ...] = (), out_shardings: Any = None
-    ):
+    def __init__(self, function: Callable, name: str, *, donate: tuple[int, ...] = (), out_shardings: Any = None):
         """
         Args:
           function: pure.
@@ -34,7 +33,7 @@ class Compiled:
           donate: positions of the arguments whose memory the results take over.
           out_shardings: pinned, for all results; None leaves them to the compiler.
         """
-        self.name, self.num_compiles, self.memory = name, 0, {}
+        self.name, self.num_compiles, self.compile_seconds, self.memory = name, 0, 0.0, {}
         function.__name__ = name.replace(" ", "_")  # what profiles show
         kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
         self._jitted = jax.jit(function, donate_argnums=donate, **kwargs)
@@ -45,9 +44,11 @@ class Compiled:
         leaves, structure = jax.tree.flatten(args)
         key = (structure, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._executables:
+            start = time.monotonic()
             with memory_errors(self.name):
                 executable = self._jitted.lower(*args).compile()
             self.num_compiles += 1
+            self.compile_seconds += time.monotonic() - start
             self.memory = memory_of(executable)
             refuse_what_cannot_fit(self.name, self.memory)
             self._executables[key] = executable
@@ -126,7 +127,7 @@ def out_of_memory(name: str, memory: dict[str, int], limit: int | None, detail: 
     return InputError(found, f"at most {there}", ADVICE)
 
 
-class memory_errors:  # noqa: N801  used as a statement
+class memory_errors:
     """`with memory_errors("train step"):` turns a runtime's out-of-memory error into one that says what to change."""
 
     def __init__(self, name: str, memory: dict[str, int] | None = None):

@@ -168,7 +168,9 @@ class Progress:
         now = time.monotonic()
         if step in (self._start + 1, self._total) or now - self._last > self._EVERY:
             left = (now - self._t0) / max(step - self._start, 1) * (self._total - step)
-            print(f"{self._name}  step {step}/{self._total}  {figures}  {clock(left)} left", file=sys.stderr, flush=True)
+            print(
+                f"{self._name}  step {step}/{self._total}  {figures}  {clock(left)} left", file=sys.stderr, flush=True
+            )
             self._last = now
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """A run's directory: its format, the configuration it belongs to, and its results when it is done.
 
-    config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/ export/ DONE
+config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/ export/ DONE
 """
 
 from __future__ import annotations

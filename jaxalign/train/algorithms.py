@@ -1,0 +1,179 @@
+"""The table of algorithms: which models each trains, which it keeps frozen, its objective, how it prepares a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.errors import InputError
+from jaxalign.steps.policy import policy_objective, stop_on_kl
+from jaxalign.steps.preference import preference_objective
+from jaxalign.steps.reward import reward_objective
+from jaxalign.steps.sft import sft_objective
+from jaxalign.steps.step import Objective
+from jaxalign.train.models import Loader, Role
+from jaxalign.types import Params, TrainState
+
+# (state, frozen, a batch on the mesh) -> (state, batches to step on, metrics).  All reads of `state` end before it
+# returns: the steps that follow take over its memory.
+Prepare = Callable[[TrainState, dict[str, Params], Any], tuple[TrainState, list[Any], dict[str, Any]]]
+
+
+class Program(NamedTuple):
+    """One algorithm on its models."""
+
+    trained: dict[str, Role]
+    frozen: dict[str, Role]
+    objective: Objective
+    exported: str  # the trained role whose model is the run's result
+    extra: dict[str, Any] = {}  # noqa: RUF012  initial `TrainState.extra`
+    updates: int = 1  # optimizer updates for each batch of the data stream
+    early_stop: Callable | None = None
+    prepare: Prepare = lambda state, frozen, batch: (state, [batch], {})
+    reference: Role | None = None  # whose log-probs are computed ahead and attached to each batch
+    # (state, frozen, a batch on the mesh) -> {name: (sum, weight)}; None: the objective's own metrics
+    evaluate: Callable[[TrainState, dict[str, Params], Any], dict[str, Any]] | None = None
+    samples: Callable[[int], list[dict[str, Any]]] | None = None  # completions that `prepare` has made anyway
+    passes: float = 3.0  # forward passes' worth of work of one token, for MFU
+
+
+class Context(NamedTuple):
+    """What PPO's collection of experience needs beside models."""
+
+    mesh: Mesh
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    records: Callable[[int], Any]  # from a record's number to the record
+
+
+def build(config: Any, loader: Loader, context: Context) -> Program:
+    """The program of `config.algorithm.name`.
+
+    Args:
+      config: one stage's configuration.
+      loader: reads models onto the mesh.
+      context: what else PPO needs.
+    """
+    return _TABLE[config.algorithm.name](config, loader, context)
+
+
+def _sft(config, loader, context) -> Program:
+    policy = loader.policy(config.optimizer.learning_rate)
+    model = policy.model
+    return Program({"policy": policy}, {}, sft_objective(model.apply, model.head), "policy")
+
+
+def _reward(config, loader, context) -> Program:
+    role = loader.scorer(config.model.path, config.model.revision, config.optimizer.learning_rate)
+    cfg = config.algorithm
+    objective = reward_objective(
+        role.model.apply,
+        role.model.score_kernel,
+        label_smoothing=cfg.label_smoothing,
+        center_coef=cfg.center_coef,
+        use_margin=cfg.use_margin,
+    )
+    return Program({"reward": role}, {}, objective, "reward")
+
+
+def _dpo(config, loader, context) -> Program:
+    cfg = config.algorithm
+    policy = loader.policy(config.optimizer.learning_rate)
+    reference = loader.reference(cfg.reference_path)
+    if _shapes(policy) != _shapes(reference):
+        raise InputError(
+            f"the reference {cfg.reference_path} has other shapes than the policy {config.model.path}",
+            "a reference of the policy's architecture",
+            "--config.algorithm.reference_path=None (the policy's own start)",
+        )
+    live = cfg.reference == "live"
+    objective = preference_objective(
+        policy.model.apply,
+        policy.model.head,
+        loss=cfg.loss,
+        beta=cfg.beta,
+        label_smoothing=cfg.label_smoothing,
+        reference=cfg.reference,
+    )
+    return Program(
+        {"policy": policy},
+        {"ref": reference} if live else {},
+        objective,
+        "policy",
+        reference=None if live else reference,
+        passes=4.0 if live else 3.0,
+    )
+
+
+def _shapes(role: Role) -> Any:
+    return jax.tree.map(lambda x: x.shape, role.model.abstract())
+
+
+def _ppo(config, loader, context) -> Program:
+    from jaxalign.train import experience
+
+    cfg = config.algorithm
+    policy = loader.policy(config.optimizer.learning_rate)
+    reward, reward_role = _reward_of(config, loader, context)
+    value_path = cfg.value_path or config.rewards.model or config.model.path
+    value = loader.scorer(value_path, None, config.optimizer.value_learning_rate)
+    prepare = experience.make_prepare(
+        config,
+        policy=policy.model,
+        value=value.model,
+        reward=reward,
+        records=context.records,
+        tokenizer=context.tokenizer,
+        stop_ids=context.stop_ids,
+        mesh=context.mesh,
+    )
+    objective = policy_objective(
+        policy.model.apply,
+        policy.model.head,
+        value.model.apply,
+        value.model.score_kernel,
+        temperature=config.rollout.temperature,
+        clip_range=cfg.clip_range,
+        value_clip_range=cfg.value_clip_range,
+        vf_coef=cfg.vf_coef,
+        entropy_coef=cfg.entropy_coef,
+    )
+    return Program(
+        {"policy": policy, "value": value},
+        {"ref": loader.reference()} | ({"reward": reward_role} if reward_role else {}),
+        objective,
+        "policy",
+        extra=experience.initial_extra(config),
+        updates=cfg.num_ppo_epochs * cfg.num_minibatches,
+        early_stop=None if cfg.max_approx_kl is None else stop_on_kl(cfg.max_approx_kl),
+        prepare=prepare,
+        evaluate=prepare.evaluate,
+        samples=prepare.samples,
+    )
+
+
+def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
+    """What scores completions, and the frozen role that it reads its parameters from."""
+    from jaxalign.data.dialogues import render_plain
+    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.rewards.function import FunctionScorer, load_function
+    from jaxalign.rewards.model import ModelScorer, same_tokenizer
+
+    if config.rewards.function:
+        return FunctionScorer(load_function(config.rewards.function), config.rewards.function), None
+    role = loader.scorer(config.rewards.model)
+    tokenizer = load_tokenizer(config.rewards.model)
+    if same_tokenizer(tokenizer, context.tokenizer):
+        return role.model, role
+    return ModelScorer(role.model, tokenizer, mesh=context.mesh, plain=render_plain), role
+
+
+_TABLE: dict[str, Callable[[Any, Loader, Context], Program]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "dpo": _dpo,
+    "ppo": _ppo,
+}

@@ -1,0 +1,103 @@
+"""What a run would do: its data, three of its rows, its memory. Nothing is trained, no weights are read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.parallel.processes import is_main
+from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
+from jaxalign.train.checkpoints import abstract
+from jaxalign.train.compiled import device_limit
+from jaxalign.train.models import num_bytes
+from jaxalign.train.samples import decoded
+from jaxalign.types import Batch, Completions, PolicyBatch, Readouts, Rows
+
+_ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
+
+
+def report(stage: Any) -> dict[str, Any]:
+    """Prints the data report, three rows decoded with their masks, and the memory of a training step.
+
+    Args:
+      stage: a `trainer.Stage`.
+
+    Returns:
+      `data`, `rows` (text), `steps`, `memory` (bytes a device, by the compiler's account), `model_bytes`.
+
+    Raises:
+      InputError: the step does not fit, with bytes needed and there.
+    """
+    say = print if is_main() else (lambda *_: None)
+    c = stage.config
+    say(json.dumps(stage.dataset.report, indent=1))
+    rows = show_rows(stage.dataset, stage.tokenizer)
+    say("rows, what is trained on in ⟦brackets⟧:")
+    for row in rows:
+        say(row)
+    frozen_roles = stage.program.frozen
+    frozen = {n: role.model.abstract() for n, role in frozen_roles.items()}
+    sizes = {n: num_bytes(p) for n, p in (stage.like.params | frozen).items()} | {
+        "optimizer": num_bytes(stage.like.opt)
+    }
+    say("bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    stage.step.compile(stage.like, abstract(frozen, param_shardings(stage.mesh, frozen)), abstract_batch(stage))
+    memory, limit = stage.step.memory, device_limit()
+    if memory:
+        there = f" of {limit:,} there" if limit else ""
+        say(f"a training step needs {memory['total']:,} bytes on each device{there}: {memory}")
+    say(f"{stage.num_steps} steps of {c.batch_size} rows, {stage.num_steps * stage.program.updates} updates")
+    return {
+        "data": stage.dataset.report,
+        "rows": rows,
+        "steps": stage.num_steps,
+        "memory": memory,
+        "model_bytes": sizes,
+    }
+
+
+def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
+    """The first rows of the first batch as text."""
+    shown = []
+    for number, members in enumerate(dataset.members(0)[:count]):
+        lines = [f"row {number}:"]
+        for i in members:
+            example = dataset.example(int(i))
+            lines.append(f"  record {int(i)} prompt: {tokenizer.decode(np.asarray(example.prompt).tolist())!r}")
+            names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
+            for name, tokens, mask in zip(names, example.completions, example.masks, strict=False):
+                lines.append(f"    {name}: {decoded(tokenizer, np.asarray(tokens), np.asarray(mask))!r}")
+        shown.append("\n".join(lines))
+    return shown
+
+
+def abstract_batch(stage: Any) -> Any:
+    """Shapes and places of what the train step is given."""
+    c, sharding = stage.config, batch_sharding(stage.mesh)
+    parts = batch_part(stage.mesh)[1]
+
+    def global_rows(x):
+        return jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype, sharding=sharding)
+
+    batch = jax.tree.map(global_rows, stage.dataset.batch(0, *batch_part(stage.mesh)))
+    if c.algorithm.name != "ppo":
+        return batch
+    rows, width, length = (
+        c.batch_size // c.algorithm.num_minibatches,
+        batch.rows.tokens.shape[1],
+        c.rollout.max_new_tokens,
+    )
+
+    def array(dtype, *dims):
+        return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=sharding)
+
+    whole = Batch(
+        Rows(*(array(np.int32, width + length) for _ in Rows._fields)),
+        Readouts(*(array(np.int32, length) for _ in range(3)), array(np.bool_, length)),
+        Completions(*(array(x.dtype, *x.shape[1:]) for x in batch.completions)),
+        array(np.int32, 1),
+    )
+    return PolicyBatch(whole, *(array(np.float32, length) for _ in range(5)))

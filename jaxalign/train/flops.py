@@ -1,0 +1,56 @@
+"""Model FLOPs of a training step against the hardware's peak (MFU)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Dense bfloat16 FLOP/s of one device, by the start of `device.device_kind`; from the vendors' data sheets.
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU7x", 2307e12),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA L40", 181e12),
+    ("NVIDIA L4", 121e12),
+    ("NVIDIA A10G", 70e12),
+    ("NVIDIA A10", 125e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of a device, None where it is not in the table (a CPU).
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+    (989000000000000.0, None)
+    """
+    return next((flops for kind, flops in PEAK_FLOPS if device_kind.startswith(kind)), None)
+
+
+def flops_per_token(config: Any, length: float, *, passes: float = 3.0) -> float:
+    """Model FLOPs of one token, without what is recomputed.
+
+        passes * (2 * matrix parameters + 4 * layers * heads * head dim * mean visible keys)
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B, which has passes = 3 (forward 1, backward 2) and the 6 N of
+    Kaplan et al. 2020.  The token head counts as a matrix, the lookup of the embedding does not.
+
+    Args:
+      config: a ModelConfig.
+      length: tokens of a sequence; half of them are visible on average.
+      passes: 3 for a trained model; a live reference of the same size adds 1.
+    """
+    c = config
+    attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    layer = attention + 3 * c.embed_dim * c.mlp_dim
+    head = c.embed_dim * (1 if c.head == "score" else c.vocab_size)
+    matrices = c.num_layers * layer + head
+    return passes * (2.0 * matrices + 4.0 * c.num_layers * c.num_heads * c.head_dim * length / 2)

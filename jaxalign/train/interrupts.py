@@ -1,0 +1,53 @@
+"""Requests to stop: SIGTERM and Ctrl-C become a save and an orderly end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import jax
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and saved its state: the process's status is 128 + the signal, 143 or 130.
+
+    Not 0: the run is not done, and whatever restarts jobs (Kubernetes, Slurm) is to start it again, where it goes on.
+    """
+
+
+class StopRequests:
+    """Watches for SIGTERM and SIGINT while training runs.
+
+    In a single process both set a mark that the loop reads after each step; a second SIGINT interrupts at once.  In a
+    run of several processes the runtime takes SIGTERM (a preemption notice on any host) and all agree on the step at
+    which to stop; SIGINT keeps its usual meaning there, since not every process gets it.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._old: dict[int, object] = {}
+        self._agreed = jax.distributed.is_initialized()
+
+    def __enter__(self) -> StopRequests:
+        if not self._agreed and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def at(self, step: int) -> int:
+        """The signal to stop for after this step, 0 for none; every process calls it at every step."""
+        if self._agreed:
+            from jax.experimental import multihost_utils
+
+            return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
+        return self._signal

@@ -1,0 +1,257 @@
+"""The one loop of every algorithm: prepare a batch, step on it, read the figures one step late, save, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
+from jaxalign.train.algorithms import Prepare
+from jaxalign.train.checkpoints import Checkpoints
+from jaxalign.train.compiled import Compiled
+from jaxalign.train.health import Health
+from jaxalign.train.interrupts import Interrupted, StopRequests
+from jaxalign.train.metrics import Progress, Writer, count_tokens
+from jaxalign.types import Params, TrainState
+
+
+class Pending(NamedTuple):
+    """A batch of the stream whose updates are under way; its figures are still on the device."""
+
+    step: int  # batches done with it
+    updates: list[dict[str, jax.Array]]  # metrics of each update
+    prepared: dict[str, float]
+    batch: Any  # the host's own rows
+    compile_seconds: float
+
+
+@dataclasses.dataclass
+class Loop:
+    """Drives a state through batches `start + 1 ... num_steps` of the stream."""
+
+    name: str
+    config: Any
+    mesh: Mesh
+    frozen: dict[str, Params]
+    step: Compiled  # (state, frozen, batch) -> (state, metrics)
+    prepare: Prepare
+    dataset: Any
+    num_steps: int
+    checkpoints: Checkpoints
+    writer: Writer
+    health: Health
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    sample: Callable[[TrainState, int], dict[str, float]] | None = None
+    seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any]]:
+        """Trains.
+
+        Args:
+          state: placed on the mesh; taken over.
+          start: batches already done.
+
+        Returns:
+          The last state, and results: `metrics` and `eval` of the last step, `tokens_per_second` of the whole.
+
+        Raises:
+          InputError: a loss that is not finite, or a batch without weight: with the step and the records.
+          Interrupted: asked to stop; the state is saved.
+        """
+        self._last: dict[str, float] = {}
+        self._last_eval: dict[str, float] = {}
+        self._eval_step = -1
+        self._saved = start if start else None
+        self._tokens, self._seconds = 0, 0.0
+        progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
+        pending: Pending | None = None
+        try:
+            with StopRequests() as stop:
+                self._mark = time.monotonic()
+                for index in range(start, self.num_steps):
+                    state, this = self._advance(state, index)
+                    if pending is not None:
+                        self._read(pending, progress)
+                    pending = this
+                    signal = stop.at(index + 1)
+                    if signal or self._due(index + 1):
+                        self._read(pending, progress)
+                        pending = None
+                        self._pause(state, index + 1, stopping=bool(signal))
+                        self._mark = time.monotonic()
+                    if signal:
+                        self.checkpoints.wait()
+                        raise Interrupted(128 + signal)
+        finally:
+            progress.close()
+        speed = self._tokens / self._seconds if self._seconds else None
+        return state, {"metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
+
+    def _advance(self, state: TrainState, index: int) -> tuple[TrainState, Pending]:
+        """Starts all updates of batch `index`; waits for none of them."""
+        host = self.dataset.batch(index, *batch_part(self.mesh))
+        before = self.step.compile_seconds
+        state, batches, made = self.prepare(state, self.frozen, put_batch(host, self.mesh))
+        # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
+        prepared = {name: float(value) for name, value in jax.device_get(made).items()}
+        updates = []
+        for batch in batches:
+            batch = jax.device_put(batch, batch_sharding(self.mesh))
+            state, metrics = self.step(state, self.frozen, batch)
+            updates.append(metrics)
+        cursor = jax.device_put(np.int32(index + 1), replicated(self.mesh))
+        state = state._replace(data_cursor=cursor)
+        return state, Pending(index + 1, updates, prepared, host, self.step.compile_seconds - before)
+
+    def _due(self, step: int) -> bool:
+        """Whether the loop stops at this step to evaluate, sample or save."""
+        c = self.config
+        every = (c.eval.every, c.checkpoint.every, c.logging.get("samples_every", 0) if self.sample else 0)
+        return step == self.num_steps or any(n and step % n == 0 for n in every)
+
+    def _pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
+        """What happens between two steps: evaluation, samples, a checkpoint."""
+        c, last = self.config, step == self.num_steps
+        save = last or stopping or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
+        row: dict[str, float] = {}
+        due = last or bool(c.eval.every and step % c.eval.every == 0)
+        if self.evaluate and (due or (save and c.checkpoint.best_metric)) and not (stopping and not due):
+            row |= {f"eval/{name}": value for name, value in self.evaluate(state).items()}
+            self._last_eval, self._eval_step = row, step
+        every = c.logging.get("samples_every", 0)
+        if self.sample and not stopping and every and (last or step % every == 0):
+            row |= self.sample(state, step)
+        if row:
+            self.writer.write(step, row)
+        if save and self._saved != step:
+            self._save(state, step)
+
+    def _save(self, state: TrainState, step: int) -> None:
+        name = self.config.checkpoint.best_metric
+        metrics = {}
+        if name and self._eval_step == step:
+            wanted = name if name.startswith("eval/") else f"eval/{name}"
+            if wanted not in self._last_eval:
+                raise InputError(
+                    f"checkpoint.best_metric is {name!r}",
+                    f"one of {', '.join(self._last_eval)}",
+                    f"--config.checkpoint.best_metric={next(iter(self._last_eval), 'eval/loss')}",
+                )
+            metrics = {name: self._last_eval[wanted]}
+        self.writer.flush()
+        self.checkpoints.save(step, state, {**self.meta, "step": step}, metrics)
+        self._saved = step
+
+    def _read(self, pending: Pending, progress: Progress) -> None:
+        """Waits for a batch's figures, checks them, writes them."""
+        updates = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending.updates)]
+        row = merge(updates) | pending.prepared
+        now = time.monotonic()
+        seconds, self._mark = max(now - self._mark - pending.compile_seconds, 1e-9), now
+        tokens = row.pop("processed_tokens", None)
+        if tokens is None:
+            tokens = count_tokens(pending.batch.rows) * batch_part(self.mesh)[1]
+        speed = tokens / seconds
+        row["tokens_per_second"] = speed
+        if self.seconds_per_token:
+            row["mfu"] = speed * self.seconds_per_token
+        row |= self.health.signs(row)
+        problem = self._problem(pending, updates)
+        step, every = pending.step, self.config.logging.every
+        if step % every == 0 or step in (1, self.num_steps) or problem:
+            self.writer.write(step, row)
+        if problem:
+            raise problem
+        self._tokens, self._seconds, self._last = self._tokens + tokens, self._seconds + seconds, row
+        progress.update(step, next(v for k, v in row.items() if k.startswith("loss")), speed)
+
+    def _problem(self, pending: Pending, updates: list[dict[str, float]]) -> InputError | None:
+        """What makes going on pointless."""
+        ids = sorted({int(i) for i in np.asarray(pending.batch.record_ids).ravel() if i >= 0})
+        where = f"step {pending.step}, records {_shortened(ids)}"
+        for metrics in updates:
+            losses = {k: v for k, v in metrics.items() if k == "loss" or k.startswith("loss/")}
+            if metrics.get("skipped") or not all(math.isfinite(v) for v in losses.values()):
+                self.checkpoints.wait()
+                good = self.checkpoints.latest()
+                figures = ", ".join(f"{k} {v}" for k, v in metrics.items() if k.startswith(("loss", "grad_norm")))
+                return InputError(
+                    f"a loss or gradient that is not finite at {where}: {figures}",
+                    "finite numbers; "
+                    + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"),
+                    "look at those records; --config.optimizer.learning_rate smaller, or warmup_steps larger",
+                )
+            weights = [v for k, v in metrics.items() if k == "weight" or k.startswith("weight/")]
+            if any(w == 0 for w in weights) and not metrics.get("stopped"):
+                return InputError(f"a batch that nothing can be learned from at {where}", *_why_empty(pending.batch))
+        return None
+
+
+def merge(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The figures of one batch of the stream: the mean over its updates, for marks and counts the sum.
+
+    >>> merge([{"loss": 1.0, "skipped": 0.0}, {"loss": 3.0, "skipped": 1.0}])
+    {'loss': 2.0, 'skipped': 1.0}
+    """
+    summed = ("skipped", "stopped", "overflow", "tokens")
+    if not updates:
+        return {}
+    names = updates[0]
+    return {n: math.fsum(u[n] for u in updates) / (1 if n in summed else len(updates)) for n in names}
+
+
+def _shortened(ids: list[int]) -> str:
+    text = ", ".join(map(str, ids[:16]))
+    return f"[{text}{f', ... {len(ids)} in all' if len(ids) > 16 else ''}]"
+
+
+def _why_empty(batch: Any) -> tuple[str, str]:
+    """(what was expected, what to do) for a batch of zero weight."""
+    if not np.any(batch.record_ids >= 0):
+        return "records in every batch: this one holds only padding", "--config.batch_size smaller"
+    if not np.any(batch.readouts.mask):
+        return (
+            "tokens to train on: the records' masks leave none (a chat template without assistant turns, "
+            "completions cut to nothing, or prompts that fill the row)",
+            "--dry_run shows rows with their masks; --config.data.max_length larger, or another model.chat_template",
+        )
+    return "a positive weight on some record: all of these have weight 0", "the weight column of those records"
+
+
+def make_evaluate(
+    step: Callable[[TrainState, dict[str, Params], Any], dict[str, Any]],
+    frozen: dict[str, Params],
+    dataset: Any,
+    num_batches: int,
+    mesh: Mesh,
+) -> Callable[[TrainState], dict[str, float]]:
+    """Evaluation on the same batches each time: sums and weights over all of them, divided once.
+
+    Args:
+      step: (state, frozen, batch on the mesh) -> {name: (sum, weight)}.
+      frozen: by role.
+      dataset: of which the first batches are used.
+      num_batches: how many.
+      mesh: where they go.
+    """
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals: dict[str, list[float]] = {}
+        for index in range(num_batches):
+            batch = put_batch(dataset.batch(index, *batch_part(mesh)), mesh)
+            for name, (total, weight) in jax.device_get(step(state, frozen, batch)).items():
+                entry = totals.setdefault(name, [0.0, 0.0])
+                entry[0] += float(total)
+                entry[1] += float(weight)
+        return {name: total / weight for name, (total, weight) in totals.items() if weight}
+
+    return evaluate

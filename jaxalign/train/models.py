@@ -1,0 +1,80 @@
+"""The models of a run: which checkpoint each role starts from, in which dtype, where on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign.models import hf
+from jaxalign.models.config import from_hf
+from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.transformer import Model
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.types import Params
+
+
+class Role(NamedTuple):
+    """A model's part in a run."""
+
+    model: Model
+    load: Callable[[], Params]  # reads the start values; another call gives another copy
+    learning_rate: float = 0.0  # peak; 0 for frozen roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Makes roles from the configuration's paths."""
+
+    config: Any
+    mesh: Mesh
+
+    def policy(self, learning_rate: float) -> Role:
+        """The model that is trained to talk: `model.path`, from its values or from scratch."""
+        c = self.config.model
+        return self._role(c.path, c.revision, c.param_dtype, "lm", learning_rate, c.from_scratch)
+
+    def reference(self, path: str | None = None) -> Role:
+        """The frozen model that the policy is held to: the policy's own start values, or those at `path`."""
+        c = self.config.model
+        dtype = c.frozen_dtype or c.param_dtype
+        if path is None:
+            return self._role(c.path, c.revision, dtype, "lm", 0.0, c.from_scratch)
+        return self._role(path, None, dtype, "lm", 0.0, False)
+
+    def scorer(self, path: str, revision: str | None = None, learning_rate: float = 0.0) -> Role:
+        """A model with a scalar head: trained where there is a learning rate, else frozen."""
+        c = self.config.model
+        dtype = c.param_dtype if learning_rate else c.frozen_dtype or c.param_dtype
+        scratch = c.from_scratch and path == c.path
+        return self._role(path, revision, dtype, "score", learning_rate, scratch)
+
+    def _role(self, path, revision, param_dtype, head, learning_rate, scratch) -> Role:
+        c = self.config.model
+        options = {
+            "dtype": c.dtype,
+            "param_dtype": param_dtype,
+            "remat": c.remat if learning_rate else "none",
+            "head": head,
+            "revision": revision,
+        }
+        key = jax.random.key(self.config.seed)
+        shardings = lambda tree: param_shardings(self.mesh, tree)  # noqa: E731
+
+        def load() -> Params:
+            if scratch:
+                return hf.from_scratch(path, shardings=shardings, key=key, **options)[1]
+            return hf.load(path, shardings=shardings, key=key, **options)[1]
+
+        fields = {k: v for k, v in options.items() if k != "revision"}
+        directory = locate(path, revision, weights=False)
+        return Role(Model(from_hf(read_json(directory / CONFIG), **fields)), load, learning_rate)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays (or their descriptions), one copy of each."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

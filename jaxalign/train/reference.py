@@ -1,0 +1,187 @@
+"""Reference log-probs computed ahead: one pass over the data, kept on disk, attached to batches.
+
+A reference that is read from a cache costs no memory while the policy trains, and no forward pass.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.data.cache import digest, digest_tokenizer
+from jaxalign.errors import InputError
+from jaxalign.parallel.processes import is_main
+from jaxalign.parallel.sharding import batch_part, path_name, put_batch
+from jaxalign.rollout.host import all_rows
+from jaxalign.steps.preference import sequence_logprobs
+from jaxalign.train.compiled import Compiled
+from jaxalign.types import Batch, Params
+
+_SAVE_SECONDS = 60.0  # between two writes of an unfinished cache
+
+
+class WithReference:
+    """A dataset whose batches carry the reference's log-probs."""
+
+    def __init__(self, dataset: Any, table: np.ndarray):
+        """
+        Args:
+          dataset: of pairs.
+          table: float32 [num_records, 2], nats, by record and role.
+        """
+        self._dataset, self._table = dataset, table
+        self.batches_per_epoch, self.shape = dataset.batches_per_epoch, dataset.shape
+
+    def batch(self, index: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """As the dataset's, with `completions.ref_logprob` filled."""
+        batch = self._dataset.batch(index, process_index, process_count)
+        there = batch.completions.mask & (batch.record_ids >= 0)
+        found = self._table[np.where(there, batch.record_ids, 0), np.where(there, batch.completions.role, 0)]
+        ref = np.where(there, found, 0).astype(np.float32)
+        return batch._replace(completions=batch.completions._replace(ref_logprob=ref))
+
+
+def attach(stage: Any, datasets: list[Any]) -> list[Any]:
+    """Wraps the stage's datasets; computes what no cache has, with the reference in memory only meanwhile.
+
+    Args:
+      stage: a `trainer.Stage` whose program has a `reference`.
+      datasets: training and evaluation data; None stays None.
+    """
+    role = stage.program.reference
+    params = role.load()
+    model_key = fingerprint(params)
+    tokenizer_key = digest_tokenizer(stage.tokenizer)
+    folder = stage.directory.cache
+    if stage.config.data.cache_dir:
+        from etils import epath
+
+        folder = epath.Path(stage.config.data.cache_dir)
+    logprobs = Compiled(
+        lambda params, batch: sequence_logprobs(role.model.apply, role.model.head, params, batch), "reference pass"
+    )
+    wrapped = []
+    for dataset in datasets:
+        if dataset is None:
+            wrapped.append(None)
+            continue
+        keys = {
+            "model": model_key,
+            "data": dataset.fingerprint,
+            "tokenizer": tokenizer_key,
+            "dtype": str(role.model.config.dtype),
+        }
+        cache = Cache(folder, keys, dataset.num_records)
+        table = cache.read()
+        if np.isnan(table).any():
+            table = _compute(dataset, table, cache, lambda batch: logprobs(params, batch), stage.mesh)
+        wrapped.append(WithReference(dataset, table))
+    return wrapped
+
+
+def _compute(dataset: Any, table: np.ndarray, cache: Cache, logprobs: Any, mesh: Any) -> np.ndarray:
+    """Fills the table from the batches of one epoch; rows that are there already are not computed again."""
+    written = time.monotonic()
+    for index in range(dataset.batches_per_epoch):
+        ids = np.concatenate([np.asarray(row) for row in dataset.members(index)])
+        if not np.isnan(table[ids]).any():
+            continue
+        batch = put_batch(dataset.batch(index, *batch_part(mesh)), mesh)
+        values = all_rows(logprobs(batch))
+        mask, ids, role = (all_rows(x) for x in (batch.completions.mask, batch.record_ids, batch.completions.role))
+        table[ids[mask], role[mask]] = values[mask]
+        if time.monotonic() - written > _SAVE_SECONDS:
+            cache.write(table)
+            written = time.monotonic()
+    if np.isnan(table).any():
+        missing = np.flatnonzero(np.isnan(table).any(axis=1))[:8].tolist()
+        raise InputError(
+            f"reference log-probs of records {missing} are not finite",
+            "a reference that gives every completion a finite log-prob",
+            "--config.model.dtype=float32, or look at those records",
+        )
+    cache.write(table)
+    return table
+
+
+class Cache:
+    """A file of reference log-probs, named by and holding the fingerprints of model, data and tokenizer."""
+
+    def __init__(self, folder: Any, keys: dict[str, str], num_records: int):
+        """
+        Args:
+          folder: an `epath.Path`.
+          keys: fingerprints by name.
+          num_records: rows of the table.
+        """
+        self.keys, self._num_records = keys, num_records
+        self.path = folder / f"reference-{digest(keys)}.npz"
+
+    def read(self) -> np.ndarray:
+        """The table, float32 [num_records, 2], nan where nothing was computed yet; the same on every process.
+
+        Raises:
+          InputError: the file was made with another model, data or tokenizer than its name says.
+        """
+        table = np.full((self._num_records, 2), np.nan, np.float32)
+        if is_main() and self.path.exists():
+            with np.load(io.BytesIO(self.path.read_bytes())) as file:
+                found = json.loads(str(file["keys"]))
+                stale = [name for name, value in self.keys.items() if found.get(name) != value]
+                if stale or file["table"].shape != table.shape:
+                    raise InputError(
+                        f"{self.path} was made with another {' and another '.join(stale) or 'number of records'}",
+                        "a cache of this run's model, data and tokenizer",
+                        f"rm {self.path}",
+                    )
+                table = file["table"]
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            table = np.array(multihost_utils.broadcast_one_to_all(table))
+        return table
+
+    def write(self, table: np.ndarray) -> None:
+        """Writes the file whole: a reader sees the old one or the new one."""
+        if not is_main():
+            return
+        data = io.BytesIO()
+        np.savez(data, keys=json.dumps(self.keys), table=table)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = self.path.parent / f".{self.path.name}.tmp"
+        tmp.write_bytes(data.getvalue())
+        tmp.replace(self.path)
+
+
+def fingerprint(params: Params) -> str:
+    """A digest of parameters' values, computed where they lie; the same on every mesh.
+
+    Each leaf gives two sums over its bits, modulo 2^32, in which every place has a weight of its own.
+    """
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_bit_sums, tree))(params))
+    leaves = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: isinstance(x, np.ndarray))[0]
+    shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(params)]
+    return digest(
+        [[path_name(path), value.tolist(), shape] for (path, value), shape in zip(leaves, shapes, strict=True)]
+    )
+
+
+def _bit_sums(x: jax.Array) -> jax.Array:
+    """uint32 [2]."""
+    width = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    stride = 1
+    for dim in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[dim]
+    first = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    second = jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+    return jnp.stack([first, second])

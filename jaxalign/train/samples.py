@@ -1,0 +1,112 @@
+"""Completions of the model in training, written for people to read and measured for signs of collapse."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.parallel.mesh import batch_shards
+from jaxalign.parallel.processes import is_main
+from jaxalign.parallel.sharding import batch_part, put_batch
+from jaxalign.rollout.generate import generate
+from jaxalign.rollout.host import all_rows
+from jaxalign.train.compiled import memory_errors
+from jaxalign.train.health import sample_signs
+from jaxalign.types import TrainState
+
+
+class Sampler:
+    """Writes `samples/STEP.jsonl`: what PPO's collection sampled last, or completions of held-out prompts.
+
+    The prompts are the same at every step, and so are the random keys: what changes is the model.
+    """
+
+    def __init__(self, stage: Any):
+        """
+        Args:
+          stage: a `trainer.Stage`.
+        """
+        self._stage = stage
+        self._made = stage.program.samples
+        self._count = stage.config.logging.num_samples
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """Writes the samples of this step.
+
+        Returns:
+          Signs of collapse, `samples/...`.
+        """
+        if self._made is not None:
+            rows, signs = self._made(self._count), {}
+        else:
+            rows, signs = self._generate(state)
+        folder = self._stage.directory.samples
+        if is_main() and rows:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{step}.jsonl").write_text(text)
+        return signs
+
+    def _generate(self, state: TrainState) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        stage, c = self._stage, self._stage.config
+        examples, batch = self._prompts()
+        with memory_errors("sampling"):
+            model, params = stage.program.trained["policy"].model, state.params["policy"]
+            rollout = generate(
+                model,
+                params,
+                batch.rows,
+                jax.random.key(c.seed),
+                batch.record_ids[:, 0],
+                max_new_tokens=c.rollout.max_new_tokens,
+                temperature=float(c.rollout.temperature),
+                top_k=int(c.rollout.top_k),
+                top_p=float(c.rollout.top_p),
+                stop_ids=stage.stop_ids,
+            )
+            tokens, mask, logprobs, finished = (all_rows(x) for x in rollout)
+        ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)][: len(examples)]
+        rows = [
+            {
+                "record": int(example.record),
+                "prompt": stage.tokenizer.decode(example.prompt.tolist()),
+                "completion": stage.tokenizer.decode(sample, skip_special_tokens=True),
+                "finished": bool(done),
+                "num_tokens": len(sample),
+            }
+            for example, sample, done in zip(examples, ids, finished, strict=False)
+        ]
+        spread = [p[m].tolist() for p, m in zip(logprobs, mask, strict=True)][: len(examples)]
+        return rows, sample_signs(ids, finished=finished[: len(examples)].tolist(), logprobs=spread)
+
+    def _prompts(self) -> tuple[list[Any], Any]:
+        """The first prompts of the held-out data (else of the training data), on the mesh."""
+        from jaxalign.data.rows import Shape, build_prompts, round_up
+
+        if not hasattr(self, "_batch"):
+            stage = self._stage
+            dataset = stage.eval_dataset or stage.dataset
+            self._examples = [dataset.example(i) for i in range(min(self._count, dataset.num_records))]
+            index, parts = batch_part(stage.mesh)
+            count = round_up(len(self._examples), batch_shards(stage.mesh))
+            # Rows that only fill the mesh repeat the first prompts: a row of padding alone has nothing to go on.
+            filled = [self._examples[i % len(self._examples)] for i in range(count)]
+            length = round_up(max(len(e.prompt) for e in filled), 8)
+            local = filled[index * count // parts : (index + 1) * count // parts]
+            batch = build_prompts(local, Shape(len(local), length, 0, 1), dataset.pad_id)
+            self._batch = put_batch(batch, stage.mesh)
+        return self._examples, self._batch
+
+
+def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
+    """Text in which the runs of tokens that are scored stand in brackets, `⟦so⟧`."""
+    text, start = "", 0
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or mask[end] != mask[start]:
+            part = tokenizer.decode(tokens[start:end].tolist())
+            text += f"⟦{part}⟧" if mask[start] else part
+            start = end
+    return text

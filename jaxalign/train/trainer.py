@@ -1,0 +1,292 @@
+"""One training stage from configuration to exported model."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign import config as configuration
+from jaxalign.errors import InputError
+from jaxalign.parallel import processes
+from jaxalign.parallel.mesh import batch_shards, make_mesh
+from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
+from jaxalign.steps.loss_scale import LossScale
+from jaxalign.steps.step import make_eval_step, make_train_step
+from jaxalign.train import algorithms
+from jaxalign.train.checkpoints import Checkpoints, abstract
+from jaxalign.train.compiled import Compiled, peak_memory
+from jaxalign.train.flops import flops_per_token, peak_flops
+from jaxalign.train.health import Health
+from jaxalign.train.loop import Loop, make_evaluate
+from jaxalign.train.metrics import Writer, read_metrics
+from jaxalign.train.models import Loader, num_bytes
+from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
+from jaxalign.train.rundir import RunDir, require_shared
+from jaxalign.types import TrainState
+
+
+def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str, Any]:
+    """Trains one stage, or goes on with one that was stopped, and exports its model to `workdir/export`.
+
+    Args:
+      config: a tree made from `jaxalign.config.defaults`.
+      dry_run: parse, report the data, show three rows with their masks, compile and estimate memory; train nothing.
+      devices: those of the mesh; all by default.
+
+    Returns:
+      `steps`, `metrics` (last training step), `eval`, `wall_seconds`, `tokens_per_second`, `peak_memory_bytes`,
+      `step_memory` (bytes by the compiler's account), `model_bytes` by role, `num_compiles` of the train step,
+      `export`; the same is written to `DONE`, and returned at once when the stage is done already.
+
+    Raises:
+      InputError: anything in configuration, data or learning that the user can change.
+      Interrupted: asked to stop; the state is saved and the same call goes on.
+    """
+    started = time.monotonic()
+    for warning in configuration.validate(config):
+        warnings.warn(warning, stacklevel=2)
+    processes.initialize()
+    use_compilation_cache()
+    mesh = make_mesh(config.mesh, devices)
+    _check_batch(config, mesh)
+    directory = RunDir(config.workdir)
+    if not dry_run:
+        require_shared(directory)
+        done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
+        if done is not None:
+            return done
+    with jax.set_mesh(mesh):
+        stage = Stage(config, mesh, directory)
+        if dry_run:
+            from jaxalign.train.dryrun import report
+
+            return report(stage)
+        results = stage.train()
+    results |= {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
+    directory.write_json("DONE", results)
+    return results
+
+
+class Stage:
+    """A stage's data, models and compiled steps."""
+
+    def __init__(self, config: Any, mesh: Mesh, directory: RunDir):
+        from jaxalign.data.loader import Dataset
+        from jaxalign.models.tokenizer import load_tokenizer, stop_ids
+
+        c = config
+        self.config, self.mesh, self.directory = config, mesh, directory
+        self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, c.model.revision, c.model.chat_template)
+        purpose = c.algorithm.name
+        ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
+        self.dataset = Dataset.build(c, self.tokenizer, purpose, "train", eos_ids=ends)
+        self.eval_dataset = Dataset.build(c, self.tokenizer, purpose, "eval", eos_ids=ends, like=self.dataset)
+        directory.write_json("data_report.json", self.dataset.report)
+        self.num_steps = c.num_train_steps or self.dataset.batches_per_epoch * c.num_epochs
+
+        more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
+        self.stop_ids = tuple(sorted({*ends, *more}))
+        context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset.record)
+        self.program = algorithms.build(c, Loader(c, mesh), context)
+        self._build_steps()
+
+    def _build_steps(self) -> None:
+        """The train and eval steps, and the state's shapes and places."""
+        c, program, mesh = self.config, self.program, self.mesh
+        updates = self.num_steps * program.updates
+        rates = {role: r.learning_rate for role, r in program.trained.items()}
+        self.optimizers = {role: make_optimizer(c.optimizer, rate, updates) for role, rate in rates.items()}
+        schedules = {role: make_schedule(c.optimizer, rate, updates) for role, rate in rates.items()}
+        scaling = c.model.dtype == "float16"
+        step = make_train_step(
+            program.objective,
+            self.optimizers,
+            grad_accum_steps=c.grad_accum_steps,
+            loss_scaling=scaling,
+            early_stop=program.early_stop,
+        )
+
+        def train_step(state, frozen, batch):
+            new, metrics = step(state, frozen, batch)
+            for role, schedule in schedules.items():
+                name = "learning_rate" if len(schedules) == 1 else f"learning_rate/{role}"
+                metrics[name] = schedule(updates_made(state.opt[role]))
+            return new, metrics
+
+        extra = dict(program.extra) | (LossScale.initial() if scaling else {})
+        self.initial_extra = extra
+        like = jax.eval_shape(lambda: self._fresh({n: r.model.abstract() for n, r in program.trained.items()}))
+        whole = replicated(mesh)
+        self.shardings = TrainState(
+            step=whole,
+            params=param_shardings(mesh, like.params),
+            opt=param_shardings(mesh, like.opt),
+            extra=jax.tree.map(lambda _: whole, like.extra),
+            data_cursor=whole,
+        )
+        self.like = abstract(like, self.shardings)
+        self.step = Compiled(train_step, "train step", donate=(0,), out_shardings=(self.shardings, whole))
+        eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
+        self.eval_step = program.evaluate or (
+            lambda state, frozen, batch: eval_step(state.params, frozen, state.extra, batch)
+        )
+
+    def _fresh(self, params) -> TrainState:
+        """The state of step 0 around parameters; under `eval_shape`, its shapes."""
+        if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+            params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+        opt = {role: tx.init(params[role]) for role, tx in self.optimizers.items()}
+        extra = {name: jnp.asarray(value) for name, value in self.initial_extra.items()}
+        return TrainState(jnp.int32(0), params, opt, extra, jnp.int32(0))
+
+    def start(self) -> TrainState:
+        """The state of step 0 on the mesh."""
+        params = {name: role.load() for name, role in self.program.trained.items()}
+        opt = {
+            role: jax.jit(tx.init, out_shardings=self.shardings.opt[role])(params[role])
+            for role, tx in self.optimizers.items()
+        }
+        whole = replicated(self.mesh)
+        # A copy of its own for each leaf: what is donated must not be shared with anything.
+        extra = {name: jax.device_put(jnp.array(value, copy=True), whole) for name, value in self.initial_extra.items()}
+        zero = lambda: jax.device_put(jnp.int32(0), whole)  # noqa: E731
+        return TrainState(zero(), params, opt, extra, zero())
+
+    def frozen(self) -> dict[str, Any]:
+        """The frozen models' parameters on the mesh."""
+        return {name: role.load() for name, role in self.program.frozen.items()}
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end, exports, and says how it went."""
+        c, program = self.config, self.program
+        for sentence in unsplit(self.mesh, self.like.params):
+            warnings.warn(sentence, stacklevel=2)
+        checkpoints = Checkpoints(
+            self.directory.checkpoints,
+            keep=c.checkpoint.keep,
+            best_metric=c.checkpoint.best_metric,
+            best_mode=c.checkpoint.best_mode,
+        )
+        start = checkpoints.latest() or 0
+        state = checkpoints.restore(start, self.like)[0] if start else self.start()
+        dataset, eval_dataset = self.dataset, self.eval_dataset
+        if program.reference is not None:
+            from jaxalign.train.reference import attach
+
+            dataset, eval_dataset = attach(self, [dataset, eval_dataset])
+        frozen = self.frozen()
+        writer = Writer(self.directory, c.logging, start=start, config=configuration.to_dict(c))
+        loop = Loop(
+            name=c.algorithm.name,
+            config=c,
+            mesh=self.mesh,
+            frozen=frozen,
+            step=self.step,
+            prepare=program.prepare,
+            dataset=dataset,
+            num_steps=self.num_steps,
+            checkpoints=checkpoints,
+            writer=writer,
+            health=Health(read_metrics(self.directory)),
+            evaluate=self._evaluate(frozen, eval_dataset),
+            sample=self._sampler(),
+            seconds_per_token=self._seconds_per_token(),
+            meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name},
+        )
+        try:
+            state, results = loop.run(state, start)
+            checkpoints.wait()
+        finally:
+            writer.close()
+            checkpoints.close()
+        results["export"] = self._export(state, checkpoints)
+        results |= {
+            "steps": self.num_steps,
+            "num_compiles": self.step.num_compiles,
+            "step_memory": self.step.memory,
+            "model_bytes": {n: num_bytes(p) for n, p in (state.params | frozen).items()},
+            "optimizer_bytes": num_bytes(state.opt),
+        }
+        return results
+
+    def _evaluate(self, frozen, dataset):
+        if dataset is None:
+            return None
+        count = min(self.config.eval.num_batches or dataset.batches_per_epoch, dataset.batches_per_epoch)
+        return make_evaluate(self.eval_step, frozen, dataset, count, self.mesh)
+
+    def _sampler(self):
+        if not self.config.logging.get("samples_every", 0):
+            return None
+        from jaxalign.train.samples import Sampler
+
+        return Sampler(self)
+
+    def _seconds_per_token(self) -> float | None:
+        """Device seconds that a token costs at the hardware's peak; None where the peak is not known."""
+        peak = peak_flops(jax.local_devices()[0].device_kind)
+        if peak is None:
+            return None
+        length = self.dataset.shape[1]
+        flops = sum(
+            flops_per_token(role.model.config, length, passes=self.program.passes)
+            for role in self.program.trained.values()
+        )
+        return flops / (peak * self.mesh.size)
+
+    def _export(self, state: TrainState, checkpoints: Checkpoints) -> str:
+        """Writes the best parameters where a metric says which, else the last, in Hugging Face form."""
+        from jaxalign.models import hf
+
+        c, role = self.config, self.program.exported
+        best = checkpoints.best()
+        if c.checkpoint.best_metric and best != self.num_steps:
+            state = checkpoints.restore(best, self.like)[0]
+        target = os.fspath(self.directory.export)
+        hf.save(
+            target, self.program.trained[role].model, state.params[role], source=c.model.path, tokenizer=self.tokenizer
+        )
+        return target
+
+
+def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids of `rollout.stop`: ids themselves, or strings that are one token."""
+    found = []
+    for item in stop:
+        if isinstance(item, int):
+            found.append(item)
+            continue
+        ids = tokenizer.encode(item, add_special_tokens=False)
+        if len(ids) != 1:
+            raise InputError(
+                f"rollout.stop {item!r} is {len(ids)} tokens", "one token of the tokenizer", "--config.rollout.stop=()"
+            )
+        found.append(ids[0])
+    return tuple(found)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxalign/xla`.
+
+    Not on a CPU, where compiling is quick and a program from the cache need not suit the machine.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxalign/xla"))
+
+
+def _check_batch(config: Any, mesh: Mesh) -> None:
+    """Refuses a batch that the mesh and the micro-batches do not divide."""
+    parts = batch_shards(mesh) * config.grad_accum_steps
+    if config.batch_size % parts:
+        raise InputError(
+            f"batch_size {config.batch_size} in {config.grad_accum_steps} micro-batches on "
+            f"{batch_shards(mesh)} batch shards (data x fsdp)",
+            f"a multiple of {parts}",
+            f"--config.batch_size={-(-config.batch_size // parts) * parts}",
+        )
