@@ -238,11 +238,13 @@ def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Mes
     >>> split_pair([u, a], [u, b]) == ([u], [a], [b])
     True
     """
+    if chosen == rejected:
+        raise ValueError("chosen equal to rejected")
     chosen, rejected = _until_answer(chosen), _until_answer(rejected)
     if not chosen or not rejected:
         raise ValueError("no assistant turn")
     if chosen == rejected:
-        raise ValueError("chosen equal to rejected")
+        raise ValueError("chosen and rejected differ only behind the last answer")
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1

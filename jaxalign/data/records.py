@@ -42,7 +42,7 @@ class Record(NamedTuple):
     | prompt | prompt |
     """
 
-    index: int  # place in the list of records
+    index: int  # type: ignore[assignment]  # hides tuple.index.  Place in the list of records
     source: str  # file, or hub id and split
     line: int  # line of the file, or record of the set, from 1
     kind: str  # one of KINDS

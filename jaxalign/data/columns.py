@@ -1,0 +1,309 @@
+"""Rows to records: which columns mean what, in whatever form the data has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from jaxalign.data.dialogues import until_request
+from jaxalign.data.files import Raw
+from jaxalign.data.forms import FORMS, Dropped, Form, blank, number
+from jaxalign.data.records import Record
+from jaxalign.data.sources import Source, config_line
+from jaxalign.errors import InputError
+
+# Our names of columns, the keys of a source's `columns`.
+FIELDS: dict[str, str] = {
+    "text": "a text to continue or to train on whole",
+    "messages": "a list of messages; with chosen and rejected, the prompt",
+    "prompt": "a string used as it is, or a list of messages",
+    "completion": "what follows the prompt",
+    "chosen": "the better completion, or the better whole dialogue",
+    "rejected": "the worse completion, or the worse whole dialogue",
+    "instruction": "the user's turn (Alpaca)",
+    "input": "what the instruction is about (Alpaca)",
+    "output": "the assistant's turn (Alpaca)",
+    "system": "the system message (ShareGPT, Alpaca)",
+    "history": "earlier turns, as pairs of strings (Alpaca)",
+    "preference": "1 where `chosen` is the better side, 2 where `rejected` is; else the record is dropped",
+    "score": "a number for the loss: margin of a pair, label, rating",
+    "weight": "weight of the record in the loss",
+}
+
+# Names that data uses for our fields without a mapping.  A `preference` or `weight` in the data may mean anything.
+_ALIASES: tuple[tuple[str, str], ...] = (("conversations", "messages"), ("margin", "score"))
+_ONLY_MAPPED = ("preference", "weight", "score")
+
+_GUESSES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "query", "problem", "request", "context", "input", "instruction"),
+    "completion": ("answer", "response", "output", "target", "solution", "reply", "summary"),
+    "chosen": ("chosen_response", "preferred", "winner", "better", "good", "accepted", "positive", "response_0"),
+    "rejected": ("rejected_response", "dispreferred", "loser", "worse", "bad", "negative", "response_1"),
+    "messages": ("dialog", "dialogue", "conversation", "turns", "chat"),
+    "text": ("content", "document", "story", "review", "body"),
+}
+
+
+# The kinds of record that serve each purpose.
+_SERVE: dict[str, tuple[str, ...]] = {
+    "sft": ("text", "messages", "completion", "pair"),
+    "reward": ("pair",),
+    "dpo": ("pair",),
+    "ppo": ("text", "messages", "completion", "pair", "prompt"),
+}
+
+
+def serves(kind: str, purpose: str | None) -> bool:
+    """Whether records of a kind can be used for a purpose; None is any.
+
+    >>> serves("pair", "sft"), serves("prompt", "dpo")
+    (True, False)
+    """
+    return purpose is None or kind in _SERVE[purpose]
+
+
+class Plan(NamedTuple):
+    """How the rows of one file become records."""
+
+    source: Source
+    format: Form
+    names: dict[str, str]  # our name -> the data's
+    labelled: bool  # whether `label` says true or false of each completion: unpaired feedback, KTO's form
+
+    @property
+    def kind(self) -> str:
+        """The kind of the records."""
+        return self.format.kind
+
+
+def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Names of the columns that hold something in at least one row, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+
+
+def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
+    """Decides which columns mean what.
+
+    Mapped names come first, then our names and their aliases as the data has them.  Of the forms that the columns
+    make possible, the one that uses most mapped columns is taken, then one that serves the purpose, then the first
+    of `FORMS`.
+
+    Args:
+      source: with its mapping.
+      sample: the first rows of a file.
+      purpose: one of PURPOSES, or None for any.
+
+    Raises:
+      InputError: where the columns make no form, or one that does not serve the purpose; naming the columns there
+        are and the config line that maps them.
+    """
+    file, present = sample[0].file, columns_of(raw.row for raw in sample)
+    listed = list(dict.fromkeys(name for raw in sample for name in raw.row))
+    names = _mapped(source, file, listed)
+    taken = set(names.values())
+    for theirs, ours in (*((name, name) for name in FIELDS if name not in _ONLY_MAPPED), *_ALIASES):
+        if ours not in names and theirs in present and theirs not in taken:
+            names[ours] = theirs
+    if "score" not in source.columns and "score" in names and not _numeric(sample, names["score"]):
+        del names["score"]
+    possible = [
+        form
+        for form in FORMS
+        if all(ours in names and (names[ours] in present or ours in source.columns) for ours in form.required)
+    ]
+    if not possible:
+        raise _no_form(source, file, listed, purpose)
+
+    def rank(form: Form) -> tuple[int, bool]:
+        return sum(ours in form.required + form.optional for ours in source.columns), serves(form.kind, purpose)
+
+    form = max(possible, key=rank)
+    for ours in source.columns:
+        if ours not in form.required + form.optional + ("score", "weight"):
+            rest = {k: v for k, v in source.columns.items() if k != ours}
+            raise InputError(
+                f"{file}: columns maps {ours!r}, which {_plural(form)} do not use",
+                f"{', '.join(form.required)} and, where there, {', '.join(form.optional + ('score', 'weight'))}",
+                config_line(source, columns=rest),
+            )
+    labelled = "label" in present and all(isinstance(raw.row.get("label"), (bool, type(None))) for raw in sample)
+    labelled = labelled and form.kind in ("messages", "completion")
+    if not serves(form.kind, purpose):
+        raise _wrong_kind(source, file, form, listed, purpose, labelled)
+    used = {ours: theirs for ours, theirs in names.items() if ours in form.required + form.optional}
+    used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
+    return Plan(source, form, used, labelled)
+
+
+def _mapped(source: Source, file: str, listed: list[str]) -> dict[str, str]:
+    """The source's mapping, checked against the columns that the data has."""
+    for ours, theirs in source.columns.items():
+        if ours not in FIELDS:
+            near = _nearest(ours, FIELDS)
+            rest = {(near if k == ours else k): v for k, v in source.columns.items()}
+            raise InputError(
+                f"columns maps {ours!r}", f"one of our names: {', '.join(FIELDS)}", config_line(source, columns=rest)
+            )
+        if theirs not in listed:
+            near = _nearest(theirs, listed)
+            raise InputError(
+                f"{file}: no column {theirs!r}",
+                f"one of its columns: {', '.join(listed)}",
+                config_line(source, columns={**source.columns, ours: near}),
+            )
+    return dict(source.columns)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    lowered = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
+    return lowered[found[0]] if found else ""
+
+
+def _numeric(sample: list[Raw], name: str) -> bool:
+    values = [raw.row.get(name) for raw in sample]
+    return all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in values)
+
+
+def _plural(form: Form) -> str:
+    return f"records of {', '.join(form.required)}"
+
+
+def guessed_columns(listed: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
+    """A mapping of wanted fields to the columns that most likely hold them."""
+    guess: dict[str, str] = {}
+    for ours in wanted:
+        free = {name.lower(): name for name in listed if name not in guess.values()}
+        names = [name for name in (ours, *_GUESSES.get(ours, ())) if name in free]
+        names += [name for guessed in _GUESSES.get(ours, ()) for name in free if guessed in name]
+        names += difflib.get_close_matches(ours, free, n=1, cutoff=0.4)
+        guess[ours] = free[names[0]] if names else "COLUMN"
+    return guess
+
+
+def _wanted(listed: list[str], purpose: str | None) -> tuple[str, ...]:
+    """The fields to offer for a mapping."""
+    if serves("completion", purpose):
+        return ("prompt",) if purpose == "ppo" else ("prompt", "completion")
+    return ("chosen", "rejected") if {"messages", "conversations"} & set(listed) else ("prompt", "chosen", "rejected")
+
+
+def _guess(source: Source, listed: list[str], purpose: str | None) -> str:
+    guess = guessed_columns(listed, _wanted(listed, purpose))
+    return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
+
+
+def _forms_for(purpose: str | None) -> str:
+    return "; ".join(" + ".join(form.required) for form in FORMS if serves(form.kind, purpose))
+
+
+def _no_form(source: Source, file: str, listed: list[str], purpose: str | None) -> InputError:
+    return InputError(
+        f"{file}: columns {', '.join(listed) or '(none)'}",
+        f"the columns of one form: {_forms_for(purpose)}",
+        _guess(source, listed, purpose),
+    )
+
+
+def _wrong_kind(
+    source: Source, file: str, form: Form, listed: list[str], purpose: str | None, labelled: bool
+) -> InputError:
+    found = {
+        "text": "plain text",
+        "messages": "dialogues",
+        "completion": "prompts with one completion each",
+        "prompt": "prompts only",
+    }[form.kind]
+    if labelled:
+        found += ", each labelled true or false (unpaired feedback, the form of KTO)"
+    needs = "pairs" if purpose in ("reward", "dpo") else "completions to train on"
+    return InputError(
+        f"{file}: {found} (columns {', '.join(listed)})",
+        f"{needs} for {purpose}: {_forms_for(purpose)}",
+        _guess(source, listed, purpose),
+    )
+
+
+def to_record(plan: Plan, raw: Raw) -> Record:
+    """One row as a record, with index 0 and every unused column in `columns`.
+
+    Raises:
+      Dropped: with the reason, for a row that holds nothing to train on.
+      InputError: for a row that is wrong, with its file and line.
+    """
+    row = {}
+    for ours, theirs in plan.names.items():
+        if theirs not in raw.row and ours in plan.format.required:
+            raise _bad(
+                plan, raw, f"no {theirs!r}, only {', '.join(raw.row) or 'nothing'}", f"a {theirs!r} in every record"
+            )
+        value = raw.row.get(theirs)
+        if value is None and ours in plan.format.required:
+            raise Dropped(f"{ours} is null")
+        if value is not None or ours == "system":  # the column alone makes the data a dialogue
+            row[ours] = value
+    try:
+        score, weight = number(row, "score", 0.0), number(row, "weight", 1.0)
+        if weight < 0:
+            raise ValueError(f"weight is {weight:g}, less than 0")
+        fields = plan.format.make(row)
+    except ValueError as error:
+        raise _bad(plan, raw, str(error), " + ".join(plan.format.required)) from error
+    for value in fields.values():
+        _check_text(value)
+    rest = {name: value for name, value in raw.row.items() if name not in plan.names.values()}
+    return Record(0, raw.file, raw.line, plan.kind, weight=weight, score=score, columns=rest, **fields)
+
+
+def _bad(plan: Plan, raw: Raw, problem: str, expected: str) -> InputError:
+    names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else plan.source.columns
+    return InputError(
+        f"{raw.where}: {problem}",
+        expected,
+        f"repair or delete that record, or {config_line(plan.source, columns=names)}",
+    )
+
+
+def _check_text(value: Any) -> None:
+    """A tokenizer takes no half of a surrogate pair, as a cut emoji leaves it."""
+    texts = [value] if isinstance(value, str) else [message["content"] for message in value]
+    for text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise Dropped("broken unicode (half a surrogate pair)") from None
+
+
+def fit(record: Record, purpose: str | None, raw: Raw, plan: Plan) -> Record:
+    """A record as an algorithm wants it: completions for sft, prompts for ppo; all else as it is.
+
+    For ppo a dialogue is cut before its last answer, a text is a prompt as a whole, and every column but the prompt's
+    goes to reward functions: `completion`, `answer`, whatever the data calls it.
+    """
+    if purpose == "sft" and plan.labelled and raw.row.get("label") is False:
+        raise Dropped("labelled false")
+    if purpose == "sft" and record.kind == "pair":
+        return record._replace(kind="completion", completion=record.chosen, chosen=None, rejected=None)
+    if purpose == "sft" and record.kind == "messages" and blank(record.messages or []):
+        raise Dropped("no assistant turn")
+    if purpose == "ppo":
+        prompt = record.prompt or record.messages or record.text
+        if isinstance(prompt, list):
+            prompt = until_request(prompt)
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise Dropped("no user turn" if record.kind in ("messages", "pair") else "empty prompt")
+        own = ("prompt", "text", "instruction", "input", "system", "history")
+        taken = {plan.names[ours] for ours in own if ours in plan.names}
+        columns = {name: value for name, value in raw.row.items() if name not in taken}
+        return Record(
+            record.index,
+            *record.origin,
+            "prompt",
+            prompt=prompt,
+            weight=record.weight,
+            score=record.score,
+            columns=columns,
+        )
+    return record

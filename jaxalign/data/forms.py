@@ -1,0 +1,240 @@
+"""The forms that data has: which columns make up each, and how its rows read.
+
+A maker takes a row under our names, without nulls, and returns the fields of a Record.  It raises Dropped for a row
+that holds nothing to train on, and ValueError, saying how, for one that is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxalign.data.dialogues import as_messages, is_dialogue, kind_of, parse_dialogue, split_pair
+from jaxalign.data.records import Content, Message
+
+
+class Dropped(Exception):
+    """A row that gives no record; its text is the reason that the report counts."""
+
+
+class Form(NamedTuple):
+    kind: str  # of the record
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    make: Callable[[dict[str, Any]], dict[str, Any]]  # the fields of a row -> fields of a Record
+
+
+def number(row: dict[str, Any], name: str, absent: float) -> float:
+    """A number of a row; strings of digits count, as csv has them."""
+    value = row.get(name, absent)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {kind_of(value)}, not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}")
+    return number
+
+
+def _string(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name} is {kind_of(row[name])}, not a string")
+    return row[name]
+
+
+def _content(row: dict[str, Any], name: str) -> Content:
+    if isinstance(row[name], str):
+        return row[name]
+    if not isinstance(row[name], (list, tuple, Mapping)):
+        raise ValueError(f"{name} is {kind_of(row[name])}, not a string or a list of messages")
+    try:
+        return as_messages(row[name])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def blank(content: Content) -> bool:
+    """Whether nothing is said: white space, or messages whose assistant says nothing and calls no tool."""
+    if isinstance(content, str):
+        return not content.strip()
+    said = [m for m in content if m["role"] == "assistant" and m.get("weight", 1) != 0]
+    return not any(m["content"].strip() or m.get("tool_calls") for m in said)
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _with_system(row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """Messages with the row's system message in front, where it has one and they do not."""
+    if row.get("system") and messages[:1] and messages[0]["role"] != "system":
+        return [{"role": "system", "content": _string(row, "system")}, *messages]
+    return messages
+
+
+def _make_text(row: dict[str, Any]) -> dict[str, Any]:
+    text = _string(row, "text")
+    if not text.strip():
+        raise Dropped("empty text")
+    return {"text": text}
+
+
+def _make_messages(row: dict[str, Any]) -> dict[str, Any]:
+    messages = _with_system(row, as_messages(row["messages"]))
+    if not messages:
+        raise Dropped("no messages")
+    if all(not message["content"].strip() for message in messages):
+        raise Dropped("empty messages")
+    return {"messages": messages}
+
+
+def _make_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = _prompt(row)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise Dropped("empty prompt")
+    if isinstance(prompt, list):
+        _check_prompt(prompt)
+    return {"prompt": prompt}
+
+
+def _prompt(row: dict[str, Any]) -> Content:
+    """The prompt; a string beside a column `system` is a user's turn."""
+    prompt = _content(row, "prompt")
+    if isinstance(prompt, str):
+        if "system" not in row:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    return _with_system(row, prompt)
+
+
+def _check_prompt(prompt: list[Message]) -> None:
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"prompt ends with a turn of {prompt[-1]['role']}, not of the user")
+
+
+def _make_completion(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, completion = _prompt(row), _content(row, "completion")
+    if blank(completion):
+        raise Dropped("empty completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "completion": completion}
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    completion = [_assistant(completion)] if isinstance(completion, str) else completion
+    if not prompt:
+        raise Dropped("empty prompt")
+    _check_prompt(prompt)
+    if completion[0]["role"] != "assistant":
+        raise ValueError(f"completion begins with a turn of {completion[0]['role']}, not of the assistant")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _alpaca_prompt(row: dict[str, Any]) -> list[Message]:
+    """The user's turn carries its `input`, so that a plain rendering can frame it as Alpaca does."""
+    instruction = _string(row, "instruction")
+    given = _string(row, "input") if row.get("input") else ""
+    given = given if given.strip() else ""
+    if not instruction.strip() and not given:
+        raise Dropped("empty prompt")
+    messages: list[Message] = []
+    for turn in row.get("history") or ():
+        if not isinstance(turn, (list, tuple)) or [type(said) for said in turn] != [str, str]:
+            raise ValueError(f"history holds {kind_of(turn)}, not pairs of strings")
+        messages += [{"role": "user", "content": turn[0]}, _assistant(turn[1])]
+    content = f"{instruction}\n{given}" if given else instruction
+    return _with_system(row, [*messages, {"role": "user", "content": content, "input": given}])
+
+
+def _make_alpaca(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, output = _alpaca_prompt(row), _string(row, "output")
+    if not output.strip():
+        raise Dropped("empty completion")
+    return {"prompt": prompt, "completion": [_assistant(output)]}
+
+
+def _make_instruction(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": _alpaca_prompt(row)}
+
+
+def _make_pair(row: dict[str, Any]) -> dict[str, Any]:
+    row = _ordered(row)
+    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("one of chosen and rejected is a string, the other a list of messages")
+    prompt: Content | None = None
+    if "prompt" in row:
+        prompt = _prompt(row)
+    elif "messages" in row:
+        prompt = _with_system(row, as_messages(row["messages"]))
+    elif "instruction" in row:
+        prompt = _alpaca_prompt(row)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            if not (is_dialogue(chosen) and is_dialogue(rejected)):
+                raise ValueError(
+                    "no prompt, and chosen and rejected are not dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...)"
+                )
+            return _split(parse_dialogue(chosen), parse_dialogue(rejected))
+        if isinstance(prompt, str):
+            if blank(chosen) or blank(rejected):
+                raise Dropped("empty completion")
+            if chosen == rejected:
+                raise Dropped("chosen equal to rejected")
+            return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    sides = ([_assistant(side)] if isinstance(side, str) else side for side in (chosen, rejected))
+    return _split(*(_whole(prompt, side) for side in sides))
+
+
+def _ordered(row: dict[str, Any]) -> dict[str, Any]:
+    """Chosen and rejected in the order that a `preference` column states."""
+    if "preference" not in row:
+        return row
+    preference = number(row, "preference", 0.0)
+    if preference == 2:
+        return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    if preference != 1:
+        raise Dropped("no preference between the sides")
+    return row
+
+
+def _whole(prompt: Content | None, side: list[Message]) -> list[Message]:
+    """A side of a pair as a whole dialogue, prompt included."""
+    if not side:
+        raise Dropped("empty completion")
+    if prompt is None or (isinstance(prompt, list) and side[: len(prompt)] == prompt):
+        return side
+    if isinstance(prompt, list):
+        return prompt + side
+    if side[0]["role"] == "assistant":
+        return [{"role": "user", "content": prompt}, *side]
+    # A prompt column beside whole dialogues repeats one of their turns.
+    words = prompt.split()
+    if not any(message["content"].split() == words for message in side):
+        raise ValueError("chosen and rejected are whole dialogues, and prompt is none of their turns")
+    return side
+
+
+def _split(chosen: list[Message], rejected: list[Message]) -> dict[str, Any]:
+    try:
+        prompt, chosen, rejected = split_pair(chosen, rejected)
+    except ValueError as reason:
+        raise Dropped(str(reason)) from None
+    if blank(chosen) or blank(rejected):
+        raise Dropped("empty completion")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+FORMS: tuple[Form, ...] = (
+    Form(
+        "pair",
+        ("chosen", "rejected"),
+        ("prompt", "messages", "instruction", "input", "system", "history", "preference"),
+        _make_pair,
+    ),
+    Form("messages", ("messages",), ("system",), _make_messages),
+    Form("completion", ("prompt", "completion"), ("system",), _make_completion),
+    Form("completion", ("instruction", "output"), ("input", "system", "history"), _make_alpaca),
+    Form("prompt", ("prompt",), ("system",), _make_prompt),
+    Form("prompt", ("instruction",), ("input", "system", "history"), _make_instruction),
+    Form("text", ("text",), (), _make_text),
+)

@@ -1,0 +1,159 @@
+"""Records of all sources of a run: the door of the source side of the data layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data.columns import Plan, fit, make_plan, to_record
+from jaxalign.data.files import Raw
+from jaxalign.data.forms import Dropped
+from jaxalign.data.presets import apply_preset
+from jaxalign.data.records import PURPOSES, Record, Tally
+from jaxalign.data.sources import Source, config_line, parse_sources, read
+from jaxalign.errors import InputError
+
+_SAMPLE = 256  # rows of a file that decide what its columns mean
+
+
+def load_records(
+    sources: Any,
+    purpose: str | None,
+    *,
+    seed: int = 0,
+    max_records: int | None = None,
+    field: str = "data.sources",
+) -> tuple[list[Record], Tally]:
+    """Reads, converts and mixes sources.
+
+    A source of n usable records and weight w gives round(w n) records, at least one: each as often as w has whole
+    parts, and a share of them, drawn without replacement from the seed, once more for the rest.  Sources are
+    interleaved evenly, each in its own order, so that any first part of the list has the mixture's proportions; the
+    loader shuffles.  The list is a function of the sources and the seed.
+
+    Args:
+      sources: `config.data.sources`: a path, a dict with the fields of `Source`, or a sequence of these.
+      purpose: what the records are for, one of PURPOSES, or None to take them as they are.
+      seed: of the draw where weights have fractions.
+      max_records: the first so many of the mixture are kept; a single source of weight 1 is read no further.
+      field: the config field that holds the sources, for messages.
+
+    Returns:
+      The records, `index` counting from 0, and what was read, dropped and why.
+
+    Raises:
+      InputError: for a source that is not there, cannot be read, lacks columns, does not serve the purpose, or gives
+        no record; with the line of the config or of the file that is at fault.
+    """
+    if purpose is not None and purpose not in PURPOSES:
+        raise InputError(f"purpose {purpose!r}", f"one of {', '.join(PURPOSES)}", "purpose='sft'")
+    parsed = parse_sources(sources, field)
+    alone = len(parsed) == 1 and parsed[0].weight == 1
+    loaded, tallies = [], []
+    for source in parsed:
+        tally = Tally()
+        records = list(islice(_records(source, purpose, tally), max_records if alone else None))
+        if not records:
+            raise _empty(source, tally)
+        loaded.append(records)
+        tallies.append(tally)
+    drawn = [_draw(len(r), s.weight, np.random.default_rng([seed, i])) for i, (r, s) in enumerate(zip(loaded, parsed))]
+    mixed = _interleave(drawn)[:max_records]
+    total = Tally(used=len(mixed))
+    for number, (source, tally) in enumerate(zip(parsed, tallies)):
+        total.absorb(tally)
+        total.sources.append(
+            {
+                "path": source.path,
+                "split": source.split,
+                "weight": source.weight,
+                "read": tally.read,
+                "kept": tally.kept,
+                "used": sum(1 for of, _ in mixed if of == number),
+                "dropped": dict(tally.dropped),
+            }
+        )
+    return [loaded[of][at]._replace(index=index) for index, (of, at) in enumerate(mixed)], total
+
+
+def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Record]:
+    """The usable records of one source, counted as they pass."""
+    rows = apply_preset(source, _counted(read(source), tally), purpose, tally)
+    for plan, raw in _planned(source, rows, purpose):
+        try:
+            record = fit(to_record(plan, raw), purpose, raw, plan)
+        except Dropped as reason:
+            tally.drop(str(reason), raw.where)
+            continue
+        tally.kept += 1
+        yield record
+
+
+def _counted(rows: Iterable[Raw], tally: Tally) -> Iterator[Raw]:
+    for raw in rows:
+        tally.read += 1
+        yield raw
+
+
+def _planned(source: Source, rows: Iterator[Raw], purpose: str | None) -> Iterator[tuple[Plan, Raw]]:
+    """Rows with the plan of their file."""
+    waiting: list[Raw] = []
+    plan: Plan | None = None
+    for raw in rows:
+        if waiting and raw.file != waiting[0].file:
+            yield from _flush(source, waiting, plan, purpose)
+            waiting, plan = [], None
+        if plan is not None:
+            yield plan, raw
+            continue
+        waiting.append(raw)
+        if len(waiting) == _SAMPLE:
+            plan = make_plan(source, waiting, purpose)
+            yield from ((plan, early) for early in waiting)
+            waiting = waiting[:1]
+    if waiting:
+        yield from _flush(source, waiting, plan, purpose)
+
+
+def _flush(source: Source, waiting: list[Raw], plan: Plan | None, purpose: str | None) -> Iterator[tuple[Plan, Raw]]:
+    """The rows of a file that ended before its plan was made."""
+    if plan is None:
+        plan = make_plan(source, waiting, purpose)
+        yield from ((plan, raw) for raw in waiting)
+
+
+def _empty(source: Source, tally: Tally) -> InputError:
+    if not tally.read:
+        return InputError(f"{source.path}: no records in it", "at least one", config_line(source, path="PATH"))
+    reasons = "; ".join(
+        f"{count} {reason} (first at {tally.examples[reason][0]})" for reason, count in tally.dropped.items()
+    )
+    return InputError(
+        f"{source.path}: {tally.read} records, none usable" + (f": {reasons}" if reasons else ""),
+        "at least one usable record",
+        config_line(source, path="PATH"),
+    )
+
+
+def _draw(count: int, weight: float, rng: np.random.Generator) -> list[int]:
+    """Which of `count` records a source gives, in order.
+
+    >>> _draw(4, 1.5, np.random.default_rng(0))
+    [0, 1, 2, 3, 2, 3]
+    """
+    total = max(round(weight * count), 1)
+    rest = np.sort(rng.choice(count, total % count, replace=False))
+    return list(range(count)) * (total // count) + rest.tolist()
+
+
+def _interleave(drawn: list[list[int]]) -> list[tuple[int, int]]:
+    """(source, record) of all draws, each source spread evenly over the whole.
+
+    >>> _interleave([[0, 1, 2, 3], [0, 1]])
+    [(0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (0, 3)]
+    """
+    places = [((2 * i + 1) / (2 * len(d)), source, at) for source, d in enumerate(drawn) for i, at in enumerate(d)]
+    return [(source, at) for _, source, at in sorted(places, key=lambda place: place[:2])]

@@ -1,0 +1,198 @@
+"""Published sets whose rows need more than a mapping of columns, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+from jaxalign.data.files import Raw
+from jaxalign.data.records import Message, Tally
+from jaxalign.data.sources import Source, config_line
+from jaxalign.errors import InputError
+
+Rows = Iterator[Raw]
+
+
+class Preset(NamedTuple):
+    """How the rows of one published set become rows of a form."""
+
+    hub_ids: tuple[str, ...]
+    signatures: tuple[tuple[str, ...], ...]  # columns by which its schemas are known
+    rows: Callable[[Rows, str | None, Tally], Rows]  # (rows, purpose, tally) -> rows under our names
+
+
+def preset_of(source: Source, first: Raw) -> Preset | None:
+    """The preset that a source names, or that its hub id or its columns show; None where there is none.
+
+    Raises:
+      InputError: for a name that is not known, or data that is not in the preset's schema.
+    """
+    columns = set(first.row)
+    if source.preset is not None and source.preset not in PRESETS:
+        near = difflib.get_close_matches(source.preset, PRESETS, n=1, cutoff=0.0)[0]
+        raise InputError(f"preset {source.preset!r}", f"one of {', '.join(PRESETS)}", config_line(source, preset=near))
+    for name, preset in PRESETS.items():
+        fits = any(columns.issuperset(signature) for signature in preset.signatures)
+        named = source.preset == name or source.path.lower() in preset.hub_ids
+        if source.preset not in (None, name) or not (named or (fits and name in _SHOWN_BY_COLUMNS)):
+            continue
+        if not fits:
+            wanted = " or ".join(", ".join(signature) for signature in preset.signatures)
+            raise InputError(
+                f"{first.file}: columns {', '.join(first.row)}",
+                f"those of the preset {name}: {wanted}",
+                config_line(source, preset=None),
+            )
+        # With a mapping of the user's own, columns alone do not call for a preset.
+        return preset if named or not source.columns else None
+    return None
+
+
+def apply_preset(source: Source, rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+    """The rows of a source, through its preset where it has one."""
+    first = next(rows, None)
+    if first is None:
+        return iter(())
+    preset = preset_of(source, first)
+    rows = chain([first], rows)
+    return rows if preset is None else preset.rows(rows, purpose, tally)
+
+
+def _hh_rlhf(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+    """Anthropic/hh-rlhf: two whole dialogues; the common form of an implicit prompt reads them."""
+    return rows
+
+
+def _ultrafeedback(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+    """argilla/ultrafeedback-binarized-preferences and -cleaned: a pair with ratings; the score is their difference."""
+    for raw in rows:
+        row = dict(raw.row)
+        if "chosen_response" in row:
+            row["messages"] = (
+                None if row["instruction"] is None else [{"role": "user", "content": row.pop("instruction")}]
+            )
+            row["chosen"], row["rejected"] = row.pop("chosen_response"), row.pop("rejected_response")
+            better, worse = row.get("chosen_avg_rating"), row.get("rejected_avg_rating")
+        else:
+            better, worse = row.get("chosen-rating"), row.get("rejected-rating")
+        if better is not None and worse is not None:
+            row["score"] = better - worse
+        yield raw._replace(row=row)
+
+
+def _oasst(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+    """OpenAssistant/oasst1 and oasst2: trees of messages whose replies are ranked.
+
+    Rows are single messages with `parent_id`, as on the hub, or whole nested trees.  For pairs every two replies of
+    different rank to one message make a row, the dialogue so far being the prompt; for sft each message's
+    best-ranked reply makes one, for ppo each message of the user.  Deleted messages, and those that failed review,
+    are left out with all that answers them.
+    """
+    nested, flat = _by_shape(rows)
+    for raw in chain(nested, _trees(flat, tally)):
+        top = raw.row.get("prompt")
+        root = top if isinstance(top, dict) else raw.row
+        tree = raw.row.get("message_tree_id") or root.get("message_id")
+        yield from _walk(raw, root, tree, purpose, tally)
+
+
+def _by_shape(rows: Rows) -> tuple[list[Raw], list[Raw]]:
+    nested: list[Raw] = []
+    flat: list[Raw] = []
+    for raw in rows:
+        is_tree = isinstance(raw.row.get("prompt"), dict) or isinstance(raw.row.get("replies"), list)
+        (nested if is_tree else flat).append(raw)
+    return nested, flat
+
+
+def _trees(flat: list[Raw], tally: Tally) -> Iterator[Raw]:
+    """Nests single messages under their parents; each tree stands where its first message stood."""
+    nodes = {raw.row.get("message_id"): {**raw.row, "replies": []} for raw in flat}
+    roots = []
+    for raw in flat:
+        parent = raw.row.get("parent_id")
+        if parent is None:
+            roots.append(raw)
+        elif parent in nodes:
+            nodes[parent]["replies"].append(nodes[raw.row.get("message_id")])
+        else:
+            tally.drop("reply to a message that is not there", raw.where)
+    for raw in roots:
+        yield raw._replace(row=nodes[raw.row.get("message_id")])
+
+
+_OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally: Tally) -> Rows:
+    """The rows of one tree."""
+    stack: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
+    while stack:  # by hand: trees may be deeper than Python recurses
+        node, path = stack.pop()
+        if not _usable(node):
+            tally.drop("message deleted or failed review", raw.where)
+            continue
+        role, text = _OASST_ROLES.get(str(node.get("role"))), node.get("text")
+        if role is None or not isinstance(text, str):
+            raise InputError(
+                f"{raw.where}: message {node.get('message_id')} with role {node.get('role')!r} and text {text!r}"[:300],
+                "role prompter or assistant, and a string for text",
+                "repair or delete that tree",
+            )
+        path = [*path, {"role": role, "content": text}]
+        replies = [reply for reply in node.get("replies") or () if isinstance(reply, dict)]
+        if role == "user":
+            known = {"message_tree_id": tree, "parent_id": node.get("message_id"), "lang": node.get("lang")}
+            for row in _ranked(path, [reply for reply in replies if _usable(reply)], purpose):
+                yield raw._replace(row={**row, **known})
+        stack.extend((reply, path) for reply in reversed(replies))
+
+
+def _usable(node: dict[str, Any]) -> bool:
+    return not node.get("deleted") and node.get("review_result") is not False
+
+
+def _ranked(path: list[Message], replies: list[dict[str, Any]], purpose: str | None) -> Iterable[dict[str, Any]]:
+    """What one message of the user and its replies give."""
+    if purpose == "ppo":
+        yield {"prompt": path}
+        return
+    ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda reply: reply["rank"])
+    if purpose == "sft":
+        if replies:
+            yield {"prompt": path, "completion": (ranked or replies)[0].get("text")}
+        return
+    for i, better in enumerate(ranked):
+        for worse in ranked[i + 1 :]:
+            if better["rank"] < worse["rank"]:
+                yield {
+                    "messages": path,
+                    "chosen": better.get("text"),
+                    "rejected": worse.get("text"),
+                    "chosen_rank": better["rank"],
+                    "rejected_rank": worse["rank"],
+                    "chosen_id": better.get("message_id"),
+                    "rejected_id": worse.get("message_id"),
+                }
+
+
+PRESETS: dict[str, Preset] = {
+    "hh-rlhf": Preset(("anthropic/hh-rlhf",), (("chosen", "rejected"),), _hh_rlhf),
+    "oasst1": Preset(
+        ("openassistant/oasst1", "openassistant/oasst2"),
+        (("message_id", "parent_id", "role", "text"), ("message_tree_id", "prompt")),
+        _oasst,
+    ),
+    "ultrafeedback-binarized-preferences": Preset(
+        ("argilla/ultrafeedback-binarized-preferences", "argilla/ultrafeedback-binarized-preferences-cleaned"),
+        (
+            ("instruction", "chosen_response", "rejected_response"),
+            ("prompt", "chosen", "rejected", "chosen-rating", "rejected-rating"),
+        ),
+        _ultrafeedback,
+    ),
+}
+# Their columns alone tell these; two whole dialogues may be anyone's.
+_SHOWN_BY_COLUMNS = ("oasst1", "ultrafeedback-binarized-preferences")
