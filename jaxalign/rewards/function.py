@@ -128,7 +128,9 @@ class FunctionScorer:
         count = len(samples.completions)
         expected = f"a list of {count} numbers (or None), one per completion"
         if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__len__"):
-            raise InputError(f"{self.name} returned {type(result).__name__}", expected, f"return a list from {self.name}")
+            raise InputError(
+                f"{self.name} returned {type(result).__name__}", expected, f"return a list from {self.name}"
+            )
         if len(result) != count:
             raise InputError(f"{self.name} returned {len(result)} values", expected, f"one value each in {self.name}")
         return [self._number(value, i, samples) for i, value in enumerate(result)]
@@ -176,5 +178,3 @@ def _wait(awaitable: Any) -> Any:
     if not good:
         raise value
     return value
-
-

@@ -71,29 +71,52 @@ class ModelScorer:
       tokenizer: the reward model's.
       params: its parameters; None where every call brings them.
       mesh: where rows are placed; None: one device.
+      batch_size: rows at a time when called as a Scorer; with a mesh, of this process.
       plain: renderer of messages where the tokenizer has no chat template.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, params: Params | None = None, mesh: Mesh | None = None, plain=None):
-        self.model, self.params, self.mesh = model, params, mesh
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        params: Params | None = None,
+        *,
+        mesh: Mesh | None = None,
+        batch_size: int = 32,
+        plain: Any = None,
+    ):
+        self.model, self.params, self.mesh, self.batch_size = model, params, mesh, batch_size
         self.encoder = Encoder(tokenizer, plain=plain)
 
     def __call__(self, samples: Samples) -> list[float | None]:
-        """Scores in the order of the samples."""
-        return [float(s) for s in self.scores(self.params, samples)]
+        """Scores in the order of the samples, `batch_size` at a time."""
+        count, size = len(samples.completions), self.batch_size
+        found: list[float | None] = []
+        for start in range(0, count, size):
+            part = Samples(*(field[start : start + size] for field in samples[:5]), step=samples.step)
+            found += self.scores(self.params, part, size).tolist()
+        return found
 
-    def scores(self, params: Params, samples: Samples) -> np.ndarray:
-        """Scores float32 [N] of a process's own samples; every process calls with equally many.
+    def scores(self, params: Params, samples: Samples, rows: int) -> np.ndarray:
+        """Scores of at most `rows` samples, in one batch; every process calls with the same number of rows.
 
         Args:
           params: of the reward model.
-          samples: prompts (text or messages), completions and whether they finished.
+          samples: prompts (text or messages), completions and whether they finished, N of each.
+          rows: of this process's part of the batch; those beyond the samples are filled.
+
+        Returns:
+          float32 [N].
         """
-        rows, last = padded_rows([self.tokens(p, c, f) for p, c, f in zip(*samples[:2], samples.finished, strict=True)])
+        sequences = [self.tokens(p, c, f) for p, c, f in zip(*samples[:2], samples.finished, strict=True)]
+        filled = sequences + [np.zeros(1, np.int32)] * (rows - len(sequences))
+        batch, last = padded_rows(filled)
         if self.mesh is None:
-            return np.asarray(score_rows(self.model, params, rows, last))
-        with jax.set_mesh(self.mesh):
-            return local_rows(score_rows(self.model, params, *put_batch((rows, last), self.mesh)))
+            scores = np.asarray(score_rows(self.model, params, batch, last))
+        else:
+            with jax.set_mesh(self.mesh):
+                scores = local_rows(score_rows(self.model, params, *put_batch((batch, last), self.mesh)))
+        return scores[: len(sequences)]
 
     def tokens(self, prompt: Any, completion: str, finished: bool) -> np.ndarray:
         """Prompt and completion as the reward model was trained to see them; an EOS where, and only where, it finished.
@@ -105,7 +128,7 @@ class ModelScorer:
         """
         encoder, eos = self.encoder, self.encoder.eos_id
         record = Record(0, "a completion", 1, "completion", prompt=prompt, completion=completion)
-        example = next(tokenize_records([record], encoder, "reward", append_eos=False))
+        example = next(tokenize_records([record], encoder, "sft", append_eos=False))
         if isinstance(example, Dropped):  # no text: the prompt and an end
             example = next(tokenize_records([record], encoder, "ppo", append_eos=False))
             if isinstance(example, Dropped):

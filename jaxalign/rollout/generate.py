@@ -133,9 +133,7 @@ def decode(
     return rollout._replace(finished=rollout.finished & used), prefilled._replace(cache=cache)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids")
-)
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"))
 def generate(
     model: Model,
     params: Params,
@@ -207,9 +205,7 @@ def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
         attend_end=here + 1,
     )
     whole = Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(rows, completion, strict=True)))
-    readouts = Readouts(
-        source=here - 1, target=completion.tokens, completion=jnp.zeros_like(here), mask=mask
-    )
+    readouts = Readouts(source=here - 1, target=completion.tokens, completion=jnp.zeros_like(here), mask=mask)
     return whole, readouts
 
 

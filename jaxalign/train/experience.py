@@ -16,6 +16,7 @@ with a new `extra`: KL coefficient, running statistics of scores, and the early-
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -142,9 +143,7 @@ class Prepare:
             (rows, readouts, rollout, forward, scores, applies), _ = self._collect(
                 state.params, frozen, batch, stream, int(state.step)
             )
-            return _eval_sums(
-                batch.completions.mask[:, 0], readouts.mask, rollout.finished, forward, scores, applies
-            )
+            return _eval_sums(batch.completions.mask[:, 0], readouts.mask, rollout.finished, forward, scores, applies)
 
     def samples(self, count: int) -> list[dict[str, Any]]:
         """The last iteration's first prompts, completions and scores, of this process's rows."""
@@ -264,7 +263,9 @@ class Prepare:
             "rollout/distinct_2": diversity.distinct_ngrams(ids, 2),
             "rollout/distinct_samples": diversity.distinct_samples(ids),
             "rollout/repetition": diversity.repetition(ids, 3),
-            "rollout/length_score_correlation": diversity.length_correlation(*zip(*scored, strict=True)),
+            "rollout/length_score_correlation": diversity.length_correlation(*map(list, zip(*scored, strict=True)))
+            if scored
+            else math.nan,
         }
 
     # What runs on the mesh
@@ -289,13 +290,17 @@ class Prepare:
         count = self.config.algorithm.num_minibatches * self.config.grad_accum_steps
         return _in_parts(micro, (rows, readouts), count)
 
-    def _finish_experience(self, extra, stream, batch: Batch, rows, readouts, rollout, forward: Forward, scores, applies):
+    def _finish_experience(
+        self, extra, stream, batch: Batch, rows, readouts, rollout, forward: Forward, scores, applies
+    ):
         """Rewards, advantages, minibatches, the next `extra`, metrics."""
         a, r = self.config.algorithm, self.config.rewards
         used, mask, extra = batch.completions.mask[:, 0], readouts.mask, dict(extra)
         statistics = None
         if r.normalize:
-            extra |= merge_statistics({k: v for k, v in extra.items() if k.startswith("score_")}, r.scale * scores, applies)
+            extra |= merge_statistics(
+                {k: v for k, v in extra.items() if k.startswith("score_")}, r.scale * scores, applies
+            )
             statistics = {k: v for k, v in extra.items() if k.startswith("score_")}
         shaped = shape_scores(
             scores,

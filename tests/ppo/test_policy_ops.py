@@ -47,9 +47,7 @@ def test_gae_is_the_loop(x64, gamma, lam):
 
 def test_gae_hand_numbers(x64):
     # V = (1, 2), r = (0, 3), gamma 1/2, lambda 1/2: delta_1 = 3 - 2 = 1, delta_0 = 0 + 1 - 1 = 0, A_0 = 0 + 1/4
-    got, returns = gae(
-        np.array([[0.0, 3.0]]), np.array([[1.0, 2.0]]), np.ones((1, 2), bool), gamma=0.5, gae_lambda=0.5
-    )
+    got, returns = gae(np.array([[0.0, 3.0]]), np.array([[1.0, 2.0]]), np.ones((1, 2), bool), gamma=0.5, gae_lambda=0.5)
     assert got.tolist() == [[0.25, 1.0]] and returns.tolist() == [[1.25, 3.0]]
 
 
@@ -67,9 +65,7 @@ def test_trap_gae_over_padding(x64):
     mask = ragged(rng)
     rewards, values = rng.normal(size=(2, *mask.shape))
     clean = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95)
-    poisoned = gae(
-        np.where(mask, rewards, np.nan), np.where(mask, values, 1e30), mask, gamma=1.0, gae_lambda=0.95
-    )
+    poisoned = gae(np.where(mask, rewards, np.nan), np.where(mask, values, 1e30), mask, gamma=1.0, gae_lambda=0.95)
     wide = [np.pad(x, ((0, 0), (0, 4))) for x in (rewards, values, mask)]
     padded = gae(*wide, gamma=1.0, gae_lambda=0.95)
     for a, b, c in zip(clean, poisoned, padded, strict=True):
@@ -231,9 +227,9 @@ def test_trap_masked_statistics(x64):
     assert float(clean.metrics["policy/approxkl"][0] / mask.sum()) != pytest.approx(
         0.5 * ((new - old) ** 2).mean(), rel=1e-3
     )
-    gradient = jax.grad(
-        lambda x: policy_loss(x, old, ref, advantages, mask, clip_range=0.2).loss.sum()
-    )(jnp.where(mask, new, jnp.nan))
+    gradient = jax.grad(lambda x: policy_loss(x, old, ref, advantages, mask, clip_range=0.2).loss.sum())(
+        jnp.where(mask, new, jnp.nan)
+    )
     assert np.isfinite(gradient).all()
 
 
@@ -245,7 +241,9 @@ def test_trap_whitening_with_masks(seed, rows, extra):
         rng = np.random.default_rng(seed)
         mask = np.arange(6) < rng.integers(1, 7, rows)[:, None]
         x = rng.normal(2, 3, mask.shape)
-        got = whiten(jnp.asarray(np.pad(x, ((0, 0), (0, extra)), constant_values=1e6)), np.pad(mask, ((0, 0), (0, extra))))
+        got = whiten(
+            jnp.asarray(np.pad(x, ((0, 0), (0, extra)), constant_values=1e6)), np.pad(mask, ((0, 0), (0, extra)))
+        )
         real = x[mask]
         expected = np.where(mask, (x - real.mean()) / np.sqrt(real.var() + 1e-8), 0)  # numpy's var is biased
         np.testing.assert_allclose(got[:, :6], expected, atol=1e-9)

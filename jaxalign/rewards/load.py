@@ -1,0 +1,37 @@
+"""A reward by its name: a model's directory, or a function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxalign.data.dialogues import render_plain
+from jaxalign.models import hf
+from jaxalign.models.tokenizer import load_tokenizer
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.rewards.function import FunctionScorer, load_function
+from jaxalign.rewards.model import ModelScorer
+from jaxalign.rewards.samples import Scorer
+
+
+def load_scorer(name: str, *, dtype: str, mesh: Mesh | None = None, batch_size: int = 32) -> Scorer:
+    """A reward that scores text.
+
+    Args:
+      name: "module:function" or "file.py:function"; else a reward model's directory or hub id.
+      dtype: of the model's weights and computation.
+      mesh: where the model runs; None: one device.
+      batch_size: rows at a time of a model.
+
+    Returns:
+      A Scorer: from `Samples` to a number (or None) each.
+
+    Raises:
+      InputError: no such function, or no model with a scalar head there.
+    """
+    if ":" in name and not Path(name).is_dir():
+        return FunctionScorer(load_function(name), name)
+    shardings = None if mesh is None else lambda tree: param_shardings(mesh, tree)
+    model, params = hf.load(name, dtype=dtype, param_dtype=dtype, remat="none", head="score", shardings=shardings)
+    return ModelScorer(model, load_tokenizer(name), params, mesh=mesh, batch_size=batch_size, plain=render_plain)

@@ -1,0 +1,145 @@
+"""From prompts to completions as text: tokenise, batch in few shapes, generate, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.data.dialogues import render_plain
+from jaxalign.data.records import Record
+from jaxalign.data.rows import Shape, build_prompts
+from jaxalign.data.tokenize import Dropped, Encoder, Example, tokenize_records
+from jaxalign.errors import InputError
+from jaxalign.models.transformer import Model
+from jaxalign.parallel.mesh import batch_shards
+from jaxalign.parallel.sharding import batch_part, put_batch
+from jaxalign.rollout.generate import generate
+from jaxalign.rollout.host import all_rows
+from jaxalign.types import Params
+
+_LEAST_WIDTH = 16  # prompt widths are powers of two from here on
+
+
+class Completion(NamedTuple):
+    """What a model said."""
+
+    text: str  # without special tokens
+    ids: list[int]  # the stop token included
+    logprob: float  # nats, summed, at the sampling temperature (1 where that is 0)
+    finished: bool  # ended by a stop token
+
+
+class Generator:
+    """A model that continues text.
+
+    Prompts are grouped by length into batches whose shapes are powers of two, so that few programs are compiled.  A
+    completion depends on its prompt, the seed and its place in the list, not on how prompts were grouped.
+
+    Args:
+      model: with a token head.
+      params: its parameters; with a mesh, on it.
+      tokenizer: of transformers.
+      stop_ids: the tokens that end a completion (`jaxalign.models.tokenizer.stop_ids`).
+      max_new_tokens: at most.
+      temperature: 0 for the likeliest token always.
+      top_k: 0 for all tokens.
+      top_p: 1 for all tokens.
+      batch_size: prompts at a time, at most.
+      mesh: where it runs; None: one device.  With several processes each calls with the same prompts.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch_size: int = 32,
+        mesh: Mesh | None = None,
+    ):
+        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
+        self.batch_size = batch_size
+        self._encoder = Encoder(tokenizer, stop_ids, render_plain)
+        self._options = {
+            "max_new_tokens": int(max_new_tokens),
+            "temperature": float(temperature),
+            "top_k": int(top_k),
+            "top_p": float(top_p),
+            "stop_ids": tuple(int(i) for i in stop_ids),
+        }
+
+    def __call__(self, prompts: Sequence[str | list[dict[str, Any]]], *, seed: int) -> list[Completion]:
+        """Continues each prompt once.
+
+        Args:
+          prompts: texts, which get the tokenizer's own special tokens, or lists of messages, which are rendered by the
+            chat template up to where the assistant speaks.
+          seed: of the samples.
+
+        Returns:
+          Completions in the order of the prompts.
+
+        Raises:
+          InputError: a prompt without tokens.
+        """
+        records = [Record(i, "prompts", i + 1, "prompt", prompt=p) for i, p in enumerate(prompts)]
+        tokenised = []
+        for item in tokenize_records(records, self._encoder, "ppo", append_eos=False):
+            if isinstance(item, Dropped):
+                raise InputError(
+                    f"prompt {item.record} has no token: {item.reason}", "a text", "a prompt that says something"
+                )
+            tokenised.append(item.prompt)
+        return self.continue_ids(tokenised, seed=seed)
+
+    def continue_ids(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
+        """Continues token ids, as they are.
+
+        Args:
+          prompts: of at least one token each.
+          seed: of the samples.
+        """
+        examples = [Example(i, np.asarray(p, np.int32), (), (), (), 1.0, 0.0) for i, p in enumerate(prompts)]
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+        found: dict[int, Completion] = {}
+        for start in range(0, len(order), self.batch_size):
+            part = [examples[i] for i in order[start : start + self.batch_size]]
+            found |= zip((e.record for e in part), self._batch(part, seed), strict=True)
+        return [found[i] for i in range(len(examples))]
+
+    def _batch(self, examples: list[Example], seed: int) -> list[Completion]:
+        rows = min(_power_of_two(len(examples)), self.batch_size)
+        width = max(_LEAST_WIDTH, _power_of_two(max(len(e.prompt) for e in examples)))
+        key = jax.random.key(seed)
+        if self.mesh is None:
+            batch = build_prompts(examples, Shape(rows, width, 0, 1), 0)
+            rollout = generate(self.model, self.params, batch.rows, key, batch.record_ids[:, 0], **self._options)
+        else:
+            shards = batch_shards(self.mesh)
+            part, parts = batch_part(self.mesh)
+            own = -(-rows // shards) * shards // parts
+            batch = build_prompts(examples[part * own : (part + 1) * own], Shape(own, width, 0, 1), 0)
+            with jax.set_mesh(self.mesh):
+                batch = put_batch(batch, self.mesh)
+                rollout = generate(self.model, self.params, batch.rows, key, batch.record_ids[:, 0], **self._options)
+        tokens, mask, logprobs, finished = (all_rows(x)[: len(examples)] for x in rollout)
+        ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            Completion(text, i, float(total), bool(done))
+            for text, i, total, done in zip(texts, ids, logprobs.sum(axis=1), finished, strict=True)
+        ]
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << (n - 1).bit_length()
