@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.records import Record
-from jaxalign.data.split import Groups
+from jaxalign.data.split import Groups, prompt_key
 from jaxalign.data.tokenize import Example
 
 FORMAT = 1
@@ -40,6 +40,8 @@ TABLE = np.dtype(
         ("complete", np.bool_, (2,)),
         ("weight", np.float32),
         ("score", np.float32),
+        ("digest", np.uint64),  # of the tokens
+        ("prompt_key", np.uint64),  # of the prompt, as the record has it
         ("group", np.uint64),  # equal for examples that share a prompt or an origin
     ]
 )
@@ -132,9 +134,12 @@ def _write(directory: Path, pairs: Iterable[tuple[Record, Example]], meta: Calla
             lengths = [len(c) for c in example.completions] + [0] * (2 - count)
             sums = [int(m.sum()) for m in example.masks] + [0] * (2 - count)
             done = (*example.complete, *[False] * (2 - count))
-            rows.append((place, len(example.prompt), lengths, sums, count, done, example.weight, example.score, 0))
-            for part in (example.prompt, *example.completions):
-                tokens.write(np.ascontiguousarray(part, np.int32).tobytes())
+            data = [np.ascontiguousarray(part, np.int32).tobytes() for part in (example.prompt, *example.completions)]
+            keys = (int(digest(*data)[:16], 16), prompt_key(record), 0)
+            head = (place, len(example.prompt), lengths, sums, count, done, example.weight, example.score)
+            rows.append((*head, *keys))
+            for part in data:
+                tokens.write(part)
             scored.write(bytes(len(example.prompt)))
             for mask in example.masks:
                 scored.write(np.ascontiguousarray(mask, np.bool_).tobytes())

@@ -16,6 +16,7 @@ from jaxalign.data import packing, report
 from jaxalign.data.cache import TokenStore, digest, digest_records, digest_tokenizer, open_or_write
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.limits import Limits
+from jaxalign.data.prefetch import prefetch
 from jaxalign.data.records import Record
 from jaxalign.data.rows import Layout, Shape, Sizes, build_batch, build_prompts, round_up, segment_tokens
 from jaxalign.data.split import held_out
@@ -100,7 +101,8 @@ class Dataset:
           split: "train", or "eval": eval_sources where given, else the share eval_fraction of the records, which
             "train" then leaves out.
           eos_ids: ids beside the tokenizer's own that end a completion.
-          like: a dataset whose batch shape is taken where the data fits it, so that nothing is compiled anew.
+          like: the training dataset, for "eval": its batch shape is taken where the data fits it, so that nothing
+            is compiled anew, and the report counts what both hold.
 
         Returns:
           The dataset; None for "eval" where the configuration has none.
@@ -116,7 +118,11 @@ class Dataset:
         own_sources = split == "eval" and bool(data.eval_sources)
         sources = data.eval_sources if own_sources else data.sources
         records, tally = load_records(
-            sources, purpose, seed=config.seed, max_records=None if own_sources else data.max_records
+            sources,
+            purpose,
+            seed=config.seed,
+            max_records=None if own_sources else data.max_records,
+            field="data.eval_sources" if own_sources else "data.sources",
         )
         return cls.from_records(
             records, config, tokenizer, purpose, split, eos_ids=eos_ids, like=like, tally=tally.to_dict()
@@ -188,7 +194,8 @@ class Dataset:
             pad_id=_pad_id(tokenizer),
             like=None if like is None else like.shape,
         )
-        dataset.report = report.data_report(dataset, tally or {"read": len(records), "dropped": {}})
+        train = like if split == "eval" else None
+        dataset.report = report.data_report(dataset, tally or {"read": len(records), "dropped": {}}, train)
         return dataset
 
     def _example_sizes(self) -> Sizes:
@@ -226,6 +233,19 @@ class Dataset:
         """int [N] each: "prompt" and, by completion slot, "completions" [N, 2], "scored" [N, 2], "complete" [N, 2]."""
         table = self._store.table[self._selection]
         return {name: table[name] for name in ("prompt", "completions", "scored", "complete", "score", "weight")}
+
+    def keys(self, name: str) -> np.ndarray:
+        """uint64 [N]: "digest" of each example's tokens, "prompt_key", or "group" of what shares a prompt or origin."""
+        return self._store.table[name][self._selection]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch, those that fill up the last batch aside."""
+        return self._num_rows
+
+    def fill(self) -> float:
+        """Share of tokens that are not padding, over an epoch of whole batches."""
+        return float(self._sizes.tokens.sum() / (self.batches_per_epoch * self.batch_size * self.shape.length))
 
     def counts(self) -> dict[str, int]:
         """What tokenisation and limits left out or cut, over both splits."""
@@ -274,15 +294,30 @@ class Dataset:
             )
         local = self.batch_size // process_count
         rows = self.members(index)[process_index * local : (process_index + 1) * local]
+        examples = [[self._example_or_error(index, int(i)) for i in row] for row in rows]
+        shape = self.shape._replace(rows=local)
         try:
-            examples = [[self.example(int(i)) for i in row] for row in rows]
-            shape = self.shape._replace(rows=local)
             if self.purpose == "ppo":
                 return build_prompts([row[0] for row in examples], shape, self.pad_id)
             return build_batch(examples, shape, self.layout, self.pad_id)
         except Exception as error:
-            ids = [int(i) for row in rows for i in row]
-            raise DataStreamError(f"batch {index}, records {ids}: {type(error).__name__}: {error}") from error
+            raise DataStreamError(f"batch {index}: {error}") from error
+
+    def _example_or_error(self, index: int, i: int) -> Example:
+        try:
+            return self.example(i)
+        except Exception as error:
+            raise DataStreamError(f"batch {index}, record {i}: {type(error).__name__}: {error}") from error
+
+    def batches(
+        self, start: int, stop: int | None, process_index: int = 0, process_count: int = 1, *, depth: int = 2
+    ) -> Iterator[tuple[int, Batch]]:
+        """(index, batch) from `start` on, made ahead by a thread.
+
+        Raises:
+          DataStreamError: in place of a batch that cannot be made, with the record and the reason.
+        """
+        return prefetch(lambda i: self.batch(i, process_index, process_count), start, stop, depth=depth)
 
 
 def _limits(config, purpose: str, encoder: Encoder) -> Limits:

@@ -13,7 +13,7 @@ _WINDOW = 16_384  # examples packed together: large enough to fill rows, small e
 _SLACK = 0.002  # rows beyond epoch 0's, so that every epoch has the same number
 _SAMPLE = 4_096  # examples that capacities are chosen on
 _GOOD_FILL = 0.98
-_TRIES = 8  # open rows looked at, from the fullest that fits, before a new one is opened
+_TRIES = 256  # open rows looked at, from the fullest that fits, before a new one is opened
 
 
 class Plan(NamedTuple):

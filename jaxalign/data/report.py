@@ -1,9 +1,291 @@
-"""What the data is, before anything is trained on it."""
+"""What the data is, before anything is trained on it: counts, lengths, padding, signs of bias, and rows as text."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxalign.types import CHOSEN, Batch
+
+if TYPE_CHECKING:
+    from jaxalign.data.loader import Dataset
+
+# Pairs that practitioners' guides call for, by what is to be taught.
+GUIDE_PAIRS = {"style": (5_000, 10_000), "facts": (30_000, 100_000), "production": (10_000, 50_000)}
+
+_SAMPLE = 2_000  # records whose words are looked at
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_HEDGES = frozenset(
+    ("maybe", "perhaps", "possibly", "probably", "likely", "seems", "seem", "might", "could", "may", "guess", "roughly")
+)
 
 
-def data_report(dataset, tally: dict[str, Any]) -> dict[str, Any]:
-    return {"records": {"read": tally.get("read", 0), "used": dataset.num_records}}
+def data_report(dataset: Dataset, tally: dict[str, Any], train: Dataset | None = None) -> dict[str, Any]:
+    """Everything that can be said about a dataset before training, as JSON values.
+
+    Args:
+      dataset: what is reported on.
+      tally: what the sources gave: read, dropped by reason.
+      train: the training data, where `dataset` is held out from it or beside it.
+
+    Returns:
+      A nested dict; `as_text` writes it for people.
+    """
+    lengths = dataset.lengths()
+    counts = dataset.counts()
+    dropped = dict(tally.get("dropped", {}))
+    for name, n in counts.items():
+        if name.startswith("dropped: "):
+            dropped[name.removeprefix("dropped: ")] = dropped.get(name.removeprefix("dropped: "), 0) + n
+    shape, fill = dataset.shape, dataset.fill()
+    slots = {"sft": ("completion",), "ppo": (), "reward": ("chosen", "rejected"), "dpo": ("chosen", "rejected")}
+    names = slots[dataset.purpose]
+    total = lengths["prompt"] + lengths["completions"].max(1)
+    report: dict[str, Any] = {
+        "purpose": dataset.purpose,
+        "records": {
+            "read": int(tally.get("read", 0)),
+            "used": dataset.num_records,
+            "dropped": dropped,
+            "examples": dict(tally.get("examples", {})),
+            "sources": list(tally.get("sources", [])),
+        },
+        "truncated": {
+            "prompts": int(counts.get("prompts truncated", 0)),
+            "completions": int(counts.get("completions truncated", 0)),
+        },
+        "tokens": {
+            "prompt": int(lengths["prompt"].sum(dtype=np.int64)),
+            "completion": int(lengths["completions"].sum(dtype=np.int64)),
+            "scored": int(lengths["scored"].sum(dtype=np.int64)),
+        },
+        "lengths": {
+            "prompt": _percentiles(lengths["prompt"]),
+            **{name: _percentiles(lengths["completions"][:, i]) for i, name in enumerate(names)},
+            "prompt and completion": _percentiles(total),
+        },
+        "rows": {
+            "length": shape.length,
+            "readouts": shape.readouts,
+            "completions": shape.completions,
+            "per_batch": shape.rows,
+            "per_epoch": dataset.num_rows,
+            "batches_per_epoch": dataset.batches_per_epoch,
+            "padding_share": round(1.0 - fill, 6),
+        },
+        "duplicates": {
+            "records": _repeated(dataset.keys("digest")),
+            "prompts": _repeated(dataset.keys("prompt_key")),
+        },
+        "finished_share": _mean(lengths["complete"][:, : len(names)]) if names else None,
+    }
+    if len(names) == 2:
+        report["pairs"] = _pairs(dataset, lengths, dropped)
+        report["guides"] = {"pairs": dataset.num_records, **{name: list(span) for name, span in GUIDE_PAIRS.items()}}
+    if train is not None:
+        report["overlap"] = {
+            "prompts": int(np.isin(dataset.keys("prompt_key"), train.keys("prompt_key")).sum()),
+            "records": int(np.isin(dataset.keys("digest"), train.keys("digest")).sum()),
+        }
+    report["warnings"] = _warnings(report)
+    return report
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    quantiles = np.percentile(values, [0, 50, 90, 99, 100], method="inverted_cdf")
+    named = {name: int(q) for name, q in zip(("min", "p50", "p90", "p99", "max"), quantiles, strict=True)}
+    return {**named, "mean": _mean(values)}
+
+
+def _mean(values: np.ndarray) -> float:
+    return round(float(np.mean(values)), 4) if np.size(values) else 0.0
+
+
+def _repeated(keys: np.ndarray) -> int:
+    """Records beyond the first of each kind."""
+    return int(len(keys) - len(np.unique(keys)))
+
+
+def _pairs(dataset: Dataset, lengths: dict[str, np.ndarray], dropped: dict[str, int]) -> dict[str, Any]:
+    """How chosen and rejected differ in what should not matter."""
+    chosen, rejected = lengths["completions"][:, 0].astype(float), lengths["completions"][:, 1].astype(float)
+    step = max(dataset.num_records // _SAMPLE, 1)
+    examples = [dataset.example(i) for i in range(0, dataset.num_records, step)]
+    sides = [[e.completions[side] for e in examples] for side in (0, 1)]
+    records = [dataset.record(i) for i in range(0, dataset.num_records, step)]
+    texts = [[_text(getattr(r, side)) for r in records] for side in ("chosen", "rejected")]
+    both = {"chosen": 0, "rejected": 1}
+    return {
+        "equal": sum(n for reason, n in dropped.items() if "equal" in reason),
+        "length_gap": _mean(chosen - rejected),
+        "length_gap_share": round(float((chosen.sum() - rejected.sum()) / rejected.sum()), 4),
+        "chosen_longer": _mean(chosen > rejected),
+        "same_length": _mean(chosen == rejected),
+        # Share of a completion's tokens that its prompt holds.
+        "echo": {
+            n: _mean(np.array([np.isin(e.completions[s], e.prompt).mean() for e in examples])) for n, s in both.items()
+        },
+        # Hedging words in a hundred.
+        "hedges": {name: _hedges(texts[side]) for name, side in both.items()},
+        # Distinct pairs of tokens, of as many tokens on both sides: a narrow side repeats itself over records.
+        "variety": dict(zip(both, _variety(*sides), strict=True)),
+    }
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return " ".join(str(m.get("content", "")) for m in content if m.get("role") == "assistant")
+    return content or ""
+
+
+def _hedges(texts: list[str]) -> float:
+    words = [word for text in texts for word in _WORD.findall(text.lower())]
+    return round(100 * sum(word in _HEDGES for word in words) / max(len(words), 1), 3)
+
+
+def _variety(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> tuple[float, float]:
+    sides = []
+    for completions in (chosen, rejected):
+        pairs = [c[:-1].astype(np.int64) << 32 | c[1:].astype(np.int64) for c in completions if len(c) > 1]
+        sides.append(np.concatenate(pairs) if pairs else np.zeros(0, np.int64))
+    n = min(map(len, sides))
+    return tuple(round(len(np.unique(s[:n])) / n, 4) if n else 0.0 for s in sides)
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
+    """Sentences about what looks wrong."""
+    records, found = report["records"], []
+    lost = sum(records["dropped"].values())
+    if lost > 0.05 * max(records["read"], 1):
+        found.append(f"{lost} of {records['read']} records are left out: {_counts(records['dropped'])}")
+    cut = sum(report["truncated"].values())
+    if cut > 0.05 * records["used"]:
+        found.append(f"{cut} prompts or completions are truncated: longer limits, or another truncation policy")
+    if report["duplicates"]["records"] > 0.01 * records["used"]:
+        found.append(f"{report['duplicates']['records']} records repeat others")
+    overlap = report.get("overlap")
+    if overlap and overlap["prompts"]:
+        found.append(f"{overlap['prompts']} held-out records have prompts that training has too")
+    pairs = report.get("pairs")
+    if not pairs:
+        return found
+    low, high = GUIDE_PAIRS["style"]
+    if report["guides"]["pairs"] < low:
+        found.append(
+            f"{report['guides']['pairs']} pairs; guides call for {low:,} to {high:,} to teach a style, more for facts"
+        )
+    longer = pairs["chosen_longer"] / max(1 - pairs["same_length"], 1e-9)
+    if abs(longer - 0.5) > 0.15 and abs(pairs["length_gap_share"]) > 0.1:
+        side = "chosen" if longer > 0.5 else "rejected"
+        found.append(
+            f"the {side} completion is the longer one in {max(longer, 1 - longer):.0%} of pairs of unequal length"
+            f" (gap {pairs['length_gap']:+.1f} tokens): the model may learn length"
+        )
+    echo = pairs["echo"]
+    if echo["chosen"] > 1.3 * echo["rejected"] + 0.02:
+        found.append(
+            f"chosen completions echo the prompt: {echo['chosen']:.0%} of their tokens, rejected {echo['rejected']:.0%}"
+        )
+    hedges = pairs["hedges"]
+    if min(hedges.values()) * 1.5 + 0.05 < max(hedges.values()):
+        found.append(f"hedging words in a hundred: chosen {hedges['chosen']:.2f}, rejected {hedges['rejected']:.2f}")
+    variety = pairs["variety"]
+    if variety["rejected"] < 0.6 * variety["chosen"]:
+        found.append("rejected completions come from a narrow region: the model may become over-cautious; broaden them")
+    return found
+
+
+def _counts(counts: dict[str, int]) -> str:
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{reason} {n}" for reason, n in ranked) or "none"
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A report as lines of plain text."""
+    records, rows, tokens = report["records"], report["rows"], report["tokens"]
+    lines = [
+        ("records", f"{records['read']:,} read, {records['used']:,} used"),
+        ("dropped", _counts(records["dropped"])),
+        (
+            "truncated",
+            f"{report['truncated']['prompts']:,} prompts, {report['truncated']['completions']:,} completions",
+        ),
+        ("duplicates", f"{report['duplicates']['records']:,} records, {report['duplicates']['prompts']:,} prompts"),
+        ("tokens", f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion, {tokens['scored']:,} scored"),
+    ]
+    for name, p in report["lengths"].items():
+        lines.append(
+            (name, " ".join(f"{k} {p[k]}" for k in ("min", "p50", "p90", "p99", "max")) + f" mean {p['mean']:.1f}")
+        )
+    size = f"{rows['per_batch']} x {rows['length']} tokens, {rows['readouts']} readouts"
+    lines.append(("rows", f"{rows['per_epoch']:,} an epoch, {size}, padding {rows['padding_share']:.1%}"))
+    if report.get("finished_share") is not None:
+        lines.append(("finished", f"{report['finished_share']:.1%} of completions end by EOS"))
+    if pairs := report.get("pairs"):
+        gap = f"{pairs['length_gap']:+.1f} tokens, chosen longer in {pairs['chosen_longer']:.0%}"
+        lines.append(("length gap", f"{gap}, same length in {pairs['same_length']:.0%}"))
+        for name in ("echo", "hedges", "variety"):
+            lines.append((name, f"chosen {pairs[name]['chosen']}, rejected {pairs[name]['rejected']}"))
+        spans = ", ".join(f"{name} {low:,}-{high:,}" for name, (low, high) in GUIDE_PAIRS.items())
+        lines.append(("pairs", f"{report['guides']['pairs']:,}; guides: {spans}"))
+    if overlap := report.get("overlap"):
+        lines.append(("overlap", f"{overlap['prompts']:,} prompts, {overlap['records']:,} records also in training"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in lines), *(f"! {w}" for w in report["warnings"])])
+
+
+def decoded(batch: Batch, row: int, tokenizer) -> list[str]:
+    """A row of a batch as text, as the model sees it: one string per completion, with what is read out marked.
+
+    Scored tokens stand in ⟦ ⟧; ⟨score⟩ stands behind a token whose score is read.  Everything is taken from the
+    arrays of the batch: the text of a completion is what its last token sees, in the order of positions.
+
+    Args:
+      batch: numpy arrays.
+      row: number of the row.
+      tokenizer: decodes.
+    """
+    tokens, positions, start, end = (np.asarray(a)[row] for a in batch.rows)
+    source, target, completion, mask = (np.asarray(a)[row] for a in batch.readouts)
+    role, used = np.asarray(batch.completions.role)[row], np.asarray(batch.completions.mask)[row]
+    texts = []
+    for c in np.flatnonzero(used).tolist():
+        sources = source[mask & (completion == c)]
+        by_token = bool(np.any(target[mask & (completion == c)]))
+        last = len(tokens) - 1
+        scored = set()
+        if by_token:
+            pick = min if role[c] == CHOSEN else max
+            for s, t in zip(sources, target[mask & (completion == c)], strict=True):
+                follows = (tokens == t) & (positions == positions[s] + 1) & (start <= s) & (s < end)
+                scored.add(int(pick(np.flatnonzero(follows))))
+            last = min(scored) if role[c] == CHOSEN and min(scored) < sources.min() else max(scored)
+        elif len(sources):
+            last = int(sources[0])
+        seen = np.arange(start[last], end[last])
+        texts.append(
+            _marked(
+                tokens,
+                seen[np.argsort(positions[seen])],
+                scored,
+                set() if by_token else set(sources.tolist()),
+                tokenizer,
+            )
+        )
+    return texts
+
+
+def _marked(tokens, order: np.ndarray, scored: set[int], read: set[int], tokenizer) -> str:
+    text, run, inside = "", [], False
+    for i in [*order.tolist(), None]:
+        now = i in scored
+        if run and (now != inside or i is None or run[-1] in read):
+            said = tokenizer.decode([int(tokens[j]) for j in run])
+            text += f"⟦{said}⟧" if inside else said
+            text += "⟨score⟩" if run[-1] in read else ""
+            run = []
+        inside = now
+        run.append(i)
+    return text
