@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.data.dialogues import until_request
 from jaxalign.data.files import Raw
-from jaxalign.data.forms import FORMS, Dropped, Form, blank, number
+from jaxalign.data.forms import FORMS, PROMPT_FIELDS, Dropped, Form, blank, blank_prompt, narrowed, number
 from jaxalign.data.records import Record
 from jaxalign.data.sources import Source, config_line
 from jaxalign.errors import InputError
@@ -113,7 +113,7 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
         if all(ours in names and (names[ours] in present or ours in source.columns) for ours in form.required)
     ]
     if not possible:
-        raise _no_form(source, file, listed, purpose)
+        raise _no_form(source, sample, listed, purpose)
 
     def rank(form: Form) -> tuple[int, bool]:
         return sum(ours in form.required + form.optional for ours in source.columns), serves(form.kind, purpose)
@@ -130,7 +130,8 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
     labelled = "label" in present and all(isinstance(raw.row.get("label"), (bool, type(None))) for raw in sample)
     labelled = labelled and form.kind in ("messages", "completion")
     if not serves(form.kind, purpose):
-        raise _wrong_kind(source, file, form, listed, purpose, labelled)
+        raise _wrong_kind(source, sample, form, listed, purpose, labelled)
+    form = narrowed(form, purpose)
     used = {ours: theirs for ours, theirs in names.items() if ours in form.required + form.optional}
     used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
     return Plan(source, form, used, labelled)
@@ -170,58 +171,69 @@ def _plural(form: Form) -> str:
     return f"records of {', '.join(form.required)}"
 
 
-def guessed_columns(listed: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
-    """A mapping of wanted fields to the columns that most likely hold them."""
+def guessed_columns(sample: list[Raw], wanted: tuple[str, ...]) -> dict[str, str]:
+    """A mapping of wanted fields to the columns with text that most likely hold them; none where no name is near."""
+    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), (str, list)) for r in sample)]
     guess: dict[str, str] = {}
     for ours in wanted:
-        free = {name.lower(): name for name in listed if name not in guess.values()}
+        free = {name.lower(): name for name in texts if name not in guess.values()}
         names = [name for name in (ours, *_GUESSES.get(ours, ())) if name in free]
-        names += [name for guessed in _GUESSES.get(ours, ()) for name in free if guessed in name]
-        names += difflib.get_close_matches(ours, free, n=1, cutoff=0.4)
-        guess[ours] = free[names[0]] if names else "COLUMN"
+        names += [name for name in free if ours in name.replace("-", "_").split("_")]
+        names += difflib.get_close_matches(ours, free, n=1, cutoff=0.7)
+        if names:
+            guess[ours] = free[names[0]]
     return guess
-
-
-def _wanted(listed: list[str], purpose: str | None) -> tuple[str, ...]:
-    """The fields to offer for a mapping."""
-    if serves("completion", purpose):
-        return ("prompt",) if purpose == "ppo" else ("prompt", "completion")
-    return ("chosen", "rejected") if {"messages", "conversations"} & set(listed) else ("prompt", "chosen", "rejected")
-
-
-def _guess(source: Source, listed: list[str], purpose: str | None) -> str:
-    guess = guessed_columns(listed, _wanted(listed, purpose))
-    return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
 
 
 def _forms_for(purpose: str | None) -> str:
     return "; ".join(" + ".join(form.required) for form in FORMS if serves(form.kind, purpose))
 
 
-def _no_form(source: Source, file: str, listed: list[str], purpose: str | None) -> InputError:
+def _mapping_line(source: Source, sample: list[Raw], purpose: str | None, kind: str | None = None) -> str:
+    """The config line that maps what the columns most likely are, or what to do where none seems right."""
+    wanted: tuple[str, ...] = ("prompt", "completion")
+    if purpose == "ppo":
+        wanted = ("prompt",)
+    elif not serves("completion", purpose):
+        wanted = ("prompt", "chosen", "rejected")
+    guess = guessed_columns(sample, wanted)
+    missing = [ours for ours in wanted if ours not in guess and ours != "prompt"]
+    if missing and purpose in ("reward", "dpo"):
+        line = config_line(source, path="PAIRS.jsonl", columns={}, preset=None)
+        return (
+            f'{line} with {" and ".join(missing)} in it; as it is, this data serves defaults("sft") or defaults("ppo")'
+        )
+    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted}
+    return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
+
+
+def _no_form(source: Source, sample: list[Raw], listed: list[str], purpose: str | None) -> InputError:
     return InputError(
-        f"{file}: columns {', '.join(listed) or '(none)'}",
+        f"{sample[0].file}: columns {', '.join(listed) or '(none)'}",
         f"the columns of one form: {_forms_for(purpose)}",
-        _guess(source, listed, purpose),
+        _mapping_line(source, sample, purpose),
     )
 
 
+_FOUND = {
+    "text": "plain text",
+    "messages": "dialogues",
+    "completion": "prompts with one completion each",
+    "prompt": "prompts only",
+}
+
+
 def _wrong_kind(
-    source: Source, file: str, form: Form, listed: list[str], purpose: str | None, labelled: bool
+    source: Source, sample: list[Raw], form: Form, listed: list[str], purpose: str | None, labelled: bool
 ) -> InputError:
-    found = {
-        "text": "plain text",
-        "messages": "dialogues",
-        "completion": "prompts with one completion each",
-        "prompt": "prompts only",
-    }[form.kind]
+    found = _FOUND[form.kind]
     if labelled:
         found += ", each labelled true or false (unpaired feedback, the form of KTO)"
     needs = "pairs" if purpose in ("reward", "dpo") else "completions to train on"
     return InputError(
-        f"{file}: {found} (columns {', '.join(listed)})",
+        f"{sample[0].file}: {found} (columns {', '.join(listed)})",
         f"{needs} for {purpose}: {_forms_for(purpose)}",
-        _guess(source, listed, purpose),
+        _mapping_line(source, sample, purpose, form.kind),
     )
 
 
@@ -241,7 +253,7 @@ def to_record(plan: Plan, raw: Raw) -> Record:
         value = raw.row.get(theirs)
         if value is None and ours in plan.format.required:
             raise Dropped(f"{ours} is null")
-        if value is not None or ours == "system":  # the column alone makes the data a dialogue
+        if value is not None or ours in ("system", "preference"):  # the column itself says something
             row[ours] = value
     try:
         score, weight = number(row, "score", 0.0), number(row, "weight", 1.0)
@@ -277,33 +289,27 @@ def _check_text(value: Any) -> None:
 
 
 def fit(record: Record, purpose: str | None, raw: Raw, plan: Plan) -> Record:
-    """A record as an algorithm wants it: completions for sft, prompts for ppo; all else as it is.
+    """A record as an algorithm wants it.
 
-    For ppo a dialogue is cut before its last answer, a text is a prompt as a whole, and every column but the prompt's
-    goes to reward functions: `completion`, `answer`, whatever the data calls it.
+    For sft what is labelled false is left out.  For ppo every record becomes a prompt: a dialogue is cut before its
+    last answer, a text is a prompt as a whole, and every column but the prompt's goes to reward functions:
+    `completion`, `answer`, whatever the data calls it.
+
+    Raises:
+      Dropped: with the reason, for a record that holds nothing for the purpose.
     """
-    if purpose == "sft" and plan.labelled and raw.row.get("label") is False:
-        raise Dropped("labelled false")
-    if purpose == "sft" and record.kind == "pair":
-        return record._replace(kind="completion", completion=record.chosen, chosen=None, rejected=None)
-    if purpose == "sft" and record.kind == "messages" and blank(record.messages or []):
-        raise Dropped("no assistant turn")
-    if purpose == "ppo":
-        prompt = record.prompt or record.messages or record.text
-        if isinstance(prompt, list):
-            prompt = until_request(prompt)
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise Dropped("no user turn" if record.kind in ("messages", "pair") else "empty prompt")
-        own = ("prompt", "text", "instruction", "input", "system", "history")
-        taken = {plan.names[ours] for ours in own if ours in plan.names}
-        columns = {name: value for name, value in raw.row.items() if name not in taken}
-        return Record(
-            record.index,
-            *record.origin,
-            "prompt",
-            prompt=prompt,
-            weight=record.weight,
-            score=record.score,
-            columns=columns,
-        )
-    return record
+    if purpose == "sft":
+        if plan.labelled and raw.row.get("label") is False:
+            raise Dropped("labelled false")
+        if record.kind == "messages" and blank(record.messages or []):
+            raise Dropped("no assistant turn")
+    if purpose != "ppo":
+        return record
+    prompt = record.prompt or record.messages or record.text or ""
+    if isinstance(prompt, list):
+        prompt = until_request(prompt)
+    if blank_prompt(prompt):
+        raise Dropped("no user turn")
+    own = {plan.names[ours] for ours in (*PROMPT_FIELDS, "text") if ours in plan.names}
+    columns = {name: value for name, value in raw.row.items() if name not in own}
+    return record._replace(kind="prompt", prompt=prompt, text=None, messages=None, columns=columns)

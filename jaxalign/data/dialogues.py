@@ -126,19 +126,26 @@ def kind_of(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-_TURN = re.compile(r"(?:\r?\n\r?\n|\A\s*)(Human|Assistant):")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def is_dialogue(text: Any) -> bool:
-    r"""Whether a string is a dialogue that a human opens, with an answer of the assistant.
+def _framed(text: str) -> str:
+    """A dialogue with its first speaker on a paragraph of its own, and paragraphs parted by plain newlines."""
+    if "\r\n\r\n" in text:
+        text = text.replace("\r\n", "\n")
+    start = text.lstrip()
+    return f"\n\n{start}" if start.startswith("Human:") else text
+
+
+def is_dialogue(text: str) -> bool:
+    r"""Whether a string is a dialogue that a human opens, with a turn of the assistant.
 
     >>> is_dialogue("\n\nHuman: Hi\n\nAssistant: Yes?"), is_dialogue("The Human: a history")
     (True, False)
     """
-    if not isinstance(text, str):
-        return False
-    speakers = _TURN.findall(text)
-    return bool(speakers) and speakers[0] == "Human" and "Assistant" in speakers
+    text = _framed(text)
+    first = text.find("\n\nHuman:")
+    return first >= 0 and text.find("\n\nAssistant:") > first
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -149,7 +156,7 @@ def parse_dialogue(text: str) -> list[Message]:
     >>> parse_dialogue("\n\nHuman: Hi\n\nAssistant: Yes?")
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'}]
     """
-    pieces = _TURN.split(text)
+    pieces = _TURN.split(_framed(text))
     messages = [{"role": "system", "content": pieces[0].strip()}] if pieces[0].strip() else []
     for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
@@ -240,7 +247,7 @@ def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Mes
     """
     if chosen == rejected:
         raise ValueError("chosen equal to rejected")
-    chosen, rejected = _until_answer(chosen), _until_answer(rejected)
+    chosen, rejected = until_answer(chosen), until_answer(rejected)
     if not chosen or not rejected:
         raise ValueError("no assistant turn")
     if chosen == rejected:
@@ -256,7 +263,8 @@ def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Mes
     return prompt, chosen[shared:], rejected[shared:]
 
 
-def _until_answer(messages: list[Message]) -> list[Message]:
+def until_answer(messages: list[Message]) -> list[Message]:
+    """A dialogue up to the assistant's last turn; empty where there is none."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     return messages[: last + 1]
 

@@ -65,7 +65,9 @@ def read_file(path: str) -> Iterator[Raw]:
     reader = _reader(path)
     if reader is None:
         raise InputError(
-            f"{path}: no known data format", f"a name that ends in {', '.join(SUFFIXES)}", f"mv {path} {path}.jsonl"
+            f"{path}: no known data format",
+            f"a name that ends in {', '.join(SUFFIXES)}, text formats also with .gz",
+            'write a JSON object a line, {"text": ...}, into a .jsonl file',
         )
     try:
         yield from reader(path)

@@ -10,7 +10,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxalign.data.dialogues import as_messages, is_dialogue, kind_of, parse_dialogue, split_pair
+from jaxalign.data.dialogues import (
+    as_messages,
+    is_dialogue,
+    kind_of,
+    parse_dialogue,
+    split_pair,
+    until_answer,
+    until_request,
+)
 from jaxalign.data.records import Content, Message
 
 
@@ -91,7 +99,7 @@ def _make_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 def _make_prompt(row: dict[str, Any]) -> dict[str, Any]:
     prompt = _prompt(row)
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    if blank_prompt(prompt):
         raise Dropped("empty prompt")
     if isinstance(prompt, list):
         _check_prompt(prompt)
@@ -129,6 +137,11 @@ def _make_completion(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion}
 
 
+def blank_prompt(prompt: Content) -> bool:
+    """Whether there is nothing to answer."""
+    return not prompt or (isinstance(prompt, str) and not prompt.strip())
+
+
 def _alpaca_prompt(row: dict[str, Any]) -> list[Message]:
     """The user's turn carries its `input`, so that a plain rendering can frame it as Alpaca does."""
     instruction = _string(row, "instruction")
@@ -157,10 +170,45 @@ def _make_instruction(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_pair(row: dict[str, Any]) -> dict[str, Any]:
-    row = _ordered(row)
-    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("one of chosen and rejected is a string, the other a list of messages")
+    prompt, chosen, rejected = _sides(_ordered(row))
+    if isinstance(prompt, str):
+        if not chosen.strip() or not rejected.strip():
+            raise Dropped("empty completion")
+        if chosen == rejected:
+            raise Dropped("chosen equal to rejected")
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    try:
+        prompt, chosen, rejected = split_pair(chosen, rejected)
+    except ValueError as reason:
+        raise Dropped(str(reason)) from None
+    if blank(chosen) or blank(rejected):
+        raise Dropped("empty completion")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _make_chosen(row: dict[str, Any]) -> dict[str, Any]:
+    """The better side alone: its last answer, and all before that as the prompt."""
+    prompt, chosen, _ = _sides(_ordered(row))
+    if isinstance(prompt, list):
+        chosen = until_answer(chosen)
+        prompt = until_request(chosen)
+        chosen = chosen[len(prompt) :]
+    if blank(chosen):
+        raise Dropped("empty completion")
+    return {"prompt": prompt, "completion": chosen}
+
+
+def _make_prompt_of_pair(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, chosen, _ = _sides(row)
+    if isinstance(prompt, list):
+        prompt = until_request(until_answer(chosen))
+    if blank_prompt(prompt):
+        raise Dropped("empty prompt")
+    return {"prompt": prompt}
+
+
+def _sides(row: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A pair as prompt and two strings, or as a list (any) and two whole dialogues; a side may be absent."""
     prompt: Content | None = None
     if "prompt" in row:
         prompt = _prompt(row)
@@ -168,28 +216,28 @@ def _make_pair(row: dict[str, Any]) -> dict[str, Any]:
         prompt = _with_system(row, as_messages(row["messages"]))
     elif "instruction" in row:
         prompt = _alpaca_prompt(row)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            if not (is_dialogue(chosen) and is_dialogue(rejected)):
-                raise ValueError(
-                    "no prompt, and chosen and rejected are not dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...)"
-                )
-            return _split(parse_dialogue(chosen), parse_dialogue(rejected))
+    sides: dict[str, Any] = {name: _content(row, name) for name in ("chosen", "rejected") if name in row}
+    strings = {isinstance(side, str) for side in sides.values()}
+    if strings == {True, False}:
+        raise ValueError("one of chosen and rejected is a string, the other a list of messages")
+    if strings == {True}:
         if isinstance(prompt, str):
-            if blank(chosen) or blank(rejected):
-                raise Dropped("empty completion")
-            if chosen == rejected:
-                raise Dropped("chosen equal to rejected")
-            return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    sides = ([_assistant(side)] if isinstance(side, str) else side for side in (chosen, rejected))
-    return _split(*(_whole(prompt, side) for side in sides))
+            return prompt, sides["chosen"], sides.get("rejected")
+        if prompt is None:
+            if not all(is_dialogue(side) for side in sides.values()):
+                raise ValueError("no prompt, and no dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...) that hold one")
+            whole = {name: parse_dialogue(side) for name, side in sides.items()}
+            return [], whole["chosen"], whole.get("rejected")
+        sides = {name: [_assistant(side)] for name, side in sides.items()}
+    whole = {name: _whole(prompt, side) for name, side in sides.items()}
+    return [], whole["chosen"], whole.get("rejected")
 
 
 def _ordered(row: dict[str, Any]) -> dict[str, Any]:
     """Chosen and rejected in the order that a `preference` column states."""
     if "preference" not in row:
         return row
-    preference = number(row, "preference", 0.0)
+    preference = 0.0 if row["preference"] is None else number(row, "preference", 0.0)
     if preference == 2:
         return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if preference != 1:
@@ -214,27 +262,31 @@ def _whole(prompt: Content | None, side: list[Message]) -> list[Message]:
     return side
 
 
-def _split(chosen: list[Message], rejected: list[Message]) -> dict[str, Any]:
-    try:
-        prompt, chosen, rejected = split_pair(chosen, rejected)
-    except ValueError as reason:
-        raise Dropped(str(reason)) from None
-    if blank(chosen) or blank(rejected):
-        raise Dropped("empty completion")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
+PROMPT_FIELDS = ("prompt", "messages", "instruction", "input", "system", "history")
+_STRING_PROMPT = Form("prompt", ("prompt",), ("system",), _make_prompt)
+_INSTRUCTION = Form("prompt", ("instruction",), ("input", "system", "history"), _make_instruction)
 
 FORMS: tuple[Form, ...] = (
-    Form(
-        "pair",
-        ("chosen", "rejected"),
-        ("prompt", "messages", "instruction", "input", "system", "history", "preference"),
-        _make_pair,
-    ),
+    Form("pair", ("chosen", "rejected"), (*PROMPT_FIELDS, "preference"), _make_pair),
     Form("messages", ("messages",), ("system",), _make_messages),
     Form("completion", ("prompt", "completion"), ("system",), _make_completion),
     Form("completion", ("instruction", "output"), ("input", "system", "history"), _make_alpaca),
-    Form("prompt", ("prompt",), ("system",), _make_prompt),
-    Form("prompt", ("instruction",), ("input", "system", "history"), _make_instruction),
+    _STRING_PROMPT,
+    _INSTRUCTION,
     Form("text", ("text",), (), _make_text),
 )
+
+# (purpose, required fields of a form) -> what the purpose takes of it
+_NARROWED: dict[tuple[str, tuple[str, ...]], Form] = {
+    ("sft", ("chosen", "rejected")): Form(
+        "completion", ("chosen",), (*PROMPT_FIELDS, "preference", "rejected"), _make_chosen
+    ),
+    ("ppo", ("chosen", "rejected")): Form("prompt", ("chosen",), PROMPT_FIELDS, _make_prompt_of_pair),
+    ("ppo", ("prompt", "completion")): _STRING_PROMPT,
+    ("ppo", ("instruction", "output")): _INSTRUCTION,
+}
+
+
+def narrowed(form: Form, purpose: str | None) -> Form:
+    """The form under which a purpose reads the rows: sft the better side of pairs, ppo the prompts."""
+    return _NARROWED.get((purpose or "", form.required), form)
