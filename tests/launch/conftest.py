@@ -24,7 +24,10 @@ with open(os.environ["RECORD"], "a") as file:
 
 
 # All that the scripts may find on the PATH beside the fakes: the machine's own kubectl or nvidia-smi stays out of it.
-TOOLS = "bash cat cp dirname env git grep gzip head mkdir mktemp nohup rm sed seq sleep sort tail tar tr".split()
+TOOLS = [
+    *("bash", "cat", "cp", "dirname", "env", "git", "grep", "gzip", "head", "mkdir", "mktemp", "nohup", "rm", "sed"),
+    *("seq", "sleep", "sort", "tail", "tar", "tr"),
+]
 
 
 class Checkout:

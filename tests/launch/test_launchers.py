@@ -1,4 +1,4 @@
-"""The launchers against fake gcloud, srun, kubectl and nvidia-smi: what they call, with which arguments and settings."""
+"""The launchers against fake gcloud, srun, kubectl and nvidia-smi: what they call, and with which settings."""
 
 import signal
 import subprocess
