@@ -199,11 +199,10 @@ def _mapping_line(source: Source, sample: list[Raw], purpose: str | None, kind: 
     guess = guessed_columns(sample, wanted)
     missing = [ours for ours in wanted if ours not in guess and ours != "prompt"]
     if missing and purpose in ("reward", "dpo"):
-        line = config_line(source, path="PAIRS.jsonl", columns={}, preset=None)
-        return (
-            f'{line} with {" and ".join(missing)} in it; as it is, this data serves defaults("sft") or defaults("ppo")'
-        )
-    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted}
+        line = f"{config_line(source, path='PAIRS.jsonl', columns={}, preset=None)} with {' and '.join(missing)} in it"
+        others = [f'defaults("{other}")' for other in ("sft", "ppo") if kind and serves(kind, other)]
+        return f"{line}; as it is, the data is for {' or '.join(others)}" if others else line
+    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted if ours in guess or "rejected" not in wanted}
     return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
 
 

@@ -239,6 +239,8 @@ def _ordered(row: dict[str, Any]) -> dict[str, Any]:
         return row
     preference = 0.0 if row["preference"] is None else number(row, "preference", 0.0)
     if preference == 2:
+        if "rejected" not in row:
+            raise Dropped("rejected is null")
         return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if preference != 1:
         raise Dropped("no preference between the sides")
