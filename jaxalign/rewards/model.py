@@ -16,9 +16,9 @@ from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import scalar_readout
-from jaxalign.rollout.host import local_rows
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.samples import Samples
+from jaxalign.rollout.host import local_rows
 from jaxalign.types import Array, Params, Readouts, Rows
 
 _LEAST_WIDTH = 32  # row lengths are powers of two from here on, so that few shapes are compiled

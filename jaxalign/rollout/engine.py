@@ -27,7 +27,7 @@ _LEAST_WIDTH = 16  # prompt widths are powers of two from here on
 class Completion(NamedTuple):
     """What a model said."""
 
-    text: str  # without special tokens
+    text: str  # without special tokens; for a prompt of text, prompt + text is the whole text
     ids: list[int]  # the stop token included
     logprob: float  # nats, summed, at the sampling temperature (1 where that is 0)
     finished: bool  # ended by a stop token
@@ -99,10 +99,14 @@ class Generator:
                     f"prompt {item.record} has no token: {item.reason}", "a text", "a prompt that says something"
                 )
             tokenised.append(item.prompt)
-        return self.continue_ids(tokenised, seed=seed)
+        found = self.continue_ids(tokenised, seed=seed)
+        return [
+            c._replace(text=continuation(self.tokenizer, ids, c.ids)) if isinstance(prompt, str) else c
+            for prompt, ids, c in zip(prompts, tokenised, found, strict=True)
+        ]
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
-        """Continues token ids, as they are.
+        """Continues token ids, as they are; the texts are those of the new ids alone.
 
         Args:
           prompts: of at least one token each.
@@ -138,6 +142,21 @@ class Generator:
             Completion(text, i, float(total), bool(done))
             for text, i, total, done in zip(texts, ids, logprobs.sum(axis=1), finished, strict=True)
         ]
+
+
+def continuation(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add to a prompt, so that prompt + text is the whole text.
+
+    Decoding the new ids alone would lose a leading space where the tokenizer puts spaces before words.
+
+    Args:
+      tokenizer: of transformers.
+      prompt: token ids.
+      ids: of the completion.
+    """
+    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def _power_of_two(n: int) -> int:

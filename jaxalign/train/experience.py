@@ -39,9 +39,11 @@ from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
 from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
+from jaxalign.rollout.engine import continuation
 from jaxalign.rollout.generate import Rollout, completed_rows, decode, prefill
 from jaxalign.rollout.host import all_rows, local_rows
 from jaxalign.train.compiled import memory_errors
+from jaxalign.train.minibatches import deal, in_parts, stream_key
 from jaxalign.types import Array, Batch, Params, PolicyBatch, Readouts, Rows, TrainState
 
 _EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
@@ -140,7 +142,7 @@ class Prepare:
         """
         with jax.set_mesh(self.mesh), memory_errors("evaluation of samples"):
             stream = jnp.int32(_EVAL_STREAM)
-            (rows, readouts, rollout, forward, scores, applies), _ = self._collect(
+            (_, readouts, rollout, forward, scores, applies), _ = self._collect(
                 state.params, frozen, batch, stream, int(state.step)
             )
             return _eval_sums(batch.completions.mask[:, 0], readouts.mask, rollout.finished, forward, scores, applies)
@@ -172,7 +174,7 @@ class Prepare:
             self.policy,
             params["policy"],
             prefilled,
-            _stream_key(c.seed, stream, 0),
+            stream_key(c.seed, stream, 0),
             jnp.where(batch.completions.mask[:, 0], batch.record_ids[:, 0], -1),
             temperature=float(c.rollout.temperature),
             top_k=int(c.rollout.top_k),
@@ -211,9 +213,14 @@ class Prepare:
         finished = local_rows(rollout.finished)
         records = [self.records(int(i)) for i in ids[used]]
         completions = [t[m].tolist() for t, m in zip(tokens[used], mask[used], strict=True)]
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        prompts = self._prompt_ids(batch, used)
+        for i, record in enumerate(records):
+            if isinstance(record.prompt, str):
+                texts[i] = continuation(self.tokenizer, prompts[i], completions[i])
         return Samples(
             prompts=[r.prompt for r in records],
-            completions=self.tokenizer.batch_decode(completions, skip_special_tokens=True),
+            completions=texts,
             completion_ids=completions,
             finished=finished[used].tolist(),
             records=records,
@@ -242,9 +249,7 @@ class Prepare:
         """Keeps the samples for the log; prompts of messages as the policy reads them."""
         prompts = list(samples.prompts)
         if any(not isinstance(p, str) for p in prompts):
-            rows = Rows(*(local_rows(x)[used] for x in batch.rows))
-            real = np.arange(rows.tokens.shape[1]) >= rows.attend_start[:, -1:]
-            prompts = [self.tokenizer.decode(t[m].tolist()) for t, m in zip(rows.tokens, real, strict=True)]
+            prompts = [self.tokenizer.decode(ids) for ids in self._prompt_ids(batch, used)]
         self._last = {
             "prompts": prompts,
             "completions": samples.completions,
@@ -252,6 +257,11 @@ class Prepare:
             "finished": samples.finished,
             "scores": host,
         }
+
+    def _prompt_ids(self, batch: Batch, used: np.ndarray) -> list[list[int]]:
+        """Token ids of this process's prompts."""
+        tokens, start = local_rows(batch.rows.tokens)[used], local_rows(batch.rows.attend_start)[used]
+        return [t[first:].tolist() for t, first in zip(tokens, start[:, -1], strict=True)]
 
     def _text_metrics(self, rollout: Rollout, samples: Samples, host) -> dict[str, float]:
         """Signs of collapse over the global batch; how scores go with length, over this process's rows."""
@@ -288,7 +298,7 @@ class Prepare:
             )
 
         count = self.config.algorithm.num_minibatches * self.config.grad_accum_steps
-        return _in_parts(micro, (rows, readouts), count)
+        return in_parts(micro, (rows, readouts), count)
 
     def _finish_experience(
         self, extra, stream, batch: Batch, rows, readouts, rollout, forward: Forward, scores, applies
@@ -323,6 +333,7 @@ class Prepare:
 
         observed = masked_mean(jnp.sum(kl, axis=1), used)
         gap = forward.logprobs - rollout.logprobs
+        prompt_lengths = batch.rows.tokens.shape[1] - batch.rows.attend_start[:, -1]
         metrics = {
             "objective/kl": observed,
             "objective/kl_coef": extra["kl_coef"],
@@ -335,6 +346,7 @@ class Prepare:
             "val/explained_variance": explained,
             "rollout/eos_share": masked_mean(rollout.finished.astype(jnp.float32), used),
             "rollout/length_mean": masked_mean(jnp.sum(mask, axis=1).astype(jnp.float32), used),
+            "processed_tokens": jnp.sum(jnp.where(used, prompt_lengths, 0)) + jnp.sum(mask),
             "rollout/sampler_ratio": masked_mean(jnp.exp(gap), mask),
             "rollout/sampler_gap": jnp.max(jnp.where(mask, jnp.abs(gap), 0)),
         }
@@ -356,35 +368,9 @@ class Prepare:
         batches = [
             jax.tree.map(lambda x, order=order: jnp.take(x, order, axis=0), whole)
             for epoch in range(a.num_ppo_epochs)
-            for order in _deal(_stream_key(self.config.seed, stream, 1 + epoch), used, a.num_minibatches)
+            for order in deal(stream_key(self.config.seed, stream, 1 + epoch), used, a.num_minibatches)
         ]
         return batches, extra, metrics
-
-
-def _stream_key(seed: int, iteration: Array, use: int) -> Array:
-    """The random key of one use (0 the rollout, 1 + e the order of epoch e) in one iteration."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), use)
-
-
-def _deal(key: Array, used: Array, count: int) -> list[Array]:
-    """Row numbers of `count` minibatches: a random order dealt out in turn, unused rows last.
-
-    Dealing gives each minibatch its share of the real rows, so that none is empty in the last batch of an epoch.
-    """
-    order = jax.random.permutation(key, used.shape[0])
-    order = order[jnp.argsort(~used[order], stable=True)]
-    return [order[i::count] for i in range(count)]
-
-
-def _in_parts(function: Callable, tree: Any, count: int) -> Any:
-    """function over `count` interleaved parts of the rows, one after the other; rows come back in order.
-
-    Part i holds the rows b with b % count == i: on a batch-sharded mesh nothing moves between devices.
-    """
-    if count == 1:
-        return function(tree)
-    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), tree)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
 
 
 def _score_completions(model: Model, params: Params, rows: Rows, mask: Array) -> Array:

@@ -136,7 +136,10 @@ def world(reward, *, config=None, mesh=None, prompts=None, width=5, learning_rat
         entropy_coef=a.entropy_coef,
     )
     early_stop = None if a.max_approx_kl is None else stop_on_kl(a.max_approx_kl)
-    step = jax.jit(make_train_step(objective, optimizers, grad_accum_steps=c.grad_accum_steps, early_stop=early_stop))
+    step = jax.jit(
+        make_train_step(objective, optimizers, grad_accum_steps=c.grad_accum_steps, early_stop=early_stop),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+    )
     return SimpleNamespace(
         config=c,
         mesh=mesh,

@@ -1,0 +1,37 @@
+"""Rows in parts: minibatches in a random order, micro-batches one after the other, and the keys of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.types import Array
+
+
+def stream_key(seed: int, iteration: Array, use: int) -> Array:
+    """The random key of one use (0 the rollout, 1 + e the order of epoch e) in one iteration."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), use)
+
+
+def deal(key: Array, used: Array, count: int) -> list[Array]:
+    """Row numbers of `count` minibatches: a random order dealt out in turn, unused rows last.
+
+    Dealing gives each minibatch its share of the real rows, so that none is empty in the last batch of an epoch.
+    """
+    order = jax.random.permutation(key, used.shape[0])
+    order = order[jnp.argsort(~used[order], stable=True)]
+    return [order[i::count] for i in range(count)]
+
+
+def in_parts(function: Callable, tree: Any, count: int) -> Any:
+    """function over `count` interleaved parts of the rows, one after the other; rows come back in order.
+
+    Part i holds the rows b with b % count == i: on a batch-sharded mesh nothing moves between devices.
+    """
+    if count == 1:
+        return function(tree)
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), tree)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
