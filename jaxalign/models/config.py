@@ -44,8 +44,8 @@ class ModelConfig:
 
 
 # Fields that say nothing of a forward pass: bookkeeping, token ids, generation defaults of old files.
-_BOOKKEEPING = frozenset(
-    """architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+_BOOKKEEPING_NAMES = """
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
     initializer_range label2id length_penalty max_length max_position_embeddings max_sequence_length min_length
@@ -53,13 +53,14 @@ _BOOKKEEPING = frozenset(
     output_hidden_states output_scores pad_token_id pretraining_tp prefix problem_type remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache use_return_dict""".split()
-)  # pretraining_tp splits products into parts that are summed: the same mathematics
+    use_bfloat16 use_cache use_return_dict
+"""  # pretraining_tp splits products into parts that are summed: the same mathematics
 
-_HONOURED = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias""".split()
-)
+_HONOURED_NAMES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias
+"""
+_BOOKKEEPING, _HONOURED = frozenset(_BOOKKEEPING_NAMES.split()), frozenset(_HONOURED_NAMES.split())
 
 # Values at which a field that is not honoured changes nothing.
 _NEUTRAL: Mapping[str, tuple] = {

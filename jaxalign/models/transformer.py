@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,18 @@ from flax import nnx
 
 from jaxalign.models.cache import Cache
 from jaxalign.models.config import ModelConfig
-from jaxalign.ops.attention import attention
+from jaxalign.ops.attention import attention, choose_backend
+from jaxalign.ops.attention_blocked import SAVED
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.rope import frequencies, rotate, rotations
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
 _POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -74,7 +77,8 @@ class Attention(nnx.Module):
             cache = cache._replace(keys=keys, values=values)
             k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False).astype(x.dtype)
             v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False).astype(x.dtype)
-        out = attention(q, k, v, rows.attend_start, rows.attend_end)
+        backend = choose_backend(q.shape[1], k.shape[1])
+        out = attention(q, k, v, rows.attend_start, rows.attend_end, backend=backend)
         return self.out(constrain(out, "batch", None, "tensor", None)), cache
 
 
@@ -118,7 +122,7 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens):
         # Gathered whole first: a lookup in a table split over `fsdp` would move every token's vector instead.
-        table = constrain(self.embedding[...].astype(self.dtype), None, None)
+        table = constrain(self.embedding[...].astype(self.dtype), "tensor", None)
         return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
 
 

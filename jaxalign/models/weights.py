@@ -51,7 +51,7 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, single file or sharded, by name; only headers are read.
 
     Raises:
-      InputError: no safetensors there, a file missing or cut short, a name twice or in another file than the index says.
+      InputError: no safetensors there, a file missing or cut short, a name twice, or an index that says otherwise.
     """
     index = directory / _INDEX
     if (directory / _NAME).is_file():

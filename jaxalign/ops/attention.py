@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.attention_blocked import blocked_attention
 
 
 def attention(
@@ -25,14 +25,14 @@ def attention(
     `out[t, n] = sum_s softmax_s(q[t, n] . k[s, n // (N / K)] / sqrt(H)) v[s, n // (N / K)]`, the softmax in at least
     float32 (Attention Is All You Need, eq. 1; grouped queries: arXiv 2305.13245).
 
-    An interval must not be empty: the plain backend then gives NaN, rather than the average of all keys.
+    An interval must not be empty: the result is then NaN, rather than the average of all keys.
 
     Args:
       q_BTNH: queries [B, T, N, H].
       k_BSKH: keys [B, S, K, H]; K divides N.
       v_BSKH: values [B, S, K, H].
       start_BT: int [B, T], first visible key.
-      end_BT: int [B, T], one past the last visible key.
+      end_BT: int [B, T], one past the last visible key, at most S.
       backend: a name in `BACKENDS`.
 
     Returns:
@@ -49,19 +49,33 @@ def attention(
     return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def _plain(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def choose_backend(num_queries: int, num_keys: int) -> str:
+    """The backend for a shape: blocks pay as soon as there are several to skip or to keep out of memory.
+
+    >>> choose_backend(1, 4096), choose_backend(1024, 1024)
+    ('plain', 'blocked')
+    """
+    return "blocked" if num_queries >= 96 and num_keys >= 96 else "plain"
+
+
+def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     """All scores at once, in XLA's own matrix products; the reference for every other backend."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    G = N // K  # queries that share a key: they become rows of one product, so keys are never repeated in memory
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)  # G queries share a key: no repeated keys in memory
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
+    q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=wide) * H**-0.5
     slot = jnp.arange(S, dtype=start_BT.dtype)
     visible_BTS = (slot >= start_BT[..., None]) & (slot < end_BT[..., None])
-    scores = jnp.where(visible_BTS[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH, preferred_element_type=wide)
-    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    scores = jnp.where(visible_BTS[:, None, None], scores.reshape(B, K, G, T, S), -jnp.inf)
+    # The division comes after the sum over keys: T x H numbers instead of T x S. The largest score only shifts.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v_BSKH.dtype).reshape(B, K, G * T, S)
+    out = jnp.einsum("bkrs,bksh->bkrh", weights, v_BKSH, preferred_element_type=wide).reshape(B, K, G, T, H) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"plain": _plain}
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"plain": plain_attention, "blocked": blocked_attention}

@@ -1,0 +1,166 @@
+"""Attention in blocks of queries and keys: blocks that no interval touches are skipped, T x S numbers never exist.
+
+The sums over keys run with a moving maximum, and the backward pass makes each block's weights anew from the saved
+logarithm of the total (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Rows of a block of queries, of keys. A CPU's cache likes small blocks, which also skip more; an accelerator wants
+# large products and few steps.
+_BLOCKS = {"cpu": (64, 128)}
+_ACCELERATOR_BLOCKS = (512, 512)
+_LEAST = -1e30  # a maximum before any key was seen; finite, so that differences of two are numbers
+
+SAVED = "attention"  # what a rematerialisation policy may keep instead of running the forward pass again
+
+
+class _Blocks(NamedTuple):
+    """How a problem is cut: numbers and sizes of blocks, the last ones padded."""
+
+    num_q: int
+    size_q: int
+    num_k: int
+    size_k: int
+
+
+def blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+    """`attention` with the memory of O(T) numbers and the work of the visible blocks; see there for arguments."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    platform = getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", None) or jax.default_backend()
+    most_q, most_k = _BLOCKS.get(platform, _ACCELERATOR_BLOCKS)
+    blocks = _Blocks(*_cut(T, most_q), *_cut(S, most_k))
+    extra = blocks.num_q * blocks.size_q - T
+    if extra:
+        # A padding query repeats the last interval: no wider, and not empty.
+        start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, extra)), mode="edge") for x in (start_BT, end_BT))
+    k, v = (_pad(x, blocks.num_k * blocks.size_k - S).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
+    q = _split(_pad(q_BTNH, extra), blocks, k.shape[1])
+    out = _attend(blocks, q, k, v, *(_split_rows(x, blocks) for x in (start_BT, end_BT)))
+    return _join(out, blocks, q_BTNH.shape[2])[:, :T]
+
+
+def _cut(length: int, most: int) -> tuple[int, int]:
+    """Number and size of the blocks: equal ones of at most `most` rows, in eights."""
+    num = -(-length // most)
+    return num, -(-length // (8 * num)) * 8
+
+
+def _pad(x, extra: int):
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
+
+
+def _split(x_BTNH, blocks: _Blocks, K: int):
+    """[B, T, N, H] to [Q, B, K, R, H]: Q blocks of queries, R = G * size rows that share keys."""
+    B, _, N, H = x_BTNH.shape
+    x = x_BTNH.reshape(B, blocks.num_q, blocks.size_q, K, N // K, H)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(blocks.num_q, B, K, N // K * blocks.size_q, H)
+
+
+def _join(x_QBKRH, blocks: _Blocks, N: int):
+    """The inverse of `_split`."""
+    Q, B, K, _, H = x_QBKRH.shape
+    x = x_QBKRH.reshape(Q, B, K, N // K, blocks.size_q, H)
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, Q * blocks.size_q, N, H)
+
+
+def _split_rows(x_BT, blocks: _Blocks):
+    """[B, T] to [Q, B, size]."""
+    return x_BT.reshape(x_BT.shape[0], blocks.num_q, blocks.size_q).swapaxes(0, 1)
+
+
+def _bounds(start, end, size_k: int):
+    """For each block of queries the first block of keys that any of them sees, and one past the last."""
+    return start.min(axis=(1, 2)) // size_k, -(-end.max(axis=(1, 2)) // size_k)
+
+
+def _visible(start, end, j, size_k: int, rows: int):
+    """bool [B, 1, R, size_k]: which keys of block j each query of a block sees."""
+    slot = j * size_k + jnp.arange(size_k, dtype=start.dtype)
+    visible = (slot >= start[..., None]) & (slot < end[..., None])
+    return jnp.tile(visible, (1, rows // start.shape[1], 1))[:, None]
+
+
+def _block(x, j, size: int):
+    return jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(blocks, q, k, v, start, end):
+    return _forward(blocks, q, k, v, start, end)[0]
+
+
+def _forward(blocks, q, k, v, start, end):
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    size, rows = blocks.size_k, q.shape[3]
+
+    def one(_, block):
+        q, start, end, first, last = block
+
+        def add(j, carry):
+            top, total, out = carry
+            scores = jnp.einsum("bkrh,bksh->bkrs", q, _block(k, j, size), preferred_element_type=wide) * scale
+            scores = jnp.where(_visible(start, end, j, size, rows), scores, -jnp.inf)
+            new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            v_block = _block(v, j, size)
+            part = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v_block, preferred_element_type=wide)
+            return new_top, total, out * shrink + part
+
+        zero = jnp.zeros((*q.shape[:-1], 1), wide)
+        carry = (zero + _LEAST, zero, jnp.zeros(q.shape, wide))
+        top, total, out = jax.lax.fori_loop(first, last, add, carry)
+        return None, ((out / total).astype(q.dtype), top + jnp.log(total))
+
+    _, (out, log_total) = jax.lax.scan(one, None, (q, start, end, *_bounds(start, end, size)))
+    out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
+    return out, (q, k, v, start, end, out, log_total)
+
+
+def _backward(blocks, saved, d_out):
+    q, k, v, start, end, out, log_total = saved
+    wide = log_total.dtype
+    scale = q.shape[-1] ** -0.5
+    size, rows = blocks.size_k, q.shape[3]
+    # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
+    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1, keepdims=True)
+
+    def one(carry, block):
+        q, start, end, d_out, log_total, delta, first, last = block
+
+        def add(j, carry):
+            d_k, d_v, d_q = carry
+            k_block, v_block = _block(k, j, size), _block(v, j, size)
+            scores = jnp.einsum("bkrh,bksh->bkrs", q, k_block, preferred_element_type=wide) * scale
+            visible = _visible(start, end, j, size, rows)
+            weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
+            d_weights = jnp.einsum("bkrh,bksh->bkrs", d_out, v_block, preferred_element_type=wide)
+            d_scores = (weights * (d_weights - delta) * scale).astype(q.dtype)
+            weights = weights.astype(v.dtype)
+            d_k = _add_block(d_k, j, "bkrs,bkrh->bksh", d_scores, q)
+            d_v = _add_block(d_v, j, "bkrs,bkrh->bksh", weights, d_out)
+            return d_k, d_v, d_q + jnp.einsum("bkrs,bksh->bkrh", d_scores, k_block, preferred_element_type=wide)
+
+        def _add_block(x, j, equation, a, b):
+            part = _block(x, j, size) + jnp.einsum(equation, a, b, preferred_element_type=wide)
+            return jax.lax.dynamic_update_slice_in_dim(x, part, j * size, axis=2)
+
+        *carry, d_q = jax.lax.fori_loop(first, last, add, (*carry, jnp.zeros(q.shape, wide)))
+        return tuple(carry), d_q.astype(q.dtype)
+
+    start_carry = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+    per_block = (q, start, end, d_out, log_total, delta, *_bounds(start, end, size))
+    (d_k, d_v), d_q = jax.lax.scan(one, start_carry, per_block)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)
