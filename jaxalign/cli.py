@@ -82,17 +82,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("--version", "-V", "version"):
         print(f"jaxalign {__version__}")
         return 0
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     try:
         return _COMMANDS[argv[0]](argv[1:]) if argv[0] in _COMMANDS else _unknown(argv[0])
     except InputError as error:
-        print(f"jaxalign {argv[0]}: the input cannot be used\n{error}", file=sys.stderr)
+        print(f"jaxalign {argv[0]}: the input cannot be used\n{_in_own_flags(argv[0], str(error))}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # a help page (0), or training that was asked to stop and saved (128 + the signal)
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _in_own_flags(command: str, message: str) -> str:
+    """Lower rooms speak of config fields; the other commands call the same things by flags."""
+    if command != "train":
+        for field, flag in (("model.path", "model"), ("data.sources", "data"), ("rewards.function", "reward")):
+            message = message.replace(f"--config.{field}", f"--{flag}")
+    return message
 
 
 def _unknown(name: str) -> int:
@@ -158,6 +169,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
     return rest, overrides
 
 
+_REQUIRED = object()
+
+
 class _Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input, in the same three lines as any other."""
 
@@ -165,8 +179,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message, " ".join(self.format_usage().removeprefix("usage: ").split()), f"{self.prog} --help")
 
 
-def _parser(name: str, text: str, *flags: tuple[str, type, str | None, str]) -> _Parser:
-    """A command's flags: (name, type, "" where it is required, what it is)."""
+def _parser(name: str, text: str, *flags: tuple[str, type, Any, str]) -> _Parser:
+    """A command's flags: (name, type, default or REQUIRED, what it is)."""
     parser = _Parser(
         prog=f"jaxalign {name}",
         description=text,
@@ -178,38 +192,51 @@ def _parser(name: str, text: str, *flags: tuple[str, type, str | None, str]) -> 
             parser.add_argument(flag, action="store_true", help=help_text)
         else:
             shown = flag.lstrip("-").upper() if kind is str else "N" if kind is int else "X"
+            if default is not None and default is not _REQUIRED:
+                help_text += f"; default {default}"
+            required = default is _REQUIRED
             parser.add_argument(
-                flag, type=kind, metavar=shown, required=default == "", default=default or None, help=help_text
+                flag, type=kind, metavar=shown, required=required, default=None if required else default, help=help_text
             )
     return parser
 
 
-_MODEL = ("--model", str, "", "directory in Hugging Face form, or a hub id")
-_LINES = ("--data", str, "", 'JSON lines, each with strings "prompt" and "completion"')
+_MODEL = ("--model", str, _REQUIRED, "directory in Hugging Face form, or a hub id")
+_LINES = ("--data", str, _REQUIRED, 'JSON lines, each with strings "prompt" and "completion"')
 _DTYPE = ("--dtype", str, None, "of weights and computation: float32 (default), bfloat16, float16")
-_SAMPLING = (
-    ("--temperature", float, None, "0 always takes the likeliest token; default 1"),
-    ("--max_new_tokens", int, None, "most tokens of a completion; default 128"),
-    ("--top_k", int, None, "samples among the k likeliest tokens; default 0, off"),
-    ("--top_p", float, None, "samples among the likeliest tokens that make up this share; default 1, off"),
-    ("--seed", int, None, "of the samples; default 0"),
-)
+
+
+def _sampling_flags() -> tuple[tuple[str, type, Any, str], ...]:
+    """How to sample; the defaults are the configuration's."""
+    from jaxalign.config import defaults
+
+    c = defaults("ppo")
+    return (
+        ("--temperature", float, c.rollout.temperature, "0 always takes the likeliest token"),
+        ("--max_new_tokens", int, c.rollout.max_new_tokens, "most tokens of a completion"),
+        ("--top_k", int, c.rollout.top_k, "samples among the k likeliest tokens; 0: off"),
+        ("--top_p", float, c.rollout.top_p, "samples among the likeliest tokens that make up this share; 1: off"),
+        ("--seed", int, c.seed, "of the samples"),
+    )
+
+
+_SAMPLING_NAMES = ("temperature", "max_new_tokens", "top_k", "top_p", "seed")
 
 
 def _export(argv: list[str]) -> int:
     parser = _parser(
         "export",
         "Writes a run's model as a Hugging Face directory, from one of its checkpoints.",
-        ("--workdir", str, "", "a run's directory, or that of a run with stages"),
-        ("--out", str, "", "where to write: a new or empty directory, or an earlier export"),
+        ("--workdir", str, _REQUIRED, "a run's directory, or that of a run with stages"),
+        ("--out", str, _REQUIRED, "where to write: a new or empty directory, or an earlier export"),
         ("--stage", str, None, "which stage, where workdir holds several"),
-        ("--checkpoint", str, None, "last (default), best, or a number"),
+        ("--checkpoint", str, "last", "last, best, or a number"),
         ("--dtype", str, None, "of the weights in the file; default: as they were trained"),
     )
     args = parser.parse_args(argv)
     from jaxalign.pipeline.export import export
 
-    where = export(args.workdir, args.out, stage=args.stage, checkpoint=args.checkpoint or "last", dtype=args.dtype)
+    where = export(args.workdir, args.out, stage=args.stage, checkpoint=args.checkpoint, dtype=args.dtype)
     print(where)
     return 0
 
@@ -219,8 +246,8 @@ def _generate(argv: list[str]) -> int:
         "generate",
         "Continues a prompt and prints the completion, nothing else.",
         _MODEL,
-        ("--prompt", str, "", "the text to continue, as it stands"),
-        *_SAMPLING,
+        ("--prompt", str, _REQUIRED, "the text to continue, as it stands"),
+        *_sampling_flags(),
         ("--chat", bool, None, "the prompt is a user's message: it is put into the model's chat template"),
         _DTYPE,
     )
@@ -272,14 +299,14 @@ def _compare(argv: list[str]) -> int:
         "compare",
         "Two models side by side on held-out prompts: samples, win rate under a reward with its interval, perplexity\n"
         "of the completions in the data, diversity.",
-        ("--base", str, "", "the model before: directory or hub id"),
-        ("--aligned", str, "", "the model after"),
-        ("--data", str, "", "held-out records in any format that training reads"),
+        ("--base", str, _REQUIRED, "the model before: directory or hub id"),
+        ("--aligned", str, _REQUIRED, "the model after"),
+        ("--data", str, _REQUIRED, "held-out records in any format that training reads"),
         ("--reward", str, None, "a reward model's directory, module:function or FILE.py:function"),
         ("--num_prompts", int, None, "how many of the data's prompts; default: all"),
-        ("--show", int, None, "how many samples to show; default 5"),
-        ("--confidence", float, None, "of the win rate's interval; default 0.95"),
-        *_SAMPLING,
+        ("--show", int, 5, "how many samples to show"),
+        ("--confidence", float, 0.95, "of the win rate's interval"),
+        *_sampling_flags(),
         ("--out", str, None, "a file for all of it as JSON"),
         ("--json", bool, None, "print the JSON instead of the page"),
         _DTYPE,
@@ -287,21 +314,25 @@ def _compare(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from jaxalign.pipeline.compare import compare, page
 
-    options = {k: getattr(args, k) for k in ("num_prompts", "confidence") if getattr(args, k) is not None}
     result = compare(
-        args.base, args.aligned, args.data, reward=args.reward, dtype=args.dtype, **options, **_sampling(args)
+        args.base,
+        args.aligned,
+        args.data,
+        reward=args.reward,
+        num_prompts=args.num_prompts,
+        confidence=args.confidence,
+        dtype=args.dtype,
+        **_sampling(args),
     )
     text = json.dumps(result, indent=1, ensure_ascii=False)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text if args.json else page(result, show=5 if args.show is None else args.show))
+    print(text if args.json else page(result, show=args.show))
     return 0
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags that were given."""
-    names = ("temperature", "max_new_tokens", "top_k", "top_p", "seed")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in _SAMPLING_NAMES}
 
 
 def _doctor(argv: list[str]) -> int:

@@ -1,0 +1,44 @@
+"""Inputs that the default tests and the oracle tests of the command line share."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+
+from jaxalign.cli import main
+
+LINES = [
+    ("Once upon a time", ", there was a little girl named Lily."),
+    ("Once", ""),
+    ("The dog was very", " happy"),
+    ("", "Tom went home."),
+    ("Zoë said: “日本語 🦊”", " déjà vu\n\nand a new line"),
+    ("One day, a boy named Tim went to the park. " * 6, "He saw a big tree. " * 5),
+    ("The end", ".</s>"),
+    ("a", "b"),
+]
+
+
+def write_lines(path: Path, lines=LINES) -> str:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in lines), encoding="utf-8")
+    return str(path)
+
+
+def make_reward(base: Path, directory: Path) -> str:
+    """A reward model: a language model with a fresh scalar head, exported."""
+    from jaxalign.models.export import save
+    from jaxalign.models.hf import load
+
+    key = jax.random.key(7)
+    model, params = load(base, dtype="float32", param_dtype="float32", remat="none", head="score", key=key)
+    return str(save(directory, model, params, source=base))
+
+
+def run(*argv: str) -> list[dict]:
+    """Runs a command that prints JSON lines."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main(list(argv)) == 0
+    return [json.loads(line) for line in out.getvalue().splitlines()]

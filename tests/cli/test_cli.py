@@ -1,0 +1,197 @@
+"""The command line: help, flags, errors, exit status."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import jaxalign.train
+from jaxalign.cli import main, split_overrides
+from jaxalign.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The configurations that the trainer is given."""
+    seen = []
+    fake = types.ModuleType("jaxalign.train.trainer")
+    fake.run = lambda config, dry_run=False: seen.append((config, dry_run)) or {}
+    monkeypatch.setitem(sys.modules, "jaxalign.train.trainer", fake)
+    monkeypatch.setattr(jaxalign.train, "trainer", fake, raising=False)
+    return seen
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from jaxalign.config import defaults\n"
+        "def get_config():\n"
+        '    c = defaults("dpo")\n'
+        f'    c.workdir, c.model.path, c.data.sources = "w", "org/m", ({str(tmp_path / "d.jsonl")!r},)\n'
+        "    return c\n"
+    )
+    return f"--config={path}"
+
+
+def failed(capsys, *argv):
+    """What a refused command prints; nothing on standard output, no traceback."""
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert "found: " in err and "expected: " in err and "fix: " in err
+    return err
+
+
+def test_train_hands_the_configuration_over(trainer, config):
+    assert main(["train", config, "--config.seed=7", "--config.algorithm.beta", "0.3", "--noconfig.data.shuffle"]) == 0
+    ((c, dry),) = trainer
+    assert (c.seed, c.algorithm.beta, c.data.shuffle, dry) == (7, 0.3, False, False)
+
+
+def test_dry_run(trainer, config):
+    assert main(["train", config, "--dry_run"]) == 0
+    assert trainer[0][1] is True
+
+
+def test_a_misspelt_field(trainer, config, capsys):
+    err = failed(capsys, "train", config, "--config.optimizer.learnin_rate=1")
+    assert "--config.optimizer.learning_rate" in err
+    assert trainer == []
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["train"], "no --config"),
+        (["train", "--config=nowhere.py"], "no file nowhere.py"),
+        (["train", "configs/dpo.py"], "argument 'configs/dpo.py'"),
+        (["trian"], "jaxalign train"),
+        (["logprobs", "--model", "m"], "--data"),
+        (["generate", "--model", "m", "--prompt", "p", "--temperatur", "0"], "--temperatur"),
+        (["generate", "--model", "m", "--prompt", "p", "--max_new_tokens", "many"], "many"),
+        (["generate", "--model", "/no/such", "--prompt", "p"], "no directory /no/such"),
+        (["logprobs", "--model", "m", "--data", "/no/such.jsonl"], "/no/such.jsonl"),
+        (["score", "--model", "m", "--data", "d.jsonl", "--ref", "r"], "--ref without --beta"),
+        (["score", "--model", "m", "--data", "d.jsonl", "--beta", "0.1"], "--beta without --ref"),
+        (["export", "--workdir", "/no/such", "--out", "o"], "/no/such"),
+        (["doctor", "now"], "now"),
+    ],
+)
+def test_wrong_input_is_told_in_three_lines(capsys, argv, words):
+    assert words in failed(capsys, *argv)
+
+
+def test_unknown_flag_of_train(capsys, config, trainer):
+    assert "bogus" in failed(capsys, "train", config, "--bogus=1")
+
+
+def test_values_out_of_bounds(capsys, config, trainer):
+    err = failed(capsys, "train", config, "--config.batch_size=3", "--config.grad_accum_steps=2")
+    assert "--config.batch_size=4" in err
+    assert trainer == []
+
+
+def test_help_pages(capsys):
+    for command in ("train", "export", "generate", "logprobs", "score", "compare", "doctor"):
+        assert main([command, "--help"]) == 0
+        page = capsys.readouterr().out
+        assert f"jaxalign {command}" in page
+    assert main(["--help"]) == main([]) == main(["-h"]) == 0
+    page = capsys.readouterr().out
+    for word in ("train", "export", "generate", "logprobs", "score", "compare", "doctor", "SFT", "DPO", "PPO"):
+        assert word in page
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("jaxalign 0.")
+
+
+def test_sampling_defaults_are_the_configurations(capsys):
+    from jaxalign.config import defaults
+
+    assert main(["generate", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    rollout = defaults("ppo").rollout
+    for value in (rollout.temperature, rollout.max_new_tokens, rollout.top_k, rollout.top_p):
+        assert f"default {value}" in page
+
+
+def test_split_overrides_keeps_the_order():
+    rest, overrides = split_overrides(["--config.a=1", "--config=f", "-config.b", "-1", "--config.c", "--dry_run"])
+    assert rest == ["--config=f", "--dry_run"]
+    assert overrides == [("a", "1"), ("b", "-1"), ("c", None)]
+
+
+def test_an_interrupted_run_keeps_its_status(monkeypatch, config, trainer):
+    import jaxalign.pipeline.stages as stages
+
+    def stop(*args, **kwargs):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(stages, "run", stop)
+    assert main(["train", config]) == 143
+
+
+def test_other_errors_keep_their_traceback(monkeypatch, config):
+    import jaxalign.pipeline.stages as stages
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(stages, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", config])
+
+
+def test_fixes_speak_of_the_commands_own_flags(monkeypatch, capsys):
+    import jaxalign.pipeline.logprobs as module
+
+    def refuse(*args, **kwargs):
+        raise InputError("a", "b", "--config.model.path=DIR")
+
+    monkeypatch.setattr(module, "logprobs", refuse)
+    assert "--model=DIR" in failed(capsys, "logprobs", "--model", "m", "--data", "d")
+
+
+def fresh(*argv, **env):
+    """A process of its own."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+    return done, time.perf_counter() - start
+
+
+def test_help_and_import_load_nothing_heavy():
+    code = (
+        "import sys, jaxalign, jaxalign.cli; jaxalign.cli.main(['--help'])\n"
+        "heavy = {'jax', 'flax', 'transformers', 'orbax', 'datasets', 'numpy', 'optax'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done, seconds = fresh("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert seconds < 3  # about 0.1 s on an idle machine; the tests share it
+
+
+def test_a_misspelt_field_in_a_process_of_its_own(config):
+    done, _ = fresh("-m", "jaxalign", "train", config, "--config.algorithm.bета=1".replace("ета", "eta_"))
+    assert done.returncode == 2
+    assert "--config.algorithm.beta=..." in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_output_into_a_closed_pipe_is_no_error(tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m jaxalign --help | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert json.dumps(done.stdout)

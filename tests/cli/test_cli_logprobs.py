@@ -1,0 +1,96 @@
+"""`jaxalign logprobs` and `jaxalign score` on a shared model, against values that transformers gave."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxalign.cli import main
+from tests.cli.cases import LINES, make_reward, run, write_lines
+
+GOLDEN = json.loads((Path(__file__).resolve().parent.parent / "golden" / "cli_logprobs.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    return str(request.getfixturevalue("shared") / "models" / "stories260k-llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_lines(tmp_path_factory.mktemp("lines") / "d.jsonl")
+
+
+def test_logprobs(model, data):
+    golden = GOLDEN["stories260k-llama"]
+    ours = run("logprobs", "--model", model, "--data", data)
+    assert [line["num_tokens"] for line in ours] == golden["counts"]
+    np.testing.assert_allclose([line["sum_logprob"] for line in ours], golden["sums"], rtol=1e-5, atol=1e-4)
+    assert set(ours[0]) == {"sum_logprob", "num_tokens"}
+
+
+def test_trap_eos_counts_only_where_the_completion_holds_it(model, tmp_path):
+    lines = [("The end", "."), ("The end", ".</s>")]
+    without, with_eos = run("logprobs", "--model", model, "--data", write_lines(tmp_path / "d.jsonl", lines))
+    assert with_eos["num_tokens"] == without["num_tokens"] + 1
+    assert with_eos["sum_logprob"] < without["sum_logprob"]
+
+
+def test_scores(shared, data, tmp_path, capsys):
+    reward = make_reward(shared / "models" / "stories260k-llama", tmp_path / "reward")
+    ours = run("score", "--model", reward, "--data", data)
+    np.testing.assert_allclose([line["score"] for line in ours], GOLDEN["scores"], rtol=1e-4, atol=1e-5)
+    assert main(["logprobs", "--model", reward, "--data", data]) == 2
+    assert "is a reward model" in capsys.readouterr().err
+
+
+def test_implicit_reward_of_the_reference_itself_is_zero(model, data):
+    ours = run("score", "--model", model, "--ref", model, "--beta", "0.1", "--data", data)
+    assert [line["score"] for line in ours] == [0.0] * len(LINES)
+
+
+def test_a_language_model_has_no_score(model, data, capsys):
+    assert main(["score", "--model", model, "--data", data]) == 2
+    assert "--ref DIR --beta" in capsys.readouterr().err
+
+
+def test_longer_than_the_context_is_said(model, tmp_path, capsys):
+    data = write_lines(tmp_path / "d.jsonl", [("Once", " upon"), ("word " * 600, "end")])
+    assert len(run("logprobs", "--model", model, "--data", data)) == 2
+    err = capsys.readouterr().err
+    assert "d.jsonl:2: longer than the 512 tokens" in err
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("", "holds no lines"),
+        ("\n \n", "holds no lines"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "d.jsonl:2: no 'completion'"),
+        ('{"completion": "a"}\n', "d.jsonl:1: no 'prompt'"),
+        ('{"prompt": "a", "completion": 3}\n', "d.jsonl:1: 'completion' is int"),
+        ('{"prompt": null, "completion": "b"}\n', "d.jsonl:1: 'prompt' is NoneType"),
+        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": \n', "d.jsonl:3"),
+        ("[1]\n", "d.jsonl:1"),
+        ('{"prompt": [{"role": "user", "content": "x"}], "completion": "b"}\n', "'prompt' is list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, capsys, text, words):
+    path = tmp_path / "d.jsonl"
+    path.write_text(text)
+    assert main(["logprobs", "--model", "never-loaded", "--data", str(path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_blank_lines_and_byte_order_marks(model, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a", "completion": "b"}\r\n\r\n{"prompt": "a", "completion": "b"}'.encode())
+    first, second = run("logprobs", "--model", model, "--data", str(path))
+    assert first == second
+
+
+def test_two_tokenizers_are_refused(model, shared, data, capsys):
+    other = str(shared / "models" / "stories3m-llama")
+    assert main(["score", "--model", model, "--ref", other, "--beta", "0.1", "--data", data]) == 2
+    assert "give different tokens" in capsys.readouterr().err
