@@ -3,7 +3,7 @@
 | failure | sign |
 |---|---|
 | loss stuck | `health/stuck_steps`: steps in a row with all pairs' rewards 0 (or the loss as it was) |
-| chosen completions become unlikely too | `health/chosen_logps_change`: nats, against the run's first steps |
+| chosen completions become unlikely too | `health/chosen_logps_change`: nats against the reference, late steps |
 | sudden blow-up | `health/{grad_norm,kl,value_loss}_jump`: against the median of late steps |
 | mode collapse | `samples/distinct_2`, `samples/distinct_samples`, `samples/entropy` fall |
 | repetitive text | `samples/repetition_4` |
@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
 
-_FIRST = 8  # steps whose mean is the start that later ones are held against
-_WINDOW = 32  # steps whose median a jump is measured against
+_FIRST = 8  # steps before jumps are measured
+_WINDOW = 32  # late steps: whose median a jump is measured against, whose mean a change is
 
 # (sign, metric): value over the median of the last steps
 _JUMPS = (
@@ -34,13 +34,15 @@ _JUMPS = (
 class Health:
     """Follows a run's metrics and adds the signs that need its past."""
 
-    def __init__(self, past: Iterable[Mapping[str, float]] = ()):
+    def __init__(self, past: Iterable[Mapping[str, float]] = (), *, beta: float | None = None):
         """
         Args:
           past: rows of the run's metrics before a resume; the signs go on from there.
+          beta: of a preference loss, by which its rewards are log-ratios in nats.
         """
         self._stuck = 0
-        self._chosen: list[float] = []
+        self._beta = beta
+        self._chosen: deque[float] = deque(maxlen=_WINDOW)
         self._recent: dict[str, deque[float]] = {sign: deque(maxlen=_WINDOW) for sign, _ in _JUMPS}
         self._last_loss: float | None = None
         for row in past:
@@ -65,11 +67,10 @@ class Health:
             self._stuck = self._stuck + 1 if still else 0
             self._last_loss = loss
             signs["health/stuck_steps"] = float(self._stuck)
-        chosen = metrics.get("logps/chosen")
-        if chosen is not None:
-            if len(self._chosen) < _FIRST:
-                self._chosen.append(chosen)
-            signs["health/chosen_logps_change"] = chosen - statistics.fmean(self._chosen)
+        chosen = metrics.get("rewards/chosen")
+        if chosen is not None and self._beta:
+            self._chosen.append(chosen / self._beta)
+            signs["health/chosen_logps_change"] = statistics.fmean(self._chosen)
         for sign, names in _JUMPS:
             value = next((metrics[n] for n in names if metrics.get(n) is not None), None)
             if value is None or not math.isfinite(value):

@@ -126,7 +126,7 @@ class Loop:
         due = last or bool(c.eval.every and step % c.eval.every == 0)
         if self.evaluate and (due or (save and c.checkpoint.best_metric)) and not (stopping and not due):
             row |= {f"eval/{name}": value for name, value in self.evaluate(state).items()}
-            self._last_eval, self._eval_step = row, step
+            self._last_eval, self._eval_step = dict(row), step
         every = c.logging.get("samples_every", 0)
         if self.sample and not stopping and every and (last or step % every == 0):
             row |= self.sample(state, step)

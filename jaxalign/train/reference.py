@@ -57,7 +57,7 @@ def attach(stage: Any, datasets: list[Any]) -> list[Any]:
     role = stage.program.reference
     params = role.load()
     model_key = fingerprint(params)
-    tokenizer_key = digest_tokenizer(stage.tokenizer)
+    tokenizer_key = digest_tokenizer(stage.tokenizer, [], stage.stop_ids)
     folder = stage.directory.cache
     if stage.config.data.cache_dir:
         from etils import epath

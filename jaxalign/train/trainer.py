@@ -193,7 +193,7 @@ class Stage:
             num_steps=self.num_steps,
             checkpoints=checkpoints,
             writer=writer,
-            health=Health(read_metrics(self.directory)),
+            health=Health(read_metrics(self.directory), beta=c.algorithm.get("beta")),
             evaluate=self._evaluate(frozen, eval_dataset),
             sample=self._sampler(),
             seconds_per_token=self._seconds_per_token(),
