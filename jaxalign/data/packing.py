@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ _WINDOW = 16_384  # examples packed together: large enough to fill rows, small e
 _SLACK = 0.002  # rows beyond epoch 0's, so that every epoch has the same number
 _SAMPLE = 4_096  # examples that capacities are chosen on
 _GOOD_FILL = 0.98
-_TRIES = 256  # open rows looked at, from the fullest that fits, before a new one is opened
+_DRAWS = 24  # random choices looked at before the best of them is taken
 
 
 class Plan(NamedTuple):
@@ -42,68 +43,105 @@ def permutation(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return _generator(seed, epoch).permutation(n).astype(np.int32)
 
 
-def best_fit(sizes: Sizes, capacity: tuple[int, int, int]) -> list[list[int]]:
-    """Best-fit decreasing: each example goes to the fullest open row that has room for it.
+def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[list[int]]:
+    """Rows filled one after the other: random examples, then the one or two that leave least room.
 
-    Open rows are kept in stacks by the tokens they have left, and a bit mask says which stacks hold a row, so
-    the fullest row that fits is found by one shift.
+    Best-fit decreasing uses the long examples up first and is left with short ones that do not fill a row; taking
+    examples at random keeps the mixture of lengths until the end.  Only examples longer than half a row, which
+    cannot share one, start rows in order of length.  A bit mask of the lengths that are left gives the longest
+    that fits in one shift.
 
     Args:
-      sizes: tokens, readouts and completions of each example.
+      sizes: tokens, readouts and completions of each example; each fits a row.
       capacity: tokens, readouts and completions of a row.
+      seed: of the random choices.
 
     Returns:
-      Rows of indices into `sizes`.
+      Rows of indices into `sizes`; each index once.
     """
-    most_tokens, most_readouts, most_completions = capacity
+    width, most_readouts, most_completions = capacity
     tokens, readouts, completions = (a.tolist() for a in sizes)
+    chance = random.Random(seed)
+    order = list(range(len(tokens)))
+    chance.shuffle(order)
+    by_length: list[list[int]] = [[] for _ in range(width + 1)]
+    for i in order:
+        by_length[tokens[i]].append(i)
+    lengths = sum(1 << length for length, stack in enumerate(by_length) if stack)
+    least, mean = min(tokens), sum(tokens) / len(tokens)
     rows: list[list[int]] = []
-    readouts_left: list[int] = []
-    completions_left: list[int] = []
-    stacks: list[list[int]] = [[] for _ in range(most_tokens + 1)]
-    occupied = 0
-    for i in np.argsort(-sizes.tokens, kind="stable").tolist():
-        need, reads, slots = tokens[i], readouts[i], completions[i]
-        found, free, tries = -1, 0, 0
-        candidates = occupied >> need
-        while candidates and tries < _TRIES:
-            step = candidates & -candidates
-            free = need + step.bit_length() - 1
-            row = stacks[free][-1]
-            if readouts_left[row] >= reads and completions_left[row] >= slots:
-                found = row
+
+    def take(length: int) -> None:
+        nonlocal lengths, room, readouts_left, completions_left
+        i = by_length[length].pop()
+        if not by_length[length]:
+            lengths &= ~(1 << length)
+        rows[-1].append(i)
+        room -= length
+        readouts_left -= readouts[i]
+        completions_left -= completions[i]
+
+    def longest(limit: int) -> int:
+        """The greatest length left that is at most `limit`; -1 where there is none."""
+        return (lengths & ((2 << limit) - 1)).bit_length() - 1 if limit >= least else -1
+
+    def fits(*items: int) -> bool:
+        return (
+            sum(readouts[i] for i in items) <= readouts_left and sum(completions[i] for i in items) <= completions_left
+        )
+
+    def random_length(limit: int) -> int:
+        """The length of a random example, roughly: of the first left in a shuffled order."""
+        while order and not by_length[tokens[order[-1]]]:
+            order.pop()
+        for _ in range(_DRAWS):
+            length = tokens[order[int(chance.random() * len(order))]]
+            if length <= limit and by_length[length]:
+                return length
+        return longest(limit)
+
+    while lengths:
+        rows.append([])
+        room, readouts_left, completions_left = width, most_readouts, most_completions
+        top = lengths.bit_length() - 1
+        take(top if 2 * top > width else random_length(width))
+        while (best := longest(room)) >= 0:
+            other = -1
+            if not fits(by_length[best][-1]):
+                best = -1
+            if best < room <= 3 * mean and room >= 2 * least:
+                for _ in range(_DRAWS):
+                    one = longest(least + int(chance.random() * (room - 2 * least + 1)))
+                    two = longest(room - one) if one >= 0 else -1
+                    if two < 0 or one + two <= best + max(other, 0) or (one == two and len(by_length[one]) < 2):
+                        continue
+                    if fits(by_length[one][-1], by_length[two][-1 - (one == two)]):
+                        best, other = one, two
+                        if one + two == room:
+                            break
+            filled = best + max(other, 0)
+            if filled < room and room > 1.5 * mean:  # no exact end, and space to try another example first
+                drawn = random_length(room)
+                if fits(by_length[drawn][-1]):
+                    take(drawn)
+                    continue
+            if best < 0:
                 break
-            candidates ^= step
-            tries += 1
-        if found < 0:
-            rows.append([i])
-            readouts_left.append(most_readouts - reads)
-            completions_left.append(most_completions - slots)
-            found, free = len(rows) - 1, most_tokens
-        else:
-            stacks[free].pop()
-            if not stacks[free]:
-                occupied &= ~(1 << free)
-            rows[found].append(i)
-            readouts_left[found] -= reads
-            completions_left[found] -= slots
-        left = free - need
-        if completions_left[found] and left:
-            stacks[left].append(found)
-            occupied |= 1 << left
+            take(best)
+            if other >= 0:
+                take(other)
     return rows
 
 
-def _packed(sizes: Sizes, capacity: tuple[int, int, int], order: np.ndarray, rng: np.random.Generator | None) -> Plan:
+def _packed(sizes: Sizes, capacity: tuple[int, int, int], order: np.ndarray, seed: int) -> Plan:
     members: list[int] = []
     lengths: list[int] = []
     for start in range(0, len(order), _WINDOW):
         window = order[start : start + _WINDOW]
-        for row in best_fit(Sizes(*(a[window] for a in sizes)), capacity):
+        for row in fill_rows(Sizes(*(a[window] for a in sizes)), capacity, seed + start):
             members.extend(window[row].tolist())
             lengths.append(len(row))
-    plan = Plan(np.asarray(members, np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    return plan if rng is None else _reordered(plan, rng.permutation(plan.num_rows))
+    return Plan(np.asarray(members, np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
 
 def _reordered(plan: Plan, order: np.ndarray) -> Plan:
@@ -137,22 +175,24 @@ def plan_epoch(
       capacity: tokens, readouts and completions of a row; every example fits.
       seed: of the run.
       epoch: its number; the rows of two epochs have other members.
-      shuffle: False keeps the examples' order apart from what packing moves.
+      shuffle: False orders the rows by their first examples.
       num_rows: give the plan exactly this many rows, by splitting some; see `rows_per_epoch`.
 
     Returns:
       A plan that holds each example once.
     """
-    rng = _generator(seed, epoch) if shuffle else None
-    n = len(sizes.tokens)
-    order = rng.permutation(n) if rng is not None else np.arange(n)
-    plan = _packed(sizes, capacity, order, rng)
-    if num_rows is None:
-        return plan
-    if plan.num_rows > num_rows:  # a rare epoch that packs worse: epoch 0's rows in another order
-        plan = plan_epoch(sizes, capacity, seed=seed, epoch=0, shuffle=shuffle)
-        plan = plan if rng is None else _reordered(plan, rng.permutation(plan.num_rows))
-    return _split_to(plan, num_rows)
+    rng = _generator(seed, epoch)
+    order = permutation(len(sizes.tokens), seed, epoch, shuffle)
+    plan = _packed(sizes, capacity, order, int(rng.integers(2**62)))
+    if num_rows is not None and plan.num_rows > num_rows:  # a rare epoch that packs worse: the rows of epoch 0
+        plan = _packed(
+            sizes, capacity, permutation(len(sizes.tokens), seed, 0, shuffle), int(_generator(seed, 0).integers(2**62))
+        )
+    if shuffle:
+        plan = _reordered(plan, rng.permutation(plan.num_rows))
+    else:
+        plan = _reordered(plan, np.argsort(np.minimum.reduceat(plan.members, plan.offsets[:-1]), kind="stable"))
+    return plan if num_rows is None else _split_to(plan, num_rows)
 
 
 def rows_per_epoch(plan: Plan) -> int:
@@ -187,7 +227,7 @@ def choose_capacity(sizes: Sizes, row_length: int | None, max_row_length: int, s
     tried = Sizes(*(a[sample] for a in sizes))
 
     def attempt(length: int, readouts: int) -> tuple[float, list[list[int]]]:
-        rows = best_fit(tried, (length, readouts, length))
+        rows = fill_rows(tried, (length, readouts, length), seed)
         return float(tried.tokens.sum() / (len(rows) * length)), rows
 
     if row_length is None:
