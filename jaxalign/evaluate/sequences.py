@@ -28,6 +28,7 @@ class Tokens(NamedTuple):
 
     prompt: Sequence[int]  # at least one: the first completion token is predicted from it
     completion: Sequence[int]  # may be empty
+    scored: Sequence[bool] | None = None  # which completion tokens count; None: all
 
 
 def completion_logprobs(
@@ -35,12 +36,12 @@ def completion_logprobs(
 ) -> list[float]:
     """Summed log-prob of each completion given its prompt.
 
-        sum_t log p(completion_t | prompt, completion_<t)
+        sum_t scored_t log p(completion_t | prompt, completion_<t)
 
     Args:
       model: with a token head.
       params: its parameters, on `mesh`.
-      sequences: prompts and completions; completion tokens are scored, all of them and nothing else.
+      sequences: prompts and completions.
       mesh: rows are split over its `data` and `fsdp` axes.
 
     Returns:
@@ -127,7 +128,7 @@ def _rows(part: Sequence[Tokens], height: int, width: int, places: int, whole: b
     end = np.tile(index + 1, (height, 1))
     source, target = (np.zeros((height, places), np.int32) for _ in range(2))
     mask = np.zeros((height, places), bool)
-    for i, (prompt, completion) in enumerate(part):
+    for i, (prompt, completion, scored) in enumerate(part):
         n = len(prompt) + len(completion)
         tokens[i, :n] = [*prompt, *completion]
         positions[i, :n] = index[:n]
@@ -136,7 +137,7 @@ def _rows(part: Sequence[Tokens], height: int, width: int, places: int, whole: b
             count = len(completion)
             source[i, :count] = len(prompt) - 1 + index[:count]
             target[i, :count] = completion
-            mask[i, :count] = True
+            mask[i, :count] = True if scored is None else scored
         else:
             source[i, 0], mask[i, 0] = n - 1, True
     return Rows(tokens, positions, start, end), Readouts(source, target, np.zeros_like(source), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,18 +44,7 @@ def load_model(path: str, *, head: str, dtype: str | None = None, devices: Seque
     Raises:
       InputError: no such model, or one of the other kind.
     """
-    file = read_json(locate(path, weights=False) / CONFIG)
-    scalar = "SequenceClassification" in (file.get("architectures") or [""])[0]
-    if scalar and head == "lm":
-        raise InputError(
-            f"{path} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
-        )
-    if not scalar and head == "score":
-        raise InputError(
-            f"{path} is a language model, without a score",
-            "a reward model, or a reference for DPO's implicit reward",
-            "jaxalign score --model DIR --ref DIR --beta B",
-        )
+    file = require_head(path, head)
     common = defaults("sft")
     dtype = dtype or common.model.dtype
     mesh = make_mesh(common.mesh, devices)
@@ -71,13 +61,38 @@ def load_model(path: str, *, head: str, dtype: str | None = None, devices: Seque
     return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
 
 
-def tokenize(loaded: Loaded, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Tokens]:
+def require_head(path: str, head: str) -> dict[str, Any]:
+    """The `config.json` of a model, once it is known to be of the right kind.
+
+    Args:
+      path: a directory in Hugging Face form, or a hub id.
+      head: "lm" or "score".
+
+    Raises:
+      InputError: no such model, or one of the other kind.
+    """
+    file = read_json(locate(path, weights=False) / CONFIG)
+    scalar = "SequenceClassification" in (file.get("architectures") or [""])[0]
+    if scalar and head == "lm":
+        raise InputError(
+            f"{path} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
+        )
+    if not scalar and head == "score":
+        raise InputError(
+            f"{path} is a language model, without a score",
+            "a reward model, or a reference for DPO's implicit reward",
+            "jaxalign score --model DIR --ref DIR --beta B",
+        )
+    return file
+
+
+def tokenize(tokenizer: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Tokens]:
     """Plain strings to tokens: the prompt with the tokenizer's own special tokens, the completion without.
 
     The two are tokenised apart, so no token crosses the boundary; nothing is added at the end.
 
     Args:
-      loaded: its tokenizer is used.
+      tokenizer: of transformers.
       pairs: (prompt, completion).
       places: where each stands, for messages.
 
@@ -87,24 +102,30 @@ def tokenize(loaded: Loaded, pairs: Sequence[tuple[str, str]], places: Sequence[
     if not pairs:
         return []
     prompts, completions = zip(*pairs, strict=True)
-    before = loaded.tokenizer(list(prompts), verbose=False)["input_ids"]
-    after = loaded.tokenizer(list(completions), add_special_tokens=False, verbose=False)["input_ids"]
+    before = tokenizer(list(prompts), verbose=False)["input_ids"]
+    after = tokenizer(list(completions), add_special_tokens=False, verbose=False)["input_ids"]
     for place, ids in zip(places, before, strict=True):
         if not ids:
             raise InputError(
                 f"{place}: the prompt gives no token",
                 "at least one: the completion's first token is predicted from it",
-                f"start the prompt with {loaded.tokenizer.bos_token or loaded.tokenizer.eos_token or 'a token'}",
+                f"start the prompt with {tokenizer.bos_token or tokenizer.eos_token or 'a token'}",
             )
     return [Tokens(p, c) for p, c in zip(before, after, strict=True)]
 
 
-def warn_of_context(loaded: Loaded, sequences: Sequence[Tokens], places: Sequence[str]) -> str | None:
-    """A sentence where sequences are longer than the model was made for; their numbers mean little."""
-    if loaded.context is None:
-        return None
-    long = [p for p, s in zip(places, sequences, strict=True) if len(s.prompt) + len(s.completion) > loaded.context]
-    if not long:
-        return None
-    more = f" and {len(long) - 1} more" if len(long) > 1 else ""
-    return f"warning: {long[0]}{more}: longer than the {loaded.context} tokens that {loaded.path} was made for"
+def warn_of_context(loaded: Loaded, lengths: Sequence[int], places: Sequence[str]) -> None:
+    """Says on standard error where sequences are longer than the model was made for; their numbers mean little.
+
+    Args:
+      loaded: the model.
+      lengths: tokens of each sequence.
+      places: where each stands.
+    """
+    limit = loaded.context
+    long = [p for p, n in zip(places, lengths, strict=True) if limit is not None and n > limit]
+    if long:
+        more = f" and {len(long) - 1} more" if len(long) > 1 else ""
+        print(
+            f"warning: {long[0]}{more}: longer than the {limit} tokens that {loaded.path} was made for", file=sys.stderr
+        )

@@ -30,9 +30,8 @@ def logprobs(model: str, data: str, *, dtype: str | None = None, out: TextIO | N
 
     loaded = load_model(model, head="lm", dtype=dtype)
     places = [line.where for line in lines]
-    sequences = tokenize(loaded, [(line.prompt, line.completion) for line in lines], places)
-    if warning := warn_of_context(loaded, sequences, places):
-        print(warning, file=sys.stderr)
+    sequences = tokenize(loaded.tokenizer, [(line.prompt, line.completion) for line in lines], places)
+    warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)
     sums = completion_logprobs(loaded.model, loaded.params, sequences, loaded.mesh)
     for total, tokens in zip(sums, sequences, strict=True):
         print(json.dumps({"sum_logprob": total, "num_tokens": len(tokens.completion)}), file=out or sys.stdout)

@@ -49,41 +49,42 @@ def score(
         )
     lines = read_lines(data)
     from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
-    from jaxalign.pipeline.loaded import Loaded, load_model, tokenize, warn_of_context
+    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.pipeline.loaded import load_model, require_head, tokenize, warn_of_context
 
     places = [line.where for line in lines]
 
-    def read(loaded: Loaded) -> list[Tokens]:
-        sequences = tokenize(loaded, [(line.prompt, line.completion) for line in lines], places)
-        if append_eos:
-            eos = loaded.tokenizer.eos_token_id
-            if eos is None:
-                raise InputError(
-                    f"the tokenizer of {loaded.path} has no EOS", "one, for --append_eos", "no --append_eos"
-                )
-            sequences = [Tokens(s.prompt, [*s.completion, eos]) for s in sequences]
-        if warning := warn_of_context(loaded, sequences, places):
-            print(warning, file=sys.stderr)
-        return sequences
+    def read(path: str) -> list[Tokens]:
+        tokenizer = load_tokenizer(path)
+        sequences = tokenize(tokenizer, [(line.prompt, line.completion) for line in lines], places)
+        if not append_eos:
+            return sequences
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {path} has no EOS", "one, for --append_eos", "no --append_eos")
+        return [Tokens(s.prompt, [*s.completion, tokenizer.eos_token_id]) for s in sequences]
 
-    if ref is None:
-        loaded = load_model(model, head="score", dtype=dtype)
-        scores = final_scores(loaded.model, loaded.params, read(loaded), loaded.mesh)
+    paths = (model,) if ref is None else (model, ref)
+    head = "score" if ref is None else "lm"
+    for path in paths:
+        require_head(path, head)
+    sequences = read(model)
+    if ref is not None and (other := read(ref)) != sequences:
+        place = next(p for p, a, b in zip(places, sequences, other, strict=True) if a != b)
+        raise InputError(
+            f"{place}: the tokenizers of {model} and {ref} give different tokens",
+            "a reference with the policy's tokenizer",
+            "--ref=the model that the policy started from",
+        )
+    measure = final_scores if ref is None else completion_logprobs
+    numbers = []
+    for path in paths:  # one after the other: one model in memory
+        loaded = load_model(path, head=head, dtype=dtype)
+        warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)
+        numbers.append(measure(loaded.model, loaded.params, sequences, loaded.mesh))
+        del loaded
+    if beta is None:
+        scores = numbers[0]
     else:
-        sums, ids = [], []
-        for path in (model, ref):  # one after the other: one model in memory
-            loaded = load_model(path, head="lm", dtype=dtype)
-            ids.append(read(loaded))
-            sums.append(completion_logprobs(loaded.model, loaded.params, ids[-1], loaded.mesh))
-            del loaded
-        if ids[0] != ids[1]:
-            place = next(p for p, a, b in zip(places, *ids, strict=True) if a != b)
-            raise InputError(
-                f"{place}: the tokenizers of {model} and {ref} give different tokens",
-                "a reference with the policy's tokenizer",
-                "--ref=the model that the policy started from",
-            )
-        assert beta is not None
-        scores = [beta * (policy - reference) for policy, reference in zip(*sums, strict=True)]
+        scores = [beta * (policy - reference) for policy, reference in zip(*numbers, strict=True)]
     for value in scores:
         print(json.dumps({"score": value}), file=out or sys.stdout)

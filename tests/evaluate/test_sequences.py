@@ -70,7 +70,7 @@ def ragged(count, seed=0):
 def test_logprobs_equal_a_pass_over_each_sequence_alone(policy, mesh):
     sequences = ragged(13)
     ours = completion_logprobs(*policy, sequences, mesh)
-    np.testing.assert_allclose(ours[:5], [by_hand(*policy, *s) for s in sequences[:5]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours[:5], [by_hand(*policy, *s[:2]) for s in sequences[:5]], rtol=1e-5, atol=1e-5)
 
 
 def test_order_is_kept_and_neighbours_do_not_matter(policy, mesh):
@@ -83,7 +83,7 @@ def test_order_is_kept_and_neighbours_do_not_matter(policy, mesh):
 def test_trap_pad_id_never_decides_what_is_padding(policy, mesh):
     """Token 0 pads the rows here; as a real token it counts like any other."""
     real = Tokens([0, 5, 0], [0, 0, 7, 0])
-    np.testing.assert_allclose(completion_logprobs(*policy, [real], mesh)[0], by_hand(*policy, *real), rtol=1e-5)
+    np.testing.assert_allclose(completion_logprobs(*policy, [real], mesh)[0], by_hand(*policy, *real[:2]), rtol=1e-5)
 
 
 def test_trap_a_score_is_read_at_the_last_real_token(reward, mesh):
@@ -95,6 +95,13 @@ def test_trap_a_score_is_read_at_the_last_real_token(reward, mesh):
         hidden, _, _ = model.apply(params, None, Rows(ids, *causal(ids.shape[1])))
         expected = float((np.asarray(hidden[0, -1], np.float64) @ np.asarray(params["score"]["kernel"], np.float64))[0])
         assert math.isclose(ours[k], expected, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def test_only_scored_tokens_count(policy, mesh):
+    """A user's turn inside a dialogue is context: it is seen, not scored."""
+    prompt, completion = [3, 4], [5, 6, 7, 8]
+    ours = completion_logprobs(*policy, [Tokens(prompt, completion, [False, False, True, True])], mesh)[0]
+    np.testing.assert_allclose(ours, by_hand(*policy, [3, 4, 5, 6], [7, 8]), rtol=1e-5)
 
 
 def test_nothing_to_score(policy, mesh):

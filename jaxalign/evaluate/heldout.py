@@ -1,0 +1,69 @@
+"""Held-out records as an evaluation uses them: prompts to continue, and answers to be surprised by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxalign.data.records import Content, Record
+from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
+from jaxalign.evaluate.sequences import Tokens
+
+
+class Question(NamedTuple):
+    """A prompt that models are asked to continue."""
+
+    record: Record
+    prompt: Content  # a string, or messages that end where the assistant speaks next
+
+
+def questions(records: Sequence[Record]) -> list[Question]:
+    """The prompts of records, in order; plain texts have none.
+
+    The prompt of a dialogue ends before its last assistant turn.
+
+    >>> [q.prompt for q in questions([Record(0, "", 1, "completion", prompt="Q", completion="A")])]
+    ['Q']
+    """
+    found = []
+    for record in records:
+        prompt = _prompt(record)
+        if prompt:
+            found.append(Question(record, prompt))
+    return found
+
+
+def _prompt(record: Record) -> Content | None:
+    if record.kind == "text":
+        return None
+    if record.kind == "messages":
+        messages = record.messages or []
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        return messages[:last]
+    prompt = record.prompt
+    if isinstance(prompt, list):  # the sides of a pair may part in a user turn, after an assistant's
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    return prompt
+
+
+def references(records: Sequence[Record], tokenizer: Any, stop_ids: Sequence[int], plain: Any) -> list[Tokens]:
+    """What the data answers, as tokens: completions, chosen sides, assistant turns, whole texts.
+
+    Tokenised as in training, an EOS at the end included; records without an answer are left out.
+
+    Args:
+      records: of any kind.
+      tokenizer: of transformers.
+      stop_ids: the tokens that end a completion.
+      plain: renderer of messages where the tokenizer has no chat template.
+    """
+    encoder = Encoder(tokenizer, stop_ids, plain)
+    found: list[Tokens] = []
+    for purpose, kinds in (("sft", ("text", "messages", "completion")), ("dpo", ("pair",))):
+        part = [r for r in records if r.kind in kinds]
+        for example in tokenize_records(part, encoder, purpose, append_eos=encoder.eos_id is not None):
+            if isinstance(example, Dropped) or not example.completions:
+                continue
+            found.append(Tokens(example.prompt.tolist(), example.completions[0].tolist(), example.masks[0].tolist()))
+    return found

@@ -1,0 +1,268 @@
+"""Two models side by side on held-out prompts."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxalign.config import defaults
+from jaxalign.data.dialogues import render_plain
+from jaxalign.data.mixture import load_records
+from jaxalign.errors import InputError
+from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
+from jaxalign.evaluate.heldout import Question, questions, references
+from jaxalign.evaluate.perplexity import perplexity
+from jaxalign.evaluate.sequences import completion_logprobs
+from jaxalign.evaluate.winrate import GOOD, HARM, win_rate
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.pipeline.generate import check_sampling
+from jaxalign.pipeline.loaded import Loaded, load_model, require_head
+from jaxalign.rewards.model import same_tokenizer
+from jaxalign.rewards.samples import Samples
+from jaxalign.rollout.engine import Completion, Generator
+
+
+def compare(
+    base: str,
+    aligned: str,
+    data: str,
+    *,
+    reward: str | None,
+    num_prompts: int | None,
+    confidence: float,
+    temperature: float,
+    max_new_tokens: int,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Lets two models answer the same held-out prompts and says how they differ.
+
+    Args:
+      base: the model before: directory or hub id.
+      aligned: the model after.
+      data: held-out records in any format that training reads.
+      reward: what decides who wins: a reward model, or a function by name; None: no win rate.
+      num_prompts: how many of the data's records; None: all.
+      confidence: of the win rate's interval, between 0 and 1.
+      temperature: of the samples, and so on as in `generate`; both models sample from the same seed.
+      max_new_tokens: see there.
+      top_k: see there.
+      top_p: see there.
+      seed: see there.
+      dtype: of weights and computation; None: the configuration's default.
+
+    Returns:
+      JSON values: `win_rate` (None without a reward or prompts), `models` (figures of `base` and `aligned`),
+      `same_tokenizer` and `samples` (prompt, both completions, both rewards). A figure that is not defined is None.
+
+    Raises:
+      InputError: models, data, reward or a value that cannot be used.
+    """
+    check_sampling(temperature, max_new_tokens, top_k, top_p)
+    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_k": top_k, "top_p": top_p}
+    if not 0 < confidence < 1:
+        raise InputError(f"--confidence {confidence}", "between 0 and 1", "--confidence 0.95")
+    if num_prompts is not None and num_prompts < 1:
+        raise InputError(f"--num_prompts {num_prompts}", "1 or more", "--num_prompts 100")
+    for path in (base, aligned):
+        require_head(path, "lm")
+    scorer = None if reward is None else _scorer(reward, dtype)
+    records, _ = load_records(data, None, max_records=num_prompts)
+    asked = questions(records)
+
+    answers: dict[str, list[Completion]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    tokenizers = []
+    for name, path in (("base", base), ("aligned", aligned)):  # one after the other: one model in memory
+        loaded = load_model(path, head="lm", dtype=dtype)
+        generator = Generator(
+            loaded.model,
+            loaded.params,
+            loaded.tokenizer,
+            stop_ids=loaded.stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            mesh=loaded.mesh,
+        )
+        answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
+        figures[name] = {"path": path, **_perplexity(loaded, records), **_figures(answers[name])}
+        tokenizers.append(loaded.tokenizer)
+        del loaded, generator
+        gc.collect()
+
+    scores = {name: _scores(scorer, asked, found) for name, found in answers.items()}
+    for name, found in answers.items():
+        known = [(len(c.ids), s) for c, s in zip(found, scores[name], strict=True) if s is not None]
+        lengths, values = zip(*known, strict=True) if known else ((), ())
+        figures[name]["reward"] = math.fsum(values) / len(values) if values else math.nan
+        figures[name]["length_reward_correlation"] = length_correlation(lengths, values)
+    rate = win_rate(scores["base"], scores["aligned"], confidence=confidence)
+    decided = rate.wins + rate.ties + rate.losses
+    return _json(
+        {
+            "data": data,
+            "reward": reward,
+            "num_prompts": len(asked),
+            "sampling": sampling | {"seed": seed},
+            "win_rate": {**rate._asdict(), "lines": {"harm": HARM, "good": GOOD}} if decided else None,
+            "same_tokenizer": same_tokenizer(*tokenizers),
+            "models": figures,
+            "samples": [
+                {
+                    "prompt": question.prompt,
+                    "base": one.text,
+                    "aligned": other.text,
+                    "base_reward": before,
+                    "aligned_reward": after,
+                }
+                for question, one, other, before, after in zip(
+                    asked, answers["base"], answers["aligned"], scores["base"], scores["aligned"], strict=True
+                )
+            ],
+        }
+    )
+
+
+def _scorer(reward: str, dtype: str | None) -> Any:
+    """The reward, found before anything is generated."""
+    from jaxalign.rewards.load import load_scorer
+
+    if ":" not in reward:
+        require_head(reward, "score")
+    common = defaults("sft")
+    return load_scorer(reward, dtype=dtype or common.model.dtype, mesh=make_mesh(common.mesh))
+
+
+def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion]) -> list[float | None]:
+    if scorer is None or not asked:
+        return [None] * len(found)
+    return scorer(
+        Samples(
+            prompts=[q.prompt for q in asked],
+            completions=[c.text for c in found],
+            completion_ids=[c.ids for c in found],
+            finished=[c.finished for c in found],
+            records=[q.record for q in asked],
+            step=0,
+        )
+    )
+
+
+def _perplexity(loaded: Loaded, records: Sequence[Any]) -> dict[str, Any]:
+    """Of the data's own answers."""
+    tokens = references(records, loaded.tokenizer, loaded.stop_ids, render_plain)
+    sums = completion_logprobs(loaded.model, loaded.params, tokens, loaded.mesh)
+    counts = [sum(t.scored) if t.scored is not None else len(t.completion) for t in tokens]
+    return {"perplexity": perplexity(sums, counts), "perplexity_tokens": sum(counts)}
+
+
+def _figures(found: Sequence[Completion]) -> dict[str, Any]:
+    """Signs of health of a model's samples; n-grams are of words."""
+    words = [c.text.split() for c in found]
+    count = len(found)
+    return {
+        "finished": sum(c.finished for c in found) / count if count else math.nan,
+        "mean_length": sum(len(c.ids) for c in found) / count if count else math.nan,
+        "distinct_1": distinct_ngrams(words, 1),
+        "distinct_2": distinct_ngrams(words, 2),
+        "repetition_4": repetition(words, 4),
+        "distinct_samples": distinct_samples([c.text for c in found]),
+    }
+
+
+def _json(value: Any) -> Any:
+    """JSON values; what is not a number becomes None."""
+    if isinstance(value, dict):
+        return {k: _json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# (key, what it is called on the page, format)
+_ROWS = (
+    ("reward", "mean reward", "{:.4g}"),
+    ("perplexity", "perplexity of the data's answers", "{:.3f}"),
+    ("finished", "finished completions", "{:.1%}"),
+    ("mean_length", "tokens a completion", "{:.1f}"),
+    ("distinct_1", "distinct words", "{:.1%}"),
+    ("distinct_2", "distinct word pairs", "{:.1%}"),
+    ("repetition_4", "repeated four-word phrases", "{:.1%}"),
+    ("distinct_samples", "distinct completions", "{:.1%}"),
+    ("length_reward_correlation", "correlation of length and reward", "{:.2f}"),
+)
+
+
+def page(result: dict[str, Any], *, show: int, width: int = 120) -> str:
+    """The result of `compare` for people.
+
+    Args:
+      result: what `compare` returned.
+      show: how many samples.
+      width: of the page, in characters.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    models = result["models"]
+    samples = Table("prompt", "base", "aligned", show_lines=True, expand=True)
+    for sample in result["samples"][:show]:
+        samples.add_row(
+            Text(_shown(sample["prompt"])),
+            Text(_with_reward(sample["base"], sample["base_reward"])),
+            Text(_with_reward(sample["aligned"], sample["aligned_reward"])),
+        )
+    if result["samples"][:show]:
+        console.print(samples)
+    figures = Table("", "base", "aligned")
+    for key, name, form in _ROWS:
+        if models["base"][key] is not None or models["aligned"][key] is not None:
+            cells = ("-" if models[m][key] is None else form.format(models[m][key]) for m in ("base", "aligned"))
+            figures.add_row(name, *cells)
+    console.print(figures)
+    if not result["same_tokenizer"]:
+        console.print("the two tokenizers differ: perplexities and lengths count other tokens and do not compare")
+    rate = result["win_rate"]
+    if rate is not None:
+        console.print(
+            f"win rate of aligned over base: {rate['rate']:.1%} "
+            f"({rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses), "
+            f"{rate['confidence']:.0%} interval {rate['low']:.1%} to {rate['high']:.1%}"
+        )
+        console.print(_scale(rate["low"], rate["rate"], rate["high"]))
+        console.print(rate["verdict"])
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _scale(low: float, rate: float, high: float) -> str:
+    """The interval on a line from 0 to 100 %, with the lines at 50 and 55 %.
+
+    >>> print(_scale(0.6, 0.7, 0.8))
+    0% .........................|..|.[====o====].......... 100%   (| at 50% and 55%)
+    """
+    cells = ["."] * 51
+    for line in (HARM, GOOD):
+        cells[round(line * 50)] = "|"
+    first, last = round(low * 50), round(high * 50)
+    cells[first + 1 : last] = "=" * max(0, last - first - 1)
+    cells[first], cells[last] = "[", "]"
+    cells[round(rate * 50)] = "o"
+    return f"0% {''.join(cells)} 100%   (| at 50% and 55%)"
+
+
+def _shown(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _with_reward(text: str, reward: float | None) -> str:
+    return text.strip() if reward is None else f"{text.strip()}\n[{reward:.4g}]"
