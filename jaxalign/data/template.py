@@ -214,10 +214,18 @@ class _Conversation:
             )
         start = common_prefix(text, other)
         end = len(text) - common_prefix(text[start:][::-1], other[start:][::-1])
-        alone = self._render_or_none(i + 1, messages=replaced)
-        if alone is not None and _SENTINEL in alone:
-            end += common_prefix(text[end:], alone[alone.rindex(_SENTINEL) + 1 :])
+        end += common_prefix(text[end:], self._end_of_turn(i, replaced))
         return start, end
+
+    def _end_of_turn(self, i: int, replaced: list[Message]) -> str:
+        """What the template writes behind the content of message `i`, the assistant's, before anything else."""
+        alone = self._render_or_none(i + 1, messages=replaced)
+        if alone is None and self._said[-1] == len(replaced) - 1:  # then as behind the last message
+            last = [*self._messages[:-1], {**self._messages[-1], "content": _SENTINEL}]
+            alone = self._render_or_none(len(last), messages=last)
+        if alone is not None and _SENTINEL in alone:
+            return alone[alone.rindex(_SENTINEL) + 1 :]
+        return self._template._tokenizer.eos_token or ""
 
 
 def tools_of(columns: dict[str, Any]) -> list | None:
