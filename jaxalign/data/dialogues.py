@@ -197,7 +197,8 @@ def render_plain(messages: list[Message], add_generation_prompt: bool = False) -
     ### Response:
     <BLANKLINE>
     """
-    alpaca = any("input" in message for message in messages if message["role"] == "user")
+    first = next((message for message in messages if message["role"] == "user"), {})
+    alpaca = "input" in first  # the first user turn decides for all, so that a prompt is a prefix of what follows
     text = "".join(_alpaca(messages)) if alpaca else "".join(_dialogue(messages))
     if not add_generation_prompt:
         return text
@@ -214,8 +215,7 @@ def _dialogue(messages: list[Message]):
 
 def _alpaca(messages: list[Message]):
     if messages[0]["role"] != "system":
-        has_input = any(message.get("input") for message in messages)
-        yield (_ALPACA_TASK_INPUT if has_input else _ALPACA_TASK) + _ALPACA_REQUEST
+        yield (_ALPACA_TASK_INPUT if messages[0].get("input") else _ALPACA_TASK) + _ALPACA_REQUEST
     for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if number == 0 and role == "system":

@@ -153,7 +153,7 @@ def _alpaca_prompt(row: dict[str, Any]) -> list[Message]:
     for turn in row.get("history") or ():
         if not isinstance(turn, (list, tuple)) or [type(said) for said in turn] != [str, str]:
             raise ValueError(f"history holds {kind_of(turn)}, not pairs of strings")
-        messages += [{"role": "user", "content": turn[0]}, _assistant(turn[1])]
+        messages += [{"role": "user", "content": turn[0], "input": ""}, _assistant(turn[1])]
     content = f"{instruction}\n{given}" if given else instruction
     return _with_system(row, [*messages, {"role": "user", "content": content, "input": given}])
 

@@ -66,7 +66,7 @@ def _hh_rlhf(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
 
 
 def _ultrafeedback(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
-    """argilla/ultrafeedback-binarized-preferences and -cleaned: a pair with ratings; the score is their difference."""
+    """argilla/ultrafeedback-binarized-preferences and -cleaned: a pair with ratings; their difference is the margin."""
     for raw in rows:
         row = dict(raw.row)
         if "chosen_response" in row:
@@ -78,7 +78,7 @@ def _ultrafeedback(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
         else:
             better, worse = row.get("chosen-rating"), row.get("rejected-rating")
         if better is not None and worse is not None:
-            row["score"] = better - worse
+            row["margin"] = better - worse
         yield raw._replace(row=row)
 
 
