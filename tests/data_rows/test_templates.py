@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+
 from jaxalign.data.records import Record
 from jaxalign.data.template import ChatTemplate, common_prefix
 from jaxalign.data.tokenize import Encoder, tokenize_records
@@ -12,8 +13,8 @@ from jaxalign.errors import InputError
 # Each has the marks of what the assistant says; without them it is a template as people have it.
 MARKED = {
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "llama3": (
@@ -24,8 +25,8 @@ MARKED = {
     ),
     "llama2": (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% elif m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endgeneration %}"
-        "{% endif %}{% endfor %}"
+        "{% elif m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
     ),
     "no end of turn": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A: ' }}{% generation %}{{ m['content'] + '\n' }}"
@@ -40,15 +41,16 @@ MARKED = {
     ),
     # Earlier turns lose their thoughts, as in Qwen3: no render of a part is a prefix of the whole.
     "rewrites earlier turns": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<a>' }}{% generation %}{% if loop.last %}"
-        "{{ m['content'] }}{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{{ eos_token }}{% endgeneration %}"
-        "{% else %}{{ '<u>' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<a>' }}{% generation %}"
+        "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{{ eos_token }}"
+        "{% endgeneration %}{% else %}{{ '<u>' + m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
     ),
     # The whole starts with a count of turns: nothing is a prefix.
     "header counts turns": (
         "{{ messages | length }}{{ ' turns\n' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<a>' }}"
-        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ '<u>' + m['content'] }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ '<u>' + m['content'] }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
     ),
     # Parts of a conversation are refused.
     "refuses parts": (
@@ -88,7 +90,10 @@ def test_trap_masks_without_generation_marks_are_those_with_marks(name, some_tok
     plain = ChatTemplate(_with_template(some_tokenizer, _unmarked(MARKED[name]))).conversation(chat)
     assert plain == marked
     assert len(plain.spans) == 2
-    assert [plain.text[a:b].strip().startswith(w) for (a, b), w in zip(plain.spans, ("", "London"), strict=True)] == [True, True]
+    assert [plain.text[a:b].strip().startswith(w) for (a, b), w in zip(plain.spans, ("", "London"), strict=True)] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("name", [n for n in MARKED if n != "refuses parts"])
@@ -138,7 +143,9 @@ def _runs(tokens, mask):
 
 
 def test_generation_marks_without_the_end_of_turn_gain_its_eos(tokenizer_of):
-    template = MARKED["default system"].replace(" + eos_token }}{% endgeneration %}", " }}{% endgeneration %}{{ eos_token }}")
+    template = MARKED["default system"].replace(
+        " + eos_token }}{% endgeneration %}", " }}{% endgeneration %}{{ eos_token }}"
+    )
     tokenizer = _with_template(tokenizer_of("models/stories3m-llama"), template)
     rendered = ChatTemplate(tokenizer).conversation(CHAT)
     assert all(rendered.text[a:b].endswith("</s>") for a, b in rendered.spans)
