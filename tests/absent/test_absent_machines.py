@@ -1,0 +1,86 @@
+"""The train steps compiled for machines that are not there; runs where the extra `plan` is installed (.ci/run)."""
+
+import json
+
+import pytest
+
+from jaxalign import config as configuration
+from jaxalign import plan
+from jaxalign.errors import InputError
+
+# A TPU v5p slice of 16 chips, and eight H200.
+MACHINES = {"tpu:v5p:2x2x4": ("TPU v5", 16), "gpu:h200:1x8x1": ("NVIDIA H200", 8)}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A file that serves all four algorithms."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ("a", "small", "red", "fox", "ran", "to", "the", "big", "green", "tree", "and", "sat", "down")
+    with open(path, "w") as file:
+        for i in range(64):
+            record = {
+                "prompt": " ".join(words[: 2 + i % 5]),
+                "chosen": " " + " ".join(words[i % 3 :]),
+                "rejected": " " + " ".join(words[: 4 + i % 4]),
+            }
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def completions(pairs):
+    """The chosen halves, for SFT."""
+    path = pairs.with_name("completions.jsonl")
+    records = [json.loads(line) for line in pairs.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in records))
+    return path
+
+
+def config_of(algorithm, shared, pairs, completions, tmp_path):
+    """A run of the small Llama: rows over eight or four shards, heads and hidden units over two."""
+    c = configuration.defaults(algorithm)
+    c.workdir = str(tmp_path)
+    c.model.path = str(shared / "models" / "stories3m-llama")
+    c.model.dtype = "bfloat16"
+    c.data.sources = (str(completions if algorithm == "sft" else pairs),)
+    c.data.max_length = 128
+    c.batch_size = 16
+    c.mesh.tensor = 2
+    if algorithm == "ppo":
+        c.rollout.max_new_tokens = 16
+        c.rewards.model = c.model.path
+    return c
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("algorithm", configuration.ALGORITHMS)
+def test_a_train_step_compiles(algorithm, machine, shared, pairs, completions, tmp_path):
+    found = plan.compile_for(machine, config_of(algorithm, shared, pairs, completions, tmp_path))
+    kind, devices = MACHINES[machine]
+    assert (found.device_kind, found.num_devices) == (kind, devices)
+    assert found.mesh == {"data": 1, "fsdp": devices // 2, "tensor": 2}
+    assert found.fits
+    assert 0 < found.memory["temporary"] < 2**30
+    assert {"all-gather", "all-reduce"} & set(found.collectives)  # it is a program for several devices
+    print(found)
+
+
+def test_accumulation_compiles(shared, pairs, completions, tmp_path):
+    c = config_of("dpo", shared, pairs, completions, tmp_path)
+    c.grad_accum_steps = 2
+    assert plan.compile_for("tpu:v5p:2x2x4", c).fits
+
+
+def test_sharding_shows_in_the_memory(shared, pairs, completions, tmp_path):
+    """Split parameters take less room than whole ones on every device."""
+    c = config_of("sft", shared, pairs, completions, tmp_path)
+    split = plan.compile_for("tpu:v5p:2x2x4", c)
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 16, 1, 1
+    whole = plan.compile_for("tpu:v5p:2x2x4", c)
+    assert split.memory["arguments"] < 0.3 * whole.memory["arguments"]
+
+
+def test_a_shape_that_does_not_exist_is_refused():
+    with pytest.raises(InputError):
+        plan.absent_devices("tpu:v99:2x2")
