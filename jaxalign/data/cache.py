@@ -98,6 +98,8 @@ class TokenStore:
             completions.append(self._tokens[here : here + length])
             masks.append(self._scored[here : here + length])
             here += length
+        if not 0 <= start <= here <= len(self._tokens):
+            raise ValueError(f"{self.directory} holds {len(self._tokens)} tokens, not those at {start} to {here}")
         return Example(
             i if number is None else number,
             self._tokens[start : start + int(row["prompt"])],

@@ -70,8 +70,9 @@ class Dataset:
         self.num_records = len(selection)
         self.fingerprint = digest(store.meta["key"], np.ascontiguousarray(selection, np.int64).tobytes())
         self._seed, self._shuffle, self._packed = seed, shuffle, packed and purpose != "ppo"
-        self._sizes = self._example_sizes()
-        self.shape = self._choose_shape(row_length, max_row_length, like)
+        sizes = self._example_sizes()
+        self._sizes = Sizes(*(a[selection] for a in sizes))
+        self.shape = self._choose_shape(sizes, row_length, max_row_length, like)
         self._plans: dict[int, packing.Plan] = {}
         self._lock = threading.Lock()
         first = self._make_plan(0, None)
@@ -152,7 +153,7 @@ class Dataset:
         shared_prompt = bool(data.get("shared_prompt", True))
         row_length = data.row_length if purpose != "ppo" else None
         pairs = purpose in ("reward", "dpo")
-        max_row_length = row_length or data.max_length * (2 if pairs else 1)
+        max_row_length = row_length or limits.max_length * (2 if pairs else 1)
 
         def examples(counts: Counter) -> Iterator[tuple[Record, Example]]:
             for record, example in zip(records, tokenize_records(records, encoder, purpose, **options), strict=True):
@@ -199,7 +200,8 @@ class Dataset:
         return dataset
 
     def _example_sizes(self) -> Sizes:
-        table = self._store.table[self._selection]
+        """Of both splits: they share one shape."""
+        table = self._store.table
         pairs = self.purpose in ("reward", "dpo")
         prompt, completions = table["prompt"], table["completions"]
         slots = [completions[:, 0], completions[:, 1]] if pairs else [completions[:, 0]]
@@ -207,14 +209,14 @@ class Dataset:
         readouts = {"tokens": table["scored"].sum(1, dtype=np.int64), "last": counts, "none": 0 * counts}
         return Sizes(segment_tokens(prompt, slots, self.layout.shared_prompt), readouts[self.layout.readout], counts)
 
-    def _choose_shape(self, row_length: int | None, max_row_length: int, like: Shape | None) -> Shape:
-        need = [int(a.max()) if len(a) else 0 for a in self._sizes]
+    def _choose_shape(self, sizes: Sizes, row_length: int | None, max_row_length: int, like: Shape | None) -> Shape:
+        need = [int(a.max()) for a in sizes]
         if like is not None and all(n <= size for n, size in zip(need, like[1:], strict=True)):
             return Shape(self.batch_size, *like[1:])
         if self.purpose == "ppo":
             return Shape(self.batch_size, min(round_up(need[0], _PROMPT_MULTIPLE), max_row_length), 0, 1)
         if self._packed:
-            return Shape(self.batch_size, *packing.choose_capacity(self._sizes, row_length, max_row_length, self._seed))
+            return Shape(self.batch_size, *packing.choose_capacity(sizes, row_length, max_row_length, self._seed))
         length = row_length or min(round_up(need[0], _TOKEN_MULTIPLE), max_row_length)
         readouts = round_up(need[1], _READOUT_MULTIPLE) if self.layout.readout == "tokens" else need[1]
         return Shape(self.batch_size, length, readouts, need[2])

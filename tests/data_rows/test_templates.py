@@ -14,8 +14,9 @@ from jaxalign.errors import InputError
 MARKED = {
     "chatml": (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "llama3": (
         "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
@@ -42,8 +43,8 @@ MARKED = {
     # Earlier turns lose their thoughts, as in Qwen3: no render of a part is a prefix of the whole.
     "rewrites earlier turns": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<a>' }}{% generation %}"
-        "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{{ eos_token }}"
-        "{% endgeneration %}{% else %}{{ '<u>' + m['content'] }}{% endif %}{% endfor %}"
+        "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ '<u>' + m['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
     ),
     # The whole starts with a count of turns: nothing is a prefix.

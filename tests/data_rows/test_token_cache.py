@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,9 +96,8 @@ def test_a_killed_writer_leaves_nothing_that_is_used(tmp_path):
                 yield pair
         open_or_write({str(tmp_path)!r}, "k", examples)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": os.getcwd()}
-    )
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=path)
     assert done.returncode == -9
     assert [p.suffix for p in tmp_path.iterdir() if p.is_dir()] == [".tmp"]
     assert _write(tmp_path)[1] == ["k"]
