@@ -1,0 +1,139 @@
+"""Attention: every backend against a loop over queries, values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.ops import attention_blocked
+from jaxalign.ops.attention import BACKENDS, attention, choose_backend
+
+
+def loop(q, k, v, start, end):
+    """Query by query, head by head."""
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        keys = slice(start[b, t], end[b, t])
+        scores = k[b, keys, n // group] @ q[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ v[b, keys, n // group] / weights.sum()
+    return out
+
+
+def problem(rng, B, T, S, N, K, H, *kinds):
+    """Random numbers and the intervals of each row's kind, in turn."""
+    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    rows = [intervals(rng, T, S, kinds[b % len(kinds)]) for b in range(B)]
+    start, end = (np.stack(x).astype(np.int32) for x in zip(*rows, strict=True))
+    return q, k, v, start, end
+
+
+def intervals(rng, T, S, kind):
+    t, third = np.arange(T), T // 3
+    if kind == "causal":
+        return 0 * t, t + 1
+    if kind == "window":
+        return np.maximum(t - 3, 0), t + 1
+    if kind == "packed":
+        return t // 5 * 5, t + 1
+    if kind == "pair":  # reversed(chosen) + prompt + rejected
+        return np.where(t < third, t, third), np.where(t < third, 2 * third, t + 1)
+    start = rng.integers(0, S, T)
+    return start, start + 1 + rng.integers(0, S, T) % (S - start)
+
+
+def small_blocks(monkeypatch):
+    monkeypatch.setitem(attention_blocked._BLOCKS, "cpu", (8, 16))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_equals_a_loop(backend, x64, monkeypatch):
+    small_blocks(monkeypatch)
+    args = problem(np.random.default_rng(0), 5, 21, 21, 6, 2, 4, "causal", "window", "packed", "pair", "random")
+    out = jax.jit(functools.partial(attention, backend=backend))(*args)
+    assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, loop(*args), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "T, S, N, K, kind",
+    [(40, 40, 4, 2, "pair"), (37, 24, 3, 3, "random"), (1, 9, 2, 1, "random")],
+)
+def test_blocked_equals_plain_with_gradients(T, S, N, K, kind, x64, monkeypatch):
+    """Lengths that blocks divide and that they do not, more queries than keys and the other way round."""
+    small_blocks(monkeypatch)
+    rng = np.random.default_rng(T)
+    q, k, v, start, end = problem(rng, 2, T, S, N, K, 4, kind)
+    weight = rng.normal(size=q.shape)
+
+    @jax.jit
+    def both(q, k, v):
+        def loss(q, k, v, backend):
+            return jnp.sum(weight * jnp.sin(attention(q, k, v, start, end, backend=backend)))
+
+        return [jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v, b) for b in ("plain", "blocked")]
+
+    for a, b in zip(*map(jax.tree.leaves, both(q, k, v)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_gradient_equals_differences(x64, monkeypatch):
+    """Along one random direction, by central differences."""
+    small_blocks(monkeypatch)
+    rng = np.random.default_rng(3)
+    *x, start, end = problem(rng, 1, 19, 19, 2, 1, 4, "pair")
+    direction = [rng.normal(size=a.shape) for a in x]
+    f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.cos(attention(*x, start, end, backend="blocked")))))
+    ahead, behind = (f([a + s * 1e-5 * d for a, d in zip(x, direction, strict=True)])[0] for s in (1, -1))
+    along = sum(float(jnp.vdot(g, d)) for g, d in zip(f(x)[1], direction, strict=True))
+    assert along == pytest.approx(float(ahead - behind) / 2e-5, rel=1e-7)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_trap_empty_interval_is_loud(backend, monkeypatch):
+    """TRAPS.md: an empty interval averages all keys without a word. Here it gives NaN, and only there."""
+    small_blocks(monkeypatch)
+    q, k, v, start, end = problem(np.random.default_rng(0), 1, 12, 12, 2, 2, 4, "causal")
+    end = end.copy()
+    end[0, 5] = 0
+    args = (*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), start, end)
+    out = np.asarray(jax.jit(functools.partial(attention, backend=backend))(*args))
+    assert np.isnan(out[0, 5]).all()
+    assert np.isfinite(np.delete(out, 5, axis=1)).all()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_softmax_is_float32_for_narrow_inputs(backend, monkeypatch):
+    """Scores near 300 differ by less than bfloat16 can tell."""
+    dtype = jnp.bfloat16
+    small_blocks(monkeypatch)
+    q, k, v, start, end = problem(np.random.default_rng(0), 1, 20, 20, 2, 1, 4, "causal")
+    q, k, v = (jnp.asarray(x * s, dtype) for x, s in ((q, 20), (k, 20), (v, 1)))
+    out = jax.jit(functools.partial(attention, backend=backend))(q, k, v, start, end)
+    wide = loop(*(np.asarray(x, np.float64) for x in (q, k, v)), start, end)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), wide, rtol=0, atol=0.03)
+
+
+def test_blocked_holds_no_square():
+    """No array of T x S numbers in the compiled program, forward or backward."""
+    T = 1024
+    shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.int32)] * 2
+    grad = jax.jit(jax.grad(lambda *a: attention(*a, backend="blocked").sum(), argnums=(0, 1, 2)))
+    compiled = grad.lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < T * T * 4 / 2
+
+
+def test_choice_and_errors():
+    assert choose_backend(1, 2048) == "plain"
+    assert choose_backend(512, 512) == "blocked"
+    x = jnp.zeros((1, 2, 3, 4))
+    at = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="3 query heads in 2 groups"):
+        attention(x, x[:, :, :2], x[:, :, :2], at, at + 1)
+    with pytest.raises(KeyError):
+        attention(x, x, x, at, at + 1, backend="none")
