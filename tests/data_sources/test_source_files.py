@@ -90,6 +90,11 @@ def test_places_are_lines(tmp_path):
     assert [raw.line for raw in read_file(str(tmp_path / "a.csv"))] == [2, 4]
 
 
+def test_lines_end_at_newlines_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text":\r "a"}\n{"text": "b\xe2\x80\xa8c\xc2\x85"}\r\n')
+    assert [row["text"] for row in rows(tmp_path / "a.jsonl")] == ["a", "b\u2028c\x85"]
+
+
 def test_csv_takes_messages_and_huge_cells(tmp_path):
     messages = [{"role": "user", "content": "Hi"}]
     (tmp_path / "a.csv").write_bytes(

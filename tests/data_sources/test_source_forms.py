@@ -314,6 +314,11 @@ def test_reward_functions_get_every_column_but_the_prompts(load):
     assert load([{"messages": DIALOGUE, "id": 1}], "ppo")[0][0].columns == {"id": 1}
 
 
+def test_fields_of_other_forms_are_just_columns(load):
+    row = {"prompt": "Q", "completion": "A", "text": "T", "output": "O", "history": 3}
+    assert load([row], "sft")[0][0].columns == {"text": "T", "output": "O", "history": 3}
+
+
 def test_trap_sft_does_not_train_on_what_is_labelled_false(load):
     rows = [{"messages": DIALOGUE, "label": True}, {"messages": DIALOGUE, "label": False}]
     records, tally = load(rows, "sft")
