@@ -58,7 +58,7 @@ class Limits(NamedTuple):
         )
         if not all(mask.any() for mask in cut.masks):
             return Dropped(example.record, "no scored token left after truncation")
-        if len(completions) == 2 and np.array_equal(*cut.completions):
+        if len(completions) == 2 and np.array_equal(cut.completions[0], cut.completions[1]):
             return Dropped(example.record, "chosen equals rejected after truncation")
         return cut
 

@@ -159,7 +159,7 @@ class Dataset:
             for record, example in zip(records, tokenize_records(records, encoder, purpose, **options), strict=True):
                 result = example if isinstance(example, Dropped) else limits.apply(example, counts)
                 if not isinstance(result, Dropped):
-                    lengths = [len(c) for c in result.completions]
+                    lengths: list[np.ndarray | int] = [len(c) for c in result.completions]
                     needed = segment_tokens(len(result.prompt), lengths, shared_prompt)
                     if purpose != "ppo" and needed > max_row_length:
                         result = Dropped(record.index, "longer than row_length")

@@ -59,7 +59,7 @@ def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[l
     Returns:
       Rows of indices into `sizes`; each index once.
     """
-    width, most_readouts, most_completions = capacity
+    width = capacity[0]
     tokens, readouts, completions = (a.tolist() for a in sizes)
     chance = random.Random(seed)
     order = list(range(len(tokens)))
@@ -70,6 +70,7 @@ def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[l
     lengths = sum(1 << length for length, stack in enumerate(by_length) if stack)
     least, mean = min(tokens), sum(tokens) / len(tokens)
     rows: list[list[int]] = []
+    room, readouts_left, completions_left = capacity
 
     def take(length: int) -> None:
         nonlocal lengths, room, readouts_left, completions_left
@@ -102,7 +103,7 @@ def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[l
 
     while lengths:
         rows.append([])
-        room, readouts_left, completions_left = width, most_readouts, most_completions
+        room, readouts_left, completions_left = capacity
         top = lengths.bit_length() - 1
         take(top if 2 * top > width else random_length(width))
         while (best := longest(room)) >= 0:

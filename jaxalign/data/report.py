@@ -145,21 +145,21 @@ def _hedges(texts: list[str]) -> float:
     return round(100 * sum(word in _HEDGES for word in words) / max(len(words), 1), 3)
 
 
-def _variety(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> tuple[float, float]:
-    sides = []
+def _variety(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> list[float]:
+    sides: list[np.ndarray] = []
     for completions in (chosen, rejected):
         pairs = [c[:-1].astype(np.int64) << 32 | c[1:].astype(np.int64) for c in completions if len(c) > 1]
         sides.append(np.concatenate(pairs) if pairs else np.zeros(0, np.int64))
     n = min(map(len, sides))
-    return tuple(round(len(np.unique(s[:n])) / n, 4) if n else 0.0 for s in sides)
+    return [round(len(np.unique(s[:n])) / n, 4) if n else 0.0 for s in sides]
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:
     """Sentences about what looks wrong."""
     records, found = report["records"], []
     lost = sum(records["dropped"].values())
-    if lost > 0.05 * max(records["read"], 1):
-        found.append(f"{lost} of {records['read']} records are left out: {_counts(records['dropped'])}")
+    if lost > 0.05 * (records["used"] + lost):
+        found.append(f"{lost} of {records['used'] + lost} records are left out: {_counts(records['dropped'])}")
     cut = sum(report["truncated"].values())
     if cut > 0.05 * records["used"]:
         found.append(f"{cut} prompts or completions are truncated: longer limits, or another truncation policy")

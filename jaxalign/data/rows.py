@@ -75,12 +75,14 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def segment_tokens(prompt: np.ndarray, completions: Sequence[np.ndarray], shared_prompt: bool) -> np.ndarray:
+def segment_tokens(
+    prompt: np.ndarray | int, completions: Sequence[np.ndarray | int], shared_prompt: bool
+) -> np.ndarray:
     """Tokens that examples take, from their lengths.
 
     Args:
-      prompt: int [N], prompt lengths.
-      completions: one int [N] for each completion slot (0, 1 or 2 of them).
+      prompt: int [N] or [], prompt lengths.
+      completions: one of the same shape for each completion slot (0, 1 or 2 of them).
       shared_prompt: see Layout.
     """
     total = np.asarray(prompt, np.int64) + sum(np.asarray(c, np.int64) for c in completions)
@@ -109,8 +111,8 @@ def segment(example: Example, layout: Layout) -> Segment:
         start = np.where(is_chosen, index, shared_start)
         end = np.where(is_chosen, shared_end, index + 1)
         # The hidden state that predicts a token is its predecessor's: for chosen tokens the next index.
-        places = (np.arange(shared_start - 1, -1, -1), np.arange(len(rejected)) + shared_end)
-        sources = (places[0] + 1, places[1] - 1)
+        places = [np.arange(shared_start - 1, -1, -1), np.arange(len(rejected)) + shared_end]
+        sources = [places[0] + 1, places[1] - 1]
         sources[0][:1] = shared_end - 1
     else:
         pieces = [np.concatenate([example.prompt, c]) for c in example.completions] or [example.prompt]
@@ -119,10 +121,10 @@ def segment(example: Example, layout: Layout) -> Segment:
         index = np.arange(len(tokens), dtype=np.int32)
         start = np.repeat(offsets[:-1], np.diff(offsets))
         positions, end = index - start, index + 1
-        places = tuple(
+        places = [
             np.arange(len(c)) + offset + prompt_length for c, offset in zip(example.completions, offsets, strict=False)
-        )
-        sources = tuple(place - 1 for place in places)
+        ]
+        sources = [place - 1 for place in places]
 
     source, target, completion = [], [], []
     for number, (place, before) in enumerate(zip(places, sources, strict=True)):
@@ -151,7 +153,12 @@ def empty_batch(shape: Shape, pad_id: int) -> Batch:
     index = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))
     return Batch(
         Rows(np.full((b, t), pad_id, np.int32), np.zeros((b, t), np.int32), index.copy(), index + 1),
-        Readouts(*(np.zeros((b, m), np.int32) for _ in range(3)), np.zeros((b, m), bool)),
+        Readouts(
+            source=np.zeros((b, m), np.int32),
+            target=np.zeros((b, m), np.int32),
+            completion=np.zeros((b, m), np.int32),
+            mask=np.zeros((b, m), bool),
+        ),
         Completions(
             pair=np.zeros((b, c), np.int32),
             role=np.full((b, c), SINGLE, np.int32),

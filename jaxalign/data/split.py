@@ -30,7 +30,7 @@ def prompt_key(record: Record) -> int:
 class Groups:
     """Groups of records that share a prompt or an origin, found while they are read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parent: list[int] = []  # by group, -> an earlier group that it was joined to, or itself
         self._group_of: dict[object, int] = {}  # prompt key or origin -> group
         self._keys: list[int] = []  # by group, the prompt key it began with

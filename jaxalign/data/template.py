@@ -173,8 +173,9 @@ class _Conversation:
         except Exception as error:
             raise self._refused(self._messages, error) from error
         text, eos = texts[0], tokenizer.eos_token
-        pieces = []
-        for start, end in spans[0]:
+        pieces: list[Span] = []
+        found: Any = spans[0]  # transformers' annotation says str; it is a list of pairs of ints
+        for start, end in found:
             if eos and not text[:end].endswith(eos) and text.startswith(eos, end):
                 end += len(eos)  # the author of the template left the end of the turn out of the mark
             pieces.append((start, end))

@@ -191,10 +191,10 @@ def _scored(encoder: Encoder, encoded: Encoded, rendered: Rendered) -> np.ndarra
     mask = np.zeros(len(encoded.ids), bool)
     for start, end in rendered.spans:
         first, last = encoded.before(start), encoded.after(end)
-        ends = [i for i in range(first, last) if int(encoded.ids[i]) in encoder.eos_ids]
+        ends = first + np.flatnonzero(np.isin(encoded.ids[first:last], list(encoder.eos_ids)))
         # A template's newline behind the end of a turn is never generated, so it is not scored.
-        if ends and not encoder.tokenizer.decode(encoded.ids[ends[-1] + 1 : last].tolist()).strip():
-            last = ends[-1] + 1
+        if len(ends) and not encoder.tokenizer.decode(encoded.ids[ends[-1] + 1 : last].tolist()).strip():
+            last = int(ends[-1]) + 1
         mask[first:last] = True
     return mask
 
@@ -230,7 +230,9 @@ def _example(
         if not any(int(t) not in encoder.eos_ids for t in tokens[mask]):
             return Dropped(record.index, "empty completion")
     stated = [e.before(part.rendered.boundary) for e, part in zip(encoded, parts, strict=True)]
-    shared = min([*stated, common_prefix(sequences[0].tolist(), sequences[-1].tolist())])
+    shared = min(stated)
+    if len(sequences) == 2:
+        shared = min(shared, common_prefix(*(s[:shared].tolist() for s in sequences)))
     if train_on == "all":
         shared = min(shared, int(bool(encoder.prefix) and sequences[0][0] == encoder.bos_id))
         masks = [np.ones(len(s), bool) for s in sequences]

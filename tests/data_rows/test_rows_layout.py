@@ -150,6 +150,17 @@ def test_trap_a_reward_is_read_at_the_stated_last_token_whatever_its_id():
         assert batch.readouts.mask.sum() == 2
 
 
+def test_trap_the_pad_id_decides_nothing():
+    examples = [_example(0, 3, 4, 2), _example(1, 2, 1, 5)]
+    for layout in LAYOUTS:
+        batches = [batch_of(examples, layout, pad_id) for pad_id in (0, 2, 49)]
+        pads = [batch.rows.attend_end - batch.rows.attend_start == 1 for batch in batches]
+        for batch in batches[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(batch.rows[1:], batches[0].rows[1:], strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(batch.readouts, batches[0].readouts, strict=True))
+            assert np.array_equal(batch.rows.tokens[~pads[0]], batches[0].rows.tokens[~pads[0]])
+
+
 def test_all_masked_and_one_token():
     example = Example(0, np.array([1]), (np.array([2]),), (np.zeros(1, bool),), (False,), 1.0, 0.0)
     batch = batch_of([example], Layout("tokens"), 0)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxalign.data.dialogues import render_plain
+from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Dropped, Encoder, plain_example, tokenize_records
 from jaxalign.errors import InputError
@@ -235,3 +236,21 @@ def test_any_pair_is_the_tokens_of_its_texts(tokenizer_of, prompt, chosen, rejec
         assert tokens[0] == 1
         assert [t for t in tokens if t != 1] == [t for t in _whole(encoder, prompt + said) if t != 1][: len(tokens)]
         assert mask.all()
+
+
+@pytest.mark.parametrize("name, end", [("tokenizers/qwen2-rebuilt", "<|im_end|>"), ("models/stories3m-llama", "</s>")])
+def test_trap_real_dialogues_score_the_assistant_alone(shared, tokenizer_of, name, end):
+    records, _ = load_records(str(shared / "data/hh-rlhf/helpful-base.test.jsonl.gz"), "dpo", max_records=300)
+    encoder = Encoder(tokenizer_of(name), plain=render_plain)
+    decode = encoder.tokenizer.decode
+    examples = list(tokenize_records(records, encoder, "dpo", append_eos=True))
+    assert sum(isinstance(e, Dropped) for e in examples) < 5
+    for record, example in zip(records, examples, strict=True):
+        if isinstance(example, Dropped):
+            continue
+        for side, ids, mask in zip((record.chosen, record.rejected), example.completions, example.masks, strict=True):
+            said = "".join(m["content"] for m in side if m["role"] == "assistant")
+            assert "".join(decode(ids[mask]).replace(end, "").split()) == "".join(said.split())
+            assert decode(ids).endswith(end)
+        for message in record.prompt:
+            assert "".join(message["content"].split()) in "".join(decode(example.prompt).split())
