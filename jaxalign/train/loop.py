@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.data.prefetch import prefetch
 from jaxalign.errors import InputError
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
 from jaxalign.train.algorithms import Prepare
@@ -75,10 +77,10 @@ class Loop:
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
         pending: Pending | None = None
         try:
-            with StopRequests() as stop:
+            with StopRequests() as stop, contextlib.closing(self._batches(start)) as batches:
                 self._mark = time.monotonic()
-                for index in range(start, self.num_steps):
-                    state, this = self._advance(state, index)
+                for index, host in batches:
+                    state, this = self._advance(state, index, host)
                     if pending is not None:
                         self._read(pending, progress)
                     pending = this
@@ -96,9 +98,12 @@ class Loop:
         speed = self._tokens / self._seconds if self._seconds else None
         return state, {"metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
 
-    def _advance(self, state: TrainState, index: int) -> tuple[TrainState, Pending]:
+    def _batches(self, start: int) -> Generator[tuple[int, Any]]:
+        part = batch_part(self.mesh)
+        yield from prefetch(lambda i: self.dataset.batch(i, *part), start, self.num_steps, depth=2)
+
+    def _advance(self, state: TrainState, index: int, host: Any) -> tuple[TrainState, Pending]:
         """Starts all updates of batch `index`; waits for none of them."""
-        host = self.dataset.batch(index, *batch_part(self.mesh))
         before = self.step.compile_seconds
         state, batches, made = self.prepare(state, self.frozen, put_batch(host, self.mesh))
         # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
@@ -157,7 +162,7 @@ class Loop:
         row = merge(updates) | pending.prepared
         now = time.monotonic()
         seconds, self._mark = max(now - self._mark - pending.compile_seconds, 1e-9), now
-        tokens = row.pop("processed_tokens", None)
+        tokens = row.pop("processed_tokens", None)  # PPO counts prompts and what was sampled
         if tokens is None:
             tokens = count_tokens(pending.batch.rows) * batch_part(self.mesh)[1]
         speed = tokens / seconds

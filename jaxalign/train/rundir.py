@@ -6,6 +6,7 @@ config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ class RunDir:
         if not is_main():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(_finite(value), indent=1, sort_keys=True) + "\n"
         if self.remote:  # an object appears when it is complete
             (self.path / name).write_text(text)
             return
@@ -131,6 +132,15 @@ def _differences(old: Any, new: Any, prefix: str = ""):
             yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
     elif old != new:
         yield prefix, old, new
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _pick(config: Mapping[str, Any], names) -> dict:

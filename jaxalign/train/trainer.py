@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import time
 import warnings
 from typing import Any
@@ -20,7 +22,7 @@ from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
 from jaxalign.train.checkpoints import Checkpoints, abstract
-from jaxalign.train.compiled import Compiled, peak_memory
+from jaxalign.train.compiled import Compiled, memory_errors, peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
 from jaxalign.train.loop import Loop, make_evaluate
@@ -67,7 +69,8 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
             from jaxalign.train.dryrun import report
 
             return report(stage)
-        results = stage.train()
+        with memory_errors(f"{config.algorithm.name} stage"):
+            results = stage.train()
     results |= {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
     directory.write_json("DONE", results)
     return results
@@ -274,10 +277,18 @@ def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxalign/xla`.
 
-    Not on a CPU, where compiling is quick and a program from the cache need not suit the machine.
+    A CPU's programs use the instructions of that very CPU, so each kind of CPU has a folder of its own.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxalign/xla"))
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    kind = jax.default_backend()
+    if kind == "cpu":
+        flags = platform.machine() + platform.processor()
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                flags += next((line for line in file if line.startswith(("flags", "Features"))), "")
+        kind += f"-{hashlib.blake2b(flags.encode(), digest_size=6).hexdigest()}"
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/jaxalign/xla/{kind}"))
 
 
 def _check_batch(config: Any, mesh: Mesh) -> None:
