@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         k = constrain(rotate(self.key(x), *rotation), "batch", None, "tensor", None)
         v = constrain(self.value(x), "batch", None, "tensor", None)
         if cache is not None:
-            at = (layer, 0, cache.index, 0, 0)
+            at = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, cache.index, 0, 0))
             keys = jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), at)
             values = jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), at)
             cache = cache._replace(keys=keys, values=values)
