@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("--version", "-V", "version"):
         print(f"jaxalign {__version__}")
         return 0
+    if argv[0] != "train":
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     try:
         return _COMMANDS[argv[0]](argv[1:]) if argv[0] in _COMMANDS else _unknown(argv[0])
@@ -136,8 +140,15 @@ def _train(argv: list[str]) -> int:
     config = load_config(values.config, overrides)
     from jaxalign.pipeline import stages
 
+    warnings.showwarning = _show_warning
     stages.run(config, dry_run=values.dry_run)
     return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+    """A warning as a line for the user, without the place in the code that gave it."""
+    del category, place, named
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:

@@ -8,33 +8,21 @@ trainer, and one with another key is moved aside to `<stage>.old-<n>` before the
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib.util
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from jaxalign.config import get, to_dict, validate
 from jaxalign.errors import InputError
+from jaxalign.pipeline.keys import key_of
 
 RECORD = "stage.json"  # in a stage's directory: its key, and what the key was made of
 FORMAT = 1
-
-# Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
-_NOT_IN_KEY = (
-    "workdir", "logging", "mesh", "from", "model.remat", "data.cache_dir",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
-)  # fmt: skip
-
-# Fields that name files or directories; where these exist on this machine their contents are part of the key.
-_INPUTS = (
-    "model.path", "model.tokenizer", "model.chat_template", "algorithm.reference_path", "algorithm.value_path",
-    "rewards.model", "rewards.function", "data.sources", "data.eval_sources",
-)  # fmt: skip
 
 # (role in `from`, the field it fills, algorithms of stages it may name)
 _FROM = (
@@ -67,7 +55,7 @@ def plan(config: ConfigDict) -> list[Stage]:
         or a stage's own configuration; the stage is named.
     """
     if "stages" not in config:
-        return [Stage("", config, _key(config, {}), {}, validate(config))]
+        return [Stage("", config, key_of(config, {}, ()), {}, validate(config))]
     names = _names(config)
     if not config.workdir:
         raise InputError("workdir is not set", "a directory for the results", "--config.workdir=runs/NAME")
@@ -82,7 +70,8 @@ def plan(config: ConfigDict) -> list[Stage]:
             warnings = validate(stage)
         except InputError as error:
             raise _in_stage(name, error) from None
-        key = _key(stage, {role: done[source].key for role, source in inputs.items()})
+        filled = tuple(field for role, field, _ in _FROM if role in inputs)
+        key = key_of(stage, {role: done[source].key for role, source in inputs.items()}, filled)
         done[name] = Stage(name, stage, key, inputs, warnings)
     return list(done.values())
 
@@ -104,7 +93,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     from jaxalign.parallel.processes import initialize, is_main  # jax from here on
 
     stages = plan(config)
-    _check_files(stages)
+    _check_inputs(stages)
     initialize()
     say = log if is_main() else _silent
     for stage in stages:
@@ -113,17 +102,20 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     if dry_run:
         return _dry(stages, say)
     if not stages[0].name:
-        return _train(stages[0].config)
+        result = _train(stages[0])
+        _report(stages[0], result, say)
+        return result
     results: dict[str, Any] = {}
     for stage in stages:
         action = _agree(_prepare(stage, say) if is_main() else 0)
         if action == _SKIP:
             results[stage.name] = {"skipped": True, "workdir": stage.config.workdir}
             continue
-        results[stage.name] = _train(stage.config)
+        results[stage.name] = _train(stage)
         if not is_done(stage.config.workdir):
             say(f"stage {stage.name} stopped before its end; the same command goes on from there")
             break
+        _report(stage, results[stage.name], say)
         _release()
     return results
 
@@ -210,72 +202,6 @@ def _in_stage(name: str, error: InputError) -> InputError:
     )
 
 
-def _key(config: ConfigDict, inputs: dict[str, str]) -> str:
-    """Hash of a stage's configuration, the files it names and its inputs' keys."""
-    tree = to_dict(config)
-    for field in _NOT_IN_KEY:
-        *parents, leaf = field.split(".")
-        node = tree
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(leaf, None)
-    filled = {field for role, field, _ in _FROM if role in inputs}
-    files = {}
-    for field in _INPUTS:
-        if field in filled:
-            section, leaf = field.split(".")
-            tree[section].pop(leaf)  # the input's key stands for it, wherever the workdir is
-            continue
-        for path in _paths(get(config, field)):
-            files[path] = fingerprint(path)
-    text = json.dumps({"format": FORMAT, "config": tree, "inputs": inputs, "files": files}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _paths(value: Any) -> list[str]:
-    """The paths in a field: a string, a dict with `path`, or a tuple of these."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [_module_file(value) if ":" in value and "://" not in value else value]
-    if isinstance(value, (tuple, list)):
-        return [path for item in value for path in _paths(item)]
-    return _paths(value.get("path")) if hasattr(value, "get") else []
-
-
-def _module_file(name: str) -> str:
-    """The source file of "package.module:function" or "file.py:function"."""
-    module = name.rsplit(":", 1)[0]
-    if module.endswith(".py") or os.path.exists(module):
-        return module
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    return spec.origin if spec and spec.origin else name
-
-
-def fingerprint(path: str) -> str | None:
-    """What is in a local file, or in all files of a directory; None where there is none here.
-
-    A file up to 64 MiB counts by its content; a larger one by size, time of change and first and last MiB.
-    """
-    root = Path(path)
-    if root.is_dir():
-        parts = [(p.relative_to(root).as_posix(), fingerprint(str(p))) for p in sorted(root.rglob("*")) if p.is_file()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if not root.is_file():
-        return None
-    size = root.stat().st_size
-    with root.open("rb") as file:
-        if size <= 64 << 20:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(f"{size} {root.stat().st_mtime_ns}".encode() + file.read(1 << 20))
-        file.seek(-(1 << 20), os.SEEK_END)
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
 _RUN, _SKIP = 1, 2
 
 
@@ -332,20 +258,32 @@ def _agree(action: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(action)))
 
 
-def _check_files(stages: list[Stage]) -> None:
-    """Local files that any stage reads are there before the first stage starts."""
+def _check_inputs(stages: list[Stage]) -> None:
+    """The first record of local data and the reward function of every stage, before the first stage starts."""
+    from jaxalign.data.files import is_url
+    from jaxalign.data.sources import parse_sources, read
+    from jaxalign.rewards.function import load_function
+
     for stage in stages:
-        for field in ("data.sources", "data.eval_sources"):
-            for path in _paths(get(stage.config, field)):
-                local = path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in _DATA_SUFFIXES
-                if local and "://" not in path and "*" not in path and not os.path.exists(os.path.expanduser(path)):
-                    prefix = f"--config.{stage.name}." if stage.name else "--config."
-                    raise InputError(
-                        f"{field}: no file {path}", "a file, a directory or a hub id", f"{prefix}{field}=..."
-                    )
+        try:
+            for field in ("data.sources", "data.eval_sources"):
+                for source in parse_sources(get(stage.config, field), field) if get(stage.config, field) else ():
+                    if not is_url(source.path) and (os.path.exists(source.path) or _looks_local(source.path)):
+                        next(iter(read(source)), None)
+            if function := get(stage.config, "rewards.function"):
+                load_function(function)
+        except InputError as error:
+            raise (_in_stage(stage.name, error) if stage.name else error) from None
 
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".csv")
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in (
+        ".json",
+        ".jsonl",
+        ".gz",
+        ".parquet",
+        ".csv",
+    )
 
 
 def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
@@ -361,15 +299,27 @@ def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
                     stage.config[section][leaf] = by_name[source].config.model.path
         if stage.name:
             say(f"stage {stage.name}:")
-        results[stage.name] = _train(stage.config, dry_run=True)
+        results[stage.name] = _train(stage, dry_run=True)
         _release()
     return results if stages[0].name else results[""]
 
 
-def _train(config: ConfigDict, *, dry_run: bool = False) -> dict[str, Any]:
+def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:
     from jaxalign.train import trainer
 
-    return trainer.run(config, dry_run=dry_run) if dry_run else trainer.run(config)
+    with warnings.catch_warnings():
+        for said in stage.warnings:  # before the first stage
+            warnings.filterwarnings("ignore", message=re.escape(said))
+        return trainer.run(stage.config, dry_run=dry_run)
+
+
+def _report(stage: Stage, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What came out, in a line."""
+    figures = result.get("eval") or result.get("metrics") or {}
+    keys = [k for k in ("loss", "rewards/accuracies", "objective/scores", "objective/kl") if figures.get(k) is not None]
+    shown = "".join(f", {k} {figures[k]:.4g}" for k in keys)
+    where = f" -> {result['export']}" if "export" in result else ""
+    say(f"{f'stage {stage.name}: ' if stage.name else ''}done{shown}{where}")
 
 
 def _release() -> None:

@@ -36,6 +36,17 @@ def make_reward(base: Path, directory: Path) -> str:
     return str(save(directory, model, params, source=base))
 
 
+def with_context(model: Path, directory: Path, tokens: int) -> str:
+    """The model, saying that it was made for so many tokens."""
+    directory.mkdir()
+    for file in model.iterdir():
+        if file.name != "config.json":
+            (directory / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))
+    return str(directory)
+
+
 def run(*argv: str) -> list[dict]:
     """Runs a command that prints JSON lines."""
     out = io.StringIO()

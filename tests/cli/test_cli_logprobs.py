@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from tests.cli.cases import LINES, make_reward, run, write_lines
+from tests.cli.cases import LINES, make_reward, run, with_context, write_lines
 
 GOLDEN = json.loads((Path(__file__).resolve().parent.parent / "golden" / "cli_logprobs.json").read_text())
 
@@ -56,10 +56,11 @@ def test_a_language_model_has_no_score(model, data, capsys):
 
 
 def test_longer_than_the_context_is_said(model, tmp_path, capsys):
-    data = write_lines(tmp_path / "d.jsonl", [("Once", " upon"), ("word " * 600, "end")])
-    assert len(run("logprobs", "--model", model, "--data", data)) == 2
+    short = with_context(Path(model), tmp_path / "short", 10)
+    data = write_lines(tmp_path / "d.jsonl", [("Once", " upon"), ("a b c d e f g h i j k l", "end")])
+    assert len(run("logprobs", "--model", short, "--data", data)) == 2
     err = capsys.readouterr().err
-    assert "d.jsonl:2: longer than the 512 tokens" in err
+    assert "d.jsonl:2: longer than the 10 tokens" in err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from jaxalign.config import defaults, stages
 from jaxalign.errors import InputError
+from jaxalign.pipeline import keys
 from jaxalign.pipeline import stages as module
 
 
@@ -117,6 +118,7 @@ def test_a_stage_that_was_stopped_ends_the_run(road, trainer):
     module.run(road(), log=lines.append)
     assert trainer.names == ["sft", "dpo"]
     assert "dpo stopped before its end" in lines[-1]
+    assert sum("done" in line for line in lines) == 1
 
 
 def test_a_changed_reward_stage_reruns_itself_and_what_depends_on_it(road, trainer, tmp_path):
@@ -195,7 +197,9 @@ def test_part_of_the_stages(road, trainer):
         ({"dpo__model__from_scratch": True}, "from_scratch with from.model"),
         ({"ppo__from__reward": None}, "stage ppo: PPO without a reward"),
         ({"ppo__algorithm__clip_range": -1.0}, "stage ppo: algorithm.clip_range"),
-        ({"ppo__data__sources": ("gone.jsonl",)}, "no file gone.jsonl"),
+        ({"ppo__data__sources": ("gone.jsonl",)}, "stage ppo: "),
+        ({"ppo__data__sources": ("gone.jsonl",)}, "gone.jsonl"),
+        ({"ppo__from__reward": None, "ppo__rewards__function": "nowhere.py:f"}, "stage ppo: no file 'nowhere.py'"),
         ({"sft__model__path": None}, "stage sft: model.path is not set"),
         ({"workdir": None}, "workdir is not set"),
     ],
@@ -242,20 +246,34 @@ def test_a_single_stage_is_the_trainers_own(trainer, tmp_path):
 def test_reward_functions_count_by_their_source(tmp_path):
     function = tmp_path / "mine.py"
     function.write_text("def f(): return 1\n")
-    before = module.fingerprint(module._paths(f"{function}:f")[0])
+    config = defaults("ppo")
+    config.rewards.function = f"{function}:f"
+    before = keys.key_of(config, {}, ())
+    assert before == keys.key_of(config, {}, ())
     function.write_text("def f(): return 2\n")
-    assert module.fingerprint(module._paths(f"{function}:f")[0]) != before
-    assert module._paths("json.decoder:JSONDecoder")[0].endswith("decoder.py")
-    assert module._paths("gs://bucket/file") == ["gs://bucket/file"]
+    assert keys.key_of(config, {}, ()) != before
+    assert keys.module_file("json.decoder:JSONDecoder").endswith("decoder.py")
+    assert keys.module_file("nowhere.at.all:f") == "nowhere.at.all:f"
+
+
+def test_paths_of_every_kind(tmp_path):
+    (tmp_path / "a.jsonl").write_text("1")
+    sources = ("gs://bucket/x", {"path": "org/name"}, str(tmp_path / "*.jsonl"))
+    assert keys.paths_in(sources) == ["gs://bucket/x", "org/name", str(tmp_path / "*.jsonl")]
+    assert keys.fingerprint("gs://bucket/x") is None and keys.fingerprint("org/name") is None
+    assert keys.fingerprint("{% for m in messages %}" * 1000) is None
+    before = keys.fingerprint(sources[2])
+    (tmp_path / "b.jsonl").write_text("2")
+    assert keys.fingerprint(sources[2]) != before is not None
 
 
 def test_large_files_count_by_size_time_and_ends(tmp_path):
     big = tmp_path / "big.bin"
     with big.open("wb") as file:
         file.truncate((64 << 20) + 10)
-    before = module.fingerprint(str(big))
-    assert before == module.fingerprint(str(big))
+    before = keys.fingerprint(str(big))
+    assert before == keys.fingerprint(str(big))
     with big.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
-    assert module.fingerprint(str(big)) != before
+    assert keys.fingerprint(str(big)) != before

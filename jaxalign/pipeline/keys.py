@@ -1,0 +1,110 @@
+"""The key of a stage: a hash of its configuration, the files it names, and the keys of its inputs."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxalign.config import get, to_dict
+
+FORMAT = 1
+
+# Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
+_NOT_IN_KEY = (
+    "workdir", "logging", "mesh", "from", "model.remat", "data.cache_dir",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
+)  # fmt: skip
+
+# Fields that name files or directories; where these exist on this machine their contents are part of the key.
+_INPUTS = (
+    "model.path", "model.tokenizer", "model.chat_template", "algorithm.reference_path", "algorithm.value_path",
+    "rewards.model", "data.sources", "data.eval_sources",
+)  # fmt: skip
+
+
+def key_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> str:
+    """Hash of a stage's configuration, the files it names and its inputs' keys.
+
+    Args:
+      config: of the stage, whole.
+      inputs: role in `from` -> key of the stage that it names.
+      filled: the fields that these inputs filled; their keys stand for them, wherever the workdir is.
+
+    Returns:
+      32 hex digits.
+    """
+    tree = to_dict(config)
+    for field in _NOT_IN_KEY:
+        *parents, leaf = field.split(".")
+        node = tree
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(leaf, None)
+    files: dict[str, str | None] = {}
+    for field in _INPUTS:
+        if field in filled:
+            section, leaf = field.split(".")
+            tree[section].pop(leaf)
+            continue
+        for path in paths_in(get(config, field)):
+            files[path] = fingerprint(path)
+    if function := get(config, "rewards.function"):
+        files[function] = fingerprint(module_file(function))
+    text = json.dumps({"format": FORMAT, "config": tree, "inputs": dict(inputs), "files": files}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def paths_in(value: Any) -> list[str]:
+    """The paths in a field: a string, a dict with `path`, or a tuple of these."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [path for item in value for path in paths_in(item)]
+    return paths_in(value.get("path")) if hasattr(value, "get") else []
+
+
+def module_file(name: str) -> str:
+    """The source file of "package.module:function" or "file.py:function"; the name itself where it is not found."""
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        return module
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception:  # a parent package is imported on the way; what it raises is told when the function is loaded
+        spec = None
+    return spec.origin if spec and spec.origin else name
+
+
+def fingerprint(path: str) -> str | None:
+    """What is in a local file, in all files of a directory, or of a glob; None where there is none here.
+
+    A file up to 64 MiB counts by its content; a larger one by size, time of change and first and last MiB.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.exists(path):  # False also for what cannot be a path, such as the text of a template
+        found = sorted(glob.glob(path)) if len(path) < 4096 and "://" not in path else []
+        return hashlib.sha256(json.dumps([(p, fingerprint(p)) for p in found]).encode()).hexdigest() if found else None
+    root = Path(path)
+    if root.is_dir():
+        parts = [(p.relative_to(root).as_posix(), fingerprint(str(p))) for p in sorted(root.rglob("*")) if p.is_file()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if not root.is_file():
+        return None
+    size = root.stat().st_size
+    with root.open("rb") as file:
+        if size <= 64 << 20:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{size} {root.stat().st_mtime_ns}".encode() + file.read(1 << 20))
+        file.seek(-(1 << 20), os.SEEK_END)
+        digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""`jaxalign generate` and `jaxalign compare` on a shared model."""
+
+import json
+import re
+
+import pytest
+
+from jaxalign.cli import main
+from jaxalign.pipeline.compare import page
+from tests.cli.cases import with_context
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    return request.getfixturevalue("shared") / "models" / "stories260k-llama"
+
+
+def generate(capsys, model, prompt, *flags):
+    assert main(["generate", "--model", str(model), "--prompt", prompt, *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_greedy_text_is_the_models_published_sample(model, capsys):
+    sample = re.search(r"\[greedy\][^\n]*\n(.*?)(?:\n\[|\Z)", (model / "samples.txt").read_text(), re.DOTALL)[1]
+    assert sample.startswith("Once upon a time")
+    out = generate(capsys, model, "Once upon a time", "--temperature", "0", "--max_new_tokens", "24")
+    assert len(out) > 20
+    assert sample.startswith("Once upon a time" + out.removesuffix("\n"))  # the completion and nothing else
+
+
+def test_samples_come_from_the_seed(model, capsys):
+    flags = ("--max_new_tokens", "24", "--seed")
+    one = generate(capsys, model, "The dog", *flags, "1")
+    assert one == generate(capsys, model, "The dog", *flags, "1") != generate(capsys, model, "The dog", *flags, "2")
+    assert one.startswith(" ")  # prompt + completion is the whole text
+
+
+def test_top_k_of_one_is_greedy(model, capsys):
+    greedy = generate(capsys, model, "Once upon a time", "--temperature", "0", "--max_new_tokens", "24")
+    assert greedy == generate(capsys, model, "Once upon a time", "--top_k", "1", "--max_new_tokens", "24")
+
+
+def test_a_model_without_a_chat_template(model, capsys):
+    assert main(["generate", "--model", str(model), "--prompt", "Hi", "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_longer_than_the_context_is_said(model, tmp_path, capsys):
+    short = with_context(model, tmp_path / "short", 20)
+    flags = ("--temperature", "0", "--max_new_tokens", "24")
+    assert main(["generate", "--model", short, "--prompt", "Once upon a time", *flags]) == 0
+    assert "longer than the 20 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--temperature", "-1"), ("--max_new_tokens", "0"), ("--top_k", "-1"), ("--top_p", "0"), ("--top_p", "1.5")],
+)
+def test_values_that_mean_nothing(model, capsys, flags):
+    assert main(["generate", "--model", str(model), "--prompt", "x", *flags]) == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    path = tmp_path_factory.mktemp("heldout") / "d.jsonl"
+    pairs = [
+        ("Once upon a time", ", there was a cat.", "x q z"),
+        ("The dog", " was happy.", " zz"),
+        ("Tim", " ran.", "q"),
+    ]
+    lines = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture
+def reward(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text("def length(prompts, completions, **rest):\n    return [float(len(c)) for c in completions]\n")
+    return f"{path}:length"
+
+
+SHORT = ("--max_new_tokens", "16")
+
+
+def test_compare_a_model_with_itself(model, heldout, reward, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    flags = ["--base", str(model), "--aligned", str(model), "--data", heldout, "--reward", reward, *SHORT]
+    assert main(["compare", *flags, "--out", str(out), "--show", "1"]) == 0
+    result = json.loads(out.read_text())
+    assert result["num_prompts"] == 3 and len(result["samples"]) == 3
+    rate = result["win_rate"]
+    assert (rate["wins"], rate["ties"], rate["losses"], rate["rate"]) == (0, 3, 0, 0.5)
+    assert rate["low"] < 0.5 < rate["high"] and rate["lines"] == {"harm": 0.5, "good": 0.55}
+    base, aligned = result["models"]["base"], result["models"]["aligned"]
+    assert base == aligned and base["perplexity"] > 1 and base["perplexity_tokens"] > 10
+    assert result["samples"][0]["prompt"] == "Once upon a time"
+    assert result["samples"][0]["base_reward"] == len(result["samples"][0]["base"])
+    shown = capsys.readouterr().out
+    assert "win rate of aligned over base: 50.0%" in shown and "undecided" in shown
+    assert "Once upon a time" in shown and "The dog" not in shown
+
+
+def test_compare_prints_json(model, heldout, capsys):
+    flags = ["--base", str(model), "--aligned", str(model), "--data", heldout, "--num_prompts", "2", *SHORT]
+    assert main(["compare", *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["win_rate"] is None and result["num_prompts"] == 2
+    assert "win rate" not in page(result, show=2)
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (("--reward", "nowhere.py:f"), "nowhere.py"),
+        (("--reward", "MODEL"), "without a score"),
+        (("--confidence", "95"), "--confidence"),
+        (("--num_prompts", "0"), "--num_prompts"),
+        (("--data", "/no/such.jsonl"), "/no/such.jsonl"),
+        (("--base", "/no/such"), "/no/such"),
+    ],
+)
+def test_compare_refuses_before_it_generates(model, heldout, capsys, flags, words):
+    flags = [str(model) if f == "MODEL" else f for f in flags]
+    given = ["--base", str(model), "--aligned", str(model), "--data", heldout]
+    assert main(["compare", *given, *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_page_keeps_markup_and_wide_letters():
+    sample = {"prompt": "[bold]x[/bold] 模型", "base": "a", "aligned": "b", "base_reward": None, "aligned_reward": 1.5}
+    figures = {"reward": None, "perplexity": None, "finished": 1.0}
+    full = {k: figures.get(k) for k in (
+        "reward", "perplexity", "finished", "mean_length", "distinct_1", "distinct_2", "repetition_4",
+        "distinct_samples", "length_reward_correlation",
+    )}  # fmt: skip
+    result = {"models": {"base": full, "aligned": full}, "samples": [sample], "win_rate": None, "same_tokenizer": False}
+    text = page(result, show=5)
+    assert "[bold]x[/bold] 模型" in text and "[1.5]" in text and "100.0%" in text
+    assert "perplexity of" not in text and "do not compare" in text

@@ -1,0 +1,136 @@
+"""Export of a real, tiny run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxalign.cli import main
+from jaxalign.config import defaults, stages
+from jaxalign.pipeline import stages as pipeline
+
+
+@pytest.fixture(scope="module")
+def run(request, tmp_path_factory):
+    """SFT for three steps with a checkpoint after each, as a stage; the learning rate makes the first the best."""
+    shared = request.getfixturevalue("shared")
+    folder = tmp_path_factory.mktemp("export")
+    data = folder / "d.jsonl"
+    lines = [{"prompt": "Once", "completion": f" upon a time there were {i} dogs."} for i in range(16)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    c = defaults("sft")
+    c.model.path = str(shared / "models" / "stories260k-llama")
+    c.model.remat = "none"
+    c.data.sources = c.data.eval_sources = (str(data),)
+    c.data.max_length = 32
+    c.batch_size, c.num_train_steps = 8, 3
+    c.optimizer.learning_rate, c.optimizer.schedule = 1.0, "constant"
+    c.eval.every, c.eval.num_batches = 1, 1
+    c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 1, 3, "loss"
+    c.logging.tensorboard = c.logging.progress = False
+    results = pipeline.run(stages(str(folder / "run"), sft=c), log=lambda line: None)
+    assert results["sft"]["steps"] == 3
+    return folder / "run"
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def test_the_best_is_what_the_run_exported_and_the_last_is_not(run, tmp_path, capsys):
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "best"), "--checkpoint", "best"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'best'}\n"
+    assert main(["export", "--workdir", str(run / "sft"), "--out", str(tmp_path / "last")]) == 0
+    own, best, last = weights(run / "sft" / "export"), weights(tmp_path / "best"), weights(tmp_path / "last")
+    assert all((own[k] == best[k]).all() for k in own)
+    assert any((own[k] != last[k]).any() for k in own)
+    for file in (run / "sft" / "export").iterdir():
+        if file.suffix == ".json":
+            assert file.read_bytes() == (tmp_path / "best" / file.name).read_bytes()
+
+
+def test_a_checkpoint_by_its_number(run, tmp_path):
+    for number in (2, 3):
+        main(
+            [
+                "export",
+                "--workdir",
+                str(run),
+                "--stage",
+                "sft",
+                "--checkpoint",
+                str(number),
+                "--out",
+                str(tmp_path / str(number)),
+            ]
+        )
+    main(["export", "--workdir", str(run), "--out", str(tmp_path / "last")])
+    two, three, last = (weights(tmp_path / n) for n in ("2", "3", "last"))
+    assert all((three[k] == last[k]).all() for k in last)
+    assert any((two[k] != last[k]).any() for k in last)
+
+
+def test_dtype(run, tmp_path):
+    main(["export", "--workdir", str(run), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"])
+    import ml_dtypes
+
+    assert {v.dtype for v in weights(tmp_path / "half").values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_a_run_whose_start_has_moved(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run / "sft", copy)
+    written = json.loads((copy / "config.json").read_text())
+    written["config"]["model"]["path"] = "/gone/away"
+    (copy / "config.json").write_text(json.dumps(written))
+    assert main(["export", "--workdir", str(copy), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_rerun_keeps_the_stage(run):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    config = json.loads((run / "sft" / "stage.json").read_text())["config"]
+    c = defaults("sft")
+    for section, value in config.items():
+        if isinstance(value, dict):
+            c[section].update({k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        else:
+            c[section] = value
+    lines = []
+    pipeline.run(stages(str(run), sft=c), log=lines.append)
+    assert "done before" in lines[0]
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--stage", "dpo"], "no stage 'dpo'"),
+        (["--checkpoint", "9"], "last, best or one of 1, 2, 3"),
+        (["--checkpoint", "first"], "checkpoint 'first'"),
+    ],
+)
+def test_refusals(run, tmp_path, capsys, flags, words):
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "o"), *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_nothing_is_overwritten(run, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path)]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+
+
+def test_which_stage(tmp_path, capsys):
+    for name in ("sft", "dpo", "dpo.old-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"format": 99, "config": {}}')
+    assert main(["export", "--workdir", str(tmp_path), "--out", "o"]) == 2
+    assert "holds the stages dpo, sft" in capsys.readouterr().err
+    assert main(["export", "--workdir", str(tmp_path / "sft"), "--out", "o"]) == 2
+    assert "run format 99" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["export", "--workdir", str(tmp_path / "empty"), "--out", "o"]) == 2
+    assert "holds no run" in capsys.readouterr().err
