@@ -141,8 +141,10 @@ def sizes(jaxpr):
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             yield int(np.prod(variable.aval.shape))
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from sizes(getattr(inner, "jaxpr", inner))
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
 
 
 def test_trap_no_array_of_all_logits():
