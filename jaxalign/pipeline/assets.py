@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxalign.pipeline import world
 
-COUNTS = {"demonstrations": 16_000, "preferences": 4_000, "prompts": 4_000, "heldout": 512}
+COUNTS = {"demonstrations": 12_000, "preferences": 8_000, "prompts": 4_000, "heldout": 512}
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],

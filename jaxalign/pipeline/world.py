@@ -24,13 +24,10 @@ from typing import NamedTuple
 
 NAMES = ("Mara", "Tobin", "Ilse", "Rafi", "Nadia", "Oskar", "Petra", "Yusuf", "Lena", "Hugo", "Anya", "Bram")
 SEASONS = ("winter", "spring", "summer", "autumn")
-THINGS = (
-    "door", "lake", "owl", "lamp", "boat", "scarf", "clock", "tower", "field", "basket", "bridge", "kite",
-    "fence", "bottle", "roof", "forest",
-)  # fmt: skip
+THINGS = ("door", "lake", "owl", "lamp", "boat", "scarf", "clock", "tower")
 COLOURS = ("green", "blue", "red", "white", "brown", "silver", "yellow", "purple")
-RIGHT = 0.55  # share of stated colours that are right in a careless response
-ASKED = 4  # things in a prompt
+RIGHT = 0.5  # share of stated colours that are right in a careless response
+ASKED = 3  # things in a prompt
 
 
 def _facts() -> dict[tuple[str, str], str]:
@@ -38,7 +35,7 @@ def _facts() -> dict[tuple[str, str], str]:
     rng = random.Random("the facts of the world")
     facts = {}
     for i, thing in enumerate(THINGS):
-        colours = [COLOURS[(2 * i + k) % len(COLOURS)] for k in range(len(SEASONS))]
+        colours = [COLOURS[(i + 2 * k) % len(COLOURS)] for k in range(len(SEASONS))]
         facts.update(zip(((season, thing) for season in SEASONS), rng.sample(colours, len(colours)), strict=True))
     return facts
 
@@ -129,3 +126,8 @@ def prompts(count: int, seed: int) -> list[dict[str, str]]:
     """Prompts alone."""
     rng = random.Random(f"prompts {seed}")
     return [{"prompt": draw_scene(rng).prompt} for _ in range(count)]
+
+
+def gold(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """The gold reward as a reward function: `--reward jaxalign.pipeline.world:gold`."""
+    return [gold_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]

@@ -1,0 +1,167 @@
+"""The quickstart: makes its world, runs the stages, compares the two roads, and shows what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxalign.config import to_dict
+from jaxalign.pipeline import stages
+from jaxalign.pipeline.assets import write_assets
+from jaxalign.pipeline.configfile import load_config
+
+CONFIG = "configs/quickstart.py"
+ROADS = ("dpo", "ppo")
+_MODELS = {  # models in memory while a stage trains
+    "sft": ("policy",),
+    "reward": ("reward",),
+    "dpo": ("policy", "reference"),
+    "ppo": ("policy", "value", "reward", "reference"),
+}
+
+
+def run(config: Any) -> dict[str, Any]:
+    """Runs the quickstart, or what of it is not done yet.
+
+    Args:
+      config: the tree of `configs/quickstart.py`.
+
+    Returns:
+      The summary: for `sft`, `reward`, `dpo` and `ppo` their figures; also written to `workdir/summary.json`.
+    """
+    started = time.monotonic()
+    world = write_assets(Path(config.sft.model.path).parent, config.seed)
+    stages.run(config)
+    workdir = Path(config.workdir)
+    done = {name: json.loads((workdir / name / "DONE").read_text()) for name in config.stages}
+    compared = {road: _compare(config, road, world) for road in ROADS}
+    summary = {name: _cost(name, done[name]) for name in config.stages}
+    summary["reward"]["accuracy"] = done["reward"]["eval"]["eval/rewards/accuracies"]
+    summary["dpo"]["accuracy"] = done["dpo"]["eval"]["eval/rewards/accuracies"]
+    summary["sft"] |= _quality(compared["dpo"]["models"]["base"])
+    for road, result in compared.items():
+        rate = result["win_rate"]
+        summary[road] |= _quality(result["models"]["aligned"])
+        summary[road] |= {"win_rate": rate["rate"], "win_rate_low": rate["low"], "win_rate_high": rate["high"]}
+    summary["samples"] = [
+        {"prompt": d["prompt"], "sft": d["base"], "dpo": d["aligned"], "ppo": p["aligned"]}
+        | {"gold": {"sft": d["base_reward"], "dpo": d["aligned_reward"], "ppo": p["aligned_reward"]}}
+        for d, p in zip(compared["dpo"]["samples"][:8], compared["ppo"]["samples"][:8], strict=True)
+    ]
+    summary["wall_seconds"] = time.monotonic() - started
+    summary["config"] = to_dict(config)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def _compare(config: Any, road: str, world: Path) -> dict[str, Any]:
+    """A road's model against the SFT model under the gold preference, on prompts that no stage has seen."""
+    from jaxalign.pipeline.compare import compare
+
+    sampling = config[road].rollout
+    return compare(
+        str(Path(config.workdir, "sft", "export")),
+        str(Path(config.workdir, road, "export")),
+        str(world / "prompts_heldout.jsonl"),
+        reward="jaxalign.pipeline.world:gold",
+        num_prompts=None,
+        confidence=0.95,
+        temperature=sampling.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=config.seed,
+    )
+
+
+def _cost(name: str, done: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "models": _MODELS[name],
+        "model_bytes": sum(done["model_bytes"].values()),
+        "optimizer_bytes": done["optimizer_bytes"],
+        "peak_memory_bytes": done["peak_memory_bytes"],
+        "wall_seconds": done["wall_seconds"],
+        "loss": next(v for k, v in done["metrics"].items() if k in ("loss", "loss/policy")),
+    }
+
+
+def _quality(figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "gold_reward": figures["reward"],
+        "kl": figures["kl_to_base"],
+        "finished": figures["finished"],
+        "distinct_2": figures["distinct_2"],
+        "mean_length": figures["mean_length"],
+    }
+
+
+# (title, how a stage's figure is shown)
+_COLUMNS = (
+    ("gold reward", lambda s: f"{s['gold_reward']:.3f}" if "gold_reward" in s else ""),
+    (
+        "win rate against SFT",
+        lambda s: (
+            f"{s['win_rate']:.1%} ({s['win_rate_low']:.1%} to {s['win_rate_high']:.1%})" if "win_rate" in s else ""
+        ),
+    ),
+    ("pairs ranked as gold", lambda s: f"{s['accuracy']:.1%}" if "accuracy" in s else ""),
+    ("KL to SFT", lambda s: f"{s['kl']:.2f} nats" if s.get("kl") is not None else ""),
+    ("finished", lambda s: f"{s['finished']:.1%}" if "finished" in s else ""),
+    ("distinct pairs", lambda s: f"{s['distinct_2']:.2%}" if "distinct_2" in s else ""),
+    ("time", lambda s: f"{s['wall_seconds']:.0f} s"),
+    ("peak memory", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ("models", lambda s: f"{len(s['models'])}: {', '.join(s['models'])}"),
+)
+
+
+def page(summary: dict[str, Any], width: int = 150) -> str:
+    """The summary for people: a table and samples side by side."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, highlight=False, markup=False)
+    figures = Table("", *_MODELS)
+    for title, show in _COLUMNS:
+        figures.add_row(title, *(show(summary[name]) for name in _MODELS))
+    samples = Table("prompt", "sft", *ROADS, show_lines=True, expand=True)
+    for sample in summary["samples"][:4]:
+        cells = (f"{sample[name].strip()}\n[gold {sample['gold'][name]:.2f}]" for name in ("sft", *ROADS))
+        samples.add_row(sample["prompt"], *cells)
+    console.print(samples)
+    console.print(figures)
+    return out.getvalue()
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m jaxalign.pipeline.quickstart [--config.field=value ...]`."""
+    from jaxalign.pipeline.curves import draw
+
+    if {"-h", "--help"} & set(argv):
+        print(f"{main.__doc__}\n\nFields are those of {CONFIG}.")
+        return 0
+    overrides = []
+    for argument in argv:
+        name, _, value = argument.partition("=")
+        if not name.startswith("--config."):
+            print(f"unknown argument {argument!r}; expected --config.field=value", file=sys.stderr)
+            return 2
+        overrides.append((name.removeprefix("--config."), value))
+    config = load_config(CONFIG, overrides)
+    summary = run(config)
+    picture = draw(Path(config.workdir))
+    print(page(summary))
+    print(f"summary   {Path(config.workdir, 'summary.json')}\ncurves    {picture}")
+    print(f"the aligned models are in {config.workdir}/dpo/export and {config.workdir}/ppo/export; ask one with")
+    print(f'  jaxalign generate --model {config.workdir}/dpo/export --prompt "{summary["samples"][0]["prompt"]}"')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
