@@ -20,12 +20,12 @@ class Example(NamedTuple):
     score: float = 0.0
 
 
-def examples(count, completions, *, seed=0, prompt=(1, 6), completion=(1, 7), vocab=VOCAB, weights=False):
-    """Ragged examples of random tokens."""
+def examples(count, completions, *, seed=0, prompt=(1, 6), completion=(1, 7), low=0, vocab=VOCAB, weights=False):
+    """Ragged examples of random tokens from `low` on."""
     rng = np.random.default_rng(seed)
 
-    def draw(low, high):
-        return rng.integers(0, vocab, rng.integers(low, high + 1)).tolist()
+    def draw(least, most):
+        return rng.integers(low, vocab, rng.integers(least, most + 1)).tolist()
 
     return [
         Example(

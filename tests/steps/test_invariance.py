@@ -3,6 +3,8 @@
 import functools
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +50,11 @@ def world(algorithm):
         return params, {"ref": perturbed(params)}
 
 
-def data(algorithm, **layout):
+def data(algorithm, *, packed=False, plan=None, **layout):
     """The same eight ragged, weighted examples in a layout; `packed` puts up to three in a row."""
     many = examples(ROWS, 1 if algorithm == "sft" else 2, weights=True)
-    packed = layout.pop("packed", False)
-    plan = [many[0:3], many[3:4], many[4:6], many[6:8]] if packed else [[e] for e in many]
+    if plan is None:
+        plan = [many[0:3], many[3:4], many[4:6], many[6:8]] if packed else [[e] for e in many]
     return lay(plan, num_rows=ROWS, scores=algorithm == "reward", dtype=np.float64, **{"m": 48, "width": 80} | layout)
 
 
@@ -117,6 +119,36 @@ def test_trap_layout_changes_nothing(algorithm, x64):
     """Padding's side, amount and id, packing, a shared prompt: one program, the same numbers."""
     for layout in (LAYOUTS | (PAIR_LAYOUTS if algorithm != "sft" else {})).values():
         assert_same(result(algorithm, data(algorithm, **layout)), algorithm)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_any_plan_changes_nothing(draw):
+    """Any order of the examples, in any rows, each with the prompt shared or not."""
+    algorithm = draw.draw(st.sampled_from(ALGORITHMS))
+    many = draw.draw(st.permutations(examples(ROWS, 1 if algorithm == "sft" else 2, weights=True)))
+    plan, left = [], list(many)
+    while left:
+        size = draw.draw(st.integers(1, 2))
+        plan, left = [*plan, left[:size]], left[size:]
+    layout = {
+        "side": draw.draw(st.sampled_from(["left", "right"])),
+        "pad": draw.draw(st.integers(0, 31)),
+        "junk": draw.draw(st.integers(0, 99)),
+        "shared": algorithm != "sft" and draw.draw(st.booleans()),
+    }
+    with jax.enable_x64(True):
+        assert_same(result(algorithm, data(algorithm, plan=plan, **layout)), algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_batch_of_padding_alone(algorithm, x64):
+    """No loss, no weight, no gradient, nothing that is not a number; the junk in masked places notwithstanding."""
+    metrics, gradients = result(algorithm, data(algorithm, plan=[], junk=8))
+    assert metrics["weight"] == metrics["tokens"] == 0
+    assert all(np.isfinite(x) for x in metrics.values())
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
+    assert all((g == 0).all() for g in jax.tree.leaves(gradients))
 
 
 def test_trap_width_of_rows_changes_nothing(x64):

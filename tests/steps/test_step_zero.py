@@ -14,7 +14,7 @@ from jaxalign.steps.step import make_train_step
 from jaxalign.types import TrainState
 from tests.steps.layouts import examples, lay
 
-TX = optax.adam(1e-4)
+TX = optax.sgd(1e-4)
 
 
 def pairs(shared_prompt):
@@ -48,7 +48,7 @@ def load_real(shared, remat="none", dtype="float32"):
 
 @pytest.mark.parametrize(
     ("remat", "dtype", "accum"),
-    [("none", "float32", 1), ("dots", "float32", 1), ("full", "float32", 4), ("none", "bfloat16", 1)],
+    [("none", "float32", 1), ("dots", "bfloat16", 1), ("full", "float32", 4)],
 )
 def test_trap_live_reference_on_a_real_model(shared, remat, dtype, accum):
     assert_exactly_zero(step_zero(*load_real(shared, remat, dtype), pairs(shared_prompt=True), accum=accum))
