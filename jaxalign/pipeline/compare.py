@@ -15,7 +15,7 @@ from jaxalign.errors import InputError
 from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
 from jaxalign.evaluate.heldout import Question, questions, references
 from jaxalign.evaluate.perplexity import perplexity
-from jaxalign.evaluate.sequences import completion_logprobs
+from jaxalign.evaluate.sequences import Tokens, completion_logprobs
 from jaxalign.evaluate.winrate import GOOD, HARM, win_rate
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline.generate import check_sampling
@@ -76,9 +76,10 @@ def compare(
     asked = questions(records)
 
     answers: dict[str, list[Completion]] = {}
-    figures: dict[str, dict[str, Any]] = {}
-    tokenizers = []
-    for name, path in (("base", base), ("aligned", aligned)):  # one after the other: one model in memory
+    figures: dict[str, dict[str, Any]] = {"base": {}, "aligned": {}}
+    tokenizers: list[Any] = []
+    said: list[Tokens] = []  # the aligned model's samples, which the base scores too
+    for name, path in (("aligned", aligned), ("base", base)):  # one after the other: one model in memory
         loaded = load_model(path, head="lm", dtype=dtype)
         generator = Generator(
             loaded.model,
@@ -91,11 +92,18 @@ def compare(
             top_p=top_p,
             mesh=loaded.mesh,
         )
+        prompts = generator.encode([q.prompt for q in asked]) if asked else []
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
         figures[name] = {"path": path, **_perplexity(loaded, records), **_figures(answers[name])}
+        if name == "aligned":
+            said = [Tokens(p, c.ids) for p, c in zip(prompts, answers[name], strict=True)]
+        if not tokenizers or same_tokenizer(tokenizers[0], loaded.tokenizer):
+            figures[name]["logprob"] = completion_logprobs(loaded.model, loaded.params, said, loaded.mesh)
         tokenizers.append(loaded.tokenizer)
         del loaded, generator
         gc.collect()
+    figures["aligned"]["kl_to_base"] = _kl(figures["aligned"].pop("logprob"), figures["base"].pop("logprob", None))
+    figures["base"]["kl_to_base"] = 0.0
 
     scores = {name: _scores(scorer, asked, found) for name, found in answers.items()}
     for name, found in answers.items():
@@ -163,6 +171,17 @@ def _perplexity(loaded: Loaded, records: Sequence[Any]) -> dict[str, Any]:
     return {"perplexity": perplexity(sums, counts), "perplexity_tokens": sum(counts)}
 
 
+def _kl(policy: Sequence[float], base: Sequence[float] | None) -> float:
+    """Mean of log(policy / base) over the policy's own samples: an estimate of the KL, in nats a completion.
+
+    Unbiased where the samples are drawn at temperature 1 from the whole vocabulary.  Not defined without samples, or
+    where the two have other tokens.
+    """
+    if not policy or base is None:
+        return math.nan
+    return math.fsum(p - b for p, b in zip(policy, base, strict=True)) / len(policy)
+
+
 def _figures(found: Sequence[Completion]) -> dict[str, Any]:
     """Signs of health of a model's samples; n-grams are of words."""
     words = [c.text.split() for c in found]
@@ -189,6 +208,7 @@ def _json(value: Any) -> Any:
 # (key, what it is called on the page, format)
 _ROWS = (
     ("reward", "mean reward", "{:.4g}"),
+    ("kl_to_base", "KL to the base (nats a completion)", "{:.3f}"),
     ("perplexity", "perplexity of the data's answers", "{:.3f}"),
     ("finished", "finished completions", "{:.1%}"),
     ("mean_length", "tokens a completion", "{:.1f}"),

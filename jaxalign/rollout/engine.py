@@ -91,6 +91,22 @@ class Generator:
         Raises:
           InputError: a prompt without tokens.
         """
+        tokenised = self.encode(prompts)
+        found = self.continue_ids(tokenised, seed=seed)
+        return [
+            c._replace(text=continuation(self.tokenizer, ids, c.ids)) if isinstance(prompt, str) else c
+            for prompt, ids, c in zip(prompts, tokenised, found, strict=True)
+        ]
+
+    def encode(self, prompts: Sequence[str | list[dict[str, Any]]]) -> list[np.ndarray]:
+        """Prompts as the token ids that `__call__` continues.
+
+        Args:
+          prompts: as there.
+
+        Raises:
+          InputError: a prompt without tokens.
+        """
         records = [Record(i, "prompts", i + 1, "prompt", prompt=p) for i, p in enumerate(prompts)]
         tokenised = []
         for item in tokenize_records(records, self._encoder, "ppo", append_eos=False):
@@ -99,11 +115,7 @@ class Generator:
                     f"prompt {item.record} has no token: {item.reason}", "a text", "a prompt that says something"
                 )
             tokenised.append(item.prompt)
-        found = self.continue_ids(tokenised, seed=seed)
-        return [
-            c._replace(text=continuation(self.tokenizer, ids, c.ids)) if isinstance(prompt, str) else c
-            for prompt, ids, c in zip(prompts, tokenised, found, strict=True)
-        ]
+        return tokenised
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         """Continues token ids, as they are; the texts are those of the new ids alone.
