@@ -25,11 +25,14 @@ _LLAMA3 = {
 
 # Changes to `hf_config` that reach every branch of the architecture.
 VARIANTS = {
-    "plain": {},
-    "untied_biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
-    "llama3": {"rope_parameters": _LLAMA3, "num_key_value_heads": 1, "tie_word_embeddings": False},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "one_group": {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-3},
+    "biases_linear": {
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "one_key_llama3": {"rope_parameters": _LLAMA3, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "all_keys_tied": {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-3},
 }
 
 
