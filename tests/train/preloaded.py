@@ -6,9 +6,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import orbax.checkpoint  # noqa: E402, F401
-import tokenizers  # noqa: E402, F401
-import transformers.models.auto.tokenization_auto  # noqa: E402, F401
+import orbax.checkpoint  # noqa: F401
+import tokenizers  # noqa: F401
+import transformers.models.auto.tokenization_auto  # noqa: F401
 
-import jaxalign.data.loader  # noqa: E402, F401
-import jaxalign.train.trainer  # noqa: E402, F401
+import jaxalign.data.loader
+import jaxalign.train.trainer  # noqa: F401

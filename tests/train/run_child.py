@@ -1,6 +1,6 @@
 """Training runs in processes of their own, which tests kill, stop and join together.
 
-Children come from a fork server that has imported everything and touched no device: they start in a fraction of a second.
+Children come from a fork server that has imported everything and touched no device: they start at once.
 """
 
 import json
@@ -66,6 +66,7 @@ def child(spec, results, options):
     # Compiled once for all children: they run the same few programs.
     jax.config.update("jax_compilation_cache_dir", _COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_enable_x64", options.get("x64", False))
     os.environ.update(options.get("env", {}))
     if options.get("die_renaming"):
         _die_at_rename(options["die_renaming"])
