@@ -14,7 +14,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxalign.errors import InputError
 from jaxalign.models import names
 from jaxalign.models.config import ModelConfig, from_hf
-from jaxalign.models.export import save as save  # the other direction; one place to import both from
+from jaxalign.models.export import save as save  # the other direction: callers import both from here
 from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, list_tensors

@@ -1,0 +1,71 @@
+"""Tokenizers: real ones, their padding and stop tokens, and clear errors."""
+
+import json
+import shutil
+
+import pytest
+
+from jaxalign.errors import InputError
+from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+
+
+@pytest.mark.parametrize(
+    "name, pad, stops",
+    [
+        ("models/stories3m-llama", 0, (1, 2)),
+        ("tokenizers/minimind-6400", 0, (2,)),
+        ("tokenizers/gpt2", 50256, (50256,)),
+        ("tokenizers/gpt-neox-20b", 1, (0,)),
+    ],
+)
+def test_real_tokenizers(shared, name, pad, stops):
+    tokenizer = load_tokenizer(shared / name)
+    assert tokenizer.pad_token_id == pad
+    assert stop_ids(shared / name, tokenizer) == stops
+    text = "Once upon a time, there was a café.\n"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    check_vocabulary(tokenizer, max(tokenizer.get_vocab().values()) + 1)
+    with pytest.raises(InputError, match="vocabulary of 100"):
+        check_vocabulary(tokenizer, 100)
+
+
+def test_stop_ids_of_every_source(shared, tmp_path):
+    """Several stop ids: the generation config's list, the config's and the tokenizer's own."""
+    tokenizer = load_tokenizer(shared / "models" / "stories260k-llama")
+    assert stop_ids({"eos_token_id": [7, 5]}, tokenizer) == (2, 5, 7)
+    assert stop_ids({"eos_token_id": 9}, tokenizer) == (2, 9)
+    assert stop_ids({}, tokenizer) == (2,)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 3]}))
+    assert stop_ids(tmp_path, tokenizer) == (2, 3, 4)
+    tokenizer.eos_token = None
+    assert stop_ids({}, tokenizer) == ()
+
+
+def test_chat_template(shared, tmp_path):
+    source = shared / "models" / "stories260k-llama"
+    assert load_tokenizer(source).chat_template is None
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    assert load_tokenizer(source, chat_template=str(file)).chat_template == "{{ messages }}"
+    assert load_tokenizer(source, chat_template="{{ x }}").chat_template == "{{ x }}"
+    with pytest.raises(InputError, match=r"absent\.jinja"):
+        load_tokenizer(source, chat_template="absent.jinja")
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_trap_pad_is_not_eos(shared, tmp_path):
+    """TRAPS.md, pad token = EOS token: another id is taken where there is one."""
+    for file in (shared / "models" / "stories260k-llama").iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "</s>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 0
