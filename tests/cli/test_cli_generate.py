@@ -6,8 +6,10 @@ import re
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.pipeline.compare import page
+from jaxalign.pipeline.compare import _ROWS, page
 from tests.cli.cases import with_context
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,7 @@ def test_compare_a_model_with_itself(model, heldout, reward, tmp_path, capsys):
     assert rate["low"] < 0.5 < rate["high"] and rate["lines"] == {"harm": 0.5, "good": 0.55}
     base, aligned = result["models"]["base"], result["models"]["aligned"]
     assert base == aligned and base["perplexity"] > 1 and base["perplexity_tokens"] > 10
+    assert aligned["kl_to_base"] == 0.0
     assert result["samples"][0]["prompt"] == "Once upon a time"
     assert result["samples"][0]["base_reward"] == len(result["samples"][0]["base"])
     shown = capsys.readouterr().out
@@ -130,11 +133,7 @@ def test_compare_refuses_before_it_generates(model, heldout, capsys, flags, word
 
 def test_the_page_keeps_markup_and_wide_letters():
     sample = {"prompt": "[bold]x[/bold] 模型", "base": "a", "aligned": "b", "base_reward": None, "aligned_reward": 1.5}
-    figures = {"reward": None, "perplexity": None, "finished": 1.0}
-    full = {k: figures.get(k) for k in (
-        "reward", "perplexity", "finished", "mean_length", "distinct_1", "distinct_2", "repetition_4",
-        "distinct_samples", "length_reward_correlation",
-    )}  # fmt: skip
+    full = {key: 1.0 if key == "finished" else None for key, _, _ in _ROWS}
     result = {"models": {"base": full, "aligned": full}, "samples": [sample], "win_rate": None, "same_tokenizer": False}
     text = page(result, show=5)
     assert "[bold]x[/bold] 模型" in text and "[1.5]" in text and "100.0%" in text

@@ -9,6 +9,8 @@ import pytest
 from jaxalign.cli import main
 from tests.cli.cases import LINES, make_reward, run, with_context, write_lines
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 GOLDEN = json.loads((Path(__file__).resolve().parent.parent / "golden" / "cli_logprobs.json").read_text())
 
 
