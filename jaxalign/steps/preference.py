@@ -67,16 +67,19 @@ def preference_objective(
     def objective(params, frozen, extra, batch: Batch) -> Sums:
         del extra
         completions = batch.completions
-        policy = sequence_logprobs(apply, head, params["policy"], batch)
+        logprobs = sequence_logprobs(apply, head, params["policy"], batch)
         if reference == "live":
-            ref = jax.lax.stop_gradient(sequence_logprobs(apply, head, frozen["ref"], batch))
+            ref_logprobs = jax.lax.stop_gradient(sequence_logprobs(apply, head, frozen["ref"], batch))
         else:
-            ref = completions.ref_logprob
-        lengths = completion_sums(batch.readouts.mask, batch.readouts, completions.mask.shape[1])
-        policy, ref, lengths, weights = (by_pair(x, batch) for x in (policy, ref, lengths, completions.weight))
-        terms = terms_of(policy, ref, lengths, weights["chosen"], beta=beta, **options)
-        tokens = jnp.sum(jnp.where(weights["chosen"] != 0, lengths["chosen"] + lengths["rejected"], 0))
-        return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": tokens})
+            ref_logprobs = completions.ref_logprob
+        tokens = completion_sums(batch.readouts.mask, batch.readouts, completions.mask.shape[1])
+        policy, ref, lengths, weights = (
+            by_pair(x, batch) for x in (logprobs, ref_logprobs, tokens, completions.weight)
+        )
+        weight = weights["chosen"]
+        terms = terms_of(policy, ref, lengths, weight, beta=beta, **options)
+        scored = jnp.sum(jnp.where(weight != 0, lengths["chosen"] + lengths["rejected"], 0))
+        return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": scored})
 
     return objective
 

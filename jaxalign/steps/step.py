@@ -90,7 +90,7 @@ def make_train_step(
     def step(state: TrainState, frozen: dict[str, Params], batch: Any):
         params = {role: state.params[role] for role in roles}
         extra = dict(state.extra)
-        scale = LossScale.current(extra) if loss_scaling else 1
+        scale = LossScale.current(extra) if loss_scaling else jnp.float32(1)
         grads, sums = _accumulate(
             lambda micro: gradients(params, frozen, state.extra, scale, micro), batch, grad_accum_steps
         )
