@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, list_tensors
 from jaxalign.types import Params
+
+_READERS = min(8, os.cpu_count() or 1)  # layers copied at once: transposing them is what loading waits for
 
 Shardings = Callable[[Params], Any] | None
 
@@ -182,8 +186,12 @@ def _read_leaf(
         if not row.stacked:
             out[...] = row.to_ours(tensors[0].read(), sizes)[within]
             return out
-        for i, layer in enumerate(range(*bounds[0])):
-            out[i] = row.to_ours(tensors[layer].read(), sizes)[within]
+
+        def copy(i: int) -> None:
+            out[i] = row.to_ours(tensors[bounds[0][0] + i].read(), sizes)[within]
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(copy, range(len(out))))
         return out
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

@@ -24,7 +24,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
       A transformers tokenizer whose `pad_token_id` is set, see `choose_pad`.
 
     Raises:
-      InputError: no tokenizer there, or one that transformers cannot read without further packages.
+      InputError: no tokenizer there, or one that cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -33,17 +33,21 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
         raise InputError(
             f"no tokenizer in {directory}", " or ".join(TOKENIZER_FILES[:2]), "--config.model.tokenizer=DIR"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its back end raised
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        only = not (directory / "tokenizer.json").is_file()
-        raise InputError(
-            f"the tokenizer in {directory} cannot be read: {reason}",
-            "a tokenizer.json" + (" (this directory has none, only an older form)" if only else ""),
-            "save it once where sentencepiece and protobuf are installed: "
-            "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
-        ) from error
+    only = directory / "tokenizer.model"
+    if only.is_file() and not (directory / "tokenizer.json").is_file():
+        from jaxalign.models.sentencepiece import from_sentencepiece
+
+        tokenizer = from_sentencepiece(only)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its back end raised
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"the tokenizer in {directory} cannot be read: {reason}",
+                "a whole tokenizer.json",
+                "--config.model.tokenizer=a directory with one",
+            ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
     tokenizer.pad_token_id = choose_pad(tokenizer)

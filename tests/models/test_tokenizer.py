@@ -29,6 +29,33 @@ def test_real_tokenizers(shared, name, pad, stops):
         check_vocabulary(tokenizer, 100)
 
 
+@pytest.mark.parametrize("name", ["llama2-spm", "mistral-v3-spm"])
+def test_sentencepiece_alone(shared, tmp_path, name):
+    """The tokens are sentencepiece's own (transformers 5.23 makes others after a newline), BOS first, text restored."""
+    import sentencepiece
+
+    file = shared / "tokenizers" / name / "tokenizer.model"
+    shutil.copyfile(file, tmp_path / "tokenizer.model")
+    config = {"chat_template": "{{ x }}", "bos_token": {"content": "<s>"}, "add_bos_token": False}
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("One day,\n  two   cats", "x = {'a': 1}\n\n\tprint(x)", "Grüße 你好 🙂", "   ", "a"):
+        ids = tokenizer(text).input_ids
+        assert ids == [reference.bos_id(), *reference.encode(text)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.chat_template) == (2, 0, None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("a").input_ids == reference.encode("a")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again("One day,\n  two").input_ids == reference.encode("One day,\n  two")
+    assert again.chat_template == "{{ x }}"
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
 def test_stop_ids_of_every_source(shared, tmp_path):
     """Several stop ids: the generation config's list, the config's and the tokenizer's own."""
     tokenizer = load_tokenizer(shared / "models" / "stories260k-llama")
