@@ -203,13 +203,14 @@ def _in_stage(name: str, error: InputError) -> InputError:
 
 
 _RUN, _SKIP = 1, 2
+_SCRATCH = ("cache", RECORD + ".tmp")  # what a dry run leaves, and a crash before the start; no result among it
 
 
 def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
     """Decides what to do with a stage's directory, and makes it ready."""
     workdir = _path(stage.config.workdir)
     record = _path(stage.config.workdir, RECORD)
-    if workdir.exists() and any(True for _ in workdir.iterdir()):
+    if workdir.exists() and any(path.name not in _SCRATCH for path in workdir.iterdir()):
         known = _read(record).get("key")
         if known == stage.key and is_done(stage.config.workdir):
             say(f"stage {stage.name}: done before, kept ({workdir})")

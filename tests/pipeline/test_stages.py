@@ -173,6 +173,13 @@ def test_a_directory_of_unknown_origin_is_kept(road, trainer, tmp_path):
     assert (tmp_path / "run" / "sft.old-1" / "thesis.txt").read_text() == "mine"
 
 
+def test_what_a_dry_run_cached_is_used_in_place(road, trainer, tmp_path):
+    (tmp_path / "run" / "sft" / "cache").mkdir(parents=True)
+    module.run(road(), log=lambda line: None)
+    assert (tmp_path / "run" / "sft" / "cache").is_dir()
+    assert not list((tmp_path / "run").glob("*.old-*"))
+
+
 def test_part_of_the_stages(road, trainer):
     module.run(road(stages=("sft", "dpo")), log=lambda line: None)
     assert trainer.names == ["sft", "dpo"]
