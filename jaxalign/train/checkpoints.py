@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.sharding import path_name
 from jaxalign.types import TrainState
 
 
@@ -42,6 +43,7 @@ class Checkpoints:
         self._best_metric, self._best_mode = best_metric, best_mode
         self._manager = ocp.CheckpointManager(
             directory,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
@@ -80,17 +82,19 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint is of another model or optimizer.
         """
-        args = self._ocp.args
-        try:
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(like), meta=args.JsonRestore())
-            )
-        except (ValueError, KeyError) as error:
+        there, wanted = _shapes(self._manager.item_metadata(step).state), _shapes(like)
+        wrong = [n for n in sorted(there.keys() | wanted.keys()) if there.get(n) != wanted.get(n)]
+        if wrong:
+            first = f"{wrong[0]} is {there.get(wrong[0], 'not there')}, wanted {wanted.get(wrong[0], 'nothing')}"
             raise InputError(
-                f"checkpoint {step} does not fit this run: {str(error).splitlines()[0][:300]}",
+                f"checkpoint {step} does not fit this run: {len(wrong)} arrays differ; {first}",
                 "the model and optimizer that the run was started with",
                 "--config.workdir=ANOTHER",
-            ) from error
+            )
+        args = self._ocp.args
+        found = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(like), meta=args.JsonRestore())
+        )
         return found.state, found.meta
 
     def steps(self) -> list[int]:
@@ -115,6 +119,10 @@ class Checkpoints:
         """Waits and lets go."""
         self.wait()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def abstract(state: Any, shardings: Any) -> Any:

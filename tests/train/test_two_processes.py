@@ -36,7 +36,12 @@ def start_both(spec, results, **options):
 
 
 def test_two_processes_stop_together_go_on_and_equal_one(shared, tmp_path):
-    doubles = {"model.dtype": "float64", "model.param_dtype": "float64", "num_train_steps": 5, "data.eval_fraction": 0.2}
+    doubles = {
+        "model.dtype": "float64",
+        "model.param_dtype": "float64",
+        "num_train_steps": 5,
+        "data.eval_fraction": 0.2,
+    }
     one, two = tmp_path / "one", tmp_path / "two"
     single = start(stories(shared, one, "dpo", **doubles), devices=2, x64=True)
 

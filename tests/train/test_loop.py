@@ -1,0 +1,172 @@
+"""The loop's rules: one compile, figures one step late, what stops it, what it saves."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loop_world import Data, World, host_batch
+
+from jaxalign.errors import InputError
+
+
+def rows(world):
+    return [json.loads(line) for line in world.directory.metrics.read_text().splitlines()]
+
+
+def saved(world):
+    return sorted(int(p.name) for p in world.directory.checkpoints.iterdir())
+
+
+def test_one_compile_also_after_a_resume(tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    world = World(tmp_path, num_steps=3, checkpoint__every=3)
+    world.run()
+    world.num_steps = 6
+    before = len(compiled)
+    state, results = world.run()  # restored, on the same executable
+    assert world.step.num_compiles == 1
+    assert int(state.data_cursor) == 6 and int(state.step) == 6
+    assert [r["step"] for r in rows(world)] == [1, 2, 3, 4, 5, 6]
+    assert results["metrics"]["x"] == pytest.approx(1 - 0.8**5)
+    assert len(compiled) - before <= 2, "what a resume compiles beside the step stays small"
+
+
+def test_a_batch_is_a_function_of_its_index(tmp_path):
+    world = World(tmp_path, num_steps=4, checkpoint__every=2)
+    world.run()
+    world.num_steps = 6
+    world.run()
+    assert world.data.asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_figures_are_read_one_step_late(tmp_path):
+    """Step n + 1 is under way before the figures of step n are waited for."""
+    world, events = World(tmp_path, num_steps=4), []
+    step, get = world.step, jax.device_get
+
+    class Watched:
+        num_compiles, compile_seconds = 0, 0.0
+
+        def __call__(self, *args):
+            events.append("step")
+            return step(*args)
+
+    def device_get(x):
+        if x and isinstance(x, list):
+            events.append("read")
+        return get(x)
+
+    world.step = Watched()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_get", device_get)
+        world.run()
+    assert events == ["step", "step", "read", "step", "read", "step", "read", "read"]
+
+
+def test_trap_a_loss_that_is_not_finite_stops_with_step_records_and_checkpoint(tmp_path):
+    world = World(tmp_path, num_steps=6, data=Data({3: host_batch(3, value=-1)}), checkpoint__every=2)
+    with pytest.raises(InputError) as error:
+        world.run()
+    assert "step 4, records [24, 25, 26" in error.value.found and "nan" in error.value.found
+    assert "last good checkpoint is 2" in error.value.expected
+    assert saved(world) == [2]
+    assert rows(world)[-1]["step"] == 4 and rows(world)[-1]["loss"] is None
+
+
+def test_trap_a_batch_of_zero_weight_says_why(tmp_path):
+    empty = host_batch(1, weight=0.0)
+    with pytest.raises(InputError, match="all of these have weight 0"):
+        World(tmp_path / "a", data=Data({1: empty})).run()
+    masked = empty._replace(readouts=empty.readouts._replace(mask=np.zeros((8, 1), bool)))
+    with pytest.raises(InputError, match="chat template without assistant turns"):
+        World(tmp_path / "b", data=Data({1: masked})).run()
+    padding = masked._replace(record_ids=np.full((8, 1), -1, np.int32))
+    with pytest.raises(InputError, match="only padding"):
+        World(tmp_path / "c", data=Data({1: padding})).run()
+
+
+def test_trap_an_exception_in_the_data_stream_stops_training(tmp_path):
+    world = World(tmp_path, data=Data({2: RuntimeError("batch 2, record 17: bad")}))
+    with pytest.raises(RuntimeError, match="record 17"):
+        world.run()
+
+
+def test_trap_state_is_donated_and_prepare_has_read_it(tmp_path):
+    """A figure that is an array of the state itself must be read before the step takes the state over."""
+    seen = []
+
+    def prepare(state, frozen, batch):
+        seen.append(state)
+        return state, [batch, batch], {"objective/kl_coef": state.params["policy"]["norm"]["scale"][0], "n": state.step}
+
+    world = World(tmp_path, num_steps=3, prepare=prepare)
+    state, _ = world.run()
+    assert int(state.step) == 6 and int(state.data_cursor) == 3  # two updates for each batch of the stream
+    assert [r["n"] for r in rows(world)] == [0, 2, 4]
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(seen[0].params["policy"]["norm"]["scale"])
+
+
+def test_evaluation_and_checkpoints_come_when_asked_and_at_the_end(tmp_path):
+    asked = []
+
+    def evaluate(state):
+        asked.append(int(state.data_cursor))
+        return {"loss": abs(len(asked) - 2) + 1.0}  # best at the second evaluation
+
+    world = World(
+        tmp_path,
+        num_steps=7,
+        evaluate=evaluate,
+        eval__every=2,
+        checkpoint__every=2,
+        checkpoint__keep=1,
+        checkpoint__best_metric="eval/loss",
+    )
+    world.run()
+    assert asked == [2, 4, 6, 7]
+    assert saved(world) == [4, 7]  # the best and the last
+    assert [r["step"] for r in rows(world) if "eval/loss" in r] == [2, 4, 6, 7]
+
+
+def test_an_unknown_best_metric_is_refused_with_the_names_there_are(tmp_path):
+    world = World(
+        tmp_path,
+        evaluate=lambda state: {"loss": 1.0},
+        eval__every=2,
+        checkpoint__every=2,
+        checkpoint__best_metric="acc",
+    )
+    with pytest.raises(InputError, match="one of eval/loss"):
+        world.run()
+
+
+def test_a_saved_state_is_not_touched_by_later_donated_steps(tmp_path):
+    world = World(tmp_path, num_steps=6, checkpoint__every=1, checkpoint__keep=6)
+    world.run()
+    from jaxalign.train.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(world.directory.checkpoints, keep=6)
+    for step in checkpoints.steps():
+        state, meta = checkpoints.restore(step, world.like)
+        assert meta["step"] == step == int(state.data_cursor)
+        x = float(state.params["policy"]["norm"]["scale"][0])
+        assert x == pytest.approx(1 - 0.8**step, rel=1e-5)
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    from jaxalign.train.checkpoints import Checkpoints
+
+    world = World(tmp_path, num_steps=1)
+    world.run()
+    checkpoints = Checkpoints(world.directory.checkpoints, keep=1)
+    params = {"policy": {"norm": {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
+    with pytest.raises(InputError, match="does not fit"):
+        checkpoints.restore(1, world.like._replace(params=params))
+    checkpoints.close()

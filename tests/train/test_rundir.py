@@ -1,0 +1,110 @@
+"""What a run directory accepts, and its figures after a crash."""
+
+import json
+
+import pytest
+
+from jaxalign.config import defaults, to_dict
+from jaxalign.errors import InputError
+from jaxalign.train.metrics import Writer, cut_back, read_metrics
+from jaxalign.train.rundir import FORMAT, RunDir
+
+
+def make(tmp_path, **fields):
+    c = defaults("sft")
+    c.workdir, c.model.path, c.data.sources = str(tmp_path / "run"), "m", ("a",)
+    c.logging.tensorboard = False
+    for name, value in fields.items():
+        *parents, leaf = name.split("__")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return c
+
+
+def open_run(c, resume=True):
+    return RunDir(c.workdir).open(to_dict(c), resume=resume)
+
+
+def test_same_configuration_goes_on_another_is_refused(tmp_path):
+    c = make(tmp_path)
+    assert open_run(c) is None and open_run(c) is None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == FORMAT
+    with pytest.raises(InputError, match=r"optimizer.learning_rate \(was 2e-05, is 0.1\)"):
+        open_run(make(tmp_path, optimizer__learning_rate=0.1))
+    with pytest.raises(InputError, match="batch_size"):
+        open_run(make(tmp_path, batch_size=2))
+    # what does not change the numbers may change
+    assert open_run(make(tmp_path, mesh__data=2, logging__every=7, checkpoint__every=9, model__remat="none")) is None
+
+
+def test_length_may_change_under_a_constant_rate_only(tmp_path):
+    open_run(make(tmp_path))
+    with pytest.raises(InputError, match="num_epochs"):
+        open_run(make(tmp_path, num_epochs=2))
+    other = tmp_path / "constant"
+    open_run(make(other, optimizer__schedule="constant"))
+    RunDir(str(other / "run")).write_json("DONE", {"steps": 3})
+    assert open_run(make(other, optimizer__schedule="constant")) == {"steps": 3}
+    assert open_run(make(other, optimizer__schedule="constant", num_epochs=2)) is None
+    assert not (other / "run" / "DONE").exists()
+
+
+def test_another_format_and_foreign_checkpoints_are_refused(tmp_path):
+    c = make(tmp_path)
+    open_run(c)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        open_run(c)
+    path.unlink()
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match="no config"):
+        open_run(c)
+
+
+def test_resume_can_be_forbidden(tmp_path):
+    c = make(tmp_path)
+    open_run(c)
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match="resume=True"):
+        open_run(c, resume=False)
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+    c = make(tmp_path)
+    run = RunDir(c.workdir)
+    writer = Writer(run, c.logging, start=0, config={})
+    for step in range(1, 6):
+        writer.write(step, {"loss": 1.0 / step})
+    writer.write(3, {"eval/loss": float("nan")})
+    writer.close()
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 6, "lo')  # a crash in the middle of a row
+    writer = Writer(run, c.logging, start=3, config={})
+    writer.write(4, {"loss": 7.0})
+    writer.close()
+    rows = read_metrics(run)
+    assert [r["step"] for r in rows] == [1, 2, 3, 3, 4]
+    assert rows[3]["eval/loss"] is None and rows[-1]["loss"] == 7.0
+    cut_back(run, 0)
+    assert read_metrics(run) == []
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    c = make(tmp_path, logging__tensorboard=True)
+    run = RunDir(c.workdir)
+    writer = Writer(run, c.logging, start=0, config={})
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert list((tmp_path / "run" / "events").iterdir())
+
+
+def test_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    c = make(tmp_path, logging__wandb_project="p")
+    with pytest.raises(InputError, match="pip install wandb"):
+        Writer(RunDir(c.workdir), c.logging, start=0, config={})

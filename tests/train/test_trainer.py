@@ -1,0 +1,120 @@
+"""Whole stages on a real model, in this process: devices, accumulation, references, results."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from run_child import make_config, stories
+from safetensors.numpy import load_file
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.train import reference, trainer
+
+DOUBLES = {"model.dtype": "float64", "model.param_dtype": "float64"}
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(shared, workdir, algorithm, devices=1, **fields):
+    fields = {"num_train_steps": 3, "checkpoint.every": 0} | fields
+    return trainer.run(make_config(stories(shared, workdir, algorithm, **fields)), devices=jax.devices()[:devices])
+
+
+def test_devices_and_accumulation_change_nothing(shared, tmp_path, x64):
+    common = DOUBLES | {"batch_size": 16, "data.max_length": 64, "data.max_records": 60}
+    runs = {
+        "one": {"devices": 1},
+        "eight": {"devices": 8, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "grad_accum_steps": 2},
+    }
+    for name, options in runs.items():
+        results = train(shared, tmp_path / name, "sft", **common, **options)
+        assert results["num_compiles"] == 1
+    one, eight = (metrics_of(tmp_path / name) for name in runs)
+    for a, b in zip(one, eight, strict=True):
+        for key in ("loss", "grad_norm", "param_norm", "update_norm", "weight", "learning_rate"):
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-9, err_msg=key)
+    a, b = (load_file(tmp_path / name / "export" / "model.safetensors") for name in runs)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_trap_reference_is_the_start_live_and_cached(shared, tmp_path, monkeypatch):
+    live = train(shared, tmp_path / "live", "dpo", **{"logging.samples_every": 2, "rollout.max_new_tokens": 8})
+    first = metrics_of(tmp_path / "live")[0]
+    assert all(first[f"rewards/{k}"] == 0.0 for k in ("chosen", "rejected", "margins"))  # exactly
+    assert live["model_bytes"]["ref"] == live["model_bytes"]["policy"]
+    samples = [json.loads(line) for line in (tmp_path / "live" / "samples" / "2.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and {"step", "record", "prompt", "completion", "finished"} <= samples[0].keys()
+    assert 0 <= metrics_of(tmp_path / "live")[2]["samples/distinct_2"] <= 1
+
+    cached = {"algorithm.reference": "cached"}
+    results = train(shared, tmp_path / "cached", "dpo", **cached)
+    beta, rows = 0.1, metrics_of(tmp_path / "cached")
+    for name in ("chosen", "rejected"):
+        assert abs(rows[0][f"rewards/{name}"]) <= beta * 1e-3  # 1e-3 nats
+    live_rows = [r for r in metrics_of(tmp_path / "live") if "loss" in r]
+    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in live_rows], rtol=1e-4)
+    assert "ref" not in results["model_bytes"]
+
+    # the same model, data and tokenizer: nothing is computed again; on two devices as on one
+    monkeypatch.setattr(reference, "_compute", None)
+    train(shared, tmp_path / "again", "dpo", devices=2, **cached, num_train_steps=1)
+    # a file of another model under this name is refused
+    (file,) = (tmp_path / "cache").glob("reference-*.npz")
+    with np.load(file) as old:
+        keys = json.loads(str(old["keys"])) | {"model": "another"}
+        np.savez(file, keys=json.dumps(keys), table=old["table"])
+    with pytest.raises(InputError, match="made with another model"):
+        train(shared, tmp_path / "stale", "dpo", **cached)
+
+
+def test_fingerprint_sees_every_number_and_no_mesh():
+    params = {"layers": {"mlp": {"down": {"kernel": np.arange(2 * 8 * 4, dtype=np.float32).reshape(2, 8, 4)}}}}
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    one, many = jax.device_put(params), jax.device_put(params, param_shardings(mesh, params))
+    assert reference.fingerprint(one) == reference.fingerprint(many)
+    kernel = params["layers"]["mlp"]["down"]["kernel"]
+    kernel[1, 3, 2] = np.nextafter(kernel[1, 3, 2], np.float32(np.inf))
+    assert reference.fingerprint(one) != reference.fingerprint(jax.device_put(params))
+    kernel[1, 3, 2], kernel[1, 3, 1] = kernel[1, 3, 1], 62.0
+    assert reference.fingerprint(one) != reference.fingerprint(jax.device_put(params))  # swapped numbers too
+
+
+def test_reward_model_run_and_its_results(shared, tmp_path):
+    results = train(
+        shared, tmp_path / "run", "reward", **{"data.eval_fraction": 0.25, "eval.every": 2, "logging.tensorboard": True}
+    )
+    workdir = tmp_path / "run"
+    assert {"loss", "rewards/accuracies", "learning_rate", "tokens_per_second"} <= results["metrics"].keys()
+    assert "eval/rewards/accuracies" in results["eval"] and results["num_compiles"] == 1
+    assert json.loads((workdir / "export" / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+    names = {p.name for p in workdir.iterdir()}
+    assert {"config.json", "data_report.json", "checkpoints", "metrics.jsonl", "events", "export", "DONE"} <= names
+    before = (workdir / "metrics.jsonl").stat().st_mtime_ns
+    again = train(
+        shared, workdir, "reward", **{"data.eval_fraction": 0.25, "eval.every": 2, "logging.tensorboard": True}
+    )
+    assert again["metrics"] == results["metrics"]  # done: nothing is trained again
+    assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
+    spec = stories(shared, tmp_path / "run", "dpo")
+    found = trainer.run(make_config(spec), dry_run=True, devices=jax.devices()[:1])
+    out = capsys.readouterr().out
+    assert len(found["rows"]) == 3 and "⟦" in found["rows"][0] and "chosen" in found["rows"][0]
+    assert found["steps"] == 8 and found["memory"]["total"] > 0 and found["model_bytes"]["ref"] > 0
+    assert "a training step needs" in out and "row 2" in out
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):
+    with pytest.raises(InputError, match="batch_size=8"):
+        train(shared, tmp_path / "run", "sft", devices=8, batch_size=4)
