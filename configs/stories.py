@@ -1,0 +1,161 @@
+"""Real input: a 3.1M-parameter story teller learns to like films, to be polite, and to help.
+
+command   python -m jaxalign.pipeline.stories [--config.field=value ...]
+          Once its data are written, `jaxalign train --config=configs/stories.py --config.stages=NAME,...` trains
+          stages by themselves.
+paper     controlled sentiment as in Rafailov et al. 2023 (arXiv 2305.18290, section 6); PPO as in Ouyang et al. 2022
+          (arXiv 2203.02155)
+hardware  2 CPU cores
+data      ../shared, or what JAXALIGN_SHARED names: models/stories3m-llama, IMDb, rasbt-preference, hh-rlhf
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from jaxalign.config import defaults, stages
+
+WORKDIR = "runs/stories"
+SHARED = os.environ.get("JAXALIGN_SHARED", "../shared")
+
+
+def get_config(workdir: str = WORKDIR):
+    """Ten stages over one small Llama; those of IMDb come first."""
+    data = os.path.join(workdir, "data")
+    config = stages(
+        workdir,
+        sft=sft(data),
+        reward=reward(data),
+        dpo=dpo(data),
+        ppo=ppo(data),
+        polite_sft=plain_sft(data, "polite"),
+        polite_reward=plain_reward(data, "polite"),
+        polite_dpo=plain_dpo(data, "polite"),
+        hh_sft=plain_sft(data, "hh"),
+        hh_reward=plain_reward(data, "hh"),
+        hh_dpo=plain_dpo(data, "hh"),
+    )
+    with config.unlocked():
+        config.prepare = prepare()
+    return config
+
+
+def prepare():
+    """How the data are cut, and how the results are judged."""
+    return ConfigDict(
+        {
+            "shared": SHARED,
+            "min_words": 8,  # of a passage: the whole sentences that a review begins or ends with
+            "max_words": 30,
+            "prompt_words": 5,
+            "judge_reviews": 25000,  # of the test half; the judge alone sees them
+            "heldout_reviews": 1000,  # for held-out prompts and pairs
+            "prompt_reviews": 4000,  # for the prompts of DPO and PPO; SFT and reward model never see these
+            "sft_reviews": 12000,
+            "labelled_reviews": 5600,  # give a pair of openings and a pair of closings for every two
+            "heldout_prompts": 400,
+            "dpo_prompts": 1600,  # of which two samples each are ordered by the reward model
+            "polite_heldout": 110,
+            "dialogues": 2400,
+            "dialogues_heldout": 300,
+            "dialogue_characters": 600,
+            "compared_prompts": 100,  # of the polite and hh held-out pairs, to be answered
+        }
+    )
+
+
+def _common(config, data: str, train: str, heldout: str):
+    config.data.sources = (f"{data}/{train}.jsonl",)
+    config.data.eval_sources = (f"{data}/{heldout}.jsonl",)
+    config.data.max_length = 128
+    config.model.remat = "none"
+    config.optimizer.warmup_steps = 20
+    config.logging.every = 10
+    return config
+
+
+def _packed(config, row_length: int, rows: int):
+    """Rows of several records."""
+    config.data.packing = True
+    config.data.row_length = row_length
+    config.batch_size = rows
+    return config
+
+
+def sft(data: str):
+    """Openings of reviews, whole sentences that end by EOS."""
+    config = _packed(_common(defaults("sft"), data, "reviews", "reviews_heldout"), 256, 8)
+    config.model.path = f"{SHARED}/models/stories3m-llama"
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
+def reward(data: str):
+    """A positive against a negative passage of like length."""
+    config = _packed(_common(defaults("reward"), data, "labels", "labels_heldout"), 256, 8)
+    config["from"].model = "sft"
+    config.optimizer.learning_rate = 5e-4
+    return config
+
+
+def dpo(data: str):
+    """Two samples of the SFT model to one prompt, ordered by the reward model."""
+    config = _packed(_common(defaults("dpo"), data, "pairs", "pairs_heldout"), 256, 8)
+    config["from"].model = "sft"
+    config.data.append_eos = False  # a finished sample brings its own; an unfinished one must not get one
+    config.optimizer.learning_rate = 2e-4  # far above the guides' range: the model is tiny
+    config.rollout.max_new_tokens = 64
+    return config
+
+
+def ppo(data: str):
+    """The same prompts, sampled anew, against the reward model."""
+    config = _common(defaults("ppo"), data, "prompts", "prompts_heldout")
+    config["from"].model = "sft"
+    config["from"].reward = "reward"
+    config.batch_size = 64
+    config.num_train_steps = 40
+    config.optimizer.warmup_steps = 0
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.value_learning_rate = 5e-4
+    config.algorithm.num_ppo_epochs = 2
+    config.algorithm.num_minibatches = 2
+    config.rollout.max_new_tokens = 64
+    config.rewards.missing_eos_penalty = 1.0
+    config.logging.every = 1
+    config.logging.samples_every = 10
+    config.eval.num_batches = 2
+    return config
+
+
+_LENGTH = {"polite": 256, "hh": 384}
+
+
+def plain_sft(data: str, name: str):
+    """The chosen sides."""
+    config = _packed(_common(defaults("sft"), data, name, f"{name}_heldout"), 512, 8)
+    config.model.path = f"{SHARED}/models/stories3m-llama"
+    config.data.max_length = _LENGTH[name]
+    config.num_epochs = {"polite": 3, "hh": 1}[name]
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
+def plain_reward(data: str, name: str):
+    """Pairs as they stand."""
+    config = _packed(_common(defaults("reward"), data, name, f"{name}_heldout"), 512, 8)
+    config["from"].model = f"{name}_sft"
+    config.data.max_length = _LENGTH[name]
+    config.num_epochs = {"polite": 2, "hh": 1}[name]
+    config.optimizer.learning_rate = 3e-4
+    return config
+
+
+def plain_dpo(data: str, name: str):
+    """The same pairs."""
+    config = _packed(_common(defaults("dpo"), data, name, f"{name}_heldout"), 512, 8)
+    config["from"].model = f"{name}_sft"
+    config.data.max_length = _LENGTH[name]
+    config.optimizer.learning_rate = 1e-4
+    config.rollout.max_new_tokens = 64
+    return config
