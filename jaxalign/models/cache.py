@@ -15,7 +15,7 @@ class Cache(NamedTuple):
 
     keys: jax.Array  # [L, B, S, K, H]
     values: jax.Array  # [L, B, S, K, H]
-    index: jax.Array  # int32 [], slots written so far, the same in every row
+    index: jax.Array  # type: ignore[assignment]  # int32 [], slots written so far, the same in every row
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = None) -> Cache:

@@ -201,6 +201,7 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
 def _gather(row: names.Row, leaf: Any, layer: int | None, sizes: dict[str, int]) -> np.ndarray:
     """One tensor on the host, in Hugging Face's layout."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        assert isinstance(leaf.sharding, NamedSharding)
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         leaf = _whole(whole)(leaf) if layer is None else _whole_layer(whole)(leaf, layer)
     elif layer is not None:

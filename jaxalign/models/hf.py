@@ -49,13 +49,13 @@ def load(
       head: "lm", "score", or None for what the checkpoint is. "score" on a causal language model drops its token head
         and starts a scalar one.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
-      key: of a new scalar head; needed only there.
+      key: of a new scalar head; None: the checkpoint must have one.
 
     Returns:
       The model and its parameters.
 
     Raises:
-      InputError: a config field that is not honoured, or a key that is unknown, missing, twice or of another shape.
+      InputError: a config field that is not honoured, a key that is unknown, missing, twice or of another shape.
     """
     directory = locate(path, revision)
     config = from_hf(read_json(directory / CONFIG), dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
@@ -67,7 +67,11 @@ def load(
         if leaf_path in sources:
             _put(params, leaf_path, _read_leaf(names.row_of(leaf_path), sources[leaf_path], config, leaf, sharding))
         elif key is None:
-            raise ValueError(f"{directory} has no scalar head: pass a key to start one")
+            raise InputError(
+                f"no score.weight in {directory}",
+                "a reward model: LlamaForSequenceClassification with one label",
+                "the export of a reward stage, or such a checkpoint",
+            )
         else:
             fresh = jax.jit(lambda k: model.init(k)["score"]["kernel"], out_shardings=sharding)
             _put(params, leaf_path, fresh(key))
@@ -206,7 +210,7 @@ def _leaves(abstract: Params, shardings: Shardings) -> list[tuple[str, jax.Shape
     if shardings is None:
         placed = [SingleDeviceSharding(jax.local_devices()[0])] * len(flat)
     else:
-        placed = treedef.flatten_up_to(shardings(abstract))
+        placed = treedef.flatten_up_to(shardings(abstract))  # type: ignore[attr-defined]
     return [("/".join(k.key for k in p), leaf, s) for (p, leaf), s in zip(flat, placed, strict=True)]
 
 

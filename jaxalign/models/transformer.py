@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,16 +144,16 @@ class Ends(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _graph(kind: type[nnx.Module], config: ModelConfig):
+def _graph(kind: Callable[..., nnx.Module], config: ModelConfig) -> tuple[Any, Params]:
     """The structure of a module, and its parameters as a plain dict of shapes."""
     module = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(params=0)))
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
-        raise TypeError(f"{kind.__name__} holds state that is not a parameter: {rest}")
+        raise TypeError(f"{kind} holds state that is not a parameter: {rest}")
     return graphdef, nnx.to_pure_dict(params)
 
 
-def _init(kind: type[nnx.Module], config: ModelConfig, key: jax.Array) -> Params:
+def _init(kind: Callable[..., nnx.Module], config: ModelConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 

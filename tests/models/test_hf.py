@@ -166,7 +166,7 @@ def test_trap_scalar_head_starts_small(checkpoint):
     assert np.array_equal(kernel, again["score"]["kernel"])
     assert np.array_equal(params["layers"]["mlp"]["up"]["kernel"], policy["layers"]["mlp"]["up"]["kernel"])
     assert "lm_head" not in params
-    with pytest.raises(ValueError, match="key"):
+    with pytest.raises(InputError, match=r"no score\.weight"):
         load(checkpoint, head="score")
     out = hf.save(checkpoint.parent / "reward", model, params)
     written = json.loads((out / "config.json").read_text())
