@@ -160,13 +160,7 @@ def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
             str(Path(config.workdir, "reward/export")), dtype="float32", mesh=loaded.mesh, batch_size=128
         )
         scores = scorer(Samples(asked * 2, [c.text for c in found], [c.ids for c in found], ends, records, 0))
-        # A finished sample brings its EOS; an unfinished one must not be given one that it never had.
-        said = [c.text + loaded.tokenizer.eos_token * c.finished for c in found]
-        pairs = []
-        for one, other in ((i, i + len(asked)) for i in range(len(asked))):
-            if scores[one] != scores[other] and found[one].text.strip() and found[other].text.strip():
-                best, worst = (one, other) if scores[one] > scores[other] else (other, one)
-                pairs.append({"prompt": asked[one], "chosen": said[best], "rejected": said[worst]})
+        pairs = ordered_pairs(asked, found, scores, loaded.tokenizer.eos_token)
         train, heldout = reviews.hold_out(pairs, lambda row: row["prompt"], max(1, len(pairs) // 10))
         reviews.write_lines(data / "pairs.jsonl", train)
         reviews.write_lines(data / "pairs_heldout.jsonl", heldout)
@@ -179,6 +173,28 @@ def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
         }
 
     return _kept(data / "pairs.json", key, make)
+
+
+def ordered_pairs(
+    asked: Sequence[str], found: Sequence[Any], scores: Sequence[float], eos: str
+) -> list[dict[str, str]]:
+    """Pairs of two samples to each prompt, the better one first; equal and empty ones are left out.
+
+    A finished sample brings its EOS as text; an unfinished one must not be given one that it never had.
+
+    Args:
+      asked: prompts.
+      found: completions of all prompts, then of all prompts again.
+      scores: of each completion.
+      eos: the tokenizer's EOS token.
+    """
+    said = [c.text + eos * c.finished for c in found]
+    pairs = []
+    for one, other in ((i, i + len(asked)) for i in range(len(asked))):
+        if scores[one] != scores[other] and found[one].text.strip() and found[other].text.strip():
+            best, worst = (one, other) if scores[one] > scores[other] else (other, one)
+            pairs.append({"prompt": asked[one], "chosen": said[best], "rejected": said[worst]})
+    return pairs
 
 
 # ---- after training ------------------------------------------------------------------------------------------
