@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each call appends one JSON line: the command's name, its arguments, the JAX settings it saw, its standard input.
-RECORDER = """#!{python}
+RECORDER = """
 import json, os, sys
 settings = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "JAXALIGN_", "CUDA_VISIBLE"))}}
-call = dict(name=os.path.basename(sys.argv[0]), args=sys.argv[1:], env=settings, cwd=os.getcwd())
+call = dict(name={name!r}, args=sys.argv[1:], env=settings, cwd=os.getcwd())
 if call["args"][:1] == ["apply"]:
     call["stdin"] = sys.stdin.read()
 with open(os.environ["RECORD"], "a") as file:
@@ -57,7 +57,9 @@ class Checkout:
         """Puts a recording command on the PATH, or at a path; `body` is Python that runs after the recording."""
         path = self.bin / name if isinstance(name, str) else name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(RECORDER.format(python=sys.executable) + body)
+        program = self.bin.parent / f"fake-{len(list(self.bin.parent.glob('fake-*')))}.py"
+        program.write_text(RECORDER.format(name=path.name) + body)
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
         path.chmod(0o755)
 
     def fake_setup(self) -> None:
