@@ -69,7 +69,7 @@ def _rule(path: str) -> PartitionSpec | None:
     return next((spec for pattern, spec in RULES if re.search(rf"(^|/){pattern}$", path)), None)
 
 
-def _fit(names: Any, dim: int, mesh: Mesh) -> Any:
+def _fit(names: Any, dim: int, mesh: Any) -> Any:
     """The longest leading part of the axes that divides the dim."""
     names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
     while names and dim % math.prod(mesh.shape[a] for a in names):
@@ -124,6 +124,7 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
         return 0, 1
     shards = batch_shards(mesh)
     rows: set[int] = set()
+    device: Any
     for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
         if device.process_index == jax.process_index():
             rows.update(range(*index[0].indices(shards)))

@@ -96,7 +96,7 @@ def abstract_batch(stage: Any) -> Any:
 
     whole = Batch(
         Rows(*(array(np.int32, width + length) for _ in Rows._fields)),
-        Readouts(*(array(np.int32, length) for _ in range(3)), array(np.bool_, length)),
+        Readouts(array(np.int32, length), array(np.int32, length), array(np.int32, length), array(np.bool_, length)),
         Completions(*(array(x.dtype, *x.shape[1:]) for x in batch.completions)),
         array(np.int32, 1),
     )

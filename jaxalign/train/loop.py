@@ -73,7 +73,7 @@ class Loop:
         self._last_eval: dict[str, float] = {}
         self._eval_step = -1
         self._saved = start if start else None
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds = 0.0, 0.0
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
         pending: Pending | None = None
         try:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxalign.errors import InputError
 from jaxalign.models import hf
 from jaxalign.models.config import from_hf
 from jaxalign.models.hub import CONFIG, locate, read_json
@@ -51,7 +52,20 @@ class Loader:
         c = self.config.model
         dtype = c.param_dtype if learning_rate else c.frozen_dtype or c.param_dtype
         scratch = c.from_scratch and path == c.path
+        if not learning_rate:
+            self._check_scores(path, revision)
         return self._role(path, revision, dtype, "score", learning_rate, scratch)
+
+    def _check_scores(self, path: str, revision: str | None) -> None:
+        """Refuses a frozen scorer whose head would be a fresh one: its scores would be noise."""
+        c = self.config.model
+        found = from_hf(read_json(locate(path, revision) / CONFIG), dtype=c.dtype, param_dtype=c.dtype, remat="none")
+        if found.head != "score":
+            raise InputError(
+                f"{path} is no reward model: it has no scalar head",
+                "the export of a reward stage, or another sequence classifier with one label",
+                "--config.rewards.model=WORKDIR/export of algorithm.name=reward",
+            )
 
     def _role(self, path, revision, param_dtype, head, learning_rate, scratch) -> Role:
         c = self.config.model

@@ -165,7 +165,9 @@ def require_shared(run: RunDir) -> None:
         run.path.mkdir(parents=True, exist_ok=True)
         token.write_text("")
     multihost_utils.sync_global_devices("workdir written")
-    seen = any(token.exists() or time.sleep(0.2) for _ in range(25))  # network file systems may lag
+    deadline = time.monotonic() + 5  # network file systems may lag
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
     everyone = multihost_utils.process_allgather(np.array(seen))
     if is_main():
         token.unlink()

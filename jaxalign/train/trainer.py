@@ -279,7 +279,7 @@ def use_compilation_cache() -> None:
 
     A CPU's programs use the instructions of that very CPU, so each kind of CPU has a folder of its own.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     kind = jax.default_backend()
     if kind == "cpu":

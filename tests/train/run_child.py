@@ -22,6 +22,7 @@ def stories(shared, workdir, algorithm, **fields):
     sources = {
         "sft": str(data / "tinystories-sample" / "stories.jsonl"),
         "dpo": str(data / "rasbt-preference" / "instruction-data-with-preference.json"),
+        "ppo": str(data / "rasbt-preference" / "instruction-data-with-preference.json"),
         "reward": str(data / "rasbt-preference" / "instruction-data-with-preference.json"),
     }
     fields = {
@@ -40,9 +41,18 @@ def stories(shared, workdir, algorithm, **fields):
         "optimizer.learning_rate": 1e-4,
         "model.remat": "none",
     } | fields
+    if algorithm == "ppo":
+        few = {"rollout.max_new_tokens": 8, "algorithm.num_ppo_epochs": 2, "algorithm.num_minibatches": 2}
+        reward = {"rewards.function": f"{__file__}:reward", "rewards.normalize": True, "algorithm.kl_target": 0.1}
+        fields = few | reward | {"logging.samples_every": 0} | fields
     if algorithm == "dpo":
         fields = {"logging.samples_every": 0, "data.max_prompt_length": 100} | fields
     return {"algorithm": algorithm, "fields": {k.replace("__", "."): v for k, v in fields.items()}}
+
+
+def reward(prompts, completions):
+    """Counts the letter e."""
+    return [float(c.count("e")) for c in completions]
 
 
 def make_config(spec):
