@@ -1,0 +1,50 @@
+"""PPO of Llama-3.1-8B against the reward model that configs/reward.py makes, from the model of configs/sft.py.
+
+paper     Training language models to follow instructions, arXiv 2203.02155; PPO, arXiv 1707.06347; details of
+          implementation, arXiv 2403.17031
+command   bash launch/gpu_node.sh --config=configs/ppo.py
+          bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/ppo.py:tpu \
+               --config.workdir=gs://BUCKET/llama3_8b/ppo --config.model.path=DIR_OF_THE_SFT_MODEL \
+               --config.rewards.model=DIR_OF_THE_REWARD_MODEL
+your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=prompts.jsonl, and --config.rewards.model=DIR, or
+          --config.rewards.model=None --config.rewards.function=FILE.py:NAME
+hardware  gpu: one node of 8 H100-80GB;  tpu: v5p-16, 8 chips of 95 GiB on 2 hosts
+memory    MEMORY
+time      TIME
+numbers   not yet measured
+see       objective/scores up and objective/kl slowly with it; should the scores rise while completions grow alike
+          (rollout/distinct_2) or a judge disagrees, the reward is being hacked: a larger kl_coef, or stop earlier
+"""
+
+from jaxalign.config import defaults
+
+
+def get_config(hardware: str = "gpu"):
+    """The stage on "gpu" or "tpu"."""
+    config = defaults("ppo")
+    config.workdir = "runs/llama3_8b/ppo"
+    config.model.path = "runs/llama3_8b/sft/export"
+    config.rewards.model = "runs/llama3_8b/reward/export"  # the value model starts from it too
+    config.model.dtype = "bfloat16"  # of the computation; the trained weights and Adam stay float32
+    config.model.frozen_dtype = "bfloat16"  # reference and reward model are only read
+    config.mesh.tensor = {"gpu": 4, "tpu": 4}[hardware]  # each sampled token reads all weights: they stay split
+    config.data.sources = ({"path": "Anthropic/hh-rlhf", "name": "helpful-base"},)  # its prompts
+    config.data.eval_fraction = 0.01
+    config.data.max_length = 768
+    config.data.truncation = "keep_end"
+    config.rollout.max_new_tokens = 256
+    config.rewards.missing_eos_penalty = 1.0
+    config.batch_size = 128  # prompts of an iteration
+    config.num_train_steps = 300
+    config.grad_accum_steps = {"gpu": 8, "tpu": 8}[hardware]
+    config.algorithm.num_ppo_epochs = 2
+    config.algorithm.num_minibatches = 2
+    config.algorithm.kl_coef = 0.05
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.value_learning_rate = 5e-6
+    config.optimizer.warmup_steps = 20
+    config.eval.every = 50
+    config.eval.num_batches = 2
+    config.checkpoint.every = 50
+    config.logging.samples_every = 10
+    return config

@@ -1,0 +1,28 @@
+"""DPO at toy size: 32 pairs by heart, from the model that configs/toy/sft.py makes.
+
+command   bash launch/gpu_node.sh --config=configs/toy/dpo.py      (also without a GPU; after configs/toy/sft.py)
+hardware  1 CPU core
+memory    MEMORY
+time      TIME
+numbers   loss from 0.69 (ln 2) to NUMBER; nothing is learnt about other pairs
+"""
+
+from jaxalign.config import defaults
+
+
+def get_config():
+    """The stage."""
+    config = defaults("dpo")
+    config.workdir = "runs/toy/dpo"
+    config.model.path = "runs/toy/sft/export"
+    config.model.remat = "none"
+    config.data.sources = ("runs/toy/world/preferences.jsonl",)
+    config.data.max_records = 32
+    config.data.max_length = 64
+    config.num_train_steps = 30
+    config.batch_size = 16
+    config.optimizer.learning_rate = 1e-3  # a thousand times what a real model is given
+    config.optimizer.warmup_steps = 4
+    config.rollout.max_new_tokens = 24
+    config.logging.samples_every = 15
+    return config

@@ -1,0 +1,31 @@
+"""PPO at toy size, from the models that configs/toy/sft.py and configs/toy/reward.py make.
+
+command   bash launch/gpu_node.sh --config=configs/toy/ppo.py      (also without a GPU; after sft and reward)
+hardware  1 CPU core
+memory    MEMORY
+time      TIME
+numbers   NUMBER
+"""
+
+from jaxalign.config import defaults
+
+
+def get_config():
+    """The stage."""
+    config = defaults("ppo")
+    config.workdir = "runs/toy/ppo"
+    config.model.path = "runs/toy/sft/export"
+    config.rewards.model = "runs/toy/reward/export"
+    config.model.remat = "none"
+    config.data.sources = ("runs/toy/world/prompts.jsonl",)
+    config.data.max_records = 32
+    config.data.max_length = 64
+    config.num_train_steps = 6
+    config.batch_size = 16
+    config.rollout.max_new_tokens = 24
+    config.algorithm.num_ppo_epochs = 2
+    config.algorithm.num_minibatches = 2
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.value_learning_rate = 2e-3
+    config.logging.samples_every = 5
+    return config
