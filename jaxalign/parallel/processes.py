@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
 
 import jax
 
@@ -19,7 +23,7 @@ def initialize() -> bool:
       2. Kubernetes JobSet or indexed Job: `JOB_COMPLETION_INDEX`, with `JAX_NUM_PROCESSES` and either
          `JAX_COORDINATOR_ADDRESS` or `JOBSET_NAME` and `REPLICATED_JOB_NAME`;
       3. Slurm (`srun`), Open MPI and PMI (MPICH, Intel MPI), where they started more than one task;
-      4. a TPU slice of several hosts: `TPU_WORKER_HOSTNAMES`, or `jax`'s own detection with `JAXALIGN_TPU_POD=1`.
+      4. a TPU slice of several hosts: `TPU_WORKER_HOSTNAMES`, or on any TPU VM what its metadata say.
 
     After it SIGTERM is swallowed by the runtime; the loop polls `reached_preemption_sync_point` instead.
 
@@ -34,14 +38,14 @@ def initialize() -> bool:
     env = os.environ
     found = settings(env)
     if found is None:
-        return False
+        return on_tpu_vm(env) and _ask_tpu_metadata()
     if found.get("num_processes") == 1:
         return False
     jax.distributed.initialize(**found)  # an empty dict: jax asks the cluster (Slurm, Open MPI, TPU metadata)
     return jax.process_count() > 1
 
 
-def settings(env) -> dict | None:
+def settings(env: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is called with: None for one process, {} where jax finds out by itself.
 
     >>> settings({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
@@ -73,11 +77,26 @@ def settings(env) -> dict | None:
             "num_processes": int(env["PMI_SIZE"]),
             "process_id": int(env["PMI_RANK"]),
         }
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or env.get("JAXALIGN_TPU_POD") == "1":
+    if "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         return {}
     if address or count:
         raise _half(f"JAX_COORDINATOR_ADDRESS={address} JAX_NUM_PROCESSES={count} and process {index}")
     return None
+
+
+def on_tpu_vm(env: Mapping[str, str]) -> bool:
+    """Whether this machine has TPU chips that jax is to use."""
+    if env.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
+        return False
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and find_spec("libtpu") is not None
+
+
+def _ask_tpu_metadata() -> bool:
+    try:
+        jax.distributed.initialize()
+    except ValueError:  # chips that no cluster owns: one process
+        return False
+    return jax.process_count() > 1
 
 
 def _half(found: str) -> InputError:

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxalign.errors import InputError
+from jaxalign.parallel import processes
 from jaxalign.parallel.processes import settings
 
 
@@ -37,6 +38,26 @@ from jaxalign.parallel.processes import settings
 )
 def test_settings(env, expected):
     assert settings(env) == expected
+
+
+def test_one_process_does_nothing_and_several_join(monkeypatch):
+    calls = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **settings: calls.append(settings))
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.initialize() is False and not calls
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    processes.initialize()
+    assert calls == [{"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}]
+
+
+def test_a_tpu_vm_asks_its_metadata(monkeypatch):
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(processes, "find_spec", lambda name: object())
+    assert processes.on_tpu_vm({}) and processes.on_tpu_vm({"JAX_PLATFORMS": "tpu,cpu"})
+    assert not processes.on_tpu_vm({"JAX_PLATFORMS": "cpu"})
 
 
 def test_half_set_is_refused():
