@@ -96,7 +96,7 @@ def compare(
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
         figures[name] = {"path": path, **_perplexity(loaded, records), **_figures(answers[name])}
         if name == "aligned":
-            said = [Tokens(p, c.ids) for p, c in zip(prompts, answers[name], strict=True)]
+            said = [Tokens(p.tolist(), c.ids) for p, c in zip(prompts, answers[name], strict=True)]
         if not tokenizers or same_tokenizer(tokenizers[0], loaded.tokenizer):
             figures[name]["logprob"] = completion_logprobs(loaded.model, loaded.params, said, loaded.mesh)
         tokenizers.append(loaded.tokenizer)

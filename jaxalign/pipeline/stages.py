@@ -112,7 +112,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
             results[stage.name] = {"skipped": True, "workdir": stage.config.workdir}
             continue
         results[stage.name] = _train(stage)
-        if not is_done(stage.config.workdir):
+        if not _agree(int(is_done(stage.config.workdir))):  # process 0 wrote it; another may look too early
             say(f"stage {stage.name} stopped before its end; the same command goes on from there")
             break
         _report(stage, results[stage.name], say)
@@ -248,7 +248,7 @@ def _read(path) -> dict:
 
 
 def _agree(action: int) -> int:
-    """What process 0 decided, on every process."""
+    """What process 0 found, on every process."""
     import jax
 
     if jax.process_count() == 1:
