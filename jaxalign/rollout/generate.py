@@ -52,7 +52,12 @@ def prefill(model: Model, params: Params, rows: Rows, *, max_new_tokens: int) ->
     batch, width = rows.tokens.shape
     cache = init_cache(model.config, batch, width + max_new_tokens - 1, model.config.dtype)
     hidden, cache, _ = model.apply(params, None, rows, _on_mesh(cache))
-    return Prefilled(_on_mesh(cache), hidden[:, -1], rows.positions[:, -1], rows.attend_start[:, -1])
+    last = Prefilled(_on_mesh(cache), hidden[:, -1], rows.positions[:, -1], rows.attend_start[:, -1])
+    return last._replace(
+        hidden=constrain(last.hidden, "batch", None),
+        position=constrain(last.position, "batch"),
+        start=constrain(last.start, "batch"),
+    )
 
 
 @functools.partial(
@@ -96,7 +101,7 @@ def decode(
         token, logprob = choose(hidden, position)
         live = ~rollout.finished
         token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)
-        column = (0, position)
+        column = (jnp.int32(0), position)
         return Rollout(
             tokens=jax.lax.dynamic_update_slice(rollout.tokens, token[:, None], column),
             mask=jax.lax.dynamic_update_slice(rollout.mask, live[:, None], column),
@@ -123,14 +128,15 @@ def decode(
     used = sample_ids >= 0
     dtype = at_least_float32(prefilled.hidden).dtype
     empty = Rollout(
-        tokens=constrain(jnp.zeros((batch, length), jnp.int32), "batch", None),
-        mask=constrain(jnp.zeros((batch, length), bool), "batch", None),
-        logprobs=constrain(jnp.zeros((batch, length), dtype), "batch", None),
+        tokens=jnp.zeros((batch, length), jnp.int32),
+        mask=jnp.zeros((batch, length), bool),
+        logprobs=jnp.zeros((batch, length), dtype),
         finished=~used,  # an unused row has ended before it starts
     )
-    rollout, token = write(empty, prefilled.hidden, jnp.int32(0))
+    rollout, token = write(_by_rows(empty), prefilled.hidden, jnp.int32(0))
     _, rollout, _, cache = jax.lax.while_loop(more, step, (jnp.int32(1), rollout, token, prefilled.cache))
-    return rollout._replace(finished=rollout.finished & used), prefilled._replace(cache=cache)
+    rollout = _by_rows(rollout._replace(finished=rollout.finished & used))
+    return rollout, prefilled._replace(cache=_on_mesh(cache))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"))
@@ -207,6 +213,11 @@ def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
     whole = Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(rows, completion, strict=True)))
     readouts = Readouts(source=here - 1, target=completion.tokens, completion=jnp.zeros_like(here), mask=mask)
     return whole, readouts
+
+
+def _by_rows(rollout: Rollout) -> Rollout:
+    """Completions over the batch axes: left alone, the compiler may split them like the head."""
+    return Rollout(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in rollout))
 
 
 def _on_mesh(cache: Cache) -> Cache:

@@ -141,7 +141,7 @@ class Prepare:
         The keys are the same at every evaluation.
         """
         with jax.set_mesh(self.mesh), memory_errors("evaluation of samples"):
-            stream = jnp.int32(_EVAL_STREAM)
+            stream = jax.device_put(np.int32(_EVAL_STREAM), replicated(self.mesh))
             (_, readouts, rollout, forward, scores, applies), _ = self._collect(
                 state.params, frozen, batch, stream, int(state.step)
             )
@@ -183,6 +183,7 @@ class Prepare:
             **options,
         )
         del prefilled
+        rollout = jax.device_put(rollout, batch_sharding(self.mesh))  # where it is, by one name
         rows, readouts = jax.block_until_ready(self._complete(batch.rows, rollout))
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)

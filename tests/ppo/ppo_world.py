@@ -37,6 +37,21 @@ def tiny_model(head="lm", dtype="float32", **fields):
     return Model(from_hf(hf, dtype=dtype, param_dtype=dtype, remat="none", head=head))
 
 
+def drawn(model, seed=0):
+    """Parameters from numpy's generator: nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        return (1 + 0.1 * noise if "scale" in str(path) else 0.3 * noise).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model.abstract())
+
+
+def zeros(tree):
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+
+
 def prompt_batch(prompts, width, rows=None, pad=0):
     """Left-padded prompts as the data layer makes them; record i is prompt i."""
     rows = rows or len(prompts)
@@ -96,15 +111,13 @@ def world(reward, *, config=None, mesh=None, prompts=None, width=5, learning_rat
     mesh = mesh or make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     policy, value = tiny_model(dtype=dtype), tiny_model("score", dtype=dtype)
     place = lambda tree: jax.device_put(tree, param_shardings(mesh, tree))  # noqa: E731
-    start = policy.init(jax.random.key(0))
-    ref = start
-    if perturb:
-        keys = iter(jax.random.split(jax.random.key(7), 64))
-        start = jax.tree.map(lambda x: x + perturb * jax.random.normal(next(keys), x.shape, x.dtype), start)
-    params = {"policy": place(start), "value": place(value.init(jax.random.key(1)))}
+    ref = drawn(policy)
+    start = jax.tree.map(lambda x, y: x + perturb * y, ref, drawn(policy, seed=7))
+    params = {"policy": place(start), "value": place(drawn(value, seed=1))}
     optimizers = {"policy": optax.adam(learning_rate), "value": optax.adam(learning_rate)}
     whole = lambda tree: jax.device_put(tree, replicated(mesh))  # noqa: E731
-    opt = {r: jax.device_put(o := t.init(params[r]), param_shardings(mesh, o)) for r, t in optimizers.items()}
+    opt = {r: zeros(jax.eval_shape(t.init, params[r])) for r, t in optimizers.items()}  # Adam starts from zeros
+    opt = {r: jax.device_put(o, param_shardings(mesh, o)) for r, o in opt.items()}
     state = TrainState(
         step=whole(jnp.int32(0)),
         params=params,
@@ -146,7 +159,7 @@ def world(reward, *, config=None, mesh=None, prompts=None, width=5, learning_rat
         policy=policy,
         value=value,
         state=state,
-        frozen={"ref": place(jax.tree.map(jnp.copy, ref))},
+        frozen={"ref": place(ref)},
         prompts=prompts,
         batch=put_batch(prompt_batch(prompts, width, c.batch_size), mesh),
         prepare=prepare,

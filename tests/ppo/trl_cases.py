@@ -81,14 +81,22 @@ def ours(case):
     batch = prompt_batch(prompts, WIDTH)
     rows, readouts = completed_rows(batch.rows, rollout)
 
-    def logprobs(name):
-        model, params = models()[name]
+    model, value_model = models()["policy"][0], models()["value"][0]
+
+    @jax.jit
+    def policy_logprobs(params):
         hidden, _, _ = model.apply(params, None, rows)
         return token_logprobs(hidden, model.head(params), readouts, temperature=temperature)[0]
 
-    value_model, value_params = models()["value"]
-    hidden, _, _ = value_model.apply(value_params, None, rows)
-    new_values = scalar_readout(hidden, value_model.score_kernel(value_params), readouts)
+    @jax.jit
+    def value_of(params):
+        hidden, _, _ = value_model.apply(params, None, rows)
+        return scalar_readout(hidden, value_model.score_kernel(params), readouts)
+
+    def logprobs(name):
+        return policy_logprobs(models()[name][1])
+
+    new_values = value_of(models()["value"][1])
     values = jnp.where(mask, new_values + noise, 0)
     scores = score_rows(*models()["reward"], rows, WIDTH - 1 + mask.sum(1).astype(np.int32))
     shaped = shape_scores(
@@ -142,7 +150,7 @@ def losses(case, batch):
         sums = objective(params, {}, {}, batch)
         return sum(total / weight for total, weight in sums.loss.values()), sums
 
-    gradients, sums = jax.grad(mean, has_aux=True)({"policy": policy_params, "value": value_params})
+    gradients, sums = jax.jit(jax.grad(mean, has_aux=True))({"policy": policy_params, "value": value_params})
     named = {}
     for role, model in (("policy", policy), ("value", value)):
         sizes = names.sizes(model.config)

@@ -9,7 +9,7 @@ from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
 from jaxalign.rollout.generate import completed_rows, generate
-from tests.ppo.ppo_world import STOP, prompt_batch, tiny_model
+from tests.ppo.ppo_world import STOP, drawn, prompt_batch, tiny_model
 from tests.rollout.greedy_cases import MODELS, golden, ours
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12, 13, 4]]
@@ -19,7 +19,7 @@ OPTIONS = {"max_new_tokens": 9, "temperature": 0.8, "stop_ids": STOP}
 @pytest.fixture(scope="module")
 def policy():
     model = tiny_model()
-    return model, model.init(jax.random.key(0))
+    return model, jax.tree.map(jnp.asarray, drawn(model))
 
 
 def run(policy, prompts, ids, width=5, rows=None, mesh=None, **options):
