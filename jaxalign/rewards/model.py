@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -21,6 +22,7 @@ from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.host import local_rows
 from jaxalign.types import Array, Params, Readouts, Rows
 
+_NONE: Mapping[str, Any] = {}
 _LEAST_WIDTH = 32  # row lengths are powers of two from here on, so that few shapes are compiled
 
 
@@ -108,7 +110,12 @@ class ModelScorer:
         Returns:
           float32 [N].
         """
-        sequences = [self.tokens(p, c, f) for p, c, f in zip(*samples[:2], samples.finished, strict=True)]
+        sequences = [
+            self.tokens(prompt, completion, finished, record.columns)
+            for prompt, completion, finished, record in zip(
+                samples.prompts, samples.completions, samples.finished, samples.records, strict=True
+            )
+        ]
         filled = sequences + [np.zeros(1, np.int32)] * (rows - len(sequences))
         batch, last = padded_rows(filled)
         if self.mesh is None:
@@ -118,16 +125,18 @@ class ModelScorer:
                 scores = local_rows(score_rows(self.model, params, *put_batch((batch, last), self.mesh)))
         return scores[: len(sequences)]
 
-    def tokens(self, prompt: Any, completion: str, finished: bool) -> np.ndarray:
+    def tokens(self, prompt: Any, completion: str, finished: bool, columns: Mapping[str, Any] = _NONE) -> np.ndarray:
         """Prompt and completion as the reward model was trained to see them; an EOS where, and only where, it finished.
 
         Args:
           prompt: text or messages.
           completion: text.
           finished: whether a stop token ended it.
+          columns: of the record; a template may show its `tools`.
         """
         encoder, eos = self.encoder, self.encoder.eos_id
-        record = Record(0, "a completion", 1, "completion", prompt=prompt, completion=completion)
+        said = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+        record = Record(0, "a completion", 1, "completion", prompt=prompt, completion=said, columns=dict(columns))
         example = next(tokenize_records([record], encoder, "sft", append_eos=False))
         if isinstance(example, Dropped):  # no text: the prompt and an end
             example = next(tokenize_records([record], encoder, "ppo", append_eos=False))
