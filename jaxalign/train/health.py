@@ -6,6 +6,7 @@
 | chosen completions become unlikely too | `health/chosen_logps_change`: nats against the reference, late steps |
 | sudden blow-up | `health/{grad_norm,kl,value_loss}_jump`: against the median of late steps |
 | mode collapse | `samples/distinct_2`, `samples/distinct_samples`, `samples/entropy` fall |
+| drift from the reference | `samples/kl`, `objective/kl` |
 | repetitive text | `samples/repetition_4` |
 | models that never stop | `samples/eos_share`, `samples/length` |
 | reward hacking | `samples/length_score_correlation` |

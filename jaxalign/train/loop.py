@@ -51,7 +51,7 @@ class Loop:
     writer: Writer
     health: Health
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
-    sample: Callable[[TrainState, int], dict[str, float]] | None = None
+    sample: Callable[[TrainState, dict[str, Params], int], dict[str, float]] | None = None
     seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -129,12 +129,12 @@ class Loop:
         save = last or stopping or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
         row: dict[str, float] = {}
         due = last or bool(c.eval.every and step % c.eval.every == 0)
-        if self.evaluate and (due or (save and c.checkpoint.best_metric)) and not (stopping and not due):
+        if self.evaluate and (due or (save and c.checkpoint.best_metric)):
             row |= {f"eval/{name}": value for name, value in self.evaluate(state).items()}
             self._last_eval, self._eval_step = dict(row), step
         every = c.logging.get("samples_every", 0)
         if self.sample and not stopping and every and (last or step % every == 0):
-            row |= self.sample(state, step)
+            row |= self.sample(state, self.frozen, step)
         if row:
             self.writer.write(step, row)
         if save and self._saved != step:
@@ -166,7 +166,7 @@ class Loop:
         if tokens is None:
             tokens = count_tokens(pending.batch.rows) * batch_part(self.mesh)[1]
         speed = tokens / seconds
-        row["tokens_per_second"] = speed
+        row["tokens_per_second"], row["epoch"] = speed, pending.step / self.dataset.batches_per_epoch
         if self.seconds_per_token:
             row["mfu"] = speed * self.seconds_per_token
         row |= self.health.signs(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -41,9 +42,7 @@ class Writer:
         else:
             self._file = open(os.fspath(run.metrics), "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         if cfg.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(os.fspath(run.events), purge_step=start + 1, flush_secs=30)
+            self._events = _start_tensorboard(run, start)
         if cfg.wandb_project:
             self._wandb = _start_wandb(cfg.wandb_project, run, config)
 
@@ -86,6 +85,19 @@ class Writer:
             self._wandb.finish()
 
 
+def _start_tensorboard(run: RunDir, start: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    try:
+        return SummaryWriter(os.fspath(run.events), purge_step=start + 1, flush_secs=30)
+    except ImportError as error:  # object stores need their own client
+        raise InputError(
+            f"TensorBoard events in {run.events}: {error}",
+            "the store's client library, or no events",
+            "--config.logging.tensorboard=False",
+        ) from error
+
+
 def _start_wandb(project: str, run: RunDir, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
@@ -95,7 +107,9 @@ def _start_wandb(project: str, run: RunDir, config: Mapping[str, Any]) -> Any:
             "the package wandb, or no project",
             "pip install wandb, or --config.logging.wandb_project=None",
         ) from error
-    return wandb.init(project=project, name=str(run.path), config=dict(config), resume="allow")
+    name = str(run.path)
+    ident = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()  # a resumed run goes on with its own curves
+    return wandb.init(project=project, name=name, id=ident, config=dict(config), resume="allow")
 
 
 def cut_back(run: RunDir, step: int) -> None:

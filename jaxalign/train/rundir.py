@@ -5,12 +5,18 @@ config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import is_main
@@ -81,6 +87,10 @@ class RunDir:
                 "a run directory of jaxalign, or an empty one",
                 "--config.workdir=ANOTHER",
             )
+        if jax.process_count() > 1:  # all have read before one writes
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("run directory read")
         self.write_json("config.json", {"format": FORMAT, "config": config})
         if is_main() and (self.path / "DONE").exists():  # a longer run goes on from a finished one
             (self.path / "DONE").unlink()
@@ -105,6 +115,22 @@ class RunDir:
                 "the same configuration, to go on with that run, or a directory of its own",
                 "--config.workdir=ANOTHER",
             )
+
+    @contextlib.contextmanager
+    def local_export(self) -> Iterator[str]:
+        """A local path to export to; what lies there at the end is `export/`, on an object store, too."""
+        if not self.remote:
+            yield os.fspath(self.export)
+            return
+        name = hashlib.blake2b(str(self.path).encode(), digest_size=8).hexdigest()  # the same on every host
+        local = os.path.join(tempfile.gettempdir(), f"jaxalign-export-{os.getuid()}-{name}")
+        yield local
+        if is_main():
+            self.export.mkdir(parents=True, exist_ok=True)
+            for file in sorted(os.listdir(local)):
+                with open(os.path.join(local, file), "rb") as source, (self.export / file).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 24)
+            shutil.rmtree(local)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file as a whole: a reader sees the old one or the new one."""
@@ -153,8 +179,6 @@ def require_shared(run: RunDir) -> None:
     Raises:
       InputError: on every process, where one host cannot see what another wrote.
     """
-    import jax
-
     if jax.process_count() == 1:
         return
     import numpy as np

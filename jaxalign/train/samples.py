@@ -6,16 +6,18 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, put_batch
-from jaxalign.rollout.generate import generate
+from jaxalign.rollout.generate import Rollout, completed_rows, generate
 from jaxalign.rollout.host import all_rows
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.health import sample_signs
-from jaxalign.types import TrainState
+from jaxalign.types import Params, Rows, TrainState
 
 
 class Sampler:
@@ -33,7 +35,7 @@ class Sampler:
         self._made = stage.program.samples
         self._count = stage.config.logging.num_samples
 
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+    def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> dict[str, float]:
         """Writes the samples of this step.
 
         Returns:
@@ -42,7 +44,7 @@ class Sampler:
         if self._made is not None:
             rows, signs = self._made(self._count), {}
         else:
-            rows, signs = self._generate(state)
+            rows, signs = self._generate(state, frozen)
         folder = self._stage.directory.samples
         if is_main() and rows:
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ class Sampler:
             (folder / f"{step}.jsonl").write_text(text)
         return signs
 
-    def _generate(self, state: TrainState) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def _generate(self, state: TrainState, frozen: dict[str, Params]) -> tuple[list[dict[str, Any]], dict[str, float]]:
         stage, c = self._stage, self._stage.config
         examples, batch = self._prompts()
         with memory_errors("sampling"):
@@ -80,7 +82,30 @@ class Sampler:
             for example, sample, done in zip(examples, ids, finished, strict=False)
         ]
         spread = [p[m].tolist() for p, m in zip(logprobs, mask, strict=True)][: len(examples)]
-        return rows, sample_signs(ids, finished=finished[: len(examples)].tolist(), logprobs=spread)
+        signs = sample_signs(ids, finished=finished[: len(examples)].tolist(), logprobs=spread)
+        if "ref" in frozen:
+            with memory_errors("sampling"):
+                kl = self._kl(params, frozen["ref"], batch.rows, rollout)
+            signs["samples/kl"] = float(np.mean(all_rows(kl)[: len(examples)]))
+        return rows, signs
+
+    def _kl(self, params: Params, ref: Params, rows: Rows, rollout: Rollout) -> jax.Array:
+        """log pi - log pi_ref of each sampled completion, [B], nats: its mean estimates their KL."""
+        if not hasattr(self, "_compare"):
+            model = self._stage.program.trained["policy"].model
+            temperature = float(self._stage.config.rollout.temperature) or 1.0
+
+            def compare(params, ref, rows, rollout):
+                rows, readouts = completed_rows(rows, rollout)
+
+                def logprobs(params):
+                    hidden, _, _ = model.apply(params, None, rows)
+                    return token_logprobs(hidden, model.head(params), readouts, temperature=temperature)[0]
+
+                return jnp.sum(logprobs(params) - logprobs(ref), axis=1)
+
+            self._compare = jax.jit(compare)
+        return self._compare(params, ref, rows, rollout)
 
     def _prompts(self) -> tuple[list[Any], Any]:
         """The first prompts of the held-out data (else of the training data), on the mesh."""

@@ -22,7 +22,7 @@ from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
 from jaxalign.train.checkpoints import Checkpoints, abstract
-from jaxalign.train.compiled import Compiled, memory_errors, peak_memory
+from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
 from jaxalign.train.loop import Loop, make_evaluate
@@ -51,6 +51,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
       Interrupted: asked to stop; the state is saved and the same call goes on.
     """
     started = time.monotonic()
+    reset_peak_memory()
     for warning in configuration.validate(config):
         warnings.warn(warning, stacklevel=2)
     processes.initialize()
@@ -251,11 +252,15 @@ class Stage:
         best = checkpoints.best()
         if c.checkpoint.best_metric and best != self.num_steps:
             state = checkpoints.restore(best, self.like)[0]
-        target = os.fspath(self.directory.export)
-        hf.save(
-            target, self.program.trained[role].model, state.params[role], source=c.model.path, tokenizer=self.tokenizer
-        )
-        return target
+        with self.directory.local_export() as target:
+            hf.save(
+                target,
+                self.program.trained[role].model,
+                state.params[role],
+                source=c.model.path,
+                tokenizer=self.tokenizer,
+            )
+        return os.fspath(self.directory.export)
 
 
 def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:

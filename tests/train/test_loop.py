@@ -9,6 +9,7 @@ import pytest
 from loop_world import Data, World, host_batch
 
 from jaxalign.errors import InputError
+from jaxalign.train.checkpoints import Checkpoints
 
 
 def rows(world):
@@ -131,6 +132,9 @@ def test_evaluation_and_checkpoints_come_when_asked_and_at_the_end(tmp_path):
     world.run()
     assert asked == [2, 4, 6, 7]
     assert saved(world) == [4, 7]  # the best and the last
+    checkpoints = Checkpoints(world.directory.checkpoints, keep=1, best_metric="eval/loss")
+    assert checkpoints.best() == 4 and checkpoints.latest() == 7
+    checkpoints.close()
     assert [r["step"] for r in rows(world) if "eval/loss" in r] == [2, 4, 6, 7]
 
 
@@ -149,8 +153,6 @@ def test_an_unknown_best_metric_is_refused_with_the_names_there_are(tmp_path):
 def test_a_saved_state_is_not_touched_by_later_donated_steps(tmp_path):
     world = World(tmp_path, num_steps=6, checkpoint__every=1, checkpoint__keep=6)
     world.run()
-    from jaxalign.train.checkpoints import Checkpoints
-
     checkpoints = Checkpoints(world.directory.checkpoints, keep=6)
     for step in checkpoints.steps():
         state, meta = checkpoints.restore(step, world.like)
@@ -161,8 +163,6 @@ def test_a_saved_state_is_not_touched_by_later_donated_steps(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    from jaxalign.train.checkpoints import Checkpoints
-
     world = World(tmp_path, num_steps=1)
     world.run()
     checkpoints = Checkpoints(world.directory.checkpoints, keep=1)

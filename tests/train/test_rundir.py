@@ -101,6 +101,45 @@ def test_tensorboard_events_are_written(tmp_path):
     assert list((tmp_path / "run" / "events").iterdir())
 
 
+@pytest.fixture
+def store():
+    """An object store in memory, where `s3://` paths lead."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    old = fsspec.registry.get("s3")
+    fsspec.register_implementation("s3", MemoryFileSystem, clobber=True)
+    MemoryFileSystem.store.clear()
+    yield MemoryFileSystem
+    if old is not None:
+        fsspec.register_implementation("s3", old, clobber=True)
+
+
+def test_workdir_in_an_object_store(tmp_path, store):
+    c = make(tmp_path)
+    c.workdir = "s3://bucket/run"
+    assert open_run(c) is None
+    run = RunDir(c.workdir)
+    writer = Writer(run, c.logging, start=0, config={})
+    writer.write(1, {"loss": 1.0})
+    writer.flush()
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    writer = Writer(run, c.logging, start=1, config={})
+    writer.write(2, {"loss": 3.0})
+    writer.close()
+    assert [r["loss"] for r in read_metrics(run)] == [1.0, 3.0]
+    with run.local_export() as local:
+        from pathlib import Path
+
+        Path(local).mkdir(exist_ok=True)
+        (Path(local) / "config.json").write_text("{}")
+    assert (run.export / "config.json").read_text() == "{}" and not Path(local).exists()
+    run.write_json("DONE", {"steps": 2, "nan": float("nan")})
+    assert open_run(c) == {"steps": 2, "nan": None}
+    assert store.store  # it really went there
+
+
 def test_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
