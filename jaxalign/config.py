@@ -17,9 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.errors import InputError
-
-ALGORITHMS = ("sft", "reward", "dpo", "ppo")
-REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
+from jaxalign.ranges import ALGORITHMS, BOUNDS, CHOICES, GUIDE_RANGES, REQUIRED
 
 
 def defaults(algorithm: str) -> ConfigDict:
@@ -38,7 +36,9 @@ def defaults(algorithm: str) -> ConfigDict:
     """
     if algorithm not in ALGORITHMS:
         raise InputError(
-            f"algorithm {algorithm!r}", f"one of {', '.join(ALGORITHMS)}", f"defaults({_nearest(algorithm, ALGORITHMS)!r})"
+            f"algorithm {algorithm!r}",
+            f"one of {', '.join(ALGORITHMS)}",
+            f"defaults({_nearest(algorithm, ALGORITHMS)!r})",
         )
     c = _common()
     c.algorithm = {"sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo}[algorithm]()
@@ -274,79 +274,6 @@ def nearest_field(config: ConfigDict, name: str) -> str:
     return _nearest(name, same_tail or names)
 
 
-# (field, allowed values)
-_CHOICES: tuple[tuple[str, tuple], ...] = (
-    ("algorithm.name", ALGORITHMS),
-    ("algorithm.loss", ("sigmoid", "ipo")),
-    ("algorithm.reference", ("live", "cached")),
-    ("algorithm.kl_estimator", ("k1", "k2", "k3")),
-    ("model.dtype", ("float32", "bfloat16", "float16", "float64")),
-    ("model.param_dtype", ("float32", "bfloat16", "float64")),
-    ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
-    ("model.remat", ("none", "dots", "full")),
-    ("data.truncation", ("drop", "keep_start", "keep_end")),
-    ("data.train_on", ("completion", "all")),
-    ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
-    ("optimizer.schedule", ("constant", "linear", "cosine")),
-    ("optimizer.decay_mask", ("matrices", "all")),
-    ("checkpoint.best_mode", ("min", "max")),
-)
-
-# (field, least, greatest); a bound of None is open, and None values pass
-_BOUNDS: tuple[tuple[str, float | None, float | None], ...] = (
-    ("batch_size", 1, None),
-    ("grad_accum_steps", 1, None),
-    ("num_train_steps", 1, None),
-    ("num_epochs", 1, None),
-    ("data.max_length", 2, None),
-    ("data.max_prompt_length", 1, None),
-    ("data.max_completion_length", 1, None),
-    ("data.row_length", 2, None),
-    ("data.max_records", 1, None),
-    ("data.eval_fraction", 0, 0.9),
-    ("optimizer.learning_rate", 0, None),
-    ("optimizer.value_learning_rate", 0, None),
-    ("optimizer.warmup_steps", 0, None),
-    ("optimizer.max_grad_norm", 0, None),
-    ("optimizer.weight_decay", 0, None),
-    ("optimizer.final_fraction", 0, 1),
-    ("algorithm.beta", 1e-9, None),
-    ("algorithm.label_smoothing", 0, 0.4999),
-    ("algorithm.center_coef", 0, None),
-    ("algorithm.kl_coef", 0, None),
-    ("algorithm.kl_target", 1e-9, None),
-    ("algorithm.kl_horizon", 1, None),
-    ("algorithm.gamma", 0, 1),
-    ("algorithm.gae_lambda", 0, 1),
-    ("algorithm.clip_range", 1e-9, None),
-    ("algorithm.value_clip_range", 1e-9, None),
-    ("algorithm.num_ppo_epochs", 1, None),
-    ("algorithm.num_minibatches", 1, None),
-    ("algorithm.max_approx_kl", 1e-9, None),
-    ("rollout.max_new_tokens", 1, None),
-    ("rollout.temperature", 0, None),
-    ("rollout.top_k", 0, None),
-    ("rollout.top_p", 1e-9, 1),
-    ("rewards.clip", 1e-9, None),
-    ("eval.every", 0, None),
-    ("eval.num_batches", 1, None),
-    ("checkpoint.every", 0, None),
-    ("checkpoint.keep", 1, None),
-    ("logging.every", 1, None),
-    ("logging.samples_every", 0, None),
-    ("logging.num_samples", 1, None),
-)
-
-# (algorithm, field, least, greatest): what practitioners' guides give; outside it is a warning, not an error
-_GUIDE_RANGES: tuple[tuple[str, str, float, float], ...] = (
-    ("dpo", "algorithm.beta", 0.05, 0.5),
-    ("dpo", "optimizer.learning_rate", 5e-7, 5e-6),
-    ("dpo", "num_epochs", 1, 1),
-    ("ppo", "algorithm.clip_range", 0.1, 0.2),
-    ("ppo", "algorithm.gae_lambda", 0.95, 0.95),
-)
-
-
 def get(config: ConfigDict, field: str, default: Any = None) -> Any:
     """The value of a dotted field, or `default` where the tree does not have it."""
     node: Any = config
@@ -374,12 +301,14 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
         for field in REQUIRED:
             if not get(config, field):
                 raise InputError(f"{field} is not set", "a value: it has no default", f"--config.{field}=...")
-    for field, allowed in _CHOICES:
+    for field, allowed in CHOICES:
         value = get(config, field, _ABSENT)
         if value is not _ABSENT and value not in allowed:
             near = _nearest(str(value), [a for a in allowed if a])
-            raise InputError(f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}")
-    for field, low, high in _BOUNDS:
+            raise InputError(
+                f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}"
+            )
+    for field, low, high in BOUNDS:
         value = get(config, field)
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
@@ -389,8 +318,9 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
     return [
         f"{field} is {get(config, field):g}; guides for {name} give "
         + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
-        for algorithm, field, low, high in _GUIDE_RANGES
-        if algorithm == name and not low <= (get(config, field) or 0) <= high
+        for algorithm, field, low, high in GUIDE_RANGES
+        if algorithm == name
+        and not low <= (get(config, field) or 0) <= high
         and not (field == "num_epochs" and config.num_train_steps is not None)
     ]
 
@@ -443,16 +373,18 @@ def _validate_relations(c: ConfigDict, inputs: bool) -> None:
             )
         if c.rollout.temperature <= 0:
             raise InputError(
-                "rollout.temperature is 0", "a positive temperature: PPO learns from samples", "--config.rollout.temperature=1.0"
+                "rollout.temperature is 0",
+                "a positive temperature: PPO learns from samples",
+                "--config.rollout.temperature=1.0",
             )
         if inputs and not (c.rewards.model or c.rewards.function):
             raise InputError(
-                "PPO without a reward", "a reward model or a function", "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME"
+                "PPO without a reward",
+                "a reward model or a function",
+                "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME",
             )
         if c.rewards.model and c.rewards.function:
-            raise InputError(
-                "both rewards.model and rewards.function", "one of them", "--config.rewards.function=None"
-            )
+            raise InputError("both rewards.model and rewards.function", "one of them", "--config.rewards.function=None")
         if c.rollout.max_new_tokens >= c.data.max_length:
             raise InputError(
                 f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {c.data.max_length}",
