@@ -10,7 +10,8 @@ import pytest
 from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import put_batch
-from tests.ppo.ppo_world import STOP, ppo_config, prompt_batch, world
+from jaxalign.rewards.model import padded_rows, score_rows
+from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
 from tests.ppo.test_policy_ops import gae_loop
 
 
@@ -258,6 +259,20 @@ def test_early_stop_skips_what_is_left_of_an_iteration(plain):
     assert stopped == [False, True, True, True]  # the first update is on policy: its KL is 0
     state, _, _ = plain.prepare(state, plain.frozen, plain.batch)
     assert not bool(state.extra["skip"])
+
+
+def test_reward_model_reads_the_policys_own_rows(plain, monkeypatch):
+    """A reward model with the policy's tokenizer scores each completion as if it stood alone."""
+    model = tiny_model("score")
+    params = drawn(model, 3)
+    monkeypatch.setattr(plain.prepare, "reward", model)
+    _, batches, metrics = plain.prepare(plain.state, plain.frozen | {"reward": params}, plain.batch)
+    readouts = by_record(batches[:2]).batch.readouts
+    said = plain.prepare.samples(8)
+    for prompt, sample, ids, mask in zip(plain.prompts, said, readouts.target, readouts.mask, strict=True):
+        alone = score_rows(model, params, *padded_rows([np.array([*prompt, *ids[mask]], np.int32)]))
+        np.testing.assert_allclose(sample["score"], alone[0], atol=1e-5)
+    np.testing.assert_allclose(metrics["objective/scores"], np.mean([s["score"] for s in said]), rtol=1e-5)
 
 
 def test_adaptive_coefficient_and_running_statistics():

@@ -1,0 +1,68 @@
+"""From prompts to completions as text."""
+
+import jax
+import pytest
+
+from jaxalign.errors import InputError
+from jaxalign.models import hf
+from jaxalign.models.tokenizer import load_tokenizer, stop_ids
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.rollout.engine import Generator, continuation
+
+PROMPTS = ["Once upon a time", "Tom", "The cat sat on the mat and looked at the bird. It was", "Lily said"]
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    path = shared / "models" / "stories260k-llama"
+    model, params = hf.load(path, dtype="float32", param_dtype="float32", remat="none")
+    tokenizer = load_tokenizer(path)
+    return model, params, tokenizer, stop_ids(path, tokenizer)
+
+
+def generator(stories, **options):
+    model, params, tokenizer, stops = stories
+    options = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": stops} | options
+    return Generator(model, options.pop("params", params), tokenizer, **options)
+
+
+def test_grouping_and_mesh_do_not_matter(stories):
+    """The same samples whatever the batch size, and on eight devices; another seed gives others."""
+    whole = generator(stories)(PROMPTS, seed=5)
+    assert [c.ids for c in generator(stories, batch_size=3)(PROMPTS, seed=5)] == [c.ids for c in whole]
+    assert [c.ids for c in generator(stories)(PROMPTS, seed=6)] != [c.ids for c in whole]
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
+    placed = jax.device_put(stories[1], param_shardings(mesh, stories[1]))
+    there = generator(stories, params=placed, mesh=mesh)(PROMPTS[:3], seed=5)  # three prompts fill four rows
+    assert [c.ids for c in there] == [c.ids for c in whole[:3]]
+    assert all(c.logprob < 0 and len(c.ids) <= 12 for c in whole)
+
+
+def test_prompt_and_text_are_the_whole_text(stories):
+    tokenizer = stories[2]
+    for prompt, completion in zip(PROMPTS, generator(stories, temperature=0.0)(PROMPTS, seed=0), strict=True):
+        ids = tokenizer(prompt)["input_ids"] + completion.ids
+        assert prompt + completion.text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert continuation(tokenizer, tokenizer("Tom")["input_ids"], [stories[3][0]]) == ""
+
+
+def test_messages_are_rendered(stories):
+    """Without a chat template as a plain dialogue, up to where the assistant speaks."""
+    message = [{"role": "user", "content": "Tell a story"}]
+    made = generator(stories, temperature=0.0)
+    (one,) = made([message], seed=0)
+    (same,) = made(["\n\nHuman: Tell a story\n\nAssistant:"], seed=0)
+    assert one.ids == same.ids
+
+
+def test_a_prompt_without_tokens_is_refused(shared):
+    """gpt2 adds no BOS: an empty prompt has nothing to go on from."""
+    from tests.ppo.ppo_world import drawn, tiny_model
+
+    tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
+    tokenizer.bos_token = None
+    model = tiny_model(vocab_size=len(tokenizer))
+    made = Generator(model, drawn(model), tokenizer, stop_ids=(0,), max_new_tokens=2, temperature=0.0)
+    with pytest.raises(InputError, match="prompt 1 has no token"):
+        made(["x", ""], seed=0)
