@@ -22,12 +22,14 @@ def pairs(shared_prompt):
     return lay([[e] for e in many], shared=shared_prompt, width=100, m=50, c=2)
 
 
-def step_zero(model, params, batch, *, reference="live", accum=1, mesh=None):
+def step_zero(model, params, batch, *, reference="live", accum=1, mesh=None, compiler=None):
     """Metrics of the first step; the reference is a copy of the policy, in buffers of its own."""
     objective = preference_objective(
         model.apply, model.head, loss="sigmoid", beta=0.1, label_smoothing=0.0, reference=reference
     )
-    step = jax.jit(make_train_step(objective, {"policy": TX}, grad_accum_steps=accum), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(objective, {"policy": TX}, grad_accum_steps=accum), donate_argnums=0, compiler_options=compiler
+    )
     if mesh is not None:
         params, batch = jax.device_put(params, param_shardings(mesh, params)), put_batch(batch, mesh)
     copy = jax.tree.map(jnp.copy, params)
@@ -54,9 +56,8 @@ def test_trap_live_reference_on_a_real_model(shared, remat, dtype, accum):
     assert_exactly_zero(step_zero(*load_real(shared, remat, dtype), pairs(shared_prompt=True), accum=accum))
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2)])
-def test_trap_live_reference_sharded(shared, axes):
-    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), axes, strict=True)))
+def test_trap_live_reference_sharded(shared):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model, params = load_real(shared, "full")
     with jax.set_mesh(mesh):
         assert_exactly_zero(step_zero(model, params, pairs(shared_prompt=False), mesh=mesh))
@@ -65,10 +66,12 @@ def test_trap_live_reference_sharded(shared, axes):
 def test_trap_cached_reference_of_another_layout(shared):
     """Log-probs made ahead in plain causal rows, trained on in shared-prompt rows: at most 1e-3 nats."""
     model, params = load_real(shared)
-    cached = jax.jit(lambda p, b: sequence_logprobs(model.apply, model.head, p, b))(params, pairs(shared_prompt=False))
+    quick = {"xla_backend_optimization_level": 0}  # to compile; equality to the last bit is not asked for here
+    log_probs = jax.jit(lambda p, b: sequence_logprobs(model.apply, model.head, p, b), compiler_options=quick)
+    cached = log_probs(params, pairs(shared_prompt=False))
     batch = pairs(shared_prompt=True)
     batch = batch._replace(completions=batch.completions._replace(ref_logprob=np.asarray(cached)))
-    metrics = step_zero(model, params, batch, reference="cached")
+    metrics = step_zero(model, params, batch, reference="cached", compiler=quick)
     assert np.abs(cached).max() > 50
     assert abs(metrics["rewards/chosen"]) < 1e-3 * 0.1
     assert abs(metrics["rewards/rejected"]) < 1e-3 * 0.1
