@@ -95,7 +95,15 @@ class ModelScorer:
         count, size = len(samples.completions), self.batch_size
         found: list[float | None] = []
         for start in range(0, count, size):
-            part = Samples(*(field[start : start + size] for field in samples[:5]), step=samples.step)
+            here = slice(start, start + size)
+            part = Samples(
+                samples.prompts[here],
+                samples.completions[here],
+                samples.completion_ids[here],
+                samples.finished[here],
+                samples.records[here],
+                samples.step,
+            )
             found += self.scores(self.params, part, size).tolist()
         return found
 

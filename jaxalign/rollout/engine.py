@@ -117,7 +117,7 @@ class Generator:
             tokenised.append(item.prompt)
         return tokenised
 
-    def continue_ids(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
+    def continue_ids(self, prompts: Sequence[Sequence[int] | np.ndarray], *, seed: int) -> list[Completion]:
         """Continues token ids, as they are; the texts are those of the new ids alone.
 
         Args:
@@ -156,7 +156,7 @@ class Generator:
         ]
 
 
-def continuation(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+def continuation(tokenizer: Any, prompt: Sequence[int] | np.ndarray, ids: Sequence[int]) -> str:
     """The text that `ids` add to a prompt, so that prompt + text is the whole text.
 
     Decoding the new ids alone would lose a leading space where the tokenizer puts spaces before words.

@@ -119,7 +119,7 @@ class Prepare:
     def __init__(self, config, policy, value, reward, records, tokenizer, stop_ids, mesh):
         self.config, self.policy, self.value, self.reward = config, policy, value, reward
         self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, stop_ids, mesh
-        self._last: dict[str, Any] = {}
+        self._last = {}  # of the last iteration, for `samples`
         rows, whole = batch_sharding(mesh), replicated(mesh)
         self._complete = jax.jit(completed_rows, out_shardings=rows)
         self._forward = jax.jit(self._forward_passes, out_shardings=rows)
