@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxalign.errors import InputError
+from jaxalign.models.tokenizer import load_tokenizer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import put_batch
-from jaxalign.rewards.model import padded_rows, score_rows
-from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
+from jaxalign.rewards.model import ModelScorer, padded_rows, score_rows
+from jaxalign.rewards.samples import Samples
+from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, record, tiny_model, world
 from tests.ppo.test_policy_ops import gae_loop
 
 
@@ -273,6 +275,23 @@ def test_reward_model_reads_the_policys_own_rows(plain, monkeypatch):
         alone = score_rows(model, params, *padded_rows([np.array([*prompt, *ids[mask]], np.int32)]))
         np.testing.assert_allclose(sample["score"], alone[0], atol=1e-5)
     np.testing.assert_allclose(metrics["objective/scores"], np.mean([s["score"] for s in said]), rtol=1e-5)
+
+
+def test_reward_model_with_another_tokenizer_reads_text(plain, monkeypatch, shared):
+    """Decoded completions, tokenised anew; a batch that is not full is filled."""
+    tokenizer = load_tokenizer(shared / "tokenizers" / "minimind-6400")
+    model = tiny_model("score", vocab_size=6400)
+    params = drawn(model, 3)
+    monkeypatch.setattr(plain.prepare, "reward", ModelScorer(model, tokenizer, mesh=plain.mesh))
+    batch = put_batch(prompt_batch([[1, 7], [1, 8], [1, 9, 10]], 5, 8), plain.mesh)
+    plain.prepare(plain.state, plain.frozen | {"reward": params}, batch)
+    said = plain.prepare.samples(8)
+    alone = ModelScorer(model, tokenizer, params)
+    for i, sample in enumerate(said):
+        assert sample["prompt"] == f"prompt {i}"
+        given = Samples([sample["prompt"]], [sample["completion"]], [[]], [sample["finished"]], [record(i)], 0)
+        np.testing.assert_allclose(sample["score"], alone(given)[0], atol=1e-5)
+    assert len({s["score"] for s in said}) == 3
 
 
 def test_adaptive_coefficient_and_running_statistics():
