@@ -32,7 +32,6 @@ def get_config(hardware: str = "gpu"):
     config.data.packing = True
     config.data.row_length = 4096  # about five pairs
     config.batch_size = 32  # packed rows: about 160 pairs
-    config.grad_accum_steps = {"gpu": 2, "tpu": 2}[hardware]
     config.algorithm.beta = 0.1
     config.optimizer.learning_rate = 5e-7
     config.optimizer.schedule = "linear"

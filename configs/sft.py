@@ -29,7 +29,6 @@ def get_config(hardware: str = "gpu"):
     config.data.row_length = 4096
     config.data.truncation = "keep_start"  # a long dialogue loses its last turns
     config.batch_size = 64  # packed rows: 262,144 tokens
-    config.grad_accum_steps = {"gpu": 4, "tpu": 4}[hardware]
     config.optimizer.learning_rate = 2e-5
     config.optimizer.b2 = 0.95
     config.optimizer.warmup_steps = 90

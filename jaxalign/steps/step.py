@@ -192,6 +192,8 @@ def _accumulate(fn, batch, count):
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def body(total, index):
-        return jax.tree.map(jnp.add, total, fn(micro(index))), None
+        # The barrier keeps a gradient's reduction apart from the sum: the TPU compiler moves such pairs out of the loop
+        # and fails on an untied head's.
+        return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(fn(micro(index)))), None
 
     return jax.lax.scan(body, zeros, jnp.arange(count))[0]

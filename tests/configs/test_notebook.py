@@ -1,0 +1,81 @@
+"""The notebook runs without a display on what a quickstart leaves, and says what to do where there is none."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+import quickstart_results
+
+from jaxalign.errors import InputError
+from jaxalign.pipeline import curves, findings
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "dpo_vs_rlhf.ipynb"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    return quickstart_results.write(tmp_path_factory.mktemp("quickstart"))
+
+
+def test_the_notebook_runs_and_shows_its_pictures(quickstart, monkeypatch):
+    monkeypatch.setenv("QUICKSTART_DIR", str(quickstart))
+    monkeypatch.delenv("DISPLAY", raising=False)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    assert not [out for out in outputs if out.output_type in ("stream", "error")]
+    kinds = [kind for out in outputs for kind in out.data]
+    assert kinds.count("image/png") == 5  # each figure once
+    assert kinds.count("text/markdown") == 3
+
+
+def test_the_notebook_is_stored_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
+
+
+def test_missing_results_say_the_command(tmp_path, monkeypatch):
+    monkeypatch.delenv("QUICKSTART_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for ask in (curves.find, lambda: curves.results(tmp_path)):
+        with pytest.raises(InputError) as error:
+            ask()
+        assert error.value.fix.startswith("bash launch/quickstart.sh")
+
+
+def test_the_page_of_curves(quickstart):
+    assert curves.draw(quickstart).stat().st_size > 20_000
+
+
+def test_a_run_without_logged_samples_or_kl_is_drawn_too(tmp_path):
+    found = curves.results(quickstart_results.write(tmp_path))
+    for file in (tmp_path / "ppo" / "samples").iterdir():
+        file.unlink()
+    found.summary["ppo"]["kl"] = None
+    curves.reward_and_kl(found).canvas.draw()
+    assert "Price" not in findings.findings(found)
+
+
+@pytest.mark.parametrize(
+    ("rate", "low", "high", "word"),
+    [
+        (0.8, 0.77, 0.83, "clearly above"),
+        (0.56, 0.52, 0.6, "clearly better"),
+        (0.51, 0.47, 0.55, "not told"),
+        (0.3, 0.2, 0.4, "harm"),
+    ],
+)
+def test_verdicts(tmp_path, rate, low, high, word):
+    found = curves.results(quickstart_results.write(tmp_path))
+    found.summary["dpo"] |= {"win_rate": rate, "win_rate_low": low, "win_rate_high": high}
+    line = next(x for x in findings.findings(found).splitlines() if "DPO's win rate" in x)
+    assert word in line
+
+
+def test_gold_over_training_is_the_mean_of_what_was_logged(quickstart):
+    steps, gold = curves.gold_over_training(quickstart, "ppo")
+    assert steps == sorted(steps)
+    assert all(-1 <= g <= 1 for g in gold)
+    assert gold[-1] > gold[0]
