@@ -1,14 +1,15 @@
-"""DPO of Llama-3.1-8B on UltraFeedback, from the model that configs/sft.py makes.
+r"""DPO of Llama-3.1-8B on UltraFeedback, from the model that configs/sft.py makes.
 
-paper     Direct Preference Optimization, arXiv 2305.18290, equation 7; learning rate and set of Zephyr, arXiv 2310.16944
+paper     Direct Preference Optimization, arXiv 2305.18290, equation 7; data and learning rate as Zephyr's, 2310.16944
 command   bash launch/gpu_node.sh --config=configs/dpo.py
-          bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/dpo.py:tpu \
+          bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/dpo.py \
                --config.workdir=gs://BUCKET/llama3_8b/dpo --config.model.path=DIR_OF_THE_SFT_MODEL
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=pairs.jsonl
-hardware  gpu: one node of 8 H100-80GB;  tpu: v5p-16, 8 chips of 95 GiB on 2 hosts
-memory    MEMORY
-time      about 25 min (an estimate: 50 M tokens of 8 N FLOPs, the reference included, at 30 % MFU on 8 H100;
-          50 min on v5p-16)
+hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
+memory    each device holds 13.1 GiB (float32 weights 3.7, Adam 7.5, bfloat16 reference 1.9); a step takes 28 GiB on
+          an H100 and TPUT on a v5p chip (compiled for both by jaxalign/plan.py, not run there)
+time      about 25 min on 8 H100, 50 min on v5p-16 (an estimate: 61 k pairs of about 800 tokens, the prompt once;
+          8 N FLOPs a token, the reference included, at an assumed MFU of 30 %)
 numbers   literature, Llama-3-8B, UltraFeedback, beta 0.01: AlpacaEval 2 length-controlled 18.2 % from 6.2 % of its SFT
           model, Arena-Hard 15.9 from 3.3 (github.com/princeton-nlp/SimPO); of this config: not yet measured
 see       rewards/accuracies from 0.5 up; `jaxalign compare` with a reward that training has not seen
@@ -17,8 +18,8 @@ see       rewards/accuracies from 0.5 up; `jaxalign compare` with a reward that 
 from jaxalign.config import defaults
 
 
-def get_config(hardware: str = "gpu"):
-    """The stage on "gpu" or "tpu"."""
+def get_config():
+    """The stage, for 8 devices of 80 GB or more."""
     config = defaults("dpo")
     config.workdir = "runs/llama3_8b/dpo"
     config.model.path = "runs/llama3_8b/sft/export"

@@ -1,14 +1,15 @@
-"""Supervised fine-tuning of Llama-3.1-8B on UltraChat.
+r"""Supervised fine-tuning of Llama-3.1-8B on UltraChat.
 
 paper     Direct Preference Optimization, arXiv 2305.18290, section 4: both roads start from an SFT model; the recipe is
           that of Zephyr, arXiv 2310.16944, as SimPO ran it on Llama-3-8B, arXiv 2405.14734, appendix D
 command   bash launch/gpu_node.sh --config=configs/sft.py
-          bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/sft.py:tpu \
+          bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/sft.py \
                --config.workdir=gs://BUCKET/llama3_8b/sft
 first     HF_TOKEN of an account that has accepted the licence of Llama 3.1; the same command with --dry_run
-hardware  gpu: one node of 8 H100-80GB;  tpu: v5p-16, 8 chips of 95 GiB on 2 hosts
-memory    MEMORY
-time      about 1.5 h (an estimate: 250 M tokens of 6 N FLOPs at 30 % MFU on 8 H100; 3 h on v5p-16)
+hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
+memory    each device holds 11.2 GiB (float32 weights 3.7, Adam 7.5); a step takes 33 GiB on an H100 and TPUT on
+          a v5p chip, gradients and activations included (compiled for both by jaxalign/plan.py, not run there)
+time      about 1.5 h on 8 H100, 3 h on v5p-16 (an estimate: 250 M tokens of 6 N FLOPs at an assumed MFU of 30 %)
 numbers   literature, Llama-3-8B by the same recipe: AlpacaEval 2 length-controlled 6.2 %, Arena-Hard 3.3
           (github.com/princeton-nlp/SimPO); of this config: not yet measured
 """
@@ -16,8 +17,8 @@ numbers   literature, Llama-3-8B by the same recipe: AlpacaEval 2 length-control
 from jaxalign.config import defaults
 
 
-def get_config(hardware: str = "gpu"):
-    """The stage on "gpu" or "tpu"."""
+def get_config():
+    """The stage, for 8 devices of 80 GB or more."""
     config = defaults("sft")
     config.workdir = "runs/llama3_8b/sft"
     config.model.path = "meta-llama/Llama-3.1-8B"

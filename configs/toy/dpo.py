@@ -2,9 +2,9 @@
 
 command   bash launch/gpu_node.sh --config=configs/toy/dpo.py      (also without a GPU; after configs/toy/sft.py)
 hardware  1 CPU core
-memory    MEMORY
-time      TIME
-numbers   loss from 0.69 (ln 2) to NUMBER; nothing is learnt about other pairs
+memory    0.7 GB
+time      15 s
+numbers   loss from 0.69 (ln 2) to 0.4; nothing is learnt about other pairs
 """
 
 from jaxalign.config import defaults

@@ -3,9 +3,9 @@
 first     .venv/bin/python -c 'from jaxalign.pipeline.assets import write_assets; write_assets("runs/toy/world")'
 command   bash launch/gpu_node.sh --config=configs/toy/sft.py      (also without a GPU: it takes what JAX finds)
 hardware  1 CPU core
-memory    MEMORY
-time      TIME
-numbers   loss from 6.2 nats a token (ln 512, the vocabulary) to NUMBER
+memory    0.7 GB, nearly all of it Python and the compiler
+time      15 s, nearly all of it start-up and compilation
+numbers   loss from 6.2 nats a token (ln 512, the vocabulary) to 0.8
 """
 
 from jaxalign.config import defaults
