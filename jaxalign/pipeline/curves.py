@@ -204,11 +204,12 @@ def _proxy_and_gold(axis: Any, found: Results) -> None:
     axis.plot(*series(found.metrics["ppo"], "objective/scores"), color=_COLOURS["reward"])
     axis.set_ylabel("score by the reward model", color=_COLOURS["reward"])
     other = axis.twinx()
-    other.plot(
-        *gold_over_training(found.workdir, "ppo"), ".-", color=_COLOURS["ppo"], alpha=0.6, label="logged samples"
-    )
+    steps, gold = gold_over_training(found.workdir, "ppo")
+    if steps:
+        other.plot(steps, gold, ".-", color=_COLOURS["ppo"], alpha=0.6, label="logged samples")
     after = found.summary["ppo"]["gold_reward"]
     other.axhline(after, color=_COLOURS["ppo"], linestyle=":", label="held-out prompts, after training")
+    other.set_ylim(-1.05, 1.05)
     other.legend(loc="lower right", fontsize=8)
     other.set_ylabel("gold reward", color=_COLOURS["ppo"])
     axis.set_title("what PPO is told, and what is so", fontsize=10)
