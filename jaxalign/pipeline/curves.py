@@ -98,8 +98,8 @@ def draw(workdir: Path) -> Path:
     figure, axes = _figure(17, 11, 3, 4)
     for panel, axis in zip(_TRAINING, axes, strict=False):
         _lines(axis, found, *panel)
-    for panel, axis in zip((_win_rate, _frontier, _held, _needed, _time), axes[len(_TRAINING) :], strict=True):
-        panel(axis, found)
+    for show, axis in zip((_win_rate, _frontier, _held, _needed, _time), axes[len(_TRAINING) :], strict=True):
+        show(axis, found)
     path = workdir / "curves.png"
     figure.savefig(path, dpi=100)
     return path
