@@ -39,7 +39,7 @@ def run(config: Any) -> dict[str, Any]:
     workdir = Path(config.workdir)
     done = {name: json.loads((workdir / name / "DONE").read_text()) for name in config.stages}
     compared = {road: _compare(config, road, world) for road in ROADS}
-    summary = {name: _cost(name, done[name]) for name in config.stages}
+    summary: dict[str, Any] = {name: _cost(name, done[name]) for name in config.stages}
     summary["reward"]["accuracy"] = done["reward"]["eval"]["eval/rewards/accuracies"]
     summary["dpo"]["accuracy"] = done["dpo"]["eval"]["eval/rewards/accuracies"]
     summary["sft"] |= _quality(compared["dpo"]["models"]["base"])

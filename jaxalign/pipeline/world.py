@@ -2,7 +2,7 @@
 
 In this world a thing's colour depends on the season, and the facts are drawn once from a fixed seed.  A prompt
 names a season and some things; a response states their colours.  The people who wrote the demonstrations were
-careless: a colour is right only `RIGHT` of the time, and else it is the thing's colour in another season.  The gold
+careless: a colour is right only `RIGHT` of the time, and else it is the thing's colour in the other season.  The gold
 preference is for the response with more right colours.  Which response that is cannot be read off any token's
 frequency or off the length: over the seasons each thing is equally often of each of its colours, so that only the
 season, the thing and the colour together tell right from wrong.
@@ -23,21 +23,20 @@ import re
 from typing import NamedTuple
 
 NAMES = ("Mara", "Tobin", "Ilse", "Rafi", "Nadia", "Oskar", "Petra", "Yusuf", "Lena", "Hugo", "Anya", "Bram")
-SEASONS = ("winter", "spring", "summer", "autumn")
-THINGS = ("door", "lake", "owl", "lamp", "boat", "scarf", "clock", "tower")
+SEASONS = ("winter", "summer")
+THINGS = ("door", "lake", "owl", "lamp", "boat", "scarf", "clock", "tower", "field", "bridge")
 COLOURS = ("green", "blue", "red", "white", "brown", "silver", "yellow", "purple")
 RIGHT = 0.5  # share of stated colours that are right in a careless response
 ASKED = 3  # things in a prompt
 
 
 def _facts() -> dict[tuple[str, str], str]:
-    """(season, thing) -> colour: four different colours for each thing, every colour for equally many facts."""
+    """(season, thing) -> colour: two different colours for each thing."""
     rng = random.Random("the facts of the world")
-    facts = {}
-    for i, thing in enumerate(THINGS):
-        colours = [COLOURS[(i + 2 * k) % len(COLOURS)] for k in range(len(SEASONS))]
-        facts.update(zip(((season, thing) for season in SEASONS), rng.sample(colours, len(colours)), strict=True))
-    return facts
+    pairs = [rng.sample(COLOURS, len(SEASONS)) for _ in THINGS]
+    return {
+        (season, thing): pair[i] for thing, pair in zip(THINGS, pairs, strict=True) for i, season in enumerate(SEASONS)
+    }
 
 
 FACTS = _facts()
@@ -69,12 +68,12 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def respond(scene: Scene, rng: random.Random, right: float = RIGHT) -> str:
-    """A response that states each asked colour, rightly with probability `right`, else as in another season."""
+    """A response that states each asked colour, rightly with probability `right`, else as in the other season."""
     stated = []
     for thing in scene.asked:
         season = scene.season
         if rng.random() >= right:
-            season = rng.choice([s for s in SEASONS if s != scene.season])
+            season = next(s for s in SEASONS if s != scene.season)
         stated.append(f"the {thing} is {FACTS[season, thing]}")
     sentence = _listed(stated)
     return f" {sentence[0].upper()}{sentence[1:]}."
