@@ -1,12 +1,25 @@
 """Real input: a 3.1M-parameter story teller learns to like films, to be polite, and to help.
 
 command   python -m jaxalign.pipeline.stories [--config.field=value ...]
-          Once its data are written, `jaxalign train --config=configs/stories.py --config.stages=NAME,...` trains
-          stages by themselves.
+          The same command goes on where it stopped.  Once it has written its data,
+          `jaxalign train --config=configs/stories.py --config.stages=NAME,...` trains stages by themselves.
 paper     controlled sentiment as in Rafailov et al. 2023 (arXiv 2305.18290, section 6); PPO as in Ouyang et al. 2022
           (arXiv 2203.02155)
-hardware  2 CPU cores
+hardware  2 CPU cores; 1.7 GB of memory at the peak
+time      31 minutes of stages, 2.5 of samples for DPO's pairs, 5 of judge and comparisons, all on cores that were
+          shared with other work at a load of 5 to 17; not measured alone
 data      ../shared, or what JAXALIGN_SHARED names: models/stories3m-llama, IMDb, rasbt-preference, hh-rlhf
+expected  seed 0, 95 % intervals; the judge is a bag of words that learnt from IMDb's other half (right about 87.8 % of
+          8,000 reviews and 71.6 % of their openings)
+
+          held-out pairs ranked rightly   IMDb reward 77.5 % (74.5 to 80.3), polite 90.7 % (84.1 to 94.7),
+                                          hh 58.6 % (53.0 to 64.0; the longer side is right in 57.8 %)
+          DPO's implicit reward on pairs  IMDb 66.7 % (59.0 to 73.5), polite 75.4 % (66.9 to 82.3),
+                                          hh 47.6 % (42.0 to 53.1): nothing learnt that carries over
+          against SFT, 400 prompts        win rate            KL to SFT  finished  tokens  distinct word pairs
+            SFT                                               0          95 %      33      86 %
+            DPO                           78.9 % (74.6-82.6)  9.7 nats   77 %      47      80 %
+            PPO                           91.5 % (88.4-93.9)  12.7 nats  100 %     18      61 %
 """
 
 import os
@@ -56,10 +69,10 @@ def prepare():
             "heldout_prompts": 400,
             "dpo_prompts": 1600,  # of which two samples each are ordered by the reward model
             "polite_heldout": 110,
-            "dialogues": 2400,
+            "dialogues": 1300,
             "dialogues_heldout": 300,
             "dialogue_characters": 600,
-            "compared_prompts": 100,  # of the polite and hh held-out pairs, to be answered
+            "compared_prompts": 64,  # of the polite and hh held-out pairs, to be answered
         }
     )
 
@@ -103,7 +116,9 @@ def dpo(data: str):
     config = _packed(_common(defaults("dpo"), data, "pairs", "pairs_heldout"), 256, 8)
     config["from"].model = "sft"
     config.data.append_eos = False  # a finished sample brings its own; an unfinished one must not get one
-    config.optimizer.learning_rate = 2e-4  # far above the guides' range: the model is tiny
+    config.optimizer.learning_rate = (
+        1e-4  # far above the guides' range: the model is tiny; 2e-4: 25 nats, 67 % finished
+    )
     config.rollout.max_new_tokens = 64
     return config
 
@@ -114,11 +129,12 @@ def ppo(data: str):
     config["from"].model = "sft"
     config["from"].reward = "reward"
     config.batch_size = 64
-    config.num_train_steps = 40
-    config.optimizer.warmup_steps = 0
-    config.optimizer.learning_rate = 2e-4
+    config.num_train_steps = 32
+    config.optimizer.warmup_steps = 10
+    config.optimizer.learning_rate = 1.5e-4
     config.optimizer.value_learning_rate = 5e-4
-    config.algorithm.num_ppo_epochs = 2
+    config.algorithm.kl_coef = 0.1  # at 0.05: 98 % wins, 23 nats, 55 % distinct word pairs, praise strung together
+    config.algorithm.num_ppo_epochs = 1  # always fresh samples
     config.algorithm.num_minibatches = 2
     config.rollout.max_new_tokens = 64
     config.rewards.missing_eos_penalty = 1.0
@@ -133,29 +149,28 @@ _LENGTH = {"polite": 256, "hh": 384}
 
 def plain_sft(data: str, name: str):
     """The chosen sides."""
-    config = _packed(_common(defaults("sft"), data, name, f"{name}_heldout"), 512, 8)
+    config = _packed(_common(defaults("sft"), data, name, f"{name}_heldout"), 512, 4)
     config.model.path = f"{SHARED}/models/stories3m-llama"
     config.data.max_length = _LENGTH[name]
-    config.num_epochs = {"polite": 3, "hh": 1}[name]
+    config.num_epochs = {"polite": 2, "hh": 1}[name]
     config.optimizer.learning_rate = 1e-3
     return config
 
 
 def plain_reward(data: str, name: str):
     """Pairs as they stand."""
-    config = _packed(_common(defaults("reward"), data, name, f"{name}_heldout"), 512, 8)
+    config = _packed(_common(defaults("reward"), data, name, f"{name}_heldout"), 512, 4)
     config["from"].model = f"{name}_sft"
     config.data.max_length = _LENGTH[name]
-    config.num_epochs = {"polite": 2, "hh": 1}[name]
     config.optimizer.learning_rate = 3e-4
     return config
 
 
 def plain_dpo(data: str, name: str):
     """The same pairs."""
-    config = _packed(_common(defaults("dpo"), data, name, f"{name}_heldout"), 512, 8)
+    config = _packed(_common(defaults("dpo"), data, name, f"{name}_heldout"), 512, 4)
     config["from"].model = f"{name}_sft"
     config.data.max_length = _LENGTH[name]
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 3e-5
     config.rollout.max_new_tokens = 64
     return config

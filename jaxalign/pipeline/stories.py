@@ -20,6 +20,7 @@ from jaxalign.evaluate.winrate import wilson, win_rate
 from jaxalign.evaluate.wordbag import WordBag, accuracy, fit
 from jaxalign.pipeline import reviews, stages
 from jaxalign.pipeline.configfile import load_config
+from jaxalign.pipeline.keys import fingerprint
 
 CONFIG = "configs/stories.py"
 SETS = ("polite", "hh")  # the sets whose pairs are used as they stand
@@ -124,7 +125,8 @@ def _judge(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
             "accuracy_on_openings": accuracy(judge, *_columns(short)),
         }
 
-    found = _kept(path.with_suffix(".json"), to_dict(sizes), make)
+    read = fingerprint(str(path.parent / "judge_reviews.jsonl"))
+    found = _kept(path.with_suffix(".json"), [sizes.judge_reviews, sizes.min_words, sizes.max_words, read], make)
     return {"judge": WordBag.load(path), "accuracy": found}
 
 
@@ -135,7 +137,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
 def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
     """Writes DPO's pairs: two samples of the SFT model to each prompt, the better one by the reward model first."""
     data, sampling = Path(config.workdir, "data"), config.dpo.rollout
-    key = [_stage_key(config, "sft"), _stage_key(config, "reward"), to_dict(config.prepare), to_dict(sampling)]
+    key = _pairs_key(config)
 
     def make() -> dict[str, Any]:
         from jaxalign.data.records import Record
@@ -173,6 +175,11 @@ def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
         }
 
     return _kept(data / "pairs.json", key, make)
+
+
+def _pairs_key(config: Any) -> list[Any]:
+    asked = [config.prepare.dpo_prompts, fingerprint(str(Path(config.workdir, "data/prompts.jsonl")))]
+    return [_stage_key(config, "sft"), _stage_key(config, "reward"), asked, to_dict(config.dpo.rollout)]
 
 
 def ordered_pairs(
