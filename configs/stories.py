@@ -116,9 +116,8 @@ def dpo(data: str):
     config = _packed(_common(defaults("dpo"), data, "pairs", "pairs_heldout"), 256, 8)
     config["from"].model = "sft"
     config.data.append_eos = False  # a finished sample brings its own; an unfinished one must not get one
-    config.optimizer.learning_rate = (
-        1e-4  # far above the guides' range: the model is tiny; 2e-4: 25 nats, 67 % finished
-    )
+    # Far above the guides' range, for the model is tiny.  At 2e-4: 88 % wins, 25 nats, 67 % finished.
+    config.optimizer.learning_rate = 1e-4
     config.rollout.max_new_tokens = 64
     return config
 
@@ -133,7 +132,8 @@ def ppo(data: str):
     config.optimizer.warmup_steps = 10
     config.optimizer.learning_rate = 1.5e-4
     config.optimizer.value_learning_rate = 5e-4
-    config.algorithm.kl_coef = 0.1  # at 0.05: 98 % wins, 23 nats, 55 % distinct word pairs, praise strung together
+    # At 0.05 and 48 steps: 98 % wins, 23 nats, 55 % distinct word pairs; praise strung together.
+    config.algorithm.kl_coef = 0.1
     config.algorithm.num_ppo_epochs = 1  # always fresh samples
     config.algorithm.num_minibatches = 2
     config.rollout.max_new_tokens = 64
