@@ -6,16 +6,18 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
-from jaxalign.models import names
+from jaxalign.models import names, store
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
@@ -33,13 +35,13 @@ def save(
     tokenizer: Any = None,
     dtype: str | None = None,
     max_bytes: int = MAX_BYTES,
-) -> Path:
+) -> Any:
     """Writes a directory that `transformers` loads, whole or not at all.
 
     Every process calls it: one tensor at a time is gathered from all of them, and process 0 writes.
 
     Args:
-      directory: where; replaced only where it is empty or an earlier export.
+      directory: where, on disk or a URL that fsspec knows; replaced only where it is empty or an earlier export.
       model: of the parameters; a model with a scalar head becomes a LlamaForSequenceClassification.
       params: the parameters, sharded or not.
       source: the directory or hub id the model came from: its tokenizer, generation config and licence are copied.
@@ -48,12 +50,13 @@ def save(
       max_bytes: of one file, beyond which the weights are sharded.
 
     Returns:
-      The directory.
+      The directory: a Path, or the URL as it was given.
 
     Raises:
       InputError: something else lies there.
     """
-    target = Path(directory).expanduser().absolute()
+    url = os.fspath(directory) if is_url(os.fspath(directory)) else None
+    target = Path(directory).expanduser().absolute()  # not used with a URL
     writes = jax.process_index() == 0
     leaf_type = jax.tree.leaves(params)[0].dtype
     file_type = np.dtype(leaf_type if dtype is None else jax.numpy.dtype(dtype))
@@ -61,8 +64,11 @@ def save(
         raise InputError(
             f"dtype {file_type}", f"one of {', '.join(str(d) for d in DTYPES.values())}", "dtype='float32'"
         )
-    check_target(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    check_target(url or target)
+    if url:
+        part = Path(tempfile.gettempdir()) / f"jaxalign-export-{os.getuid()}-{os.getpid()}"
+    else:
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
     if writes:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -72,15 +78,18 @@ def save(
             _copy(None if source is None else locate(source, weights=False), tokenizer, part)
             config = hf_config(model, file_type, _pad_id(model, tokenizer, part))
             (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            _replace(part, target)
+            if url:
+                store.upload(part, url)
+            else:
+                _replace(part, target)
     finally:
         if writes:
             shutil.rmtree(part, ignore_errors=True)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(f"jaxalign export {target}")
-    return target
+        multihost_utils.sync_global_devices(f"jaxalign export {url or target}")
+    return url or target
 
 
 def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> dict[str, Any]:
@@ -101,39 +110,46 @@ def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> di
     return config
 
 
-def check_target(target: Path) -> None:
+def check_target(target: str | Path) -> None:
     """Makes sure that nothing is lost by writing an export there.
+
+    Args:
+      target: a path, or a URL.
 
     Raises:
       InputError: a file, or a directory with anything but an earlier export in it.
     """
-    if not target.exists():
-        return
-    own = {CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES}
-    foreign = (
-        [target.name]
-        if not target.is_dir()
-        else [p.name for p in sorted(target.iterdir()) if p.name not in own and not _is_own_weights(p)]
+    read: Callable[[str], IO[bytes]]
+    if is_url(url := os.fspath(target)):
+        there = list(store.list_files(url))
+        read = functools.partial(store.open_file, url)
+    else:
+        target = Path(target).expanduser().absolute()
+        if target.exists() and not target.is_dir():
+            raise _taken(target, [target.name])
+        there = [file.name for file in target.iterdir()] if target.is_dir() else []
+        read = lambda name: (target / name).open("rb")  # noqa: E731
+    weights = {name for name in there if _is_own_weights(name, read)}
+    own = {CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES} | weights if weights else set()
+    if foreign := sorted(set(there) - own):
+        raise _taken(target, foreign)
+
+
+def _taken(target: str | Path, foreign: list[str]) -> InputError:
+    return InputError(
+        f"{target} holds {', '.join(foreign[:3])}{' and more' if foreign[3:] else ''}, not written by jaxalign",
+        "an empty or new directory, or an earlier export",
+        "another directory",
     )
-    if (
-        target.is_dir()
-        and not foreign
-        and any(target.iterdir())
-        and not any(_is_own_weights(p) for p in target.iterdir())
-    ):
-        foreign = sorted(p.name for p in target.iterdir())
-    if foreign:
-        raise InputError(
-            f"{target} holds {', '.join(foreign[:3])}{' and more' if foreign[3:] else ''}, not written by jaxalign",
-            "an empty or new directory, or an earlier export",
-            "another directory",
-        )
 
 
-def _is_own_weights(file: Path) -> bool:
-    if file.name == "model.safetensors.index.json":
+def _is_own_weights(name: str, read: Callable[[str], IO[bytes]]) -> bool:
+    if name == "model.safetensors.index.json":
         return True
-    return file.suffix == ".safetensors" and producer_of(file) == PRODUCER
+    if not name.endswith(".safetensors"):
+        return False
+    with read(name) as file:
+        return producer_of(file, name) == PRODUCER
 
 
 def _replace(part: Path, target: Path) -> None:

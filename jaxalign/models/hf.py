@@ -41,7 +41,7 @@ def load(
     """Reads a checkpoint.
 
     Args:
-      path: a directory in Hugging Face form, or a hub id.
+      path: a directory in Hugging Face form, on disk or at a URL, or a hub id.
       dtype: of the computation.
       param_dtype: of the parameters; the file's numbers are converted while they are read.
       remat: what the backward pass recomputes: none, dots or full.

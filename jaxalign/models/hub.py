@@ -1,15 +1,19 @@
-"""From what a user calls a model, a directory or a hub id, to a directory on this host."""
+"""From what a user calls a model, a directory, a URL or a hub id, to a directory on this host."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
+from jaxalign.models import store
+from jaxalign.models.store import CONFIG as CONFIG
 
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,13 +34,18 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     """The directory that holds a model; a hub id is fetched into the hub's cache, or found there when offline.
 
     Args:
-      path: a directory, or a hub id such as "org/name".
+      path: a directory, a URL that fsspec knows such as "gs://bucket/model", or a hub id such as "org/name".
       revision: branch, tag or commit of a hub id.
       weights: whether safetensors are wanted too.
 
     Raises:
       InputError: no such directory, and not on the hub or not reachable.
     """
+    patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES]
+    if weights:
+        patterns += ["*.safetensors", "*.safetensors.index.json"]
+    if is_url(os.fspath(path)):
+        return store.fetch(os.fspath(path), lambda name: any(fnmatch.fnmatchcase(name, p) for p in patterns))
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory.resolve()
@@ -47,9 +56,6 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES]
-    if weights:
-        patterns += ["*.safetensors", "*.safetensors.index.json"]
     try:
         found = snapshot_download(
             str(path), revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]

@@ -16,7 +16,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
     """Reads a tokenizer with `transformers`, and settles its padding token.
 
     Args:
-      path: a directory or a hub id.
+      path: a directory, a URL or a hub id.
       revision: of a hub id.
       chat_template: a file, or the template itself; None: the tokenizer's own, if it has one.
 
@@ -116,7 +116,7 @@ def stop_ids(source: str | Path | Mapping[str, Any], tokenizer: Any, revision: s
     """The tokens at which a completion ends: those of the generation config, of `config.json` and of the tokenizer.
 
     Args:
-      source: a model's directory or hub id, or a parsed generation config.
+      source: a model's directory, URL or hub id, or a parsed generation config.
       tokenizer: of transformers.
       revision: of a hub id.
 

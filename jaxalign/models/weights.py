@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -86,35 +86,34 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def producer_of(file: Path) -> str | None:
-    """The program that wrote a file, as far as its header says."""
+def producer_of(file: IO[bytes], name: str) -> str | None:
+    """The program that wrote an open file, as far as its header says."""
     try:
-        return _raw_header(file)[0].get("__metadata__", {}).get("producer")
+        return _raw_header(file, name)[0].get("__metadata__", {}).get("producer")
     except InputError:
         return None
 
 
-def _raw_header(file: Path) -> tuple[dict[str, Any], int]:
+def _raw_header(f: IO[bytes], file: str | Path) -> tuple[dict[str, Any], int]:
     """A file's header and its length in bytes. Source: https://huggingface.co/docs/safetensors, "Format"."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-        if length > min(size - 8, _MAX_HEADER):
-            raise InputError(
-                f"{file} is not a whole safetensors file", "a header in its first bytes", "download it again"
-            )
-        try:
-            return json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file)), length
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{file} has an unreadable header", "a safetensors file", "download it again") from error
+    size = f.seek(0, os.SEEK_END)
+    f.seek(0)
+    start = f.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+    if length > min(size - 8, _MAX_HEADER):
+        raise InputError(f"{file} is not a whole safetensors file", "a header in its first bytes", "download it again")
+    try:
+        return json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file)), length
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} has an unreadable header", "a safetensors file", "download it again") from error
 
 
 def _header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file."""
-    header, length = _raw_header(file)
+    with open(file, "rb") as f:
+        header, length = _raw_header(f, file)
     header.pop("__metadata__", None)
     size, tensors = file.stat().st_size, {}
     for name, entry in header.items():
@@ -130,7 +129,7 @@ def _header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]], file: str | Path) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

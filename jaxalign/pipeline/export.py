@@ -15,14 +15,14 @@ FORMAT = 1  # of run directories that this version reads
 
 def export(
     workdir: str, out: str, *, stage: str | None = None, checkpoint: str = "last", dtype: str | None = None
-) -> Path:
+) -> Path | str:
     """Writes the model of a checkpoint, of a run that is done, stopped or still going.
 
     Only the model's own weights are read, not the optimizer's state, and nothing in `workdir` is touched.
 
     Args:
       workdir: of a run, or of a run with stages.
-      out: a new or empty directory, or an earlier export.
+      out: a new or empty directory, or an earlier export; a path or a URL.
       stage: which stage, where `workdir` holds several.
       checkpoint: "last", "best" (by the run's `checkpoint.best_metric`) or a number.
       dtype: of the weights in the file; None: as they were trained.
@@ -46,7 +46,7 @@ def export(
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
 
-    check_target(Path(out).expanduser().absolute())
+    check_target(out)
     step = _choose(run, config, checkpoint)
     given = config["model"]
     source, revision = given["path"], given["revision"]
@@ -78,9 +78,9 @@ def find_run(workdir: str, stage: str | None) -> Any:
     Raises:
       InputError: there is no run, or several.
     """
-    from etils import epath
+    from jaxalign.train.rundir import as_path
 
-    root = epath.Path(workdir)
+    root = as_path(workdir)
     if not root.is_dir():
         raise InputError(f"no directory {workdir}", "the workdir of a run", "--workdir runs/NAME")
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and (p / "config.json").exists())

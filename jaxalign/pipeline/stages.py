@@ -296,7 +296,7 @@ def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
             for role, field, _ in _FROM:
                 section, leaf = field.split(".")
                 source = stage.inputs.get(role)
-                if source and not os.path.isdir(stage.config[section][leaf]):
+                if source and not _path(stage.config[section][leaf], "config.json").exists():
                     stage.config[section][leaf] = by_name[source].config.model.path
         if stage.name:
             say(f"stage {stage.name}:")
@@ -333,9 +333,9 @@ def _release() -> None:
 
 def _path(*parts: str):
     """A path on disk or in an object store."""
-    from etils import epath
+    from jaxalign.train.rundir import as_path
 
-    return epath.Path(*parts)
+    return as_path(*parts)
 
 
 def _silent(line: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from jaxalign.data.dialogues import render_plain
+from jaxalign.data.files import is_url
 from jaxalign.models import hf
 from jaxalign.models.tokenizer import load_tokenizer
 from jaxalign.parallel.sharding import param_shardings
@@ -19,7 +20,7 @@ def load_scorer(name: str, *, dtype: str, mesh: Mesh | None = None, batch_size: 
     """A reward that scores text.
 
     Args:
-      name: "module:function" or "file.py:function"; else a reward model's directory or hub id.
+      name: "module:function" or "file.py:function"; else a reward model's directory, URL or hub id.
       dtype: of the model's weights and computation.
       mesh: where the model runs; None: one device.
       batch_size: rows at a time of a model.
@@ -30,7 +31,7 @@ def load_scorer(name: str, *, dtype: str, mesh: Mesh | None = None, batch_size: 
     Raises:
       InputError: no such function, or no model with a scalar head there.
     """
-    if ":" in name and not Path(name).is_dir():
+    if ":" in name and not is_url(name) and not Path(name).is_dir():
         return FunctionScorer(load_function(name), name)
     shardings = None if mesh is None else lambda tree: param_shardings(mesh, tree)
     model, params = hf.load(name, dtype=dtype, param_dtype=dtype, remat="none", head="score", shardings=shardings)

@@ -5,15 +5,11 @@ config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,10 +41,8 @@ class RunDir:
     """
 
     def __init__(self, workdir: str):
-        from etils import epath
-
         self.remote = "://" in str(workdir)
-        self.path = epath.Path(workdir if self.remote else os.path.abspath(os.path.expanduser(workdir)))
+        self.path = as_path(str(workdir) if self.remote else os.path.abspath(os.path.expanduser(workdir)))
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events"
@@ -116,22 +110,6 @@ class RunDir:
                 "--config.workdir=ANOTHER",
             )
 
-    @contextlib.contextmanager
-    def local_export(self) -> Iterator[str]:
-        """A local path to export to; what lies there at the end is `export/`, on an object store, too."""
-        if not self.remote:
-            yield os.fspath(self.export)
-            return
-        name = hashlib.blake2b(str(self.path).encode(), digest_size=8).hexdigest()  # the same on every host
-        local = os.path.join(tempfile.gettempdir(), f"jaxalign-export-{os.getuid()}-{name}")
-        yield local
-        if is_main():
-            self.export.mkdir(parents=True, exist_ok=True)
-            for file in sorted(os.listdir(local)):
-                with open(os.path.join(local, file), "rb") as source, (self.export / file).open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 24)
-            shutil.rmtree(local)
-
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file as a whole: a reader sees the old one or the new one."""
         if not is_main():
@@ -149,6 +127,30 @@ class RunDir:
         """The file's value, None where there is none."""
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
+
+
+def as_path(workdir: str, *parts: str) -> Any:
+    """A path on disk or in an object store.
+
+    Raises:
+      InputError: a store that checkpoints cannot go to, or whose package is not installed.
+    """
+    from etils import epath
+
+    if "://" in workdir:
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class(workdir.partition("://")[0])
+            return epath.Path(workdir, *parts)
+        except (ImportError, KeyError, ValueError) as error:  # KeyError: known to fsspec, not to checkpoints
+            reason = f" ({error})" if isinstance(error, ImportError) else ""
+            raise InputError(
+                f"workdir {workdir}{reason}",
+                "a directory, or a URL with gs:// or s3:// and the package that opens it",
+                "--config.workdir=gs://BUCKET/RUN, and pip install gcsfs for gs://, s3fs for s3://",
+            ) from error
+    return epath.Path(workdir, *parts)
 
 
 def _differences(old: Any, new: Any, prefix: str = ""):

@@ -252,15 +252,15 @@ class Stage:
         best = checkpoints.best()
         if c.checkpoint.best_metric and best != self.num_steps:
             state = checkpoints.restore(best, self.like)[0]
-        with self.directory.local_export() as target:
-            hf.save(
-                target,
-                self.program.trained[role].model,
-                state.params[role],
-                source=c.model.path,
-                tokenizer=self.tokenizer,
-            )
-        return os.fspath(self.directory.export)
+        target = os.fspath(self.directory.export)
+        hf.save(
+            target,
+            self.program.trained[role].model,
+            state.params[role],
+            source=c.model.path,
+            tokenizer=self.tokenizer,
+        )
+        return target
 
 
 def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:

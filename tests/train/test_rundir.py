@@ -129,12 +129,6 @@ def test_workdir_in_an_object_store(tmp_path, store):
     writer.write(2, {"loss": 3.0})
     writer.close()
     assert [r["loss"] for r in read_metrics(run)] == [1.0, 3.0]
-    with run.local_export() as local:
-        from pathlib import Path
-
-        Path(local).mkdir(exist_ok=True)
-        (Path(local) / "config.json").write_text("{}")
-    assert (run.export / "config.json").read_text() == "{}" and not Path(local).exists()
     run.write_json("DONE", {"steps": 2, "nan": float("nan")})
     assert open_run(c) == {"steps": 2, "nan": None}
     assert store.store  # it really went there
