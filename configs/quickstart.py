@@ -50,7 +50,12 @@ def reward():
 def dpo():
     config = _small(defaults("dpo"), "preferences", "preferences_heldout")
     config["from"].model = "sft"
-    config.optimizer.learning_rate = 1e-4  # far above the guides' range: the model is tiny. At 2e-4 it falls apart
+    config.num_epochs = 2
+    config.optimizer.learning_rate = 2e-4  # far above the guides' range: the model is tiny
+    # With beta from 0.1 to 0.5 and no smoothing this model leaves what it knows: 15 to 21 nats from the reference, and
+    # every fifth or sixth answer without an end.
+    config.algorithm.beta = 1.0
+    config.algorithm.label_smoothing = 0.1
     config.rollout.max_new_tokens = 28
     config.logging.samples_every = 20
     return config

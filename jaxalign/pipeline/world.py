@@ -27,7 +27,7 @@ SEASONS = ("winter", "summer")
 THINGS = ("door", "lake", "owl", "lamp", "boat", "scarf", "clock", "tower", "field", "bridge")
 COLOURS = ("green", "blue", "red", "white", "brown", "silver", "yellow", "purple")
 RIGHT = 0.5  # share of stated colours that are right in a careless response
-ASKED = 3  # things in a prompt
+ASKED = 4  # things in a prompt
 
 
 def _facts() -> dict[tuple[str, str], str]:

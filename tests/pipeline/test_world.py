@@ -11,16 +11,17 @@ from jaxalign.pipeline.assets import write_assets
 
 
 def test_gold_reward_by_hand():
-    scene = world.Scene("Mara", "winter", ("door", "lake", "owl"))
+    scene = world.Scene("Mara", "winter", ("door", "lake", "owl", "lamp"))
     right = {thing: world.FACTS["winter", thing] for thing in scene.asked}
     wrong = world.FACTS["summer", "door"]
-    all_right = f" The door is {right['door']}, the lake is {right['lake']} and the owl is {right['owl']}."
+    all_right = f" The door is {right['door']}, the lake is {right['lake']}, the owl is {right['owl']}"
+    all_right += f" and the lamp is {right['lamp']}."
     assert world.gold_reward(scene.prompt, all_right) == 1
-    assert world.gold_reward(scene.prompt, all_right.replace(right["door"], wrong, 1)) == pytest.approx(1 / 3)
+    assert world.gold_reward(scene.prompt, all_right.replace(right["door"], wrong, 1)) == pytest.approx(0.5)
     assert world.gold_reward(scene.prompt, "") == -1
     # what is said twice counts once, and what was not asked counts against
     assert world.gold_reward(scene.prompt, all_right + all_right) == 1
-    assert world.gold_reward(scene.prompt, all_right + " The boat is red.") == pytest.approx(0.5)
+    assert world.gold_reward(scene.prompt, all_right + " The boat is red.") == pytest.approx(0.6)
     with pytest.raises(ValueError, match="not a prompt of this world"):
         world.gold_reward("Tell me a joke.", all_right)
 
