@@ -201,7 +201,8 @@ def _read_leaf(
     def part(index: tuple[slice, ...]) -> np.ndarray:
         return read(tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)))
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    # Waits, so that the host's copy of this parameter is gone before the next one is read.
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
 
 
 def _leaves(abstract: Params, shardings: Shardings) -> list[tuple[str, jax.ShapeDtypeStruct, Sharding]]:
