@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import pytest
 
 from jaxalign import config as configuration
 from jaxalign import plan
 from jaxalign.errors import InputError
+from jaxalign.models import hf
 
 # A TPU v5p slice of 16 chips, and eight H200.
 MACHINES = {"tpu:v5p:2x2x4": ("TPU v5", 16), "gpu:h200:1x8x1": ("NVIDIA H200", 8)}
@@ -49,8 +51,17 @@ def config_of(algorithm, shared, pairs, completions, tmp_path):
     c.mesh.tensor = 2
     if algorithm == "ppo":
         c.rollout.max_new_tokens = 16
-        c.rewards.model = c.model.path
+        c.rewards.model = reward_model(c.model.path, tmp_path / "reward")
     return c
+
+
+def reward_model(path, directory):
+    """The language model with a fresh scalar head, as a reward model's directory."""
+    model, params = hf.load(
+        path, head="score", key=jax.random.key(0), dtype="float32", param_dtype="float32", remat="none"
+    )
+    hf.save(directory, model, params, source=path)
+    return str(directory)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
