@@ -6,6 +6,7 @@ import socket
 import time
 
 import numpy as np
+import pytest
 from run_child import finish, start, stories
 from safetensors.numpy import load_file
 
@@ -69,3 +70,16 @@ def test_two_processes_stop_together_go_on_and_equal_one(shared, tmp_path):
                 np.testing.assert_allclose(r[name], s[name], rtol=1e-9, atol=1e-9, err_msg=name)
     assert json.loads((tmp_path / "results.json").read_text())["num_compiles"] == 1
     assert os.listdir(two / "checkpoints") == ["5"]
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "reward", "ppo"])
+def test_two_processes_equal_one(algorithm, shared, tmp_path):
+    doubles = {"model.dtype": "float64", "model.param_dtype": "float64", "num_train_steps": 2}
+    one, two = tmp_path / "one", tmp_path / "two"
+    single = start(stories(shared, one, algorithm, **doubles), devices=2, x64=True)
+    assert [finish(p) for p in start_both(stories(shared, two, algorithm, **doubles), None)] == [0, 0]
+    assert finish(single) == 0
+    a, b = (load_file(w / "export" / "model.safetensors") for w in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
