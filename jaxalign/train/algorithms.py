@@ -82,6 +82,8 @@ def _reward(config, loader, context) -> Program:
 def _dpo(config, loader, context) -> Program:
     cfg = config.algorithm
     policy = loader.policy(config.optimizer.learning_rate)
+    if cfg.reference_path:
+        check_tokens(cfg.reference_path, context.tokenizer)
     reference = loader.reference(cfg.reference_path)
     if _shapes(policy) != _shapes(reference):
         raise InputError(
@@ -106,6 +108,30 @@ def _dpo(config, loader, context) -> Program:
         reference=None if live else reference,
         passes=4.0 if live else 3.0,
     )
+
+
+def check_tokens(path: str, tokenizer: Any) -> None:
+    """Refuses a reference whose ids stand for other tokens than the policy's: its log-probs would be of other texts.
+
+    Args:
+      path: the reference's directory or hub id.
+      tokenizer: of the policy.
+
+    Raises:
+      InputError: naming a token that differs.
+    """
+    from jaxalign.models.tokenizer import load_tokenizer
+
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path).get_vocab()
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differing:
+        token = differing[0]
+        raise InputError(
+            f"{len(differing)} tokens of the reference {path} are not the policy's: {token!r} is {theirs.get(token)} "
+            f"there and {ours.get(token)} here",
+            "a reference with the policy's tokenizer",
+            "--config.algorithm.reference_path=None (the policy's own start)",
+        )
 
 
 def _shapes(role: Role) -> Any:

@@ -1,0 +1,103 @@
+"""The configuration: defaults that pass, mistakes that are named, values outside the guides' ranges that warn."""
+
+import pytest
+
+from jaxalign import config as configuration
+from jaxalign.config import defaults, nearest_field, stages, to_dict, validate
+from jaxalign.errors import InputError
+
+
+def ready(algorithm):
+    c = defaults(algorithm)
+    c.workdir, c.model.path, c.data.sources = "runs/x", "model", ("data.jsonl",)
+    if algorithm == "ppo":
+        c.rewards.function = "rewards.py:reward"
+    return c
+
+
+@pytest.mark.parametrize("algorithm", configuration.ALGORITHMS)
+def test_defaults_pass_without_a_warning(algorithm):
+    assert validate(ready(algorithm)) == []
+    assert to_dict(ready(algorithm))["algorithm"]["name"] == algorithm
+
+
+@pytest.mark.parametrize("field", ["workdir", "model.path", "data.sources"])
+def test_what_has_no_default_must_be_set(field):
+    c = defaults("sft")
+    for other in ("workdir", "model.path"):
+        if other != field:
+            c.update_from_flattened_dict({other: "x"})
+    if field != "data.sources":
+        c.data.sources = ("x",)
+    with pytest.raises(InputError, match=f"{field} is not set"):
+        validate(c)
+
+
+def test_trap_bfloat16_weights_that_do_not_move_are_refused():
+    c = ready("dpo")
+    c.model.param_dtype = "bfloat16"
+    with pytest.raises(InputError, match="bfloat16 weights at a learning rate of 1e-06"):
+        validate(c)
+    c.optimizer.learning_rate = 1e-4
+    assert validate(c) != []  # allowed, though far above the guides' range
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "field", "value", "words"),
+    [
+        ("dpo", "algorithm.loss", "sigmod", "algorithm.loss is 'sigmod'"),
+        ("sft", "model.remat", "some", "model.remat is 'some'"),
+        ("sft", "batch_size", 0, "batch_size is 0"),
+        ("sft", "grad_accum_steps", 7, "not divisible by grad_accum_steps 7"),
+        ("dpo", "data.max_prompt_length", 1024, "data.max_prompt_length is 1024"),
+        ("sft", "checkpoint.best_metric", "eval/loss", "eval.every is 0"),
+        ("ppo", "rollout.temperature", 0.0, "rollout.temperature is 0"),
+        ("ppo", "rollout.max_new_tokens", 1024, "rollout.max_new_tokens 1024"),
+        ("ppo", "rewards.function", None, "PPO without a reward"),
+        ("ppo", "rewards.model", "dir", "both rewards.model and rewards.function"),
+        ("ppo", "algorithm.num_minibatches", 7, "not divisible by num_minibatches 7"),
+    ],
+)
+def test_mistakes_are_named(algorithm, field, value, words):
+    c = ready(algorithm)
+    c.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as raised:
+        validate(c)
+    assert words in raised.value.found
+    assert "--config." in raised.value.fix
+
+
+def test_trap_label_smoothing_is_an_error_where_the_loss_has_none():
+    c = ready("dpo")
+    c.algorithm.loss, c.algorithm.label_smoothing = "ipo", 0.1
+    with pytest.raises(InputError, match="label_smoothing with the ipo loss"):
+        validate(c)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "field", "value"),
+    [("dpo", "algorithm.beta", 0.01), ("dpo", "optimizer.learning_rate", 1e-4), ("ppo", "algorithm.clip_range", 0.4)],
+)
+def test_values_outside_the_guides_ranges_warn(algorithm, field, value):
+    c = ready(algorithm)
+    c.update_from_flattened_dict({field: value})
+    assert [w for w in validate(c) if w.startswith(field)]
+
+
+def test_a_misspelt_field_is_refused_and_has_a_nearest_name():
+    c = defaults("ppo")
+    with pytest.raises(AttributeError):
+        c.algorithm.kl_coeff = 0.1
+    assert nearest_field(c, "algorithm.kl_coeff") == "algorithm.kl_coef"
+    assert nearest_field(c, "lerning_rate") == "optimizer.learning_rate"
+
+
+def test_an_algorithm_has_only_fields_that_it_reads():
+    assert "beta" not in defaults("sft").algorithm
+    assert "rewards" not in defaults("dpo")
+    assert "value_learning_rate" not in defaults("sft").optimizer
+
+
+def test_stages_keep_their_order():
+    c = stages("runs/x", seed=3, sft=defaults("sft"), dpo=defaults("dpo"), again=defaults("sft"))
+    assert c.stages == ("sft", "dpo", "again") and c.seed == 3
