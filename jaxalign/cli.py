@@ -118,6 +118,8 @@ def _unknown(name: str) -> int:
 def _train(argv: list[str]) -> int:
     from absl import flags
 
+    from jaxalign.pipeline.configfile import load_config, split_overrides
+
     own, overrides = split_overrides(argv)
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file", flag_values=values)
@@ -135,8 +137,6 @@ def _train(argv: list[str]) -> int:
     if not values.config:
         raise InputError("no --config", "a config file", "jaxalign train --config=configs/dpo.py")
 
-    from jaxalign.pipeline.configfile import load_config
-
     config = load_config(values.config, overrides)
     from jaxalign.pipeline import stages
 
@@ -149,35 +149,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
     """A warning as a line for the user, without the place in the code that gave it."""
     del category, place, named
     print(f"warning: {message}", file=sys.stderr)
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """Parts the flags of a config's fields from the rest, in order.
-
-    `--config.a.b=1`, `--config.a.b 1`, `--config.a.b` (true) and `--noconfig.a.b` (false) are known.
-
-    >>> split_overrides(["--config=f.py", "--config.seed=1", "--config.x.y", "2", "--noconfig.data.packing"])
-    (['--config=f.py'], [('seed', '1'), ('x.y', '2'), ('data.packing', 'false')])
-    """
-    rest: list[str] = []
-    overrides: list[tuple[str, str | None]] = []
-    i = 0
-    while i < len(argv):
-        name, equals, value = argv[i].partition("=")
-        bare = name.lstrip("-")
-        if not name.startswith("-") or not bare.startswith(("config.", "noconfig.")):
-            rest.append(argv[i])
-        elif bare.startswith("noconfig."):
-            overrides.append((bare.removeprefix("noconfig."), "false"))
-        elif equals:
-            overrides.append((bare.removeprefix("config."), value))
-        elif i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-            overrides.append((bare.removeprefix("config."), argv[i + 1]))
-            i += 1
-        else:
-            overrides.append((bare.removeprefix("config."), None))
-        i += 1
-    return rest, overrides
 
 
 _REQUIRED = object()

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,60 @@ def load_config(path: str, overrides: Iterable[tuple[str, str | None]] = ()) -> 
         override(config, field, text, extend=field in seen)
         seen.add(field)
     return config
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """Parts the flags of a config's fields from the rest, in order.
+
+    `--config.a.b=1`, `--config.a.b 1`, `--config.a.b` (true) and `--noconfig.a.b` (false) are known.
+
+    >>> split_overrides(["--config=f.py", "--config.seed=1", "--config.x.y", "2", "--noconfig.data.packing"])
+    (['--config=f.py'], [('seed', '1'), ('x.y', '2'), ('data.packing', 'false')])
+    """
+    rest: list[str] = []
+    overrides: list[tuple[str, str | None]] = []
+    i = 0
+    while i < len(argv):
+        name, equals, value = argv[i].partition("=")
+        bare = name.lstrip("-")
+        if not name.startswith("-") or not bare.startswith(("config.", "noconfig.")):
+            rest.append(argv[i])
+        elif bare.startswith("noconfig."):
+            overrides.append((bare.removeprefix("noconfig."), "false"))
+        elif equals:
+            overrides.append((bare.removeprefix("config."), value))
+        elif i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            overrides.append((bare.removeprefix("config."), argv[i + 1]))
+            i += 1
+        else:
+            overrides.append((bare.removeprefix("config."), None))
+        i += 1
+    return rest, overrides
+
+
+def run_script(name: str, argv: Sequence[str], run: Callable[[Sequence[tuple[str, str | None]]], None]) -> int:
+    """What a script does with its arguments, overrides of its config's fields and nothing else.
+
+    Args:
+      name: what the script is called, for messages.
+      argv: the arguments.
+      run: what to do, given the overrides.
+
+    Returns:
+      The exit status: 0, or 2 where the input was wrong, which is then told without a traceback.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: {name} [--config.field=value ...]")
+        return 0
+    try:
+        rest, overrides = split_overrides(argv)
+        if rest:
+            raise InputError(f"argument {rest[0]!r}", "fields of its config alone", f"{name} --config.field=value")
+        run(overrides)
+    except InputError as error:
+        print(f"{name}: the input cannot be used\n{error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def override(config: ConfigDict, field: str, text: str | None, *, extend: bool = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from jaxalign.config import to_dict
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.assets import write_assets
-from jaxalign.pipeline.configfile import load_config
+from jaxalign.pipeline.configfile import load_config, run_script
 
 CONFIG = "configs/quickstart.py"
 ROADS = ("dpo", "ppo")
@@ -140,19 +140,13 @@ def page(summary: dict[str, Any], width: int = 150) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m jaxalign.pipeline.quickstart [--config.field=value ...]`."""
+    """`python -m jaxalign.pipeline.quickstart [--config.field=value ...]`; the fields are those of its config."""
+    return run_script("quickstart", argv, _run_and_show)
+
+
+def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     from jaxalign.pipeline.curves import draw
 
-    if {"-h", "--help"} & set(argv):
-        print(f"{main.__doc__}\n\nFields are those of {CONFIG}.")
-        return 0
-    overrides = []
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if not name.startswith("--config."):
-            print(f"unknown argument {argument!r}; expected --config.field=value", file=sys.stderr)
-            return 2
-        overrides.append((name.removeprefix("--config."), value))
     config = load_config(CONFIG, overrides)
     summary = run(config)
     picture = draw(Path(config.workdir))
@@ -160,7 +154,6 @@ def main(argv: Sequence[str]) -> int:
     print(f"summary   {Path(config.workdir, 'summary.json')}\ncurves    {picture}")
     print(f"the aligned models are in {config.workdir}/dpo/export and {config.workdir}/ppo/export; ask one with")
     print(f'  jaxalign generate --model {config.workdir}/dpo/export --prompt "{summary["samples"][0]["prompt"]}"')
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxalign.config import to_dict
 from jaxalign.evaluate.winrate import wilson, win_rate
 from jaxalign.evaluate.wordbag import WordBag, accuracy, fit
 from jaxalign.pipeline import reviews, stages
-from jaxalign.pipeline.configfile import load_config
+from jaxalign.pipeline.configfile import load_config, run_script
 from jaxalign.pipeline.keys import fingerprint
 
 CONFIG = "configs/stories.py"
@@ -353,30 +353,17 @@ def page(summary: dict[str, Any], width: int = 190) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m jaxalign.pipeline.stories [--config.field=value ...]`."""
-    from jaxalign.errors import InputError
+    """`python -m jaxalign.pipeline.stories [--config.field=value ...]`; the fields are those of its config."""
+    return run_script("stories", argv, _run_and_show)
 
-    if {"-h", "--help"} & set(argv):
-        print(f"{main.__doc__}\n\nFields are those of {CONFIG}.")
-        return 0
-    overrides = []
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if not name.startswith("--config."):
-            print(f"unknown argument {argument!r}; expected --config.field=value", file=sys.stderr)
-            return 2
-        overrides.append((name.removeprefix("--config."), value))
+
+def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     workdirs = [value for name, value in overrides if name == "workdir"]  # the data lie in it
-    try:
-        config = load_config(":".join([CONFIG, *workdirs[-1:]]), overrides)
-        summary = run(config)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
+    config = load_config(":".join([CONFIG, *workdirs[-1:]]), overrides)
+    summary = run(config)
     if summary:
         print(page(summary))
         print(f"summary   {Path(config.workdir, 'summary.json')}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import jaxalign.train
-from jaxalign.cli import main, split_overrides
+from jaxalign.cli import main
 from jaxalign.errors import InputError
+from jaxalign.pipeline.configfile import split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 

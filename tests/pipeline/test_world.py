@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jaxalign.pipeline import world
+from jaxalign.pipeline import quickstart, world
 from jaxalign.pipeline.assets import write_assets
 
 
@@ -59,3 +59,11 @@ def test_assets_are_written_once(tmp_path):
     before = (directory / "prompts.jsonl").stat().st_mtime_ns
     write_assets(tmp_path / "world", seed=5)
     assert (directory / "prompts.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"), [("--config.sft.batch_sze=1", "sft.batch_size"), ("--seed=1", "fields of its config alone")]
+)
+def test_a_wrong_flag_is_told_without_a_traceback(argument, words, capsys):
+    assert quickstart.main([argument]) == 2
+    assert words in capsys.readouterr().err
