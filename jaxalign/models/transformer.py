@@ -15,7 +15,7 @@ from jaxalign.models.cache import Cache
 from jaxalign.models.config import ModelConfig
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_blocked import SAVED
-from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.ops.rope import frequencies, rotate, rotations
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
@@ -40,7 +40,8 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(jnp.zeros(bias, dtype))
 
     def __call__(self, x):
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(self.dtype))
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.einsum(self.equation, x, kernel, precision=product_precision(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

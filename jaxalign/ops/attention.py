@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.attention_blocked import blocked_attention
+from jaxalign.ops.precision import product_precision
 
 
 def attention(
@@ -64,9 +66,10 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     S, K = k_BSKH.shape[1:3]
     G = N // K  # queries that share a key: they become rows of one product, so keys are never repeated in memory
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, precision=product_precision(q_BTNH.dtype), preferred_element_type=wide)
     q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=wide) * H**-0.5
+    scores = product("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * H**-0.5
     slot = jnp.arange(S, dtype=start_BT.dtype)
     visible_BTS = (slot >= start_BT[..., None]) & (slot < end_BT[..., None])
     scores = jnp.where(visible_BTS[:, None, None], scores.reshape(B, K, G, T, S), -jnp.inf)
@@ -74,7 +77,7 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(v_BSKH.dtype).reshape(B, K, G * T, S)
-    out = jnp.einsum("bkrs,bksh->bkrh", weights, v_BKSH, preferred_element_type=wide).reshape(B, K, G, T, H) / total
+    out = product("bkrs,bksh->bkrh", weights, v_BKSH).reshape(B, K, G, T, H) / total
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 

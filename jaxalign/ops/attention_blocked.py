@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.ops.precision import product_precision
+
 # Rows of a block of queries, of keys. A CPU's cache likes small blocks, which also skip more; an accelerator wants
 # large products and few steps.
 _BLOCKS = {"cpu": (64, 128)}
@@ -88,6 +90,11 @@ def _visible(start, end, j, size_k: int, rows: int):
     return jnp.tile(visible, (1, rows // start.shape[1], 1))[:, None]
 
 
+def _product(equation: str, a, b):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, precision=product_precision(a.dtype), preferred_element_type=wide)
+
+
 def _block(x, j, size: int):
     return jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=2)
 
@@ -107,13 +114,13 @@ def _forward(blocks, q, k, v, start, end):
 
         def add(j, carry):
             top, total, out = carry
-            scores = jnp.einsum("bkrh,bksh->bkrs", q, _block(k, j, size), preferred_element_type=wide) * scale
+            scores = _product("bkrh,bksh->bkrs", q, _block(k, j, size)) * scale
             scores = jnp.where(_visible(start, end, j, size, rows), scores, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             v_block = _block(v, j, size)
-            part = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v_block, preferred_element_type=wide)
+            part = _product("bkrs,bksh->bkrh", weights.astype(v.dtype), v_block)
             return new_top, total, out * shrink + part
 
         zero = jnp.zeros((*q.shape[:-1], 1), wide)
@@ -140,18 +147,18 @@ def _backward(blocks, saved, d_out):
         def add(j, carry):
             d_k, d_v, d_q = carry
             k_block, v_block = _block(k, j, size), _block(v, j, size)
-            scores = jnp.einsum("bkrh,bksh->bkrs", q, k_block, preferred_element_type=wide) * scale
+            scores = _product("bkrh,bksh->bkrs", q, k_block) * scale
             visible = _visible(start, end, j, size, rows)
             weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
-            d_weights = jnp.einsum("bkrh,bksh->bkrs", d_out, v_block, preferred_element_type=wide)
+            d_weights = _product("bkrh,bksh->bkrs", d_out, v_block)
             d_scores = (weights * (d_weights - delta) * scale).astype(q.dtype)
             weights = weights.astype(v.dtype)
             d_k = _add_block(d_k, j, "bkrs,bkrh->bksh", d_scores, q)
             d_v = _add_block(d_v, j, "bkrs,bkrh->bksh", weights, d_out)
-            return d_k, d_v, d_q + jnp.einsum("bkrs,bksh->bkrh", d_scores, k_block, preferred_element_type=wide)
+            return d_k, d_v, d_q + _product("bkrs,bksh->bkrh", d_scores, k_block)
 
         def _add_block(x, j, equation, a, b):
-            part = _block(x, j, size) + jnp.einsum(equation, a, b, preferred_element_type=wide)
+            part = _block(x, j, size) + _product(equation, a, b)
             return jax.lax.dynamic_update_slice_in_dim(x, part, j * size, axis=2)
 
         *carry, d_q = jax.lax.fori_loop(first, last, add, (*carry, jnp.zeros(q.shape, wide)))

@@ -1,5 +1,6 @@
-"""Precision rules: reductions happen in at least float32, and never below what comes in."""
+"""Precision rules: reductions happen in at least float32, and float32 is float32 on every platform."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -10,3 +11,16 @@ def at_least_float32(x):
     dtype('float32')
     """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def product_precision(dtype) -> jax.lax.Precision | None:
+    """The precision of matrix products of a dtype: float32 in full, where TPUs and GPUs would by themselves round it.
+
+    A TPU multiplies float32 in one bfloat16 pass and an Ampere GPU in TF32 unless told otherwise, to three digits or
+    fewer. Who wants that speed asks for bfloat16. `JAX_DEFAULT_MATMUL_PRECISION`, where set, is left to decide.
+
+    >>> product_precision("float32").name, product_precision("bfloat16")
+    ('HIGHEST', None)
+    """
+    chosen = jax.config.jax_default_matmul_precision is not None
+    return None if chosen or jnp.dtype(dtype) != jnp.float32 else jax.lax.Precision.HIGHEST

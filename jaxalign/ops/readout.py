@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.types import CHOSEN, REJECTED, Completions, Readouts
 
 # Logits a device holds at one time, in numbers: 2^27 are half a GiB of float32, enough for matmuls at full speed.
@@ -184,7 +184,8 @@ class _Layout:
 
 
 def _matmul(a, b, dims):
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=product_precision(a.dtype), preferred_element_type=wide)
 
 
 def _logits(h, head):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache, init_cache
 from jaxalign.models.transformer import Model
-from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.parallel.sharding import constrain
 from jaxalign.rollout.sampling import sample, token_keys
 from jaxalign.types import Array, Params, Readouts, Rows
@@ -92,7 +92,8 @@ def decode(
     width = prefilled.cache.keys.shape[2] - max_new_tokens + 1
 
     def choose(hidden, position):
-        logits = jnp.dot(hidden, head, preferred_element_type=at_least_float32(hidden).dtype)
+        wide = at_least_float32(hidden).dtype
+        logits = jnp.dot(hidden, head, precision=product_precision(hidden.dtype), preferred_element_type=wide)
         keys = token_keys(key, sample_ids, position)
         return sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
 
