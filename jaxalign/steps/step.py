@@ -60,7 +60,8 @@ def make_train_step(
       objective: the loss; its loss roles are the keys of `optimizers`.
       optimizers: an optax transformation per trained role.
       grad_accum_steps: micro-batches A; divides the number of rows.
-      loss_scaling: scale the loss for float16 gradients; the scale lives in `extra` (see `LossScale.initial`).
+      loss_scaling: scale each micro-batch's mean loss for float16 gradients; the scale lives in `extra` (see
+        `LossScale.initial`).
       early_stop: of this batch's metrics, whether this update and the following ones are to be skipped; sets
         `extra["skip"]`, which stays until whoever drives the loop clears it.
 
@@ -82,10 +83,18 @@ def make_train_step(
                 raise ValueError(
                     f"the objective has losses for {sorted(sums.loss)}, the optimizers are for {list(roles)}"
                 )
-            return sum(sums.loss[role][0] for role in roles) * scale, sums
+            return sum(sums.loss[role][0] * factor(*sums.loss[role]) for role in roles), sums
+
+        def factor(_, weight):
+            # float16 holds the gradient of a mean: that of a sum over thousands of tokens overflows by itself.
+            return scale / jnp.where(weight == 0, 1, jax.lax.stop_gradient(weight)) if loss_scaling else 1.0
 
         grads, sums = jax.grad(scalar, has_aux=True)(params)
-        return jax.tree.map(at_least_float32, grads), sums
+        grads = jax.tree.map(at_least_float32, grads)
+        if loss_scaling:
+            factors = {role: factor(*sums.loss[role]) for role in roles}
+            grads = {role: jax.tree.map(lambda g, f=factors[role]: g / f, grads[role]) for role in roles}
+        return grads, sums
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Any):
         params = {role: state.params[role] for role in roles}
@@ -101,7 +110,7 @@ def make_train_step(
         for role in roles:
             total, weight = sums.loss[role]
             metrics[name("loss", role)], metrics[name("weight", role)] = divide(total, weight), weight
-            divisor = jnp.where(weight == 0, 1, weight) * scale
+            divisor = jnp.where(weight == 0, 1, weight)
             grads[role] = jax.tree.map(lambda g, d=divisor: g / d.astype(g.dtype), grads[role])
             norm = global_norm(grads[role])
             metrics[name("grad_norm", role)] = norm
