@@ -22,5 +22,5 @@ def product_precision(dtype) -> jax.lax.Precision | None:
     >>> product_precision("float32").name, product_precision("bfloat16")
     ('HIGHEST', None)
     """
-    chosen = jax.config.jax_default_matmul_precision is not None
+    chosen = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
     return None if chosen or jnp.dtype(dtype) != jnp.float32 else jax.lax.Precision.HIGHEST
