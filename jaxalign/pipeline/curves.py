@@ -248,7 +248,7 @@ def _needed(axis: Any, found: Results) -> None:
         )  # fmt: skip
     axis.set(yticks=range(len(STAGES)), yticklabels=[n.upper() for n in STAGES])
     axis.invert_yaxis()
-    axis.set_title("one training step; peak so far (MiB)", fontsize=10)
+    axis.set_title("one training step; peak of the process (MiB)", fontsize=10)
     axis.set_xlim(right=1.3 * axis.dataLim.xmax)
 
 

@@ -16,7 +16,7 @@ def _shown(key: str, form: str) -> _Show:
 
 
 # (title, how a stage's figures show it)
-_ROWS: tuple[tuple[str, _Show], ...] = (
+FIGURES: tuple[tuple[str, _Show], ...] = (
     ("gold reward, held out", _shown("gold_reward", "{:.3f}")),
     (
         "win rate against SFT",
@@ -25,12 +25,13 @@ _ROWS: tuple[tuple[str, _Show], ...] = (
         ),
     ),
     ("held-out pairs ranked rightly", _shown("accuracy", "{:.1%}")),
-    ("KL to SFT, nats a completion", _shown("kl", "{:.2f}")),
+    ("KL to SFT, nats", _shown("kl", "{:.2f}")),
     ("finished completions", _shown("finished", "{:.1%}")),
-    ("distinct word pairs", _shown("distinct_2", "{:.1%}")),
+    ("distinct word pairs", _shown("distinct_2", "{:.2%}")),
     ("tokens a completion", _shown("mean_length", "{:.1f}")),
     ("models in memory", lambda s: f"{len(s['models'])}: {', '.join(s['models'])}"),
     ("weights and optimizer, MiB", lambda s: f"{(s['model_bytes'] + s['optimizer_bytes']) / 2**20:.2f}"),
+    ("peak memory, MiB", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f}"),
     ("wall time, s", _shown("wall_seconds", "{:.0f}")),
 )
 
@@ -38,7 +39,7 @@ _ROWS: tuple[tuple[str, _Show], ...] = (
 def table(found: Results) -> str:
     """The stages' figures beside each other."""
     lines = [f"| | {' | '.join(name.upper() for name in STAGES)} |", f"|---|{'---|' * len(STAGES)}"]
-    lines += [f"| {title} | {' | '.join(show(found.summary[n]) for n in STAGES)} |" for title, show in _ROWS]
+    lines += [f"| {title} | {' | '.join(show(found.summary[n]) for n in STAGES)} |" for title, show in FIGURES]
     return "\n".join(lines)
 
 

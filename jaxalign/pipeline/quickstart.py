@@ -13,6 +13,7 @@ from jaxalign.config import to_dict
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.assets import write_assets
 from jaxalign.pipeline.configfile import load_config, run_script
+from jaxalign.pipeline.findings import FIGURES
 
 CONFIG = "configs/quickstart.py"
 ROADS = ("dpo", "ppo")
@@ -99,25 +100,6 @@ def _quality(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# (title, how a stage's figure is shown)
-_COLUMNS = (
-    ("gold reward", lambda s: f"{s['gold_reward']:.3f}" if "gold_reward" in s else ""),
-    (
-        "win rate against SFT",
-        lambda s: (
-            f"{s['win_rate']:.1%} ({s['win_rate_low']:.1%} to {s['win_rate_high']:.1%})" if "win_rate" in s else ""
-        ),
-    ),
-    ("pairs ranked as gold", lambda s: f"{s['accuracy']:.1%}" if "accuracy" in s else ""),
-    ("KL to SFT", lambda s: f"{s['kl']:.2f} nats" if s.get("kl") is not None else ""),
-    ("finished", lambda s: f"{s['finished']:.1%}" if "finished" in s else ""),
-    ("distinct pairs", lambda s: f"{s['distinct_2']:.2%}" if "distinct_2" in s else ""),
-    ("time", lambda s: f"{s['wall_seconds']:.0f} s"),
-    ("peak memory", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f} MiB"),
-    ("models", lambda s: f"{len(s['models'])}: {', '.join(s['models'])}"),
-)
-
-
 def page(summary: dict[str, Any], width: int = 150) -> str:
     """The summary for people: a table and samples side by side."""
     import io
@@ -128,7 +110,7 @@ def page(summary: dict[str, Any], width: int = 150) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=None, highlight=False, markup=False)
     figures = Table("", *_MODELS)
-    for title, show in _COLUMNS:
+    for title, show in FIGURES:
         figures.add_row(title, *(show(summary[name]) for name in _MODELS))
     samples = Table("prompt", "sft", *ROADS, show_lines=True, expand=True)
     for sample in summary["samples"][:4]:
