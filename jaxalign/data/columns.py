@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from jaxalign.data.dialogues import until_request
+from jaxalign.data.dialogues import as_messages, is_dialogue, until_request
 from jaxalign.data.files import Raw
-from jaxalign.data.forms import FORMS, PROMPT_FIELDS, Dropped, Form, blank, blank_prompt, narrowed, number
+from jaxalign.data.forms import FORMS, PROMPT_FIELDS, Dropped, Form, blank, blank_prompt, narrowed, number, truth
 from jaxalign.data.records import Record
 from jaxalign.data.sources import Source, config_line
 from jaxalign.errors import InputError
@@ -127,14 +127,77 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
                 f"{', '.join(form.required)} and, where there, {', '.join(form.optional + ('score', 'weight'))}",
                 config_line(source, columns=rest),
             )
-    labelled = "label" in present and all(isinstance(raw.row.get("label"), (bool, type(None))) for raw in sample)
-    labelled = labelled and form.kind in ("messages", "completion")
+    labels = [raw.row.get("label") for raw in sample if raw.row.get("label") not in (None, "")]
+    labelled = form.kind in ("messages", "completion") and bool(labels) and None not in map(truth, labels)
     if not serves(form.kind, purpose):
         raise _wrong_kind(source, sample, form, listed, purpose, labelled)
     form = narrowed(form, purpose)
     used = {ours: theirs for ours, theirs in names.items() if ours in form.required + form.optional}
     used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
+    if form.kind == "pair" and not any(ours in used for ours in _PROMPTS):
+        _check_implicit(source, sample, listed, used)
     return Plan(source, form, used, labelled)
+
+
+def widened(plan: Plan, sample: list[Raw], raw: Raw, purpose: str | None) -> Plan:
+    """The plan from a row on that has columns which the first rows had not: what the form can use of them, it uses.
+
+    Args:
+      plan: made from `sample`.
+      sample: the first rows of the file.
+      raw: the row.
+      purpose: as `make_plan` got it.
+
+    Raises:
+      InputError: where the column would change how the rows before it had to be read.
+    """
+    wider = make_plan(plan.source, [*sample, raw], purpose)
+    if wider.format.required != plan.format.required:  # another form; these rows have what theirs needs
+        return plan
+    names = {**wider.names, **plan.names}
+    as_text = any(isinstance(row.row.get(plan.names.get("prompt", "")), str) for row in sample)
+    if "system" in names.keys() - plan.names.keys() and as_text:
+        raise InputError(
+            f"{raw.where}: the first {names['system']!r} of the file, behind prompts that were read as plain text",
+            f"{names['system']!r} among the first {len(sample)} records, where it makes every prompt a user's turn",
+            "move that record to the top of the file",
+        )
+    return wider._replace(names=names)
+
+
+_PROMPTS = ("prompt", "messages", "instruction")
+
+
+def _check_implicit(source: Source, sample: list[Raw], listed: list[str], names: dict[str, str]) -> None:
+    """Completions alone make no pair: their prompt stands in a column that nobody named."""
+    sides = [raw.row.get(names[side]) for raw in sample for side in ("chosen", "rejected")]
+    if any(side and not (isinstance(side, str) and not is_dialogue(side)) for side in sides):
+        return
+    rest = [Raw(r.file, r.line, {k: v for k, v in r.row.items() if k not in names.values()}) for r in sample]
+    guess = guessed_columns(rest, ("prompt",)) or dict.fromkeys(("prompt",), _only_text(rest) or "COLUMN")
+    raise InputError(
+        f"{sample[0].file}: columns {', '.join(listed)}, none of them a prompt",
+        "prompt + chosen + rejected, or whole dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...) in chosen and rejected",
+        config_line(source, columns={**source.columns, **guess}),
+    )
+
+
+def _dialogues(sample: list[Raw]) -> dict[str, str]:
+    """A mapping of messages to the first column that holds lists of them; none where there is none."""
+    for name in columns_of(raw.row for raw in sample):
+        value = next(raw.row[name] for raw in sample if raw.row.get(name) is not None)
+        try:
+            if not isinstance(value, str) and as_messages(value):
+                return {"messages": name}
+        except ValueError:
+            continue
+    return {}
+
+
+def _only_text(sample: list[Raw]) -> str | None:
+    """The one column that holds text, where there is one."""
+    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), str) for r in sample)]
+    return texts[0] if len(texts) == 1 else None
 
 
 def _mapped(source: Source, file: str, listed: list[str]) -> dict[str, str]:
@@ -163,8 +226,16 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _numeric(sample: list[Raw], name: str) -> bool:
+    """Whether a column holds numbers, as themselves or, as csv has them, in digits."""
     values = [raw.row.get(name) for raw in sample]
-    return all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in values)
+    if any(isinstance(value, bool) for value in values):
+        return False
+    try:
+        for value in values:
+            float(value or 0)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _plural(form: Form) -> str:
@@ -197,6 +268,12 @@ def _mapping_line(source: Source, sample: list[Raw], purpose: str | None, kind: 
     elif not serves("completion", purpose):
         wanted = ("prompt", "chosen", "rejected")
     guess = guessed_columns(sample, wanted)
+    if "rejected" not in wanted and not guess:  # one column that holds all?
+        guess, text = _dialogues(sample), _only_text(sample)
+        if not guess and text is not None:
+            guess = {wanted[0] if len(wanted) == 1 else "text": text}
+        if guess:
+            return config_line(source, columns={**source.columns, **guess})
     missing = [ours for ours in wanted if ours not in guess and ours != "prompt"]
     if missing and purpose in ("reward", "dpo"):
         line = f"{config_line(source, path='PAIRS.jsonl', columns={}, preset=None)} with {' and '.join(missing)} in it"
@@ -252,7 +329,8 @@ def to_record(plan: Plan, raw: Raw) -> Record:
         value = raw.row.get(theirs)
         if value is None and ours in plan.format.required:
             raise Dropped(f"{ours} is null")
-        if value is not None or ours in ("system", "preference"):  # the column itself says something
+        # The column itself says something.
+        if value is not None or ours in ("system", "preference") or (ours == "prompt" and theirs in raw.row):
             row[ours] = value
     try:
         score, weight = number(row, "score", 0.0), number(row, "weight", 1.0)
@@ -298,7 +376,7 @@ def fit(record: Record, purpose: str | None, raw: Raw, plan: Plan) -> Record:
       Dropped: with the reason, for a record that holds nothing for the purpose.
     """
     if purpose == "sft":
-        if plan.labelled and raw.row.get("label") is False:
+        if plan.labelled and truth(raw.row.get("label")) is False:
             raise Dropped("labelled false")
         if record.kind == "messages" and blank(record.messages or []):
             raise Dropped("no assistant turn")

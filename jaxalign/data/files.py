@@ -118,10 +118,22 @@ def _json_lines(path: str, lines) -> Iterator[Raw]:
         try:
             row = _json(line)
         except ValueError as error:
+            if line.strip() == "[" and number == 1:
+                raise _array(path) from error
             raise _bad_line(path, number, f"not JSON ({error}): {_shown(line)}", "one JSON object a line") from error
+        if isinstance(row, list) and number == 1 and row and isinstance(row[0], dict):
+            raise _array(path)
         if not isinstance(row, dict):
             raise _bad_line(path, number, f"{_kind(row)}: {_shown(line)}", "a JSON object")
         yield Raw(path, number, row)
+
+
+def _array(path: str) -> InputError:
+    name = path.removesuffix(".gz")
+    renamed = name[: name.rindex(".")] + ".json" + path[len(name) :]
+    return InputError(
+        f"{path}: an array of objects", "one JSON object a line, or an array in a .json file", f"mv {path} {renamed}"
+    )
 
 
 def _read_json(path: str) -> Iterator[Raw]:
@@ -175,7 +187,7 @@ def _rows_of(whole: Any) -> list | None:
 
 
 def _read_csv(path: str, delimiter: str = ",") -> Iterator[Raw]:
-    """Rows under a header line; a cell that holds a JSON list of objects (messages) is parsed."""
+    """Rows under a header line; a cell that holds a JSON list of messages is parsed."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
     with _stream(path) as stream:
         reader = csv.reader(
@@ -204,11 +216,14 @@ def _read_csv(path: str, delimiter: str = ",") -> Iterator[Raw]:
 
 
 def _cell(text: str) -> Any:
+    """A cell; a JSON list of messages is parsed, any other JSON is a text."""
     if text.startswith("[{"):
         try:
-            return _json(text)
+            items = _json(text)
         except ValueError:
             return text
+        if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items):
+            return items
     return text
 
 

@@ -6,6 +6,8 @@ that holds nothing to train on, and ValueError, saying how, for one that is wron
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -34,8 +36,10 @@ class Form(NamedTuple):
 
 
 def number(row: dict[str, Any], name: str, absent: float) -> float:
-    """A number of a row; strings of digits count, as csv has them."""
+    """A number of a row; strings of digits count, and an empty one is no number, as csv has them."""
     value = row.get(name, absent)
+    if isinstance(value, str) and not value.strip():
+        return absent
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -43,6 +47,17 @@ def number(row: dict[str, Any], name: str, absent: float) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}")
     return number
+
+
+def truth(value: Any) -> bool | None:
+    """What a label says, as true and false or, as csv has it, in words; None where it says neither.
+
+    >>> truth(True), truth("False"), truth("positive"), truth(1)
+    (True, False, None, None)
+    """
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
 
 
 def _string(row: dict[str, Any], name: str) -> str:
@@ -150,12 +165,23 @@ def _alpaca_prompt(row: dict[str, Any]) -> list[Message]:
     if not instruction.strip() and not given:
         raise Dropped("empty prompt")
     messages: list[Message] = []
-    for turn in row.get("history") or ():
+    for turn in _history(row.get("history")):
         if not isinstance(turn, (list, tuple)) or [type(said) for said in turn] != [str, str]:
             raise ValueError(f"history holds {kind_of(turn)}, not pairs of strings")
         messages += [{"role": "user", "content": turn[0], "input": ""}, _assistant(turn[1])]
     content = f"{instruction}\n{given}" if given else instruction
     return _with_system(row, [*messages, {"role": "user", "content": content, "input": given}])
+
+
+def _history(value: Any) -> list | tuple:
+    """Earlier turns; csv holds the list as JSON, or nothing."""
+    turns = value or ()
+    if isinstance(turns, str):
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
+    if not isinstance(turns, (list, tuple)):
+        raise ValueError(f"history is {kind_of(value)}, not pairs of strings")
+    return turns
 
 
 def _make_alpaca(row: dict[str, Any]) -> dict[str, Any]:
@@ -210,13 +236,15 @@ def _make_prompt_of_pair(row: dict[str, Any]) -> dict[str, Any]:
 def _sides(row: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A pair as prompt and two strings, or as a list (any) and two whole dialogues; a side may be absent."""
     prompt: Content | None = None
-    if "prompt" in row:
+    if row.get("prompt") is not None:
         prompt = _prompt(row)
     elif "messages" in row:
         prompt = _with_system(row, as_messages(row["messages"]))
     elif "instruction" in row:
         prompt = _alpaca_prompt(row)
     sides: dict[str, Any] = {name: _content(row, name) for name in ("chosen", "rejected") if name in row}
+    if (isinstance(prompt, list) and prompt in sides.values()) or _repeats(prompt, sides):
+        prompt = None
     strings = {isinstance(side, str) for side in sides.values()}
     if strings == {True, False}:
         raise ValueError("one of chosen and rejected is a string, the other a list of messages")
@@ -225,12 +253,23 @@ def _sides(row: dict[str, Any]) -> tuple[Any, Any, Any]:
             return prompt, sides["chosen"], sides.get("rejected")
         if prompt is None:
             if not all(is_dialogue(side) for side in sides.values()):
+                if "prompt" in row:
+                    raise Dropped("prompt is null")
                 raise ValueError("no prompt, and no dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...) that hold one")
             whole = {name: parse_dialogue(side) for name, side in sides.items()}
             return [], whole["chosen"], whole.get("rejected")
         sides = {name: [_assistant(side)] for name, side in sides.items()}
     whole = {name: _whole(prompt, side) for name, side in sides.items()}
     return [], whole["chosen"], whole.get("rejected")
+
+
+def _repeats(prompt: Any, sides: Mapping[str, Any]) -> bool:
+    """Whether a prompt only repeats how two dialogues in Anthropic's form begin, or one of their turns."""
+    if not isinstance(prompt, str) or not all(isinstance(side, str) and is_dialogue(side) for side in sides.values()):
+        return False
+    words = prompt.split()
+    turns = [[m["content"].split() for m in parse_dialogue(side)] for side in sides.values()]
+    return all(side.split()[: len(words)] == words for side in sides.values()) or all(words in said for said in turns)
 
 
 def _ordered(row: dict[str, Any]) -> dict[str, Any]:
@@ -251,10 +290,18 @@ def _whole(prompt: Content | None, side: list[Message]) -> list[Message]:
     """A side of a pair as a whole dialogue, prompt included."""
     if not side:
         raise Dropped("empty completion")
-    if prompt is None or (isinstance(prompt, list) and side[: len(prompt)] == prompt):
+    if prompt is None:
         return side
     if isinstance(prompt, list):
-        return prompt + side
+        if not prompt or side[0]["role"] == "assistant":
+            return prompt + side
+        system = [message for message in (*side[:1], *prompt[:1]) if message["role"] == "system"][:1]
+        begin, whole = (messages[messages[0]["role"] == "system" :] for messages in (prompt, side))
+        if _said(whole[: len(begin)]) == _said(begin):
+            return system + whole
+        if prompt[-1]["role"] == "assistant":
+            return prompt + side
+        raise ValueError("chosen and rejected are whole dialogues, and prompt is not how they begin")
     if side[0]["role"] == "assistant":
         return [{"role": "user", "content": prompt}, *side]
     # A prompt column beside whole dialogues repeats one of their turns.
@@ -262,6 +309,10 @@ def _whole(prompt: Content | None, side: list[Message]) -> list[Message]:
     if not any(message["content"].split() == words for message in side):
         raise ValueError("chosen and rejected are whole dialogues, and prompt is none of their turns")
     return side
+
+
+def _said(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
 
 
 PROMPT_FIELDS = ("prompt", "messages", "instruction", "input", "system", "history")

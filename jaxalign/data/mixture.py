@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.columns import Plan, fit, make_plan, to_record
+from jaxalign.data.columns import Plan, columns_of, fit, make_plan, to_record, widened
 from jaxalign.data.files import Raw
 from jaxalign.data.forms import Dropped
 from jaxalign.data.presets import apply_preset
@@ -102,18 +102,21 @@ def _planned(source: Source, rows: Iterator[Raw], purpose: str | None) -> Iterat
     """Rows with the plan of their file."""
     waiting: list[Raw] = []
     plan: Plan | None = None
+    known: set[str] = set()  # columns that have held something so far
     for raw in rows:
         if waiting and raw.file != waiting[0].file:
             yield from _flush(source, waiting, plan, purpose)
             waiting, plan = [], None
         if plan is not None:
+            if late := {name for name, value in raw.row.items() if value is not None} - known:
+                plan, known = widened(plan, waiting, raw, purpose), known | late
             yield plan, raw
             continue
         waiting.append(raw)
         if len(waiting) == _SAMPLE:
             plan = make_plan(source, waiting, purpose)
+            known = {*columns_of(early.row for early in waiting)}
             yield from ((plan, early) for early in waiting)
-            waiting = waiting[:1]
     if waiting:
         yield from _flush(source, waiting, plan, purpose)
 

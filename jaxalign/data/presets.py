@@ -109,6 +109,10 @@ def _by_shape(rows: Rows) -> tuple[list[Raw], list[Raw]]:
 
 def _trees(flat: list[Raw], tally: Tally) -> Iterator[Raw]:
     """Nests single messages under their parents; each tree stands where its first message stood."""
+    for raw in flat:
+        for name in ("message_id", "parent_id"):
+            if not isinstance(raw.row.get(name), (str, int, type(None))):
+                raise _broken_tree(raw, f"{name} {raw.row[name]!r}", f"a string for {name}")
     nodes = {raw.row.get("message_id"): {**raw.row, "replies": []} for raw in flat}
     roots = []
     for raw in flat:
@@ -136,18 +140,23 @@ def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally:
             continue
         role, text = _OASST_ROLES.get(str(node.get("role"))), node.get("text")
         if role is None or not isinstance(text, str):
-            raise InputError(
-                f"{raw.where}: message {node.get('message_id')} with role {node.get('role')!r} and text {text!r}"[:300],
-                "role prompter or assistant, and a string for text",
-                "repair or delete that tree",
-            )
+            problem = f"message {node.get('message_id')} with role {node.get('role')!r} and text {text!r}"
+            raise _broken_tree(raw, problem, "role prompter or assistant, and a string for text")
         path = [*path, {"role": role, "content": text}]
         replies = [reply for reply in node.get("replies") or () if isinstance(reply, dict)]
+        for reply in replies:
+            if not isinstance(reply.get("rank"), (int, float, type(None))):
+                problem = f"message {reply.get('message_id')} with rank {reply['rank']!r}"
+                raise _broken_tree(raw, problem, "a number for rank, or null")
         if role == "user":
             known = {"message_tree_id": tree, "parent_id": node.get("message_id"), "lang": node.get("lang")}
             for row in _ranked(path, [reply for reply in replies if _usable(reply)], purpose):
                 yield raw._replace(row={**row, **known})
         stack.extend((reply, path) for reply in reversed(replies))
+
+
+def _broken_tree(raw: Raw, problem: str, expected: str) -> InputError:
+    return InputError(f"{raw.where}: {problem}"[:300], expected, "repair or delete that tree")
 
 
 def _usable(node: dict[str, Any]) -> bool:

@@ -65,6 +65,9 @@ def test_mapping_without_effect(fails):
             "dpo",
             {"chosen": "chosen_messages", "rejected": "rejected_messages"},
         ),
+        ({"mesages": [{"role": "user", "content": "Q"}], "id": "x"}, "sft", {"messages": "mesages"}),
+        ({"txt": "T", "n": 3}, "sft", {"text": "txt"}),
+        ({"qery": "Q", "n": 3}, "ppo", {"prompt": "qery"}),
     ],
 )
 def test_columns_of_no_form_are_guessed(fails, row, purpose, columns):
@@ -72,6 +75,19 @@ def test_columns_of_no_form_are_guessed(fails, row, purpose, columns):
     assert found == f"x.jsonl: columns {', '.join(row)}"
     assert "chosen + rejected" in expected
     assert fix == f'data.sources=({{"path": "x.jsonl", "columns": {json.dumps(columns)}}},)'
+
+
+@pytest.mark.parametrize("purpose", ["reward", "dpo"])
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [("promt", "promt"), ("question", "question"), ("what_was_said", "what_was_said"), (None, "COLUMN")],
+)
+def test_pairs_whose_prompt_nobody_named(fails, name, guess, purpose):
+    row = {"chosen": "A", "rejected": "B", "id": 3} | ({name: "Q"} if name else {})
+    found, expected, fix = fails([row] * 3, purpose)
+    assert found == f"x.jsonl: columns {', '.join(row)}, none of them a prompt"
+    assert expected.startswith("prompt + chosen + rejected, or whole dialogues (\\n\\nHuman: ...")
+    assert fix == f'data.sources=({{"path": "x.jsonl", "columns": {{"prompt": "{guess}"}}}},)'
 
 
 @pytest.mark.parametrize("purpose", ["reward", "dpo"])

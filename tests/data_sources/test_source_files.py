@@ -98,10 +98,11 @@ def test_lines_end_at_newlines_alone(tmp_path):
 def test_csv_takes_messages_and_huge_cells(tmp_path):
     messages = [{"role": "user", "content": "Hi"}]
     (tmp_path / "a.csv").write_bytes(
-        as_csv([{"messages": json.dumps(messages), "text": "[{not json", "t": "x" * 300_000}])
+        as_csv([{"messages": json.dumps(messages), "text": "[{not json", "code": '[{"a": 1}]', "t": "x" * 300_000}])
     )
     (row,) = rows(tmp_path / "a.csv")
     assert row["messages"] == messages and row["text"] == "[{not json" and len(row["t"]) == 300_000
+    assert row["code"] == '[{"a": 1}]', "JSON that is no list of messages is a text"
 
 
 BROKEN = {
@@ -139,6 +140,16 @@ def test_broken_files_are_named_with_their_place(tmp_path, name):
         rows(tmp_path / name)
     assert f"{tmp_path}/{found}" in error.value.found
     assert error.value.expected and error.value.fix
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_under_the_name_of_lines_is_to_be_renamed(tmp_path, indent):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROWS, indent=indent).encode()))
+    with pytest.raises(InputError) as error:
+        rows(path)
+    assert error.value.found == f"{path}: an array of objects"
+    assert error.value.fix == f"mv {path} {tmp_path}/a.json.gz"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])

@@ -6,6 +6,7 @@ import pytest
 
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import PURPOSES
+from jaxalign.errors import InputError
 
 
 def user(text, **more):
@@ -328,27 +329,76 @@ def test_trap_sft_does_not_train_on_what_is_labelled_false(load):
     assert len(load(texts, "sft")[0]) == 2, "a label of a text is not a verdict on an answer"
 
 
+def test_csv_says_the_same_as_json(tmp_path):
+    def read(text, purpose):
+        (tmp_path / "x.csv").write_text(text)
+        return load_records(str(tmp_path / "x.csv"), purpose)
+
+    records, tally = read("prompt,completion,label\nq,good,True\nq,bad,False\nq,unsaid,\n", "sft")
+    assert [r.completion for r in records] == ["good", "unsaid"] and tally.dropped == {"labelled false": 1}
+    records, _ = read("prompt,chosen,rejected,margin\nq,a,b,0.5\nq,c,b,\n", "dpo")
+    assert [r.score for r in records] == [0.5, 0.0]
+    (first, second), _ = read('instruction,output,history\nq,a,"[[""Q"",""A""]]"\nq,a,\n', "sft")
+    assert first.prompt == [user("Q", input=""), assistant("A"), user("q", input="")]
+    assert second.prompt == [user("q", input="")]
+
+
+def test_a_prompt_column_that_whole_dialogues_repeat_is_not_doubled(load):
+    turns = [system("S"), user("Q")]
+    whole = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
+    sides = {"chosen": [assistant("A")], "rejected": [assistant("B")]}
+    pair = {"kind": "pair", "prompt": [user("Q")], **sides}
+    for row, wanted in (
+        ({"prompt": turns, **whole}, {**pair, "prompt": turns}),  # the system message stands in the prompt alone
+        ({"prompt": [user("Q", name="N")], **whole}, pair),
+        ({"prompt": [user("Q")], **{k: [system("S"), *v] for k, v in whole.items()}}, {**pair, "prompt": turns}),
+        ({"messages": whole["chosen"], **whole}, pair),  # beside the pair, its better side
+        ({"prompt": HH.format(""), "chosen": HH.format("A"), "rejected": HH.format("B")}, pair),
+        ({"prompt": "Q", "chosen": HH.format("A"), "rejected": HH.format("B")}, pair),
+    ):
+        assert fields(load([row], "dpo")[0][0]) == wanted
+    texts = {"prompt": "Hello", "chosen": "Hello you", "rejected": "Hello"}
+    assert fields(load([texts], "dpo")[0][0]) == {"kind": "pair", **texts}, "strings stay as they are"
+    with pytest.raises(InputError, match="prompt is not how they begin"):
+        load([{"prompt": [user("other")], **whole}], "dpo")
+
+
+def test_a_column_that_shows_up_late_counts(load):
+    talk, plain = {"messages": DIALOGUE}, {"prompt": "Q", "completion": "A"}
+    records, _ = load([talk] * 300 + [{**talk, "system": "S"}, talk], "sft")
+    assert records[300].messages == [system("S"), *DIALOGUE] and records[301].messages == DIALOGUE
+    records, _ = load([{"instruction": "Q", "output": "A"}] * 300 + [{"instruction": "Q", "output": "A", "input": "I"}])
+    assert records[300].prompt == [user("Q\nI", input="I")]
+    assert load([plain] * 300 + [{**plain, "label": False}], "sft")[1].dropped == {"labelled false": 1}
+    records, _ = load([plain] * 300 + [{**plain, "chosen": "C", "rejected": "R"}], "sft")
+    assert records[300].columns == {"chosen": "C", "rejected": "R"}, "the columns of another form are just columns"
+    with pytest.raises(InputError, match="301: the first 'system' of the file"):
+        load([plain] * 300 + [{**plain, "system": "S"}], "sft")
+
+
 def test_nulls_and_blanks_are_dropped_and_counted(load):
     rows = [
         {"prompt": "Q", "chosen": "A", "rejected": "B"},
         {"prompt": "Q", "chosen": None, "rejected": "B"},
         {"prompt": "Q", "chosen": "A", "rejected": None},
+        {"prompt": None, "chosen": "A", "rejected": "B"},
         {"prompt": "Q", "chosen": "", "rejected": "B"},
         {"prompt": "Q", "chosen": "A\ud83d", "rejected": "B"},
         {"prompt": "Q", "chosen": "A", "rejected": "A"},
         {"prompt": "Q", "chosen": "A", "rejected": "C"},
     ]
     records, tally = load(rows, "dpo")
-    assert [record.index for record in records] == [0, 1] and [record.line for record in records] == [1, 7]
+    assert [record.index for record in records] == [0, 1] and [record.line for record in records] == [1, 8]
     assert tally.dropped == {
         "chosen is null": 1,
         "rejected is null": 1,
+        "prompt is null": 1,
         "empty completion": 1,
         "broken unicode (half a surrogate pair)": 1,
         "chosen equal to rejected": 1,
     }
     assert tally.examples["chosen is null"][0].endswith("rows.jsonl:2")
-    assert tally.read == 7 and tally.kept == tally.used == 2
+    assert tally.read == 8 and tally.kept == tally.used == 2
     json.dumps(tally.to_dict())
 
 

@@ -219,6 +219,21 @@ def test_oasst_in_any_order_and_broken(tmp_path):
         load_records(jsonl(tmp_path / "e.jsonl", [*FLAT, node("a9", "u2", "judge", "X", 0)]), "dpo")
 
 
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ({"parent_id": []}, "parent_id []"),
+        ({"message_id": {}}, "message_id {}"),
+        ({"rank": "1"}, "message a0 with rank"),
+    ],
+)
+def test_oasst_of_wrong_types_is_named(tmp_path, more, found):
+    rows = [{**row, **more} if row["message_id"] == "a0" else row for row in FLAT]
+    with pytest.raises(InputError) as error:
+        load_records(jsonl(tmp_path / "t.jsonl", rows), "dpo")
+    assert found in error.value.found and ".jsonl:" in error.value.found
+
+
 def test_deep_trees_do_not_recurse(tmp_path):
     chain = [node("0", None, "prompter", "0")]
     chain += [node(str(i), str(i - 1), ["prompter", "assistant"][i % 2], str(i), 0) for i in range(1, 1500)]
