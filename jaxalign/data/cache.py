@@ -29,7 +29,7 @@ from jaxalign.data.records import Record
 from jaxalign.data.split import Groups, prompt_key
 from jaxalign.data.tokenize import Example
 
-FORMAT = 1
+FORMAT = 2
 TABLE = np.dtype(
     [
         ("start", np.int64),  # of the prompt in tokens.bin

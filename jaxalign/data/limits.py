@@ -47,7 +47,7 @@ class Limits(NamedTuple):
         if self.max_completion_length is not None:
             room = min(room, self.max_completion_length)
         if completions and room <= 0:
-            return Dropped(example.record, "no room for a completion")
+            return self._dropped(example, "no room for a completion")
         counts["prompts truncated"] += len(prompt) < len(example.prompt)
         counts["completions truncated"] += sum(len(c) > room for c in completions)
         cut = example._replace(
@@ -57,9 +57,9 @@ class Limits(NamedTuple):
             complete=tuple(done and len(c) <= room for done, c in zip(example.complete, completions, strict=True)),
         )
         if not all(mask.any() for mask in cut.masks):
-            return Dropped(example.record, "no scored token left after truncation")
+            return self._dropped(example, "no scored token left after truncation")
         if len(completions) == 2 and np.array_equal(cut.completions[0], cut.completions[1]):
-            return Dropped(example.record, "chosen equals rejected after truncation")
+            return self._dropped(example, "chosen equals rejected after truncation")
         return cut
 
     def _least_prompt(self, prompt: np.ndarray) -> int:
@@ -76,9 +76,17 @@ class Limits(NamedTuple):
 
     def _checked(self, example: Example, longest: int) -> Example | Dropped:
         if self.max_prompt_length is not None and len(example.prompt) > self.max_prompt_length:
-            return Dropped(example.record, "prompt longer than max_prompt_length")
+            return self._dropped(example, "prompt longer than max_prompt_length")
         if self.max_completion_length is not None and longest > self.max_completion_length:
-            return Dropped(example.record, "completion longer than max_completion_length")
+            return self._dropped(example, "completion longer than max_completion_length")
         if len(example.prompt) + longest > self.max_length:
-            return Dropped(example.record, "prompt and completion longer than max_length")
+            both = "prompt and completion" if example.completions else "prompt and max_new_tokens"
+            return self._dropped(example, f"{both} longer than max_length")
         return example
+
+    def _dropped(self, example: Example, reason: str) -> Dropped:
+        """Says too what each limit would have to be."""
+        longest = max((len(c) for c in example.completions), default=0)
+        whole = {"max_prompt_length": len(example.prompt), "max_completion_length": longest}
+        needs = [("max_length", len(example.prompt) + longest), *whole.items()]
+        return Dropped(example.record, reason, tuple((k, n) for k, n in needs if n > (getattr(self, k) or n)))

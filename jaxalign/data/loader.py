@@ -28,6 +28,7 @@ _READOUT = {"sft": "tokens", "dpo": "tokens", "reward": "last", "ppo": "none"}
 _TOKEN_MULTIPLE = 64  # rows of training tokens are a multiple of this, unless max_length is smaller
 _PROMPT_MULTIPLE = 8  # rows of prompts, which completions are added to
 _READOUT_MULTIPLE = 8
+_NEEDS = "needs: "  # counts: before the name of a limit, what the longest record needs of it
 
 
 class DataStreamError(RuntimeError):
@@ -162,9 +163,11 @@ class Dataset:
                     lengths: list[np.ndarray | int] = [len(c) for c in result.completions]
                     needed = segment_tokens(len(result.prompt), lengths, shared_prompt)
                     if purpose != "ppo" and needed > max_row_length:
-                        result = Dropped(record.index, "longer than row_length")
+                        result = Dropped(record.index, "longer than row_length", (("row_length", int(needed)),))
                 if isinstance(result, Dropped):
                     counts[f"dropped: {result.reason}"] += 1
+                    for field, length in result.needs:
+                        counts[_NEEDS + field] = max(counts[_NEEDS + field], length)
                 else:
                     yield record, result
 
@@ -178,7 +181,7 @@ class Dataset:
         )
         store = open_or_write(_cache_dir(config), key, examples)
         if not len(store):
-            raise _nothing_left(len(records), store.meta["counts"], data)
+            raise _nothing_left(len(records), store.meta["counts"], config)
         fraction = 0.0 if data.eval_sources else data.eval_fraction
         selection = held_out(store.table["group"], fraction, config.seed, split)
         dataset = cls(
@@ -251,7 +254,7 @@ class Dataset:
 
     def counts(self) -> dict[str, int]:
         """What tokenisation and limits left out or cut, over both splits."""
-        return dict(self._store.meta["counts"])
+        return {name: n for name, n in self._store.meta["counts"].items() if not name.startswith(_NEEDS)}
 
     def plan(self, epoch: int) -> packing.Plan:
         """Which examples share a row in an epoch, in the order of the rows."""
@@ -329,7 +332,7 @@ def _limits(config, purpose: str, encoder: Encoder) -> Limits:
             data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation, encoder.bos_id
         )
     room = data.max_length - config.rollout.max_new_tokens
-    return Limits(room, data.max_prompt_length or room, None, data.truncation, encoder.bos_id)
+    return Limits(room, data.max_prompt_length, None, data.truncation, encoder.bos_id)
 
 
 def _cache_dir(config) -> Path:
@@ -344,19 +347,18 @@ def _pad_id(tokenizer) -> int:
     return next(int(i) for i in chosen if i is not None)
 
 
-def _nothing_left(num_records: int, counts: dict[str, int], data) -> InputError:
-    dropped = {name.removeprefix("dropped: "): n for name, n in counts.items() if name.startswith("dropped: ")}
+def _nothing_left(num_records: int, counts: dict[str, int], config) -> InputError:
+    data, prefix = config.data, "dropped: "
+    dropped = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
     reasons = ", ".join(f"{reason} ({n})" for reason, n in sorted(dropped.items(), key=lambda item: -item[1]))
-    first = max(dropped, key=lambda reason: dropped[reason], default="")
-    fixes = {
-        "prompt longer than max_prompt_length": f"--config.data.max_prompt_length={2 * (data.max_prompt_length or 1)}",
-        "longer than row_length": f"--config.data.row_length={2 * (data.row_length or data.max_length)}",
-    }
-    fix = fixes.get(first, f"--config.data.max_length={2 * data.max_length}")
-    if "longer" in first:
+    needs = {name.removeprefix(_NEEDS): n for name, n in counts.items() if name.startswith(_NEEDS)}
+    if "max_length" in needs and config.algorithm.name == "ppo":
+        needs["max_length"] += config.rollout.max_new_tokens
+    fix = " ".join(f"--config.data.{field}={length}" for field, length in needs.items())
+    if fix and data.truncation == "drop":
         fix += " or --config.data.truncation=keep_start"
-    elif "longer" not in first and "truncation" not in first:
-        fix = "the sources' columns: --config.data.sources=..."
     return InputError(
-        f"no usable record among {num_records}: {reasons or 'the sources are empty'}", "at least one", fix
+        f"no usable record among {num_records}: {reasons or 'the sources are empty'}",
+        "at least one",
+        fix or "the sources' columns: --config.data.sources=...",
     )

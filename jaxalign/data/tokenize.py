@@ -32,6 +32,7 @@ class Dropped(NamedTuple):
 
     record: int
     reason: str
+    needs: tuple[tuple[str, int], ...] = ()  # (limit, how large it must be for the whole record)
 
 
 class Encoded(NamedTuple):

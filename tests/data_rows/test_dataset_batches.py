@@ -176,7 +176,8 @@ def test_limits_of_prompts_to_sample_from(tmp_path, tokenizer_of, pairs):
     config.rollout.max_new_tokens = 40
     dataset = Dataset.from_records(pairs, config, tokenizer_of("models/stories3m-llama"), "ppo")
     assert dataset.shape.length <= 20 and dataset.lengths()["prompt"].max() <= 20
-    assert dataset.counts()["dropped: prompt longer than max_prompt_length"] == len(pairs) - dataset.num_records > 0
+    reason = "dropped: prompt and max_new_tokens longer than max_length"
+    assert dataset.counts() == {reason: len(pairs) - dataset.num_records} and dataset.num_records < len(pairs)
 
 
 def test_nothing_left_says_why_and_what_to_do(build):
@@ -186,9 +187,42 @@ def test_nothing_left_says_why_and_what_to_do(build):
         "no usable record among 200: prompt longer than max_prompt_length (199), chosen equals rejected (1)"
         in error.value.found
     )
-    assert "--config.data.max_prompt_length=" in error.value.fix
     with pytest.raises(InputError, match="prompt and completion longer than max_length"):
         build("dpo", max_length=4)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "limits"),
+    [
+        ("dpo", {"max_prompt_length": 2}),
+        ("dpo", {"max_completion_length": 2}),
+        ("dpo", {"max_length": 4}),
+        ("dpo", {"max_length": 4, "max_prompt_length": 2, "max_completion_length": 2}),
+        ("dpo", {"row_length": 8}),
+        ("dpo", {"max_length": 4, "truncation": "keep_start"}),
+        ("sft", {"max_completion_length": 2}),
+        ("ppo", {"max_length": 64}),
+        ("ppo", {"max_prompt_length": 2}),
+    ],
+)
+def test_the_line_that_is_offered_where_nothing_is_left_lets_every_record_in(
+    tmp_path, tokenizer_of, pairs, purpose, limits
+):
+    def build():
+        return Dataset.from_records(pairs[:20], config, tokenizer_of("models/stories3m-llama"), purpose)
+
+    config = _config(tmp_path, purpose, **limits)
+    if purpose == "ppo":
+        config.rollout.max_new_tokens = 62
+        config.data.max_length = limits.get("max_length", 256)
+    with pytest.raises(InputError) as error:
+        build()
+    first, *other = error.value.fix.split(" or ")
+    assert other == ([] if "truncation" in limits else ["--config.data.truncation=keep_start"])
+    for flag in first.split():
+        field, value = flag.removeprefix("--config.data.").split("=")
+        config.data[field] = int(value)
+    assert build().num_records == 20
 
 
 def test_build_reads_sources(tmp_path, tokenizer_of, shared):

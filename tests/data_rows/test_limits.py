@@ -35,15 +35,21 @@ LONG = _example([BOS, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33])
 
 
 @pytest.mark.parametrize(
-    "limits, reason",
+    "limits, reason, needs",
     [
-        ({"max_prompt_length": 4}, "prompt longer than max_prompt_length"),
-        ({"max_completion_length": 3}, "completion longer than max_completion_length"),
-        ({"max_length": 8}, "prompt and completion longer than max_length"),
+        ({"max_prompt_length": 4}, "prompt longer than max_prompt_length", {"max_prompt_length": 5}),
+        ({"max_completion_length": 3}, "completion longer than max_completion_length", {"max_completion_length": 4}),
+        ({"max_length": 8}, "prompt and completion longer than max_length", {"max_length": 9}),
+        (
+            {"max_length": 4, "max_prompt_length": 3},
+            "prompt longer than max_prompt_length",
+            {"max_length": 9, "max_prompt_length": 5},
+        ),
     ],
 )
-def test_drop_says_why(limits, reason):
-    assert _cut(LONG, **limits) == (Dropped(0, reason), Counter())
+def test_drop_says_why_and_what_the_limit_would_have_to_be(limits, reason, needs):
+    assert _cut(LONG, **limits) == (Dropped(0, reason, tuple(needs.items())), Counter())
+    assert isinstance(_cut(LONG, **{**limits, **needs})[0], Example)
 
 
 def test_what_fits_is_left_alone():
@@ -92,13 +98,17 @@ def test_trap_truncation_is_counted_and_keeps_what_it_says(truncation, limits, p
 
 def test_trap_what_truncation_empties_or_equals_is_dropped():
     long_prompt = _example(range(1, 9), [20], [30])
-    assert _cut(long_prompt, max_length=5, truncation="keep_start")[0] == Dropped(0, "no room for a completion")
+    assert _cut(long_prompt, max_length=5, truncation="keep_start")[0] == Dropped(
+        0, "no room for a completion", (("max_length", 9),)
+    )
     alike = _example([1], [20, 21, 22], [20, 21, 23])
     assert _cut(alike, max_completion_length=2, truncation="keep_end")[0] == Dropped(
-        0, "chosen equals rejected after truncation"
+        0, "chosen equals rejected after truncation", (("max_completion_length", 3),)
     )
     late = _example([1], [20, 21, 22], masks=(np.array([False, False, True]),))
-    assert _cut(late, max_length=3, truncation="keep_start")[0] == Dropped(0, "no scored token left after truncation")
+    assert _cut(late, max_length=3, truncation="keep_start")[0] == Dropped(
+        0, "no scored token left after truncation", (("max_length", 4),)
+    )
 
 
 @settings(max_examples=100, deadline=None)
