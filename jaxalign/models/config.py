@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ _BOOKKEEPING_NAMES = """
     initializer_range label2id length_penalty max_length max_position_embeddings max_sequence_length min_length
     model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id pretraining_tp prefix problem_type remove_invalid_values
+    is_llama_config transformers.js_config unsloth_fixed
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
     use_bfloat16 use_cache use_return_dict
@@ -118,7 +120,7 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
     if heads % kv_heads:
         raise _wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
     head_dim = _integer(hf, "head_dim", embed // heads)
-    if "head_dim" not in hf and embed % heads:
+    if hf.get("head_dim") is None and embed % heads:
         raise _wrong("hidden_size", embed, f"a multiple of num_attention_heads {heads}, or a head_dim")
     if head_dim % 2:
         raise _wrong("head_dim", head_dim, "an even number: rotary embeddings turn pairs")
@@ -130,12 +132,12 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number("rms_norm_eps", hf.get("rms_norm_eps"), 1e-6),
         rope=_rope(hf),
-        tied=bool(hf.get("tie_word_embeddings", False)),
-        attention_bias=bool(hf.get("attention_bias", False)),
-        mlp_bias=bool(hf.get("mlp_bias", False)),
-        initializer_range=float(hf.get("initializer_range", 0.02)),
+        tied=_flag(hf, "tie_word_embeddings"),
+        attention_bias=_flag(hf, "attention_bias"),
+        mlp_bias=_flag(hf, "mlp_bias"),
+        initializer_range=_number("initializer_range", hf.get("initializer_range"), 0.02),
         head=head,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -179,16 +181,32 @@ def _integer(hf: Mapping[str, Any], name: str, default: int | None = None) -> in
     return value
 
 
+def _number(name: str, value: Any, default: float) -> float:
+    value = default if value is None else value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise _wrong(name, value, "a positive number")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], name: str) -> bool:
+    value = hf.get(name)
+    if value not in (True, False, None):
+        raise _wrong(name, value, "true or false")
+    return bool(value)
+
+
 def _rope(hf: Mapping[str, Any]) -> Rope:
     """The rotary embedding, from either form of config."""
     new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, (Mapping, type(None))):
+            raise _wrong(name, value, "an object with a rope_type, or null")
     if new and old and _rope_type(new) != _rope_type(old):
         raise _wrong("rope_scaling", old, f"the same as rope_parameters {new}")
     fields = dict(new or old or {})
     theta = fields.pop("rope_theta", None)
-    theta = hf.get("rope_theta") if theta is None else theta
-    theta = 10000.0 if theta is None else float(theta)
-    if hf.get("rope_theta") is not None and float(hf["rope_theta"]) != theta:
+    theta = _number("rope_theta", hf.get("rope_theta") if theta is None else theta, 10_000.0)
+    if hf.get("rope_theta") is not None and hf["rope_theta"] != theta:
         raise _wrong("rope_theta", hf["rope_theta"], f"the same as in rope_parameters, {theta:g}")
     kind = _rope_type(fields)
     fields.pop("rope_type", None), fields.pop("type", None)

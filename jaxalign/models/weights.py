@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -57,7 +58,7 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     if (directory / _NAME).is_file():
         files, where = [directory / _NAME], None
     elif index.is_file():
-        where = json.loads(index.read_text())["weight_map"]
+        where = _weight_map(index)
         files = sorted({directory / name for name in where.values()})
     else:
         found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
@@ -86,6 +87,21 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each tensor."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        if all(isinstance(file, str) and file == Path(file).name for file in where.values()):
+            return where
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise InputError(
+        f"{index} is not an index of weights",
+        '{"weight_map": {"tensor": "file beside it", ...}}',
+        "download it again; in a git clone, git lfs pull",
+    )
+
+
 def producer_of(file: IO[bytes], name: str) -> str | None:
     """The program that wrote an open file, as far as its header says."""
     try:
@@ -101,13 +117,21 @@ def _raw_header(f: IO[bytes], file: str | Path) -> tuple[dict[str, Any], int]:
     start = f.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
     if length > min(size - 8, _MAX_HEADER):
-        raise InputError(f"{file} is not a whole safetensors file", "a header in its first bytes", "download it again")
+        raise InputError(
+            f"{file} is not a whole safetensors file",
+            "a header in its first bytes",
+            "download it again; in a git clone, git lfs pull",
+        )
+    unreadable = InputError(f"{file} has an unreadable header", "a safetensors file", "download it again")
     try:
-        return json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file)), length
+        header = json.loads(f.read(length), object_pairs_hook=lambda pairs: _no_duplicates(pairs, file))
+    except InputError:
+        raise
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} has an unreadable header", "a safetensors file", "download it again") from error
+        raise unreadable from error
+    if not isinstance(header, dict):
+        raise unreadable
+    return header, length
 
 
 def _header(file: Path) -> dict[str, Tensor]:
@@ -117,9 +141,14 @@ def _header(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     size, tensors = file.stat().st_size, {}
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if 8 + length + end > size:
+        try:
+            begin, end = map(operator.index, entry["data_offsets"])
+            dtype, shape = entry["dtype"], tuple(map(operator.index, entry["shape"]))
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{name} in {file} without type, shape or place", "a safetensors file", "download it again"
+            ) from error
+        if begin < 0 or 8 + length + end > size:
             raise InputError(f"{file} is cut short at {name}", f"{8 + length + end} bytes or more", "download it again")
         if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise InputError(

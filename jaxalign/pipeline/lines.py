@@ -37,6 +37,12 @@ def read_lines(path: str) -> list[Line]:
 def _string(raw: Raw, key: str) -> str:
     value: Any = raw.row.get(key)
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{raw.where}: {key!r} holds half a surrogate pair", "whole characters", f"repair line {raw.line}"
+            ) from None
         return value
     if key not in raw.row:
         found = f"{raw.where}: no {key!r} (it has {', '.join(map(repr, raw.row)) or 'nothing'})"

@@ -89,7 +89,8 @@ def require_head(path: str, head: str) -> dict[str, Any]:
 def tokenize(tokenizer: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Tokens]:
     """Plain strings to tokens: the prompt with the tokenizer's own special tokens, the completion without.
 
-    The two are tokenised apart, so no token crosses the boundary; nothing is added at the end.
+    The two are tokenised apart, so no token crosses the boundary; nothing is added at the end.  A prompt that brings
+    its BOS, as one that a chat template wrote does, gets no second one.
 
     Args:
       tokenizer: of transformers.
@@ -103,6 +104,9 @@ def tokenize(tokenizer: Any, pairs: Sequence[tuple[str, str]], places: Sequence[
         return []
     prompts, completions = zip(*pairs, strict=True)
     before = tokenizer(list(prompts), verbose=False)["input_ids"]
+    for ids in before:
+        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+            del ids[0]
     after = tokenizer(list(completions), add_special_tokens=False, verbose=False)["input_ids"]
     for place, ids in zip(places, before, strict=True):
         if not ids:

@@ -39,6 +39,19 @@ def test_trap_eos_counts_only_where_the_completion_holds_it(model, tmp_path):
     assert with_eos["sum_logprob"] < without["sum_logprob"]
 
 
+def test_trap_one_bos_at_the_start(model, tmp_path):
+    lines = [("Once upon", " a time"), ("<s>Once upon", " a time"), ("<s><s>Once upon", " a time")]
+    plain, own, two = run("logprobs", "--model", model, "--data", write_lines(tmp_path / "d.jsonl", lines))
+    # The word behind a special token has no space of its own in front; the second start changes nothing.
+    assert own == two and own["num_tokens"] == plain["num_tokens"]
+    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.pipeline.loaded import tokenize
+
+    tokenizer = load_tokenizer(model)
+    for sequence in tokenize(tokenizer, lines, ["", "", ""]):
+        assert list(sequence.prompt).count(tokenizer.bos_token_id) == 1
+
+
 def test_scores(shared, data, tmp_path, capsys):
     reward = make_reward(shared / "models" / "stories260k-llama", tmp_path / "reward")
     ours = run("score", "--model", reward, "--data", data)
@@ -73,6 +86,7 @@ def test_longer_than_the_context_is_said(model, tmp_path, capsys):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "d.jsonl:2: no 'completion'"),
         ('{"completion": "a"}\n', "d.jsonl:1: no 'prompt'"),
         ('{"prompt": "a", "completion": 3}\n', "d.jsonl:1: 'completion' is int"),
+        ('{"prompt": "a", "completion": "\\ud83d"}\n', "d.jsonl:1: 'completion' holds half a surrogate pair"),
         ('{"prompt": null, "completion": "b"}\n', "d.jsonl:1: 'prompt' is NoneType"),
         ('{"prompt": "a", "completion": "b"}\n\n{"prompt": \n', "d.jsonl:3"),
         ("[1]\n", "d.jsonl:1"),

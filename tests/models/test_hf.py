@@ -126,6 +126,30 @@ def test_a_key_twice_is_named(checkpoint):
         load(out)
 
 
+_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", _POINTER, '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}'],
+)
+def test_a_broken_index_is_named(checkpoint, text):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json is not an index"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "header", [[1], {"a": {}}, {"a": 3}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}]
+)
+def test_a_broken_header_is_named(checkpoint, header):
+    text = json.dumps(header).encode()
+    (checkpoint / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load(checkpoint)
+
+
 def test_a_file_cut_short_is_an_error(checkpoint):
     file = checkpoint / "model.safetensors"
     whole = file.read_bytes()
@@ -133,6 +157,9 @@ def test_a_file_cut_short_is_an_error(checkpoint):
         file.write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"model\.safetensors"):
             load(checkpoint)
+    file.write_text(_POINTER)
+    with pytest.raises(InputError, match="git lfs pull"):
+        load(checkpoint)
     file.unlink()
     (checkpoint / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match=r"pytorch_model\.bin"):

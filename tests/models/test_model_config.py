@@ -34,6 +34,15 @@ def read(head=None, **changes):
         ("head_dim", 7),
         ("vocab_size", None),
         ("num_hidden_layers", 2.5),
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", -1e-5),
+        ("initializer_range", [0.02]),
+        ("tie_word_embeddings", "false"),
+        ("attention_bias", "yes"),
+        ("rope_theta", "1e4"),
+        ("rope_parameters", "linear"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+        ("rope_scaling", ["linear"]),
         ("rope_theta", 123.0),  # rope_parameters says otherwise
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
         ("rope_parameters", {"rope_type": "dynamic", "factor": 4.0}),
@@ -78,9 +87,16 @@ def test_defaults_are_those_of_transformers():
     config = read(**dict.fromkeys(["num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"], "absent"))
     assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.tied) == (4, 8, 1e-6, False)
     assert read(head_dim=None, num_key_value_heads=None).num_kv_heads == 4
+    nulls = read(rms_norm_eps=None, initializer_range=None, tie_word_embeddings=None, rope_parameters=None)
+    assert (nulls.norm_eps, nulls.initializer_range, nulls.tied, nulls.rope) == (1e-6, 0.02, False, Rope())
+    with pytest.raises(InputError, match="a multiple of num_attention_heads 4"):
+        read(head_dim=None, hidden_size=33)
 
 
 def test_harmless_fields_pass():
+    read(
+        is_llama_config=True, rope_interleaved=False, unsloth_fixed=True, **{"transformers.js_config": {"dtype": "q4"}}
+    )
     read(pretraining_tp=2, _name_or_path="x", unsloth_version="1", temperature=0.6, sliding_window=None, use_mla=False)
     assert read(hidden_act="swish") == read()
 
