@@ -1,0 +1,1 @@
+"""What `peers.py` is made of: cases, data, environments, rounds, tables."""

@@ -1,0 +1,187 @@
+"""Runs a case: starts every contender once, lets them work in turns, one at a time, and keeps what each turn took."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import contenders, data, environments, machine
+from harness.cases import Case
+
+WORKERS = Path(__file__).resolve().parent.parent / "workers"
+START_SECONDS, TURN_SECONDS = 900, 900  # limits: start-up to the first line, one turn
+
+
+class Failed(Exception):
+    """A worker that ended or hung where it should not; the message ends with its log."""
+
+
+class Worker:
+    """One contender's process."""
+
+    def __init__(self, name: str, who: contenders.Contender, case: Case, directory: Path, threads: int):
+        self.name = name
+        scratch = directory / name
+        scratch.mkdir(parents=True)
+        self._log = scratch / "log.txt"
+        spec = {
+            "case": case.to_dict(),
+            "options": who.options,
+            "directory": str(directory),
+            "scratch": str(scratch),
+            "threads": threads,
+            "spawned": time.time(),
+        }
+        (scratch / "spec.json").write_text(json.dumps(spec))
+        with open(self._log, "w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [environments.python_of(who.environment), WORKERS / f"{who.worker}.py", scratch / "spec.json"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(directory, threads),
+                cwd=scratch,
+            )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def read(self, limit: float) -> dict[str, Any]:
+        """The worker's next message.
+
+        Raises:
+          Failed: it ended, or said nothing for `limit` seconds.
+        """
+        try:
+            line = self._lines.get(timeout=limit)
+        except queue.Empty:
+            line = None
+        if not line:
+            problem = f"said nothing for {limit:.0f} s" if line is None else f"ended with {self._process.wait()}"
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
+            raise Failed(f"{self.name} {problem}\n{tail}")
+        return json.loads(line)
+
+    def say(self, word: str) -> None:
+        """Sends an order."""
+        try:
+            self._process.stdin.write(word + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self.read(5)
+            raise
+
+    def turn(self) -> dict[str, Any]:
+        """One turn, and `others`: the cores that someone else had meanwhile, as a mean number."""
+        busy = machine.busy_seconds()
+        self.say("go")
+        said = self.read(TURN_SECONDS)
+        said.pop("event")
+        others = None
+        if busy is not None:
+            others = max(0.0, machine.busy_seconds() - busy - said["cpu_seconds"]) / said["seconds"]
+        said = {k: round(v, 5) if isinstance(v, float) else v for k, v in said.items()}
+        return said | {"others": None if others is None else round(others, 3)}
+
+    def stop(self) -> dict[str, Any]:
+        """Ends the process; its last message."""
+        self.say("stop")
+        said = self.read(60)
+        self._process.wait(60)
+        return said
+
+    def kill(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def _environment(directory: Path, threads: int) -> dict[str, str]:
+    """Two threads each, none of which spins while it waits for its turn; nothing is fetched or shown."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "OMP_", "HF_", "PYTHONPATH"))}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HOME": str(directory / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "WANDB_MODE": "disabled",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def run(case: Case, names: list[str], *, rounds: int, threads: int, hurry: bool) -> dict[str, Any]:
+    """Measures a case.
+
+    Args:
+      case: what to do.
+      names: of its contenders.
+      rounds: turns of each.
+      threads: of each.
+      hurry: start all at once; the figures of the start are then worth nothing.
+
+    Returns:
+      JSON values: the case, and for each contender and the ceiling what they said; see `table` for what they mean.
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxalign-peers-") as folder:
+        directory = Path(folder)
+        data.write(case, directory)
+        lengths = data.lengths_of(case) if case.ragged else []
+        found = {"case": case.to_dict(), "tokens_per_step": case.tokens(), "contenders": {}}
+        groups = [[name] for name in names] if case.alone else [names]
+        for group in groups:
+            figures, ceiling = _measure(case, group, directory, rounds=rounds, threads=threads, hurry=hurry)
+            for name, entry in figures.items():
+                entry["flops_per_token"] = round(case.flops(name, lengths), 1)
+            found["contenders"] |= figures
+            found.setdefault("ceiling", []).extend(turn["gflops"] for turn in ceiling["rounds"])
+        return found
+
+
+def _measure(
+    case: Case, names: list[str], directory: Path, *, rounds: int, threads: int, hurry: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rounds of some contenders and the ceiling; every round starts with another one."""
+    entries: dict[str, dict[str, Any]] = {}
+    workers: list[Worker] = []
+    try:
+        who = {name: contenders.contender(name, case.task) for name in names} | {"ceiling": contenders.CEILING}
+        for name, contender in who.items():
+            worker = Worker(name, contender, case, directory, threads)
+            workers.append(worker)
+            if not hurry:
+                entries[name] = worker.read(START_SECONDS)
+        for worker in workers:
+            if hurry:
+                entries[worker.name] = worker.read(START_SECONDS)
+            entries[worker.name].pop("event")
+            entries[worker.name]["rounds"] = []
+        for number in range(rounds):
+            first = number % len(workers)
+            for worker in workers[first:] + workers[:first]:
+                entries[worker.name]["rounds"].append(worker.turn())
+        for worker in workers:
+            entries[worker.name]["peak_gib"] = worker.stop()["peak_gib"]
+    finally:
+        for worker in workers:
+            worker.kill()
+    ceiling = entries.pop("ceiling")
+    return entries, ceiling
