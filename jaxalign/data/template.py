@@ -22,6 +22,7 @@ class Rendered(NamedTuple):
     text: str
     spans: tuple[Span, ...]  # what the assistant says, its end-of-turn text included, in order
     boundary: int  # character at which the prompt ends
+    words_end: tuple[int, ...] = ()  # of each span, behind the message's own words; its end where that is not known
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
@@ -107,6 +108,10 @@ class _Conversation:
         else:
             text, pieces = marked
             spans = self._marked_turns(pieces, wanted, text)
+        ends = [span[1] for span in spans]
+        if len(spans) == len(wanted):
+            ends = [self._words_end(i, span, text) for i, span in zip(wanted, spans, strict=True)]
+        ends = [end for end, span in zip(ends, spans, strict=True) if span[1] > span[0]]
         spans = [span for span in spans if span[1] > span[0]]
         if first == 0:
             boundary = spans[0][0] if spans else len(text)
@@ -116,7 +121,7 @@ class _Conversation:
                 boundary = self._turn_by_replacement(first, text)[0]
         else:
             boundary = common_prefix(self.render(first), text)
-        return Rendered(text, tuple(spans), boundary)
+        return Rendered(text, tuple(spans), boundary, tuple(ends))
 
     def render(self, count: int, add_generation_prompt: bool = False, messages=None) -> str:
         """The text of the first `count` messages."""
@@ -187,6 +192,12 @@ class _Conversation:
             return [pieces[self._said.index(i)] for i in wanted]
         turns = [self._turn(i, text) for i in wanted]
         return [p for p in pieces if any(start < p[1] and p[0] < end for start, end in turns)]
+
+    def _words_end(self, i: int, span: Span, text: str) -> int:
+        """Where the content of message `i` ends in its span; the span's end where the template rewrote it."""
+        words = str(self._messages[i].get("content") or "").strip()
+        at = text.find(words, *span) if words else -1
+        return span[1] if at < 0 else at + len(words)
 
     def _start(self, i: int, text: str) -> int:
         """Where the words of message `i`, the assistant's, begin in `text`; -1 where prefixes do not tell."""

@@ -190,8 +190,14 @@ def first_assistant(messages: Sequence[Message]) -> int:
 def _scored(encoder: Encoder, encoded: Encoded, rendered: Rendered) -> np.ndarray:
     """bool [N]: tokens that overlap an assistant span, each turn ending at its EOS."""
     mask = np.zeros(len(encoded.ids), bool)
-    for start, end in rendered.spans:
+    for (start, end), words_end in zip(
+        rendered.spans, rendered.words_end or [e for _, e in rendered.spans], strict=True
+    ):
         first, last = encoded.before(start), encoded.after(end)
+        behind = encoded.before(words_end)
+        stops = behind + np.flatnonzero(np.isin(encoded.ids[behind:last], list(encoder.eos_ids)))
+        if len(stops):  # a template may open the next turn behind it, whoever speaks then
+            last = int(stops[0]) + 1
         ends = first + np.flatnonzero(np.isin(encoded.ids[first:last], list(encoder.eos_ids)))
         # A template's newline behind the end of a turn is never generated, so it is not scored.
         if len(ends) and not encoder.tokenizer.decode(encoded.ids[ends[-1] + 1 : last].tolist()).strip():

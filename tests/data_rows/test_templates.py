@@ -143,6 +143,22 @@ def _runs(tokens, mask):
     return [tokens[a:b].tolist() for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def test_trap_nothing_behind_the_end_of_a_turn_is_scored(tokenizer_of):
+    """A template that opens an answer whether it is asked to or not: neither that nor the next turn is scored."""
+    template = _unmarked(MARKED["chatml"]).replace("{% if add_generation_prompt %}", "{% if true %}")
+    chat = [*CHAT, {"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    for name in ("tokenizers/minimind-6400", "tokenizers/qwen2-rebuilt"):
+        encoder = Encoder(_with_template(tokenizer_of(name), template))
+        (got,) = tokenize_records([Record(0, "x", 1, "messages", messages=chat)], encoder, "sft", append_eos=True)
+        scored = [encoder.tokenizer.decode(run) for run in _runs(got.completions[0], got.masks[0])]
+        assert scored == [f"{m['content']}<|im_end|>" for m in chat if m["role"] == "assistant"]
+        assert got.complete == (True,)
+        sides = [chat[2:3], [{"role": "assistant", "content": "Rome"}]]
+        pair = Record(0, "x", 1, "pair", prompt=chat[:2], chosen=sides[0], rejected=sides[1])
+        (got,) = tokenize_records([pair], encoder, "dpo", append_eos=True)
+        assert [encoder.tokenizer.decode(c) for c in got.completions] == [f"{s[0]['content']}<|im_end|>" for s in sides]
+
+
 def test_generation_marks_without_the_end_of_turn_gain_its_eos(tokenizer_of):
     template = MARKED["default system"].replace(
         " + eos_token }}{% endgeneration %}", " }}{% endgeneration %}{{ eos_token }}"
