@@ -38,6 +38,8 @@ def preset_of(source: Source, first: Raw) -> Preset | None:
         named = source.preset == name or source.path.lower() in preset.hub_ids
         if source.preset not in (None, name) or not (named or (fits and name in _SHOWN_BY_COLUMNS)):
             continue
+        if not fits and source.preset is None:
+            continue  # another subset of the set
         if not fits:
             wanted = " or ".join(", ".join(signature) for signature in preset.signatures)
             raise InputError(

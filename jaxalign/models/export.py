@@ -59,10 +59,13 @@ def save(
     target = Path(directory).expanduser().absolute()  # not used with a URL
     writes = jax.process_index() == 0
     leaf_type = jax.tree.leaves(params)[0].dtype
-    file_type = np.dtype(leaf_type if dtype is None else jax.numpy.dtype(dtype))
-    if file_type not in DTYPES.values():
+    try:
+        file_type = np.dtype(leaf_type if dtype is None else jax.numpy.dtype(dtype))
+    except TypeError:
+        file_type = None
+    if file_type is None or file_type not in DTYPES.values():  # numpy takes None for float64
         raise InputError(
-            f"dtype {file_type}", f"one of {', '.join(str(d) for d in DTYPES.values())}", "dtype='float32'"
+            f"dtype {file_type or dtype}", f"one of {', '.join(str(d) for d in DTYPES.values())}", "dtype='float32'"
         )
     check_target(url or target)
     if url:

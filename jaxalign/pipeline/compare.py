@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jaxalign.config import defaults
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.mixture import load_records
+from jaxalign.data.records import Record
 from jaxalign.errors import InputError
 from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
 from jaxalign.evaluate.heldout import Question, questions, references
@@ -72,7 +75,7 @@ def compare(
     for path in (base, aligned):
         require_head(path, "lm")
     scorer = None if reward is None else _scorer(reward, dtype)
-    records, _ = load_records(data, None, max_records=num_prompts)
+    records = _records(data, num_prompts)
     asked = questions(records)
 
     answers: dict[str, list[Completion]] = {}
@@ -136,6 +139,20 @@ def compare(
             ],
         }
     )
+
+
+def _records(data: str, num_prompts: int | None) -> list[Record]:
+    """The held-out records; there is no configuration here, so a config line becomes what it means for the flag."""
+    try:
+        return load_records(data, None, max_records=num_prompts)[0]
+    except InputError as error:
+        found = re.search(r"data\.sources=\((\{.*\}),\)", error.fix)
+        if found is None:
+            raise
+        source = json.loads(found[1])
+        renamed = [f"{theirs!r} renamed to {ours!r}" for ours, theirs in source.get("columns", {}).items()]
+        fix = f"--data {source['path']}" + (f", its column {', '.join(renamed)}" if renamed else "")
+        raise InputError(error.found, error.expected, error.fix.replace(found[0], fix)) from error
 
 
 def _scorer(reward: str, dtype: str | None) -> Any:

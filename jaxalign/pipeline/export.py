@@ -83,7 +83,11 @@ def find_run(workdir: str, stage: str | None) -> Any:
     root = as_path(workdir)
     if not root.is_dir():
         raise InputError(f"no directory {workdir}", "the workdir of a run", "--workdir runs/NAME")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and (p / "config.json").exists())
+    names = sorted(p.name for p in root.iterdir() if p.name != "export" and (p / "config.json").exists())
+    if stage is not None and not names and (root / "config.json").exists():
+        raise InputError(
+            f"--stage {stage}, but {workdir} is a run without stages", "no --stage", f"--workdir {workdir}"
+        )
     if stage is not None:
         if stage not in names:
             shown = ", ".join(names) or "none"

@@ -37,6 +37,12 @@ def generate(
       InputError: a model that cannot be used, a value out of its range, a model without a chat template.
     """
     check_sampling(temperature, max_new_tokens, top_k, top_p)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 come as halves of pairs
+        raise InputError(
+            f"--prompt {prompt!r} is not UTF-8", "whole characters", "--prompt 'Once upon a time'"
+        ) from error
     from jaxalign.pipeline.loaded import load_model, warn_of_context
     from jaxalign.rollout.engine import Generator
 

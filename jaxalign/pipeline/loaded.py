@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Loaded(NamedTuple):
@@ -47,18 +50,43 @@ def load_model(path: str, *, head: str, dtype: str | None = None, devices: Seque
     file = require_head(path, head)
     common = defaults("sft")
     dtype = dtype or common.model.dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"--dtype {dtype}", f"one of {', '.join(_DTYPES)}", f"--dtype {_DTYPES[0]}")
     mesh = make_mesh(common.mesh, devices)
-    model, params = load(
-        path,
-        dtype=dtype,
-        param_dtype=dtype,
-        remat="none",
-        head=head,
-        shardings=lambda tree: param_shardings(mesh, tree),
-    )
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, model.config.vocab_size)
+    with _without_config(path):
+        model, params = load(
+            path,
+            dtype=dtype,
+            param_dtype=dtype,
+            remat="none",
+            head=head,
+            shardings=lambda tree: param_shardings(mesh, tree),
+        )
+    tokenizer = read_tokenizer(path)
+    with _without_config(path):
+        check_vocabulary(tokenizer, model.config.vocab_size)
     return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
+
+
+@contextlib.contextmanager
+def _without_config(path: str) -> Iterator[None]:
+    """Says what would help where no configuration names the model: a directory in place of the one given."""
+    try:
+        yield
+    except InputError as error:
+        fix = error.fix.replace("--config.model.path=", f"in place of {path}: ")
+        fix = fix.replace("--config.model.tokenizer=", f"in {path}, the tokenizer files of ")
+        raise InputError(error.found, error.expected, fix) from error
+
+
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+      InputError: no such model, or none in it.
+    """
+    with _without_config(path):
+        return load_tokenizer(path)
 
 
 def require_head(path: str, head: str) -> dict[str, Any]:
@@ -71,7 +99,8 @@ def require_head(path: str, head: str) -> dict[str, Any]:
     Raises:
       InputError: no such model, or one of the other kind.
     """
-    file = read_json(locate(path, weights=False) / CONFIG)
+    with _without_config(path):
+        file = read_json(locate(path, weights=False) / CONFIG)
     scalar = "SequenceClassification" in (file.get("architectures") or [""])[0]
     if scalar and head == "lm":
         raise InputError(

@@ -49,13 +49,12 @@ def score(
         )
     lines = read_lines(data)
     from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
-    from jaxalign.models.tokenizer import load_tokenizer
-    from jaxalign.pipeline.loaded import load_model, require_head, tokenize, warn_of_context
+    from jaxalign.pipeline.loaded import load_model, read_tokenizer, require_head, tokenize, warn_of_context
 
     places = [line.where for line in lines]
 
     def read(path: str) -> list[Tokens]:
-        tokenizer = load_tokenizer(path)
+        tokenizer = read_tokenizer(path)
         sequences = tokenize(tokenizer, [(line.prompt, line.completion) for line in lines], places)
         if not append_eos:
             return sequences

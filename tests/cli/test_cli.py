@@ -196,3 +196,13 @@ def test_output_into_a_closed_pipe_is_no_error(tmp_path):
     )
     assert done.stderr == ""
     assert json.dumps(done.stdout)
+
+
+def test_a_run_without_stages_is_exported_without_one(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    for file in (run / "config.json", run / "export" / "config.json"):
+        file.write_text("{}")
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "out"), "--stage", "sft"]) == 2
+    err = capsys.readouterr().err
+    assert "is a run without stages" in err and "--stage export" not in err

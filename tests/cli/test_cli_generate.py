@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -138,3 +139,38 @@ def test_the_page_keeps_markup_and_wide_letters():
     text = page(result, show=5)
     assert "[bold]x[/bold] 模型" in text and "[1.5]" in text and "100.0%" in text
     assert "perplexity of" not in text and "do not compare" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"question": "Q", "answer": "A"}, "'question' renamed to 'prompt', 'answer' renamed to 'completion'"),
+        ({"promt": "Q", "chosen": "A", "rejected": "B"}, "'promt' renamed to 'prompt'"),
+    ],
+)
+def test_compare_says_what_helps_where_there_is_no_configuration(model, tmp_path, capsys, row, fix):
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps(row))
+    flags = ["compare", "--base", str(model), "--aligned", str(model), "--data"]
+    assert main([*flags, str(data)]) == 2
+    assert f"fix:      --data {data}, its column {fix}" in capsys.readouterr().err
+    assert main([*flags, str(tmp_path / "e.jsonl")]) == 2
+    err = capsys.readouterr().err
+    assert f"fix:      --data {data}\n" in err and "data.sources" not in err
+
+
+def test_wrong_flags_of_a_model_are_said_without_a_config_line(model, tmp_path, capsys):
+    flags = ["--prompt", "x", "--max_new_tokens", "1"]
+    for path, fix in (("/no/such", "in place of /no/such: DIR"), (str(tmp_path), f"in place of {tmp_path}: DIR")):
+        assert main(["generate", "--model", path, *flags]) == 2
+        err = capsys.readouterr().err
+        assert f"fix:      {fix}" in err and "--config" not in err
+    for file in Path(model).iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    assert main(["generate", "--model", str(tmp_path), *flags]) == 2
+    assert f"in {tmp_path}, the tokenizer files of DIR" in capsys.readouterr().err
+    assert main(["generate", "--model", str(model), *flags, "--dtype", "float8"]) == 2
+    assert "found:    --dtype float8" in capsys.readouterr().err
+    assert main(["generate", "--model", str(model), "--prompt", "\udcff"]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err

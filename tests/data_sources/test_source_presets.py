@@ -122,6 +122,16 @@ def check_ultrafeedback(records):
     assert records[0].columns["source"] in ("evol_instruct", "sharegpt")
 
 
+def test_other_subsets_of_a_set_are_read_by_their_columns(hub):
+    hub("Anthropic/hh-rlhf", [{"transcript": "\n\nHuman: Q\n\nAssistant: A", "rating": 4.0}])
+    source = {"path": "Anthropic/hh-rlhf", "name": "red-team-attempts"}
+    (record,), _ = load_records({**source, "columns": {"text": "transcript"}}, "sft")
+    assert record.text.startswith("\n\nHuman")
+    with pytest.raises(InputError, match="columns transcript, rating") as error:
+        load_records(source, "sft")
+    assert '"columns": {"text": "transcript"}' in error.value.fix
+
+
 @pytest.mark.parametrize("name", UF_SETS)
 def test_ultrafeedback(tmp_path, hub, name):
     rows, schema = UF_SETS[name]

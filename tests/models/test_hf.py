@@ -235,6 +235,9 @@ def test_export_carries_tokenizer_and_generation_config(tmp_path, shared):
 
 def test_nothing_foreign_is_overwritten(tmp_path, checkpoint):
     model, params = load(checkpoint)
+    for dtype in ("float8", "int8"):
+        with pytest.raises(InputError, match=f"dtype {dtype}"):
+            hf.save(tmp_path / "out", model, params, dtype=dtype)
     with pytest.raises(InputError, match=r"holds .*not written by jaxalign"):
         target = tmp_path / "thesis"
         target.mkdir()
