@@ -10,7 +10,7 @@ from tests.steps.worlds import ALGORITHMS, PAIRED, assert_same, data, expected, 
 
 
 def test_there_is_something_to_see(x64):
-    """The gradients that are compared below are not zero, whatever the tensor; the clipped losses are clipped in part."""
+    """The gradients compared below are not zero, whatever the tensor; the clipped losses are clipped in part."""
     for algorithm in ALGORITHMS:
         metrics, gradients = expected(algorithm)
         assert all(metrics[name] > 1 for name in metrics if name.startswith("weight"))
