@@ -110,6 +110,8 @@ class _Conversation:
             spans = self._marked_turns(pieces, wanted, text)
         ends = [span[1] for span in spans]
         if len(spans) == len(wanted):
+            for i, span in zip(wanted, spans, strict=True):
+                self._check_calls(i, text[slice(*span)])
             ends = [self._words_end(i, span, text) for i, span in zip(wanted, spans, strict=True)]
         ends = [end for end, span in zip(ends, spans, strict=True) if span[1] > span[0]]
         spans = [span for span in spans if span[1] > span[0]]
@@ -192,6 +194,19 @@ class _Conversation:
             return [pieces[self._said.index(i)] for i in wanted]
         turns = [self._turn(i, text) for i in wanted]
         return [p for p in pieces if any(start < p[1] and p[0] < end for start, end in turns)]
+
+    def _check_calls(self, i: int, turn: str) -> None:
+        """A template that knows no tool calls would have an empty turn learned in their place."""
+        calls = self._messages[i].get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else {}
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in turn:
+                raise InputError(
+                    f"the tool call {name!r} of message {i} is not in the rendered text",
+                    "a chat template that renders tool calls",
+                    "--config.model.chat_template=FILE.jinja",
+                )
 
     def _words_end(self, i: int, span: Span, text: str) -> int:
         """Where the content of message `i` ends in its span; the span's end where the template rewrote it."""

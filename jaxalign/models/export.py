@@ -166,7 +166,9 @@ def _replace(part: Path, target: Path) -> None:
 
 def _copy(source: Path | None, tokenizer: Any, part: Path) -> None:
     if tokenizer is not None:
-        tokenizer.save_pretrained(part)
+        # Several templates by name stay in tokenizer_config.json: an export is one flat directory.
+        named = isinstance(getattr(tokenizer, "chat_template", None), dict)
+        tokenizer.save_pretrained(part, **({"save_jinja_files": False} if named else {}))
     if source is None:
         return
     wanted = (GENERATION_CONFIG, *LICENCE_FILES) + (TOKENIZER_FILES if tokenizer is None else ())

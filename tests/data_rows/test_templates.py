@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 
+from jaxalign.data.dialogues import render_plain
 from jaxalign.data.records import Record
 from jaxalign.data.template import ChatTemplate, common_prefix
 from jaxalign.data.tokenize import Encoder, tokenize_records
@@ -182,6 +183,21 @@ def test_tools_reach_the_template(tokenizer_of):
     encoder = Encoder(tokenizer_of("tokenizers/minimind-6400"))
     (got,) = tokenize_records([record], encoder, "sft", append_eos=True)
     assert "clock" in encoder.tokenizer.decode(got.prompt)
+
+
+def test_trap_tool_calls_that_no_template_renders_are_an_error(tokenizer_of):
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    chat = [*CHAT[1:2], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "4"}]
+    record = Record(3, "x", 4, "messages", messages=[*chat, CHAT[4]])
+    encoder = Encoder(tokenizer_of("tokenizers/minimind-6400"))
+    (got,) = tokenize_records([record], encoder, "sft", append_eos=True)
+    assert '"name": "clock"' in encoder.tokenizer.decode(got.completions[0][got.masks[0]])
+    for without in (
+        Encoder(tokenizer_of("tokenizers/qwen2-rebuilt")),
+        Encoder(tokenizer_of("models/stories3m-llama"), (), render_plain),
+    ):
+        with pytest.raises(InputError, match=r"record 3 .* tool call 'clock' of message 1 is not in the rendered text"):
+            list(tokenize_records([record], without, "sft", append_eos=True))
 
 
 def test_a_refused_conversation_names_the_record(tokenizer_of):

@@ -231,6 +231,11 @@ def test_export_carries_tokenizer_and_generation_config(tmp_path, shared):
     tokenizer = load_tokenizer(source, chat_template="{{ messages[0].content }}")
     hf.save(out, model, params, source=source, tokenizer=tokenizer)
     assert load_tokenizer(out).chat_template == "{{ messages[0].content }}"
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    for _ in range(2):  # an export again replaces it
+        hf.save(out, model, params, source=source, tokenizer=tokenizer)
+    assert load_tokenizer(out).chat_template == tokenizer.chat_template
+    assert all(p.is_file() for p in out.iterdir())
 
 
 def test_nothing_foreign_is_overwritten(tmp_path, checkpoint):
