@@ -13,6 +13,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.model import ModelScorer, padded_rows, score_rows
 from jaxalign.rewards.samples import Samples
+from jaxalign.train import experience
 from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, record, tiny_model, world
 from tests.ppo.test_policy_ops import gae_loop
 
@@ -162,6 +163,21 @@ def test_trap_old_logprobs_are_the_training_forwards(plain):
     assert abs(float(of_step["val/ratio"]) - 1) < 1e-6
     assert 0 <= float(metrics["rollout/sampler_gap"]) < 1e-4
     assert abs(float(metrics["rollout/sampler_ratio"]) - 1) < 1e-4
+
+
+def test_trap_a_sampler_that_disagrees_is_logged_and_not_trained_on(plain, monkeypatch):
+    """Log-probs a tenth of a nat off, as another kernel's might be: the experience is bitwise the same."""
+    decode = experience.decode
+
+    def off(*args, **options):
+        rollout, rest = decode(*args, **options)
+        return rollout._replace(logprobs=rollout.logprobs - 0.1), rest
+
+    monkeypatch.setattr(experience, "decode", off)
+    _, batches, metrics = plain.prepare(plain.state, plain.frozen, plain.batch)
+    jax.tree.map(np.testing.assert_array_equal, batches, plain.collected[1])
+    assert abs(float(metrics["rollout/sampler_gap"]) - 0.1) < 1e-4
+    assert abs(float(metrics["rollout/sampler_ratio"]) - np.exp(0.1)) < 1e-4
 
 
 def test_trap_temperature(plain):
