@@ -97,7 +97,7 @@ def _config(case: Case, ends: bool) -> dict[str, Any]:
 
 def _write_tokenizer(directory: Path, vocab: int, ends: bool) -> None:
     """One word is one token: the word of token 17 is w17."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that there is no torch
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that there is no torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -28,8 +28,7 @@ class Worker:
 
     def __init__(self, name: str, who: contenders.Contender, case: Case, directory: Path, threads: int):
         self.name = name
-        scratch = directory / name
-        scratch.mkdir(parents=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=directory))
         self._log = scratch / "log.txt"
         spec = {
             "case": case.to_dict(),
@@ -146,7 +145,7 @@ def run(case: Case, names: list[str], *, rounds: int, threads: int, hurry: bool)
         data.write(case, directory)
         lengths = data.lengths_of(case) if case.ragged else []
         found = {"case": case.to_dict(), "tokens_per_step": case.tokens(), "contenders": {}}
-        groups = [[name] for name in names] if case.alone else [names]
+        groups = [[name] for name in names] if case.alone and not hurry else [names]
         for group in groups:
             figures, ceiling = _measure(case, group, directory, rounds=rounds, threads=threads, hurry=hurry)
             for name, entry in figures.items():

@@ -82,6 +82,16 @@ def make_config():
     return c
 
 
+def check(dataset) -> None:
+    """Stops where the data layer has made more or fewer tokens than the case has."""
+    if case["ragged"] or case["task"] == "ppo":
+        return
+    length, prompt = case["length"], case["prompt"]
+    due = case["batch"] * (length if case["task"] == "sft" else 2 * length - prompt)
+    found = count_tokens(dataset.batch(0).rows)
+    assert found == due, f"{found} tokens in a batch where {due} are due"
+
+
 def main() -> None:
     config = make_config()
     mesh = make_mesh(config.mesh)
@@ -89,6 +99,7 @@ def main() -> None:
     directory.open(configuration.to_dict(config), resume=False)
     with jax.set_mesh(mesh):
         stage = Stage(config, mesh, directory)
+        check(stage.dataset)
         counted = [0, 0]  # batches, their real tokens
 
         def tokens(step: int) -> float:

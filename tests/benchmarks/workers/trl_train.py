@@ -75,7 +75,7 @@ def pairs(records, callback):
     """Text, which the trainers tokenise; they put EOS behind each completion."""
     columns = {"prompt": [text(r["prompt"]) + " " for r in records]}
     columns |= {side: [text(r[side][:-1]) for r in records] for side in ("chosen", "rejected")}
-    common = {"train_dataset": None, "processing_class": tokenizer, "callbacks": [callback]}
+    common = {"train_dataset": Dataset.from_dict(columns), "processing_class": tokenizer, "callbacks": [callback]}
     if case["task"] == "dpo":
         cached = case["reference"] == "cached"
         return trl.DPOTrainer(
@@ -83,34 +83,33 @@ def pairs(records, callback):
             # Without one the trainer takes the policy's start, and computes its log-probs before it trains.
             ref_model=None if cached else LlamaForCausalLM(config),
             args=trl.DPOConfig(**arguments(case["batch"]), beta=0.1, precompute_ref_log_probs=cached),
-            **common | {"train_dataset": Dataset.from_dict(columns)},
+            **common,
         )
-    # The trainer joins `</s>` to the last word, and words are split at spaces; the prompt is part of both texts.
-    columns = {side: [p + c + " " for p, c in zip(columns["prompt"], columns[side])] for side in ("chosen", "rejected")}
     config.num_labels = 1
     return trl.RewardTrainer(
-        LlamaForSequenceClassification(config),
-        args=trl.RewardConfig(**arguments(case["batch"])),
-        **common | {"train_dataset": Dataset.from_dict(columns)},
+        LlamaForSequenceClassification(config), args=trl.RewardConfig(**arguments(case["batch"])), **common
     )
 
 
 def main() -> None:
     callback = Callback()
-    trainer = callback.trainer = (sft if case["task"] == "sft" else pairs)(turns.records(), callback)
-    check(trainer)
+    records = turns.records()
+    trainer = callback.trainer = (sft if case["task"] == "sft" else pairs)(records, callback)
+    check(trainer, records)
     trainer.train()
 
 
-def check(trainer) -> None:
-    """Stops where the trainer's own preparation has made other lengths than the case has."""
+def check(trainer, records) -> None:
+    """Stops where the trainer's own preparation has made other tokens than the case has."""
     if case["ragged"]:
         return
-    batch = next(iter(trainer.get_train_dataloader()))
-    rows = case["batch"] * (1 if case["task"] == "sft" else 2)
-    found = tuple(batch["input_ids"].shape)
-    assert found == (rows, case["length"]), f"{found} where {(rows, case['length'])} is due"
-    assert batch["attention_mask"].all(), "padding in a batch of equal lengths"
+    rows = next(iter(trainer.get_train_dataloader()))["input_ids"].tolist()
+    if case["task"] == "sft":
+        due = {tuple(r["ids"]) for r in records}
+    else:
+        due = {tuple(r["prompt"] + r[side]) for r in records for side in ("chosen", "rejected")}
+    assert len(rows) == case["batch"] * (1 if case["task"] == "sft" else 2), len(rows)
+    assert all(tuple(row) in due for row in rows), "rows that are no records of the case"
 
 
 main()
