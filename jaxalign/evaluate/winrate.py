@@ -85,7 +85,8 @@ def wilson(wins: float, items: int, *, confidence: float) -> tuple[float, float]
     centre = p + z * z / (2 * items)
     half = z * math.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
     scale = 1 + z * z / items
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # p lies inside the interval; where all items agree, rounding alone would put it a digit outside
+    return max(0.0, min(p, (centre - half) / scale)), min(1.0, max(p, (centre + half) / scale))
 
 
 def verdict(low: float, high: float) -> str:

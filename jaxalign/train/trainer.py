@@ -86,7 +86,9 @@ class Stage:
 
         c = config
         self.config, self.mesh, self.directory = config, mesh, directory
-        self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, c.model.revision, c.model.chat_template)
+        # The revision is the model's; a tokenizer from elsewhere has its own history.
+        revision = None if c.model.tokenizer else c.model.revision
+        self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, revision, c.model.chat_template)
         purpose = c.algorithm.name
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
         self.dataset = Dataset.build(c, self.tokenizer, purpose, "train", eos_ids=ends)
