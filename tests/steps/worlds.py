@@ -153,6 +153,7 @@ def result(algorithm, batch, *, accum=1, remat="none", mesh=None):
 @functools.cache
 def expected(algorithm):
     """On one device: a row for each example, padded on the right."""
+    assert jax.sharding.get_abstract_mesh().empty  # under a mesh the program would be the mesh's
     with jax.enable_x64(True):
         return result(algorithm, data(algorithm))
 
