@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", help=f"of {', '.join(contenders.CONTENDERS)}; default: each case's own")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="cores that are used (default 2)")
+    parser.add_argument(
+        "--patience", type=float, default=30, help="seconds that a round waits for a quiet machine (default 30)"
+    )
     parser.add_argument("--json", type=Path, help="file for the result; it is written after each case")
     parser.add_argument("--smoke", action="store_true", help="toy size, one round")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the table of an earlier run")
@@ -41,6 +45,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Measures, or prints what was measured."""
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
     if args.markdown:
         print(table.markdown(json.loads(args.markdown.read_text())))
         return 0
@@ -55,6 +60,10 @@ def main() -> int:
     for name in {contenders.contender(n, c.task).environment for c, names in cases for n in names}:
         environments.python_of(name)
     cores = machine.use_cores(args.threads)
+    if args.smoke:
+        effort = rounds.Effort(1, cores, 0, hurry=True)
+    else:
+        effort = rounds.Effort(args.rounds, cores, args.patience, hurry=False)
     result = {
         "format": 1,
         "date": datetime.date.today().isoformat(),
@@ -67,9 +76,7 @@ def main() -> int:
         start = time.monotonic()
         print(f"{case.name}: {', '.join(names)}", end=" ", flush=True)
         try:
-            result["cases"][case.name] = rounds.run(
-                case, names, rounds=1 if args.smoke else args.rounds, threads=cores, hurry=args.smoke
-            )
+            result["cases"][case.name] = rounds.run(case, names, effort)
             print(f"{time.monotonic() - start:.0f} s", flush=True)
         except rounds.Failed as error:
             failures.append(case.name)

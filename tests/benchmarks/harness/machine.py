@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
+
+QUIET = 0.1  # cores that others may have while the machine counts as quiet
 
 
 def use_cores(count: int) -> int:
@@ -33,6 +36,20 @@ def busy_seconds() -> float | None:
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
             total += user + nice + system + irq + softirq + steal
     return total / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(limit: float) -> float:
+    """Waits until others leave the cores alone, `limit` seconds at most; returns the seconds waited.
+
+    To be called while nothing of our own runs.
+    """
+    start = time.monotonic()
+    while busy_seconds() is not None and time.monotonic() - start < limit:
+        busy, mark = busy_seconds(), time.monotonic()
+        time.sleep(min(2.0, limit))
+        if (busy_seconds() - busy) / (time.monotonic() - mark) < QUIET:
+            break
+    return time.monotonic() - start
 
 
 def describe() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import contenders, data, environments, machine
 from harness.cases import Case
@@ -127,15 +127,22 @@ def _environment(directory: Path, threads: int) -> dict[str, str]:
     }
 
 
-def run(case: Case, names: list[str], *, rounds: int, threads: int, hurry: bool) -> dict[str, Any]:
+class Effort(NamedTuple):
+    """How much is put into a measurement."""
+
+    rounds: int  # turns of each contender
+    threads: int  # of each
+    patience: float  # seconds that a round waits, at most, for a machine that others leave alone
+    hurry: bool  # start all at once; the figures of the start are then worth nothing
+
+
+def run(case: Case, names: list[str], effort: Effort) -> dict[str, Any]:
     """Measures a case.
 
     Args:
       case: what to do.
       names: of its contenders.
-      rounds: turns of each.
-      threads: of each.
-      hurry: start all at once; the figures of the start are then worth nothing.
+      effort: how often and how carefully.
 
     Returns:
       JSON values: the case, and for each contender and the ceiling what they said; see `table` for what they mean.
@@ -144,36 +151,34 @@ def run(case: Case, names: list[str], *, rounds: int, threads: int, hurry: bool)
         directory = Path(folder)
         data.write(case, directory)
         lengths = data.lengths_of(case) if case.ragged else []
-        found = {"case": case.to_dict(), "tokens_per_step": case.tokens(), "contenders": {}}
-        groups = [[name] for name in names] if case.alone and not hurry else [names]
-        for group in groups:
-            figures, ceiling = _measure(case, group, directory, rounds=rounds, threads=threads, hurry=hurry)
+        found: dict[str, Any] = {"case": case.to_dict(), "tokens_per_step": case.tokens(), "contenders": {}}
+        for group in [[name] for name in names] if case.alone and not effort.hurry else [names]:
+            figures = _measure(case, group, directory, effort)
+            found.setdefault("ceiling", []).extend(turn["gflops"] for turn in figures.pop("ceiling")["rounds"])
             for name, entry in figures.items():
                 entry["flops_per_token"] = round(case.flops(name, lengths), 1)
             found["contenders"] |= figures
-            found.setdefault("ceiling", []).extend(turn["gflops"] for turn in ceiling["rounds"])
         return found
 
 
-def _measure(
-    case: Case, names: list[str], directory: Path, *, rounds: int, threads: int, hurry: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure(case: Case, names: list[str], directory: Path, effort: Effort) -> dict[str, dict[str, Any]]:
     """Rounds of some contenders and the ceiling; every round starts with another one."""
     entries: dict[str, dict[str, Any]] = {}
     workers: list[Worker] = []
     try:
         who = {name: contenders.contender(name, case.task) for name in names} | {"ceiling": contenders.CEILING}
         for name, contender in who.items():
-            worker = Worker(name, contender, case, directory, threads)
+            worker = Worker(name, contender, case, directory, effort.threads)
             workers.append(worker)
-            if not hurry:
+            if not effort.hurry:
                 entries[name] = worker.read(START_SECONDS)
         for worker in workers:
-            if hurry:
+            if effort.hurry:
                 entries[worker.name] = worker.read(START_SECONDS)
             entries[worker.name].pop("event")
             entries[worker.name]["rounds"] = []
-        for number in range(rounds):
+        for number in range(effort.rounds):
+            machine.wait_for_quiet(effort.patience)
             first = number % len(workers)
             for worker in workers[first:] + workers[:first]:
                 entries[worker.name]["rounds"].append(worker.turn())
@@ -182,5 +187,4 @@ def _measure(
     finally:
         for worker in workers:
             worker.kill()
-    ceiling = entries.pop("ceiling")
-    return entries, ceiling
+    return entries

@@ -7,17 +7,20 @@ from typing import Any
 
 DISTURBED = 0.2  # cores that someone else had, on average over a turn
 Row = list[str]
-HEAD = ["case", "contender", "tokens/s", "jaxalign is", "of ceiling", "peak GiB", "compile s", "first step s", "cores"]
+HEAD = [
+    *("case", "contender", "tokens/s", "jaxalign is", "by CPU time", "of ceiling", "peak GiB", "compile s"),
+    *("first step s", "cores"),
+]
 
 
-def speeds(entry: dict[str, Any], tokens_per_step: float) -> list[float]:
-    """Tokens a second of each round."""
-    return [r.get("tokens", tokens_per_step * r["steps"]) / r["seconds"] for r in entry["rounds"]]
+def speeds(entry: dict[str, Any], tokens_per_step: float, clock: str = "seconds") -> list[float]:
+    """Tokens a second of each round; or, by `cpu_seconds`, a second of one core."""
+    return [r.get("tokens", tokens_per_step * r["steps"]) / r[clock] for r in entry["rounds"]]
 
 
-def ratios(found: dict[str, Any], peer: str) -> list[float]:
+def ratios(found: dict[str, Any], peer: str, clock: str = "seconds") -> list[float]:
     """jaxalign's speed over a peer's, round by round."""
-    ours, theirs = (speeds(found["contenders"][n], found["tokens_per_step"]) for n in ("jaxalign", peer))
+    ours, theirs = (speeds(found["contenders"][n], found["tokens_per_step"], clock) for n in ("jaxalign", peer))
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -38,10 +41,11 @@ def rows(result: dict[str, Any]) -> list[Row]:
     for name, found in result["cases"].items():
         for who, entry in found["contenders"].items():
             speed = statistics.median(speeds(entry, found["tokens_per_step"]))
-            versus = ""
+            versus = cpu = ""
             if who != "jaxalign" and "jaxalign" in found["contenders"]:
                 ratio = ratios(found, who)
                 versus = f"{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})"
+                cpu = f"{statistics.median(ratios(found, who, 'cpu_seconds')):.2f}x"
             used = statistics.median(r["cpu_seconds"] / r["seconds"] for r in entry["rounds"])
             bad = disturbed(entry)
             compiled = entry["compile_seconds"]
@@ -51,6 +55,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
                     who,
                     f"{speed:,.0f}",
                     versus,
+                    cpu,
                     f"{100 * speed * entry['flops_per_token'] / top:.0f} %",
                     f"{entry['peak_gib']:.2f}",
                     "" if compiled is None else f"{compiled:.1f}",
@@ -73,7 +78,8 @@ def notes(result: dict[str, Any]) -> str:
         f"{result['date']}, {m['processor']}, {m['cores']} cores used, {m['memory_gib']} GiB, Python {m['python']}; "
         f"float32; ceiling {ceiling(result) / 1e9:,.0f} GFLOP/s, the best of several XLA products between the turns.\n"
         f"{', '.join(versions)}.\n"
-        "Medians over rounds in which the contenders take turns; ratios are taken round by round (least to greatest). "
+        "Medians over rounds in which the contenders take turns; ratios are taken round by round (least to greatest); by CPU "
+        "time they hardly feel who else uses the cores, nor whether a contender keeps both busy. "
         "Tokens as the peers count them: real ones, a pair's prompt once for each answer, new ones when generating. "
         "Share of the ceiling by 6 N D and attention of what the algorithm needs, padding and recomputation aside. "
         "Peak memory of the process, libraries included. Compile: seconds in XLA's compiler; first step: from the "

@@ -92,7 +92,7 @@ def main() -> None:
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with mesh:
         model = make_model()
-        # The other trainers clip gradients to a norm of 1; here that is the user's to add, and few do.
+        # The other trainers clip gradients to a norm of 1 by default; this one takes the optimizer as it is.
         trainer, stream = {"sft": sft, "dpo": dpo}[case["task"]](model, optax.adamw(1e-4))
         trainer.train(in_turns(model, stream), None)
 
