@@ -256,3 +256,9 @@ def test_bfloat16_is_computed_in_float32():
     assert policy_loss(x, x, x, x, x > 0, clip_range=0.2).loss.dtype == jnp.float32
     assert value_loss(x, x, x, x > 0, clip_range=0.2).loss.dtype == jnp.float32
     assert gae(x, x, x > 0, gamma=1.0, gae_lambda=1.0)[0].dtype == jnp.float32
+
+
+def test_trap_whitening_has_eps_inside_the_root(x64):
+    """A spread of 1e-4 beside eps 1e-8: x / sqrt(2e-8), not x / (1e-4 + 1e-8)."""
+    found = whiten(np.array([1e-4, -1e-4, 9.0]), np.array([True, True, False]))
+    np.testing.assert_allclose(found, [0.5**0.5, -(0.5**0.5), 0], rtol=1e-12)
