@@ -13,9 +13,11 @@ from flax import nnx
 
 from jaxalign.models.cache import Cache
 from jaxalign.models.config import ModelConfig
+from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_blocked import SAVED
-from jaxalign.ops.precision import at_least_float32, product_precision
+from jaxalign.ops.linear import linear
+from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.rope import frequencies, rotate, rotations
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
@@ -30,32 +32,29 @@ _POLICIES = {
 
 
 class Linear(nnx.Module):
-    """`y = einsum(equation, x, kernel) + bias`, in the compute dtype."""
+    """`y = x kernel + bias` over the last dims of x, in the compute dtype; the kernel is [*inputs, *outputs]."""
 
-    def __init__(self, config: ModelConfig, equation: str, shape: tuple[int, ...], bias: tuple[int, ...] | None, rngs):
-        self.equation = equation
+    def __init__(self, config: ModelConfig, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, rngs):
+        self.contracted = len(inputs)
         self.dtype = config.dtype
         dtype = jnp.dtype(config.param_dtype)
-        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
-        self.bias = None if bias is None else nnx.Param(jnp.zeros(bias, dtype))
+        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), (*inputs, *outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x):
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.einsum(self.equation, x, kernel, precision=product_precision(self.dtype))
+        y = linear(x, self.kernel[...].astype(self.dtype), self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Norm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale`, in at least float32 (RMSNorm, arXiv 1910.07467 eq. 4)."""
+    """A scaled root-mean-square norm of each token."""
 
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.dtype(config.param_dtype)))
 
     def __call__(self, x):
-        wide = at_least_float32(x)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(wide.dtype)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Attention(nnx.Module):
@@ -64,10 +63,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         bias = config.attention_bias
-        self.query = Linear(config, "btd,dnh->btnh", (D, N, H), (N, H) if bias else None, rngs)
-        self.key = Linear(config, "btd,dkh->btkh", (D, K, H), (K, H) if bias else None, rngs)
-        self.value = Linear(config, "btd,dkh->btkh", (D, K, H), (K, H) if bias else None, rngs)
-        self.out = Linear(config, "btnh,nhd->btd", (N, H, D), (D,) if bias else None, rngs)
+        self.query = Linear(config, (D,), (N, H), bias, rngs)
+        self.key = Linear(config, (D,), (K, H), bias, rngs)
+        self.value = Linear(config, (D,), (K, H), bias, rngs)
+        self.out = Linear(config, (N, H), (D,), bias, rngs)
 
     def __call__(self, x, rotation, rows: Rows, layer, cache: Cache | None):
         q = constrain(rotate(self.query(x), *rotation), "batch", None, "tensor", None)
@@ -91,12 +90,12 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs):
         D, F = config.embed_dim, config.mlp_dim
         bias = config.mlp_bias
-        self.gate = Linear(config, "btd,df->btf", (D, F), (F,) if bias else None, rngs)
-        self.up = Linear(config, "btd,df->btf", (D, F), (F,) if bias else None, rngs)
-        self.down = Linear(config, "btf,fd->btd", (F, D), (D,) if bias else None, rngs)
+        self.gate = Linear(config, (D,), (F,), bias, rngs)
+        self.up = Linear(config, (D,), (F,), bias, rngs)
+        self.down = Linear(config, (F,), (D,), bias, rngs)
 
     def __call__(self, x):
-        return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), "batch", None, "tensor"))
+        return self.down(constrain(swiglu(self.gate(x), self.up(x)), "batch", None, "tensor"))
 
 
 class Block(nnx.Module):
@@ -139,9 +138,9 @@ class Ends(nnx.Module):
         if config.head == "score":
             # std 1 / sqrt(D + 1): scores start small beside the hidden state's unit scale (arXiv 2009.01325 app. C)
             scale = dataclasses.replace(config, initializer_range=(D + 1) ** -0.5)
-            self.score = Linear(scale, "btd,do->bto", (D, 1), None, rngs)
+            self.score = Linear(scale, (D,), (1,), False, rngs)
         elif not config.tied:
-            self.lm_head = Linear(config, "btd,dv->btv", (D, V), None, rngs)
+            self.lm_head = Linear(config, (D,), (V,), False, rngs)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,96 @@
+"""The layers' operations and their own derivatives against plain formulas under automatic differentiation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.ops.activation import swiglu
+from jaxalign.ops.linear import linear
+from jaxalign.ops.norm import rms_norm
+
+
+def normal(seed, *shape, dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_same(ours, plain, *args, tolerance=1e-12):
+    """Values, and gradients by all arguments of a random combination of the outputs."""
+    np.testing.assert_allclose(ours(*args), plain(*args), rtol=tolerance, atol=tolerance)
+    d = normal(99, *plain(*args).shape)
+    numbers = tuple(range(len(args)))
+    a, b = (jax.grad(lambda *x, f=f: jnp.sum(f(*x) * d), numbers)(*args) for f in (ours, plain))
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "equation, x, kernel, contracted",
+    [
+        ("btd,df->btf", (2, 3, 4), (4, 7), 1),  # wider out: the input is turned
+        ("btf,fd->btd", (2, 3, 7), (7, 4), 1),  # wider in: the output's gradient is turned
+        ("btd,dnh->btnh", (2, 3, 6), (6, 2, 5), 1),
+        ("btnh,nhd->btd", (2, 3, 4, 5), (4, 5, 6), 2),
+        ("btnh,nhd->btd", (2, 3, 2, 2), (2, 2, 9), 2),
+        ("bd,dv->bv", (3, 4), (4, 5), 1),
+    ],
+)
+def test_linear(x64, equation, x, kernel, contracted):
+    assert_same(
+        lambda a, b: linear(a, b, contracted),
+        lambda a, b: jnp.einsum(equation, a, b),
+        normal(0, *x),
+        normal(1, *kernel),
+    )
+
+
+def test_linear_turns_the_narrower_operand():
+    """The gradient of a wide kernel reads the output's gradient as it lies."""
+
+    def kernel_gradient(x, kernel, d):
+        return jax.vjp(lambda k: linear(x, k, 1), kernel)[1](d)[0]
+
+    wide = jax.make_jaxpr(kernel_gradient)(jnp.zeros((2, 3, 4)), jnp.zeros((4, 9)), jnp.zeros((2, 3, 9)))
+    assert "transpose" not in str(wide)
+    narrow = jax.make_jaxpr(kernel_gradient)(jnp.zeros((2, 3, 9)), jnp.zeros((9, 4)), jnp.zeros((2, 3, 4)))
+    assert "transpose" in str(narrow)
+
+
+def test_rms_norm(x64):
+    def plain(x, scale):
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+
+    assert_same(lambda x, s: rms_norm(x, s, 1e-5), plain, normal(0, 2, 3, 8), normal(1, 8))
+    assert_same(lambda x, s: rms_norm(x, s, 1e-5), plain, jnp.zeros((1, 2, 8)), normal(1, 8))
+
+
+def test_rms_norm_works_in_float32():
+    x, scale = normal(0, 4, 64, dtype=jnp.bfloat16), normal(1, 64, dtype=jnp.float32)
+    wide = x.astype(jnp.float32)
+    expected = wide / jnp.sqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5) * scale
+    found = rms_norm(x, scale, 1e-5)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+    d_x, d_scale = jax.grad(lambda x, s: jnp.sum(rms_norm(x, s, 1e-5).astype(jnp.float32)), (0, 1))(x, scale)
+    assert d_x.dtype == jnp.bfloat16 and d_scale.dtype == jnp.float32
+
+
+def test_swiglu(x64):
+    gate = normal(0, 2, 3, 8) * 20  # far into both tails
+    assert_same(swiglu, lambda g, u: g / (1 + jnp.exp(-g)) * u, gate, normal(1, 2, 3, 8))
+
+
+def test_swiglu_of_huge_numbers_is_finite():
+    gate = jnp.array([-1e30, -1e4, 0.0, 1e4, 1e30])
+    value, d_gate = jax.value_and_grad(lambda g: jnp.sum(swiglu(g, jnp.ones(5))))(gate)
+    assert np.isfinite(value)
+    np.testing.assert_allclose(d_gate, [0, 0, 0.5, 1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("call", [lambda x: rms_norm(x, jnp.ones(8), 1e-5), lambda x: swiglu(x, x)])
+def test_derivatives_keep_their_inputs_alone(call):
+    """Nothing of the size of the input is kept beside it: what a layer keeps is the memory of training."""
+    x = jnp.ones((64, 8))
+    kept = jax.tree.leaves(jax.vjp(call, x)[1])
+    assert sum(leaf.size for leaf in kept if leaf.size >= x.size) <= 2 * x.size
