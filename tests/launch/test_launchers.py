@@ -2,10 +2,13 @@
 
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import yaml
+
+from tests.launch.conftest import ROOT
 
 # Arguments that any careless quoting breaks.
 TRAIN = [
@@ -267,8 +270,29 @@ def test_a_wrong_call_says_found_expected_and_fix(checkout, script, arguments, f
     assert not checkout.calls()
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh", "gpu_node.sh", "kubernetes.sh", "setup.sh"])
+@pytest.mark.parametrize(
+    "script",
+    ["tpu_vm.sh", "tpu_pod.sh", "gpu_node.sh", "kubernetes.sh", "setup.sh", "quickstart.sh", "slurm.sbatch"],
+)
 def test_help(checkout, script):
+    if script != "setup.sh":
+        checkout.fake_setup()
     result = checkout.run(f"launch/{script}", "--help")
     assert result.returncode == 0
-    assert f"bash launch/{script}" in result.stdout
+    assert result.stdout.startswith("usage: ") and f"launch/{script}" in result.stdout
+    assert not checkout.calls()  # nothing is installed for a page of help
+
+
+def test_train_without_the_environment_says_how_to_make_it(checkout):
+    script = str(checkout.root / "launch" / "train.py")
+    result = subprocess.run(  # -I -S: a Python without installed packages
+        [sys.executable, "-I", "-S", script, "--config=c.py"], cwd=checkout.root, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "absl" in parts(result)["found"]
+    assert parts(result)["fix"] == "bash launch/setup.sh, then .venv/bin/python launch/train.py --config=FILE"
+
+
+def test_train_is_the_command_of_the_clone():
+    result = subprocess.run([sys.executable, "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("jaxalign train --config=FILE")
