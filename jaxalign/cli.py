@@ -294,8 +294,10 @@ def _compare(argv: list[str]) -> int:
         _DTYPE,
     )
     args = parser.parse_args(argv)
-    from jaxalign.pipeline.compare import compare, page
+    from jaxalign.pipeline.compare import check_out, compare, page
 
+    if args.out:
+        check_out(args.out)  # before the models answer, which takes long
     result = compare(
         args.base,
         args.aligned,
@@ -308,7 +310,7 @@ def _compare(argv: list[str]) -> int:
     )
     text = json.dumps(result, indent=1, ensure_ascii=False)
     if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
+        Path(args.out).expanduser().write_text(text + "\n", encoding="utf-8")
     print(text if args.json else page(result, show=args.show))
     return 0
 

@@ -45,9 +45,13 @@ def export(
     from jaxalign.models.transformer import Model
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
+    from jaxalign.train.rundir import usable
 
-    check_target(out)
+    with usable(out, "--out exported/NAME"):
+        check_target(out)
     step = _choose(run, config, checkpoint)
+    with usable(out, "--out exported/NAME"):
+        _probe(out)
     given = config["model"]
     source, revision = given["path"], given["revision"]
     if not os.path.isdir(os.path.expanduser(source)) and (run / "export" / CONFIG).exists():
@@ -78,10 +82,12 @@ def find_run(workdir: str, stage: str | None) -> Any:
     Raises:
       InputError: there is no run, or several.
     """
-    from jaxalign.train.rundir import as_path
+    from jaxalign.train.rundir import RunDir, usable
 
-    root = as_path(workdir)
-    if not root.is_dir():
+    root = RunDir(workdir).path  # absolute: Orbax takes no other
+    with usable(root, "--workdir runs/NAME"):
+        there = root.is_dir()
+    if not there:
         raise InputError(f"no directory {workdir}", "the workdir of a run", "--workdir runs/NAME")
     names = sorted(p.name for p in root.iterdir() if p.name != "export" and (p / "config.json").exists())
     if stage is not None and not names and (root / "config.json").exists():
@@ -107,6 +113,17 @@ def find_run(workdir: str, stage: str | None) -> Any:
             f"{workdir} holds no run", "a workdir with config.json and checkpoints/", "--workdir runs/NAME"
         )
     raise InputError(f"{workdir} holds the stages {', '.join(current)}", "one of them", f"--stage {current[-1]}")
+
+
+def _probe(out: str) -> None:
+    """Writes beside `out`, as the export will, before the model is read."""
+    if "://" in out:
+        return
+    target = Path(out).expanduser().absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    probe = target.with_name(f".{target.name}.{os.getpid()}.part")
+    probe.mkdir()
+    probe.rmdir()
 
 
 def _read_config(run: Any) -> dict[str, Any]:

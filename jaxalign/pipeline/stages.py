@@ -203,14 +203,23 @@ def _in_stage(name: str, error: InputError) -> InputError:
 
 
 _RUN, _SKIP = 1, 2
-_SCRATCH = ("cache", RECORD + ".tmp")  # what a dry run leaves, and a crash before the start; no result among it
+# What a dry run leaves, a crash before the start, and a run that failed before its first step; no result among it.
+_SCRATCH = ("cache", "data_report.json", RECORD + ".tmp")
+_BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "events")
 
 
 def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
     """Decides what to do with a stage's directory, and makes it ready."""
+    from jaxalign.train.rundir import usable
+
+    with usable(stage.config.workdir, "--config.workdir=runs/NAME"):
+        return _prepared(stage, say)
+
+
+def _prepared(stage: Stage, say: Callable[[str], None]) -> int:
     workdir = _path(stage.config.workdir)
     record = _path(stage.config.workdir, RECORD)
-    if workdir.exists() and any(path.name not in _SCRATCH for path in workdir.iterdir()):
+    if workdir.exists() and not _is_fresh(stage.config.workdir):
         known = _read(record).get("key")
         if known == stage.key and is_done(stage.config.workdir):
             say(f"stage {stage.name}: done before, kept ({workdir})")
@@ -235,8 +244,16 @@ def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
     }
     draft = _path(stage.config.workdir, RECORD + ".tmp")
     draft.write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
-    draft.rename(record)
+    draft.replace(record)
     return _RUN
+
+
+def _is_fresh(workdir: str) -> bool:
+    """Whether a stage's directory holds nothing that was learned, and nothing but a stage's own files."""
+    from jaxalign.train.rundir import RunDir
+
+    names = {path.name for path in _path(workdir).iterdir()}
+    return names <= set(_SCRATCH) or (RECORD in names and names <= set(_BEGUN) and RunDir(workdir).untrained())
 
 
 def _read(path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         self._ocp = ocp
+        if "://" not in os.fspath(directory):  # Orbax takes no relative path
+            directory = os.path.abspath(os.fspath(directory))
         policies: list[Any] = [LatestN(keep)]
         if best_metric:
             policies.append(

@@ -5,11 +5,12 @@ config.json data_report.json checkpoints/N metrics.jsonl events/ samples/ cache/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +34,22 @@ _FREE = (
 )
 _LENGTH = ("num_train_steps", "num_epochs")  # may differ under a constant learning rate
 
+# What lies in a run's directory: the run's own, what a stage notes there, and where launchers send what is printed.
+_OWN = (
+    "config.json",
+    "data_report.json",
+    "checkpoints",
+    "metrics.jsonl",
+    "events",
+    "samples",
+    "cache",
+    "export",
+    "DONE",
+    "stage.json",
+    "stage.json.tmp",
+)
+_PRINTED = (".log", ".out", ".err")
+
 
 class RunDir:
     """The directory of one training stage, local or on an object store (`gs://`, `s3://`).
@@ -43,6 +60,7 @@ class RunDir:
     def __init__(self, workdir: str):
         self.remote = "://" in str(workdir)
         self.path = as_path(str(workdir) if self.remote else os.path.abspath(os.path.expanduser(workdir)))
+        self._flag = f"--config.workdir={'BUCKET_URL/NAME' if self.remote else 'runs/NAME'}"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events"
@@ -61,8 +79,10 @@ class RunDir:
           The results, where such a run is already done.
 
         Raises:
-          InputError: the directory holds another format, another configuration's run, or a run that may not be resumed.
+          InputError: the directory holds another format, another configuration's run, or a run that may not be resumed;
+            or it cannot be made, or holds what no run has written.
         """
+        self.make()
         old = self.read_json("config.json")
         if old is not None:
             self._check(old, config)
@@ -90,13 +110,57 @@ class RunDir:
             (self.path / "DONE").unlink()
         return None
 
-    def _check(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        if old.get("format") != FORMAT:
+    def make(self) -> None:
+        """Makes the directory where it is not there; process 0 alone.
+
+        Raises:
+          InputError: it cannot be made or written to, or files that no run has written lie in it.
+        """
+        if not is_main():
+            return
+        with usable(self.path, self._flag):
+            known = self.path.exists() and (self.path / "config.json").exists()
+            names = [] if known or not self.path.exists() else sorted(p.name for p in self.path.iterdir())
+        foreign = [n for n in names if n not in _OWN and not n.startswith(".") and not n.endswith(_PRINTED)]
+        if foreign:
+            more = f", ... {len(foreign)} in all" if len(foreign) > 4 else ""
+            raise InputError(
+                f"{self.path} holds files that no run has written: {', '.join(foreign[:4])}{more}",
+                "a new or empty directory, or that of an earlier run",
+                f"--config.workdir={self.path / 'run'}",
+            )
+        if self.remote:
+            return
+        with usable(self.path, self._flag):
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+
+    def untrained(self) -> bool:
+        """Whether nothing was learned here yet: no checkpoint, no figures, no end."""
+        checkpoints, metrics = self.checkpoints, self.metrics
+        return not (
+            (self.path / "DONE").exists()
+            or (checkpoints.exists() and any(checkpoints.iterdir()))
+            or (metrics.exists() and metrics.read_text().strip())
+        )
+
+    def _check(self, old: Any, config: Mapping[str, Any]) -> None:
+        if not isinstance(old, Mapping) or "config" not in old or "format" not in old:
+            raise InputError(
+                f"{self.path / 'config.json'} is not a run's",
+                "a new or empty directory, or that of an earlier run",
+                f"--config.workdir={self.path / 'run'}",
+            )
+        if old["format"] != FORMAT:
             raise InputError(
                 f"{self.path} has run format {old.get('format')}",
                 f"format {FORMAT}, which this version of jaxalign writes",
                 "--config.workdir=ANOTHER, or the version of jaxalign that wrote it",
             )
+        if self.untrained():  # it failed before its first step: whatever was wrong is put right in the new one
+            return
         free = _FREE + (_LENGTH if config["optimizer"]["schedule"] == "constant" else ())
         changed = [
             f"{field} (was {before!r}, is {after!r})"
@@ -107,7 +171,7 @@ class RunDir:
             raise InputError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed[:6])}",
                 "the same configuration, to go on with that run, or a directory of its own",
-                "--config.workdir=ANOTHER",
+                f"--config.workdir={_beside(self.path)}, or remove {self.path} to begin anew in it",
             )
 
     def write_json(self, name: str, value: Any) -> None:
@@ -126,7 +190,40 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """The file's value, None where there is none."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(
+                f"{path} cannot be read: {error}",
+                "JSON, as a run writes it",
+                f"--config.workdir={_beside(self.path)}, or remove that file",
+            ) from error
+
+
+@contextlib.contextmanager
+def usable(path: Any, flag: str) -> Iterator[None]:
+    """Makes a failure of the file system in the block one of input: a path where nothing can be written.
+
+    Args:
+      path: what is read or written in the block.
+      flag: that names another one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror or error}", "a directory that can be made and written to", flag
+        ) from error
+
+
+def _beside(path: Any) -> str:
+    """A name like this one that is not taken."""
+    n = 2
+    while (found := path.parent / f"{path.name}-{n}").exists():
+        n += 1
+    return os.fspath(found)
 
 
 def as_path(workdir: str, *parts: str) -> Any:
@@ -150,7 +247,7 @@ def as_path(workdir: str, *parts: str) -> Any:
                 "a directory, or a URL with gs:// or s3:// and the package that opens it",
                 "--config.workdir=gs://BUCKET/RUN, and pip install gcsfs for gs://, s3fs for s3://",
             ) from error
-    return epath.Path(workdir, *parts)
+    return epath.Path(os.path.expanduser(workdir), *parts)
 
 
 def _differences(old: Any, new: Any, prefix: str = ""):
@@ -188,7 +285,7 @@ def require_shared(run: RunDir) -> None:
 
     token = run.path / f".seen-{int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))}"
     if is_main():
-        run.path.mkdir(parents=True, exist_ok=True)
+        run.make()
         token.write_text("")
     multihost_utils.sync_global_devices("workdir written")
     deadline = time.monotonic() + 5  # network file systems may lag

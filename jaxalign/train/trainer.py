@@ -59,7 +59,9 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     directory = RunDir(config.workdir)
-    if not dry_run:
+    if dry_run:
+        directory.make()
+    else:
         require_shared(directory)
         done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
         if done is not None:

@@ -206,3 +206,13 @@ def test_a_run_without_stages_is_exported_without_one(tmp_path, capsys):
     assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "out"), "--stage", "sft"]) == 2
     err = capsys.readouterr().err
     assert "is a run without stages" in err and "--stage export" not in err
+
+
+def test_compare_refuses_an_impossible_out_before_it_begins(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    for out in ("/sys/foo", "d.jsonl/x", "."):
+        err = failed(
+            capsys, "compare", "--base", "no/model", "--aligned", "no/model", "--data", "d.jsonl", "--out", out
+        )
+        assert f"--out {out}" in err

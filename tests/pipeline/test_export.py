@@ -72,6 +72,23 @@ def test_a_checkpoint_by_its_number(run, tmp_path):
     assert any((two[k] != last[k]).any() for k in last)
 
 
+def test_a_relative_workdir(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert main(["export", "--workdir", "run/sft", "--out", "../relative"]) == 0
+    assert main(["export", "--workdir", "run/sft", "--out", str(tmp_path / "best"), "--checkpoint", "best"]) == 0
+    assert (run.parent.parent / "relative" / "model.safetensors").exists()
+    shutil.rmtree(run.parent.parent / "relative")
+
+
+@pytest.mark.parametrize("out", ["/sys/foo", "/proc/foo", "file/x"])
+def test_where_nothing_can_be_written(run, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["export", "--workdir", str(run), "--out", out]) == 2
+    err = capsys.readouterr().err
+    assert out in err and "can be made and written to" in err and "--out" in err
+
+
 def test_dtype(run, tmp_path):
     main(["export", "--workdir", str(run), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"])
     import ml_dtypes

@@ -180,6 +180,30 @@ def test_what_a_dry_run_cached_is_used_in_place(road, trainer, tmp_path):
     assert not list((tmp_path / "run").glob("*.old-*"))
 
 
+def test_a_stage_that_failed_before_its_first_step_is_begun_anew_in_place(road, trainer, tmp_path):
+    trainer.fail = "sft"
+    with pytest.raises(RuntimeError):
+        module.run(road(), log=lambda line: None)
+    (tmp_path / "run" / "sft" / "config.json").write_text("{}")
+    (tmp_path / "run" / "sft" / "data_report.json").write_text("{}")
+    trainer.fail = None
+    lines = []
+    module.run(road(sft__optimizer__learning_rate=1e-4), log=lines.append)
+    assert not list((tmp_path / "run").glob("*.old-*"))
+    assert lines[0].startswith("stage sft: runs")
+    assert json.loads((tmp_path / "run" / "sft" / "stage.json").read_text())["config"]["optimizer"][
+        "learning_rate"
+    ] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("workdir", ["/sys/foo", "/proc/foo", "data.jsonl/x"])
+def test_a_workdir_that_cannot_be_is_input(road, trainer, tmp_path, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="can be made and written to"):
+        module.run(road(workdir=workdir), log=lambda line: None)
+    assert trainer.names == []
+
+
 def test_part_of_the_stages(road, trainer):
     module.run(road(stages=("sft", "dpo")), log=lambda line: None)
     assert trainer.names == ["sft", "dpo"]

@@ -1,11 +1,13 @@
 """What a run directory accepts, and its figures after a crash."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from jaxalign.config import defaults, to_dict
 from jaxalign.errors import InputError
+from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.metrics import Writer, cut_back, read_metrics
 from jaxalign.train.rundir import FORMAT, RunDir
 
@@ -23,8 +25,12 @@ def make(tmp_path, **fields):
     return c
 
 
-def open_run(c, resume=True):
-    return RunDir(c.workdir).open(to_dict(c), resume=resume)
+def open_run(c, resume=True, step=1):
+    """Opens, and trains as far as one row of figures."""
+    found = RunDir(c.workdir).open(to_dict(c), resume=resume)
+    if step and found is None:
+        RunDir(c.workdir).metrics.write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    return found
 
 
 def test_same_configuration_goes_on_another_is_refused(tmp_path):
@@ -37,6 +43,63 @@ def test_same_configuration_goes_on_another_is_refused(tmp_path):
         open_run(make(tmp_path, batch_size=2))
     # what does not change the numbers may change
     assert open_run(make(tmp_path, mesh__data=2, logging__every=7, checkpoint__every=9, model__remat="none")) is None
+
+
+@pytest.mark.parametrize("left", ["config", "empty folders"])
+def test_a_run_that_failed_before_its_first_step_is_taken_over(tmp_path, left):
+    open_run(make(tmp_path, model__path="wrong"), step=0)
+    if left == "empty folders":
+        (tmp_path / "run" / "checkpoints").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert open_run(make(tmp_path), step=0) is None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["model"]["path"] == "m"
+
+
+@pytest.mark.parametrize("left", ["checkpoints/2", "DONE", "metrics.jsonl"])
+def test_what_was_trained_is_not_taken_over(tmp_path, left):
+    open_run(make(tmp_path), step=0)
+    path = tmp_path / "run" / left
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match="another configuration") as error:
+        open_run(make(tmp_path, batch_size=2))
+    assert f"workdir={tmp_path / 'run-2'}" in error.value.fix and f"remove {tmp_path / 'run'} " in error.value.fix
+
+
+@pytest.mark.parametrize("workdir", ["/sys/foo", "/proc/foo", "file/x", "file"])
+def test_a_workdir_that_cannot_be_is_input(tmp_path, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="can be made and written to") as error:
+        RunDir(workdir).open({}, resume=True)
+    assert error.value.found.startswith(str(tmp_path / workdir)) and "runs/NAME" in error.value.fix
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    c = make(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train.log").write_text("")  # what the command prints may go there
+    (run / ".hidden").write_text("")
+    (run / "cache").mkdir()  # of a dry run
+    RunDir(c.workdir).make()
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"no run has written: thesis\.txt"):
+        open_run(c)
+    assert not (run / "config.json").exists()
+    (run / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')  # a model's directory
+    with pytest.raises(InputError, match=r"config\.json is not a run's"):
+        open_run(c)
+    (run / "config.json").write_text("not JSON")
+    with pytest.raises(InputError, match="cannot be read"):
+        open_run(c)
+
+
+def test_checkpoints_take_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(Path("run/checkpoints"), keep=1)
+    assert checkpoints.latest() is None
+    checkpoints.close()
 
 
 def test_length_may_change_under_a_constant_rate_only(tmp_path):
@@ -118,7 +181,7 @@ def store():
 def test_workdir_in_an_object_store(tmp_path, store):
     c = make(tmp_path)
     c.workdir = "s3://bucket/run"
-    assert open_run(c) is None
+    assert open_run(c, step=0) is None
     run = RunDir(c.workdir)
     writer = Writer(run, c.logging, start=0, config={})
     writer.write(1, {"loss": 1.0})
