@@ -120,12 +120,24 @@ def _json_lines(path: str, lines) -> Iterator[Raw]:
         except ValueError as error:
             if line.strip() == "[" and number == 1:
                 raise _array(path) from error
-            raise _bad_line(path, number, f"not JSON ({error}): {_shown(line)}", "one JSON object a line") from error
+            problem = _cut_off(line, error) or f"not JSON ({error}): {_shown(line)}"
+            raise _bad_line(path, number, problem, "one JSON object a line") from error
         if isinstance(row, list) and number == 1 and row and isinstance(row[0], dict):
             raise _array(path)
         if not isinstance(row, dict):
             raise _bad_line(path, number, f"{_kind(row)}: {_shown(line)}", "a JSON object")
         yield Raw(path, number, row)
+
+
+def _cut_off(line: str, error: ValueError) -> str | None:
+    """What to say of a line that ends too early; None where something else is wrong with it."""
+    text = line.rstrip()
+    if not isinstance(error, json.JSONDecodeError):
+        return None
+    ends = error.pos >= len(text)
+    if error.msg.startswith("Unterminated string") or (ends and error.msg.startswith("Invalid control")):
+        return f"the line ends inside a string: ...{text[-40:]}"  # the newline is the control character
+    return f"the line ends before its object does: ...{text[-40:]}" if ends else None
 
 
 def _array(path: str) -> InputError:

@@ -360,5 +360,5 @@ def _nothing_left(num_records: int, counts: dict[str, int], config) -> InputErro
     return InputError(
         f"no usable record among {num_records}: {reasons or 'the sources are empty'}",
         "at least one",
-        fix or "the sources' columns: --config.data.sources=...",
+        fix or "other records in the files of data.sources, or columns that hold what is to be learned",
     )

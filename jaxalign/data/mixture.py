@@ -13,7 +13,7 @@ from jaxalign.data.files import Raw
 from jaxalign.data.forms import Dropped
 from jaxalign.data.presets import apply_preset
 from jaxalign.data.records import PURPOSES, Record, Tally
-from jaxalign.data.sources import Source, config_line, parse_sources, read
+from jaxalign.data.sources import Source, parse_sources, read
 from jaxalign.errors import InputError
 
 _SAMPLE = 256  # rows of a file that decide what its columns mean
@@ -25,7 +25,7 @@ def load_records(
     *,
     seed: int = 0,
     max_records: int | None = None,
-    field: str = "data.sources",
+    field: str = "",
 ) -> tuple[list[Record], Tally]:
     """Reads, converts and mixes sources.
 
@@ -39,7 +39,7 @@ def load_records(
       purpose: what the records are for, one of PURPOSES, or None to take them as they are.
       seed: of the draw where weights have fractions.
       max_records: the first so many of the mixture are kept; a single source of weight 1 is read no further.
-      field: the config field that holds the sources, for messages.
+      field: the config field that holds the sources, for messages; default: no configuration is at hand.
 
     Returns:
       The records, `index` counting from 0, and what was read, dropped and why.
@@ -57,7 +57,7 @@ def load_records(
         tally = Tally()
         records = list(islice(_records(source, purpose, tally), max_records if alone else None))
         if not records:
-            raise _empty(source, tally)
+            raise _empty(source, tally, purpose)
         loaded.append(records)
         tallies.append(tally)
     drawn = [_draw(len(r), s.weight, np.random.default_rng([seed, i])) for i, (r, s) in enumerate(zip(loaded, parsed))]
@@ -128,16 +128,28 @@ def _flush(source: Source, waiting: list[Raw], plan: Plan | None, purpose: str |
         yield from ((plan, raw) for raw in waiting)
 
 
-def _empty(source: Source, tally: Tally) -> InputError:
+# What a usable record may look like, by what it is for.
+_EXAMPLES: dict[str | None, str] = {
+    "sft": '{"prompt": "...", "completion": "..."}',
+    "ppo": '{"prompt": "..."}',
+    None: '{"prompt": "..."}',
+}
+_PAIR = '{"prompt": "...", "chosen": "a better answer", "rejected": "a worse one"}'
+
+
+def _empty(source: Source, tally: Tally, purpose: str | None) -> InputError:
+    example = _EXAMPLES.get(purpose, _PAIR)
     if not tally.read:
-        return InputError(f"{source.path}: no records in it", "at least one", config_line(source, path="PATH"))
+        fix = f"write records into {source.path}, such as {example}"
+        return InputError(f"{source.path}: no records in it", "at least one", fix)
     reasons = "; ".join(
         f"{count} {reason} (first at {tally.examples[reason][0]})" for reason, count in tally.dropped.items()
     )
+    first = min((places[0] for places in tally.examples.values()), default=source.path)
     return InputError(
         f"{source.path}: {tally.read} records, none usable" + (f": {reasons}" if reasons else ""),
         "at least one usable record",
-        config_line(source, path="PATH"),
+        f"repair the records, beginning with {first}; a usable one: {example}",
     )
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from jaxalign.errors import InputError
 
 # Hub sets whose subsets are folders, not named configurations.
 _SUBSET_IS_FOLDER = ("anthropic/hh-rlhf",)
+
+_FIELD = "data.sources"  # where sources stand in a configuration
 
 # Files beside the data that only describe it.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -38,26 +41,27 @@ class Source(NamedTuple):
     weight: float = 1.0  # how often each record is drawn
     columns: dict[str, str] = {}  # noqa: RUF012  our name -> the data's name
     preset: str | None = None
-    field: str = "data.sources"  # the config field it was given in, for messages
+    field: str = ""  # the config field it was given in, for messages; "": no configuration is at hand
 
 
-def parse_sources(sources: Any, field: str = "data.sources") -> list[Source]:
+def parse_sources(sources: Any, field: str = "") -> list[Source]:
     """The sources of a config field, checked.
 
     Args:
       sources: a path, a dict with the fields of `Source`, or a sequence of these.
-      field: the config field, for messages.
+      field: the config field, for messages; where it is given, they name its flag too.
 
     >>> parse_sources(("a.jsonl", {"path": "b.jsonl", "weight": 2}))[1].weight
     2.0
     """
+    name, line = field or _FIELD, config_line(Source("data.jsonl", field=field))
     if isinstance(sources, (str, os.PathLike)) or _is_dict(sources):
         sources = (sources,)
     if not isinstance(sources, Iterable):
-        raise InputError(f"{field} is {sources!r}", "paths, hub ids or dicts", f'{field}=("data.jsonl",)')
+        raise InputError(f"{name} is {sources!r}", "paths, hub ids or dicts", line)
     parsed = [_parse(item, field) for item in sources]
     if not parsed:
-        raise InputError(f"{field} is empty", "at least one source", f'{field}=("data.jsonl",)')
+        raise InputError(f"{name} is empty", "at least one source", line)
     return parsed
 
 
@@ -72,7 +76,9 @@ def _parse(item: Any, field: str) -> Source:
         item = {"path": os.fspath(item)}
     if not _is_dict(item):
         raise InputError(
-            f"{field} holds {item!r}", "a path, a hub id or a dict with a path", f'{field}=("data.jsonl",)'
+            f"{field or _FIELD} holds {item!r}",
+            "a path, a hub id or a dict with a path",
+            config_line(Source("data.jsonl", field=field)),
         )
     item = dict(item.items())
     if isinstance(item.get("path"), os.PathLike):
@@ -82,13 +88,15 @@ def _parse(item: Any, field: str) -> Source:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"a source with {key!r}", f"one of {', '.join(known)}", f'{field}=({{"path": ..., "{near}": ...}},)'
+                f"a source with {key!r}",
+                f"one of {', '.join(known)}",
+                f'{field or _FIELD}=({{"path": ..., "{near}": ...}},)',
             )
     for key in ("path", "split", "name", "revision", "preset"):
         value = item.get(key)
         if (value is None and key == "path") or not isinstance(value, (str, type(None))) or value == "":
             raise InputError(
-                f"a source whose {key} is {value!r}", "a string", f'{field}=({{"path": "data.jsonl", ...}},)'
+                f"a source whose {key} is {value!r}", "a string", f'{field or _FIELD}=({{"path": "data.jsonl", ...}},)'
             )
     source = Source(item["path"], item.get("split"), item.get("name"), item.get("revision"), field=field)
     weight = item.get("weight", 1.0)
@@ -109,17 +117,21 @@ def _parse(item: Any, field: str) -> Source:
 
 
 def config_line(source: Source, **changes: Any) -> str:
-    """The config line that gives a source with changes.
+    """The config line that gives a source with changes; where it was given in a config field, the flag too.
 
     >>> config_line(Source("x.jsonl"), columns={"prompt": "q"})
     'data.sources=({"path": "x.jsonl", "columns": {"prompt": "q"}},)'
+    >>> print(config_line(Source("no.jsonl", field="data.sources"), path="x y.jsonl"))
+    data.sources=({"path": "x y.jsonl"},) (as a flag: --config.data.sources='[{"path": "x y.jsonl"}]')
     """
     shown = {
         name: value
         for name, value in source._replace(**changes)._asdict().items()
         if name != "field" and (name == "path" or value != Source._field_defaults[name])
     }
-    return f"{source.field}=({json.dumps(shown, ensure_ascii=False)},)"
+    text = json.dumps(shown, ensure_ascii=False)
+    line = f"{source.field or _FIELD}=({text},)"
+    return f"{line} (as a flag: --config.{source.field}={shlex.quote(f'[{text}]')})" if source.field else line
 
 
 def read(source: Source) -> Iterator[Raw]:
@@ -227,7 +239,7 @@ def _url_files(path: str) -> tuple[str, bool, list[str] | None]:
         found = sorted(fs.glob(root)) if glob.has_magic(root) else []
         return path, False, [fs.unstrip_protocol(f) for f in found] or None
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{path}: {error}", "a URL that fsspec can open", 'data.sources=("data.jsonl",)') from error
+        raise InputError(f"{path}: {error}", "a URL that fsspec can open", f"{_FIELD}=(...)") from error
 
 
 def _split_of(relative: str) -> str | None:
@@ -283,14 +295,30 @@ def _not_found(source: Source) -> InputError:
         return InputError(f"{source.path}: nothing there", "a file, a folder or a glob", config_line(source))
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
-    inside = sorted(os.listdir(folder or "."))
-    near = difflib.get_close_matches(name, inside, n=1, cutoff=0.5)
-    shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
-    return InputError(
-        f"{source.path}: no such file" + (" (the glob matches nothing)" if glob.has_magic(source.path) else ""),
-        f"a file, a folder, a glob or a hub id; in {folder or 'the working directory'} there is: {shown or 'nothing'}",
-        config_line(source, path=os.path.join(folder, near[0]) if near else "PATH"),
-    )
+    inside = _data_inside(folder or ".")
+    near = _nearest_name(name, inside)
+    shown = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
+    found = f"{source.path}: no such file" + (" (the glob matches nothing)" if glob.has_magic(source.path) else "")
+    expected = f"a file, a folder, a glob or a hub id; data in {folder or 'the working directory'}: {shown or 'none'}"
+    return InputError(found, expected, config_line(source, path=os.path.join(folder, near or "FILE")))
+
+
+def _data_inside(folder: str) -> list[str]:
+    """Data files of a folder, and the folders in it, which end in a slash."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    return sorted(name + "/" * is_dir for name, is_dir in found if is_dir or supported(name))
+
+
+def _nearest_name(name: str, names: list[str]) -> str | None:
+    """The name most like a misspelt one; endings such as `.jsonl`, which all data has, make none alike.
+
+    >>> _nearest_name("pair.json", ["pairs.jsonl", "rest.json"]), _nearest_name("none.jsonl", ["pairs.jsonl"])
+    ('pairs.jsonl', None)
+    """
+    stems = {re.split(r"[./]", known, maxsplit=1)[0].lower(): known for known in reversed(names)}
+    near = difflib.get_close_matches(re.split(r"[./]", name, maxsplit=1)[0].lower(), stems, n=1, cutoff=0.6)
+    return stems[near[0]] if near else None
 
 
 def _read_datasets(source: Source) -> Iterator[Raw]:
@@ -327,10 +355,9 @@ def _not_loaded(source: Source, error: Exception) -> InputError:
         return InputError(
             f"{source.path}: {reason}", "a directory that `datasets` loads", config_line(source, name=None, split=None)
         )
-    beside = sorted(f for f in os.listdir(".") if supported(f))
-    near = difflib.get_close_matches(os.path.basename(source.path), beside, n=1, cutoff=0.5)
+    near = _nearest_name(os.path.basename(source.path), _data_inside("."))
     return InputError(
         f"{source.path}: no such file or folder, and as a hub id it did not load ({reason})",
         "a file, a folder, a glob, or a hub id that can be reached (HF_HUB_OFFLINE unset, HF_TOKEN for gated sets)",
-        config_line(source, path=near[0] if near else "data.jsonl", name=None, revision=None, split=None),
+        config_line(source, path=near or "FILE", name=None, revision=None, split=None),
     )

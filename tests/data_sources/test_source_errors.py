@@ -1,14 +1,17 @@
 """What is wrong is said once and clearly: found, expected, the config line that fixes it."""
 
 import json
+import shlex
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxalign.config import defaults
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import PURPOSES
 from jaxalign.errors import InputError
+from jaxalign.pipeline.configfile import override
 
 
 def write(path, rows):
@@ -205,6 +208,57 @@ def test_nothing_left(fails, tmp_path):
     assert found == "x.jsonl: no records in it"
     found, *_ = fails([{}], "sft")
     assert found == "x.jsonl: columns (none)"
+
+
+def test_what_to_do_with_a_file_that_gives_nothing(fails):
+    assert fails([], "sft")[2] == 'write records into x.jsonl, such as {"prompt": "...", "completion": "..."}'
+    _, _, fix = fails([{"prompt": "Q", "chosen": "A", "rejected": "A"}] * 3, "dpo")
+    assert fix.startswith("repair the records, beginning with x.jsonl:1; ") and '"rejected": "a worse one"' in fix
+
+
+def test_only_a_close_name_is_offered(tmp_path):
+    for name in ("pairs.jsonl", "README.md", "notes.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "more").mkdir()
+
+    def missing(name):
+        with pytest.raises(InputError) as error:
+            load_records(str(tmp_path / name), "dpo")
+        return error.value
+
+    assert f'"{tmp_path}/pairs.jsonl"' in missing("pair.json").fix
+    far = missing("nothing.jsonl")
+    assert "pairs.jsonl" not in far.fix and f'"{tmp_path}/FILE"' in far.fix
+    assert far.expected.endswith(f"data in {tmp_path}: more/, pairs.jsonl")
+
+
+def test_a_flag_for_the_command_line_where_a_configuration_is_at_hand(tmp_path, fails):
+    path = write(tmp_path / "it's.jsonl", [{"question": "Q", "answer": "A"}])
+    with pytest.raises(InputError) as error:
+        load_records(path, "sft", field="data.sources")
+    flag = error.value.fix.split("(as a flag: ", 1)[1].removesuffix(")")
+    (word,) = shlex.split(flag)
+    field, text = word.removeprefix("--config.").split("=", 1)
+    config = defaults("sft")
+    override(config, field, text)
+    assert config.data.sources == ({"path": path, "columns": {"prompt": "question", "completion": "answer"}},)
+    assert "flag" not in fails([{"question": "Q", "answer": "A"}], "sft")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "It was a dark and stor', 'the line ends inside a string: ...{"text": "It was a dark and stor'),
+        ('{"text": "T", "more": [1, 2', "the line ends before its object does: ..."),
+        ('{"text": T}', "not JSON (Expecting value"),
+    ],
+)
+def test_a_line_that_was_cut_off(tmp_path, line, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "T"}\n' + line + "\n")
+    with pytest.raises(InputError) as error:
+        load_records(str(path), "sft")
+    assert error.value.found.startswith(f"{path}:2: {words}")
 
 
 def test_the_field_is_named(tmp_path):
