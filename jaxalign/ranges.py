@@ -70,9 +70,12 @@ BOUNDS: tuple[tuple[str, float | None, float | None], ...] = (
 
 # (algorithm, field, least, greatest): what practitioners' guides give; outside it is a warning, not an error
 GUIDE_RANGES: tuple[tuple[str, str, float, float], ...] = (
+    ("sft", "optimizer.learning_rate", 1e-7, 1e-2),  # 1e-2: small models from scratch; others start at 2e-5
+    ("reward", "optimizer.learning_rate", 1e-7, 1e-2),
     ("dpo", "algorithm.beta", 0.05, 0.5),
     ("dpo", "optimizer.learning_rate", 5e-7, 5e-6),
     ("dpo", "num_epochs", 1, 1),
+    ("ppo", "optimizer.learning_rate", 1e-8, 1e-2),
     ("ppo", "algorithm.clip_range", 0.1, 0.2),
     ("ppo", "algorithm.gae_lambda", 0.95, 0.95),
 )

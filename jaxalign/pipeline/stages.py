@@ -331,11 +331,15 @@ def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:
         return trainer.run(stage.config, dry_run=dry_run)
 
 
+# Figures that a finished stage's line shows, where it has them, of training and of held-out data.
+_TELLING = ("loss", "rewards/accuracies", "objective/scores", "objective/kl")
+
+
 def _report(stage: Stage, result: dict[str, Any], say: Callable[[str], None]) -> None:
     """What came out, in a line."""
-    figures = result.get("eval") or result.get("metrics") or {}
-    keys = [k for k in ("loss", "rewards/accuracies", "objective/scores", "objective/kl") if figures.get(k) is not None]
-    shown = "".join(f", {k} {figures[k]:.4g}" for k in keys)
+    figures = {**(result.get("metrics") or {}), **(result.get("eval") or {})}
+    names = [f"{where}{name}" for name in _TELLING for where in ("", "eval/")]
+    shown = "".join(f", {name} {figures[name]:.4g}" for name in names if figures.get(name) is not None)
     where = f" -> {result['export']}" if "export" in result else ""
     say(f"{f'stage {stage.name}: ' if stage.name else ''}done{shown}{where}")
 

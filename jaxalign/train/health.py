@@ -31,6 +31,17 @@ _JUMPS = (
     ("health/value_loss_jump", ("loss/value",)),
 )
 
+# (sign, how far is too far, what it means); told once.  Runs that went well stayed below: gradients jumped 24-fold.
+_LIMITS = (
+    ("health/stuck_steps", 5.0, "nothing has changed for {value:.0f} steps: a larger learning rate, other data"),
+    ("health/chosen_logps_change", -30.0, "chosen completions become unlikely too, by {value:.0f} nats"),
+    ("health/grad_norm_jump", 30.0, "the gradient is {value:.0f} times as large as it was"),
+    ("health/kl_jump", 30.0, "the KL is {value:.0f} times as large as it was"),
+    ("health/value_loss_jump", 30.0, "the value loss is {value:.0f} times as large as it was"),
+)
+_ENDS = 8  # late losses that are compared with the first one
+_RISE = 0.05  # share of the first loss by which a loss that rose is above it
+
 
 class Health:
     """Follows a run's metrics and adds the signs that need its past."""
@@ -46,8 +57,12 @@ class Health:
         self._chosen: deque[float] = deque(maxlen=_WINDOW)
         self._recent: dict[str, deque[float]] = {sign: deque(maxlen=_WINDOW) for sign, _ in _JUMPS}
         self._last_loss: float | None = None
+        self._first_loss: float | None = None
+        self._losses: deque[float] = deque(maxlen=_ENDS)
+        self._steps, self._still = 0, False
+        self._told: dict[str, str] = {}
         for row in past:
-            self.signs(row)
+            self.news(int(row.get("step") or 0), self.signs(row))
 
     def signs(self, metrics: Mapping[str, float | None]) -> dict[str, float]:
         """The signs at this step.
@@ -68,10 +83,15 @@ class Health:
             self._stuck = self._stuck + 1 if still else 0
             self._last_loss = loss
             signs["health/stuck_steps"] = float(self._stuck)
+            self._first_loss = loss if self._first_loss is None else self._first_loss
+            self._losses.append(loss)
+            self._steps += 1
         chosen = metrics.get("rewards/chosen")
         if chosen is not None and self._beta:
             self._chosen.append(chosen / self._beta)
             signs["health/chosen_logps_change"] = statistics.fmean(self._chosen)
+        norm = next((metrics[n] for n in ("grad_norm", "grad_norm/policy") if metrics.get(n) is not None), None)
+        self._still = norm == 0.0
         for sign, names in _JUMPS:
             value = next((metrics[n] for n in names if metrics.get(n) is not None), None)
             if value is None or not math.isfinite(value):
@@ -82,6 +102,44 @@ class Health:
                 signs[sign] = abs(value) / typical
             recent.append(value)
         return signs
+
+    def news(self, step: int, signs: Mapping[str, float]) -> list[str]:
+        """Sentences about the signs that are too far out for the first time.
+
+        Args:
+          step: batches done.
+          signs: at this step.
+
+        >>> health = Health()
+        >>> health.news(40, {"health/grad_norm_jump": 51.3}), health.news(41, {"health/grad_norm_jump": 70.0})
+        (['the gradient is 51 times as large as it was (health/grad_norm_jump)'], [])
+        """
+        found = []
+        for sign, limit, text in _LIMITS:
+            value = signs.get(sign)
+            if value is None or sign in self._told or (value > limit if limit < 0 else value < limit):
+                continue
+            found.append(f"{text.format(value=value)} ({sign})")
+            self._told[sign] = f"{sign} {value:.4g} at step {step}"
+        return found
+
+    def concern(self) -> str:
+        """What speaks against the run as a whole, in a sentence; empty where nothing does.
+
+        >>> health = Health()
+        >>> _ = [health.signs({"loss": loss}) for loss in (4.25, 90.0, 7.5, 6.24)]
+        >>> health.concern()
+        'the loss rose from 4.25 to 6.24: try a smaller optimizer.learning_rate'
+        """
+        found = []
+        if self._steps > 1:
+            count = min(_ENDS, max(self._steps // 4, 1))
+            first, last = self._first_loss, statistics.fmean(list(self._losses)[-count:])
+            if last - first > _RISE * abs(first) + 0.01:
+                found.append(f"the loss rose from {first:.4g} to {last:.4g}: try a smaller optimizer.learning_rate")
+        if self._still:
+            found.append("the gradient is 0 at the end: nothing is learned any more")
+        return "; ".join(found + list(self._told.values()))
 
 
 def sample_signs(

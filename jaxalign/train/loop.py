@@ -21,7 +21,7 @@ from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.health import Health
 from jaxalign.train.interrupts import Interrupted, StopRequests
-from jaxalign.train.metrics import Progress, Writer, count_tokens
+from jaxalign.train.metrics import Progress, Writer, count_tokens, headline, say
 from jaxalign.types import Params, TrainState
 
 
@@ -63,7 +63,8 @@ class Loop:
           start: batches already done.
 
         Returns:
-          The last state, and results: `metrics` and `eval` of the last step, `tokens_per_second` of the whole.
+          The last state, and results: `metrics` and `eval` of the last step, `tokens_per_second` of the whole, and
+          `warnings`, sentences about what went wrong on the way.
 
         Raises:
           InputError: a loss that is not finite, or a batch without weight: with the step and the records.
@@ -74,6 +75,8 @@ class Loop:
         self._eval_step = -1
         self._saved = start if start else None
         self._tokens, self._seconds = 0.0, 0.0
+        if start:
+            say(f"{self.name}: goes on from step {start} of {self.num_steps}")
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
         pending: Pending | None = None
         try:
@@ -92,11 +95,16 @@ class Loop:
                         self._mark = time.monotonic()
                     if signal:
                         self.checkpoints.wait()
+                        say(f"{self.name}: stopped at step {index + 1}, saved; the same command goes on")
                         raise Interrupted(128 + signal)
         finally:
             progress.close()
+        concern = self.health.concern()
+        if concern:
+            say(f"warning: {self.name}: {concern}")
         speed = self._tokens / self._seconds if self._seconds else None
-        return state, {"metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
+        results = {"metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
+        return state, results | {"warnings": [concern] if concern else []}
 
     def _batches(self, start: int) -> Generator[tuple[int, Any]]:
         part = batch_part(self.mesh)
@@ -170,6 +178,8 @@ class Loop:
         if self.seconds_per_token:
             row["mfu"] = speed * self.seconds_per_token
         row |= self.health.signs(row)
+        for line in self.health.news(pending.step, row):
+            say(f"warning: {self.name}: step {pending.step}: {line}")
         problem = self._problem(pending, updates)
         step, every = pending.step, self.config.logging.every
         if step % every == 0 or step in (1, self.num_steps) or problem:
@@ -177,7 +187,7 @@ class Loop:
         if problem:
             raise problem
         self._tokens, self._seconds, self._last = self._tokens + tokens, self._seconds + seconds, row
-        progress.update(step, next(v for k, v in row.items() if k.startswith("loss")), speed)
+        progress.update(step, headline(row), speed)
 
     def _problem(self, pending: Pending, updates: list[dict[str, float]]) -> InputError | None:
         """What makes going on pointless."""

@@ -143,6 +143,23 @@ def _rows(text: str) -> Iterator[tuple[str, dict]]:
             yield line, row
 
 
+def say(line: str) -> None:
+    """Prints a line for people, above the progress; processes other than 0 keep silent."""
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
+
+
+def headline(row: Mapping[str, float]) -> str:
+    """The figures of a step that tell most.
+
+    >>> headline({"loss/policy": 0.25, "loss/value": 1.0, "objective/scores": 1.5, "objective/kl": 0.02})
+    'loss 0.2500  objective/scores 1.5  objective/kl 0.02'
+    """
+    loss = next(f"loss {v:.4f}" for k, v in row.items() if k.startswith("loss"))
+    more = [f"{k} {row[k]:.4g}" for k in ("objective/scores", "objective/kl") if k in row]
+    return "  ".join([loss, *more])
+
+
 class Progress:
     """A line that says how far the run is: step, loss, tokens per second, time left.
 
@@ -154,7 +171,8 @@ class Progress:
     def __init__(self, name: str, total: int, *, start: int, enabled: bool):
         self._name, self._total, self._bar, self._last = name, total, None, 0.0
         self._enabled = enabled and is_main()
-        self._start, self._t0 = start, time.monotonic()
+        self._start = start
+        self._from: tuple[int, float] | None = None  # the first step seen and when: compilation lies before it
         if self._enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -171,20 +189,19 @@ class Progress:
             self._task = self._bar.add_task(name, total=total, completed=start, figures="compiling")
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+    def update(self, step: int, figures: str, tokens_per_second: float | None) -> None:
         """Shows a finished step."""
         if not self._enabled:
             return
-        figures = f"loss {loss:.4f}" + (f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
+        figures += f"  {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()
+        first, begun = self._from = self._from or (step, now)
         if step in (self._start + 1, self._total) or now - self._last > self._EVERY:
-            left = (now - self._t0) / max(step - self._start, 1) * (self._total - step)
-            print(
-                f"{self._name}  step {step}/{self._total}  {figures}  {clock(left)} left", file=sys.stderr, flush=True
-            )
+            left = f"  {clock((now - begun) / (step - first) * (self._total - step))} left" if step > first else ""
+            say(f"{self._name}  step {step}/{self._total}  {figures}{left}")
             self._last = now
 
     def close(self) -> None:

@@ -168,9 +168,11 @@ class RunDir:
             if not any(field == f or field.startswith(f"{f}.") for f in free)
         ]
         if changed:
+            length = any(c.startswith(_LENGTH) for c in changed)
+            why = " (the schedule of the learning rate depends on the run's length)" if length else ""
             raise InputError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed[:6])}",
-                "the same configuration, to go on with that run, or a directory of its own",
+                f"the same configuration, to go on with that run, or a directory of its own{why}",
                 f"--config.workdir={_beside(self.path)}, or remove {self.path} to begin anew in it",
             )
 

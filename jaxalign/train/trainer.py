@@ -26,7 +26,7 @@ from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
 from jaxalign.train.loop import Loop, make_evaluate
-from jaxalign.train.metrics import Writer, read_metrics
+from jaxalign.train.metrics import Writer, read_metrics, say
 from jaxalign.train.models import Loader, num_bytes
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir, require_shared
@@ -44,7 +44,8 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     Returns:
       `steps`, `metrics` (last training step), `eval`, `wall_seconds`, `tokens_per_second`, `peak_memory_bytes`,
       `step_memory` (bytes by the compiler's account), `model_bytes` by role, `num_compiles` of the train step,
-      `export`; the same is written to `DONE`, and returned at once when the stage is done already.
+      `export`, `warnings` (what speaks against the run, in words); the same is written to `DONE`, and returned at
+      once when the stage is done already.
 
     Raises:
       InputError: anything in configuration, data or learning that the user can change.
@@ -175,6 +176,8 @@ class Stage:
         c, program = self.config, self.program
         for sentence in unsplit(self.mesh, self.like.params):
             warnings.warn(sentence, stacklevel=2)
+        for sentence in data_warnings(self.dataset, self.eval_dataset):
+            say(f"warning: data: {sentence}")
         checkpoints = Checkpoints(
             self.directory.checkpoints,
             keep=c.checkpoint.keep,
@@ -265,6 +268,15 @@ class Stage:
             tokenizer=self.tokenizer,
         )
         return target
+
+
+def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:
+    """What the reports say against the training data, and against what is held out beside it."""
+    found = list(dataset.report["warnings"])
+    overlap = {} if eval_dataset is None else eval_dataset.report.get("overlap", {})
+    if overlap.get("prompts"):
+        found.append(f"{overlap['prompts']} held-out records have prompts that training has too")
+    return found
 
 
 def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:

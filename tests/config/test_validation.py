@@ -67,6 +67,23 @@ def test_mistakes_are_named(algorithm, field, value, words):
     assert "--config." in raised.value.fix
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "field", "value", "proposed"),
+    [
+        ("dpo", "algorithm.beta", -1.0, 0.1),
+        ("sft", "optimizer.max_grad_norm", -1.0, 1.0),
+        ("ppo", "algorithm.gae_lambda", 1.5, 0.95),
+        ("ppo", "algorithm.max_approx_kl", 0.0, 1e-9),  # without a default: the bound
+    ],
+)
+def test_the_default_is_proposed_for_a_value_out_of_bounds(algorithm, field, value, proposed):
+    c = ready(algorithm)
+    c.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as raised:
+        validate(c)
+    assert raised.value.fix == f"--config.{field}={proposed}"
+
+
 def test_trap_label_smoothing_is_an_error_where_the_loss_has_none():
     c = ready("dpo")
     c.algorithm.loss, c.algorithm.label_smoothing = "ipo", 0.1
@@ -76,7 +93,14 @@ def test_trap_label_smoothing_is_an_error_where_the_loss_has_none():
 
 @pytest.mark.parametrize(
     ("algorithm", "field", "value"),
-    [("dpo", "algorithm.beta", 0.01), ("dpo", "optimizer.learning_rate", 1e-4), ("ppo", "algorithm.clip_range", 0.4)],
+    [
+        ("dpo", "algorithm.beta", 0.01),
+        ("dpo", "optimizer.learning_rate", 1e-4),
+        ("ppo", "algorithm.clip_range", 0.4),
+        ("sft", "optimizer.learning_rate", 1000.0),
+        ("reward", "optimizer.learning_rate", 0.1),
+        ("ppo", "optimizer.learning_rate", 1.0),
+    ],
 )
 def test_values_outside_the_guides_ranges_warn(algorithm, field, value):
     c = ready(algorithm)

@@ -204,6 +204,25 @@ def test_a_workdir_that_cannot_be_is_input(road, trainer, tmp_path, monkeypatch,
     assert trainer.names == []
 
 
+@pytest.mark.parametrize(
+    "result,line",
+    [
+        (
+            {"metrics": {"loss": 2.0, "rewards/accuracies": 0.75, "x": 1.0}, "eval": {"eval/loss": 2.5}},
+            "done, loss 2, eval/loss 2.5, rewards/accuracies 0.75 -> out",
+        ),
+        (
+            {"metrics": {"loss/policy": 0.1, "objective/scores": 3.0, "objective/kl": 0.5}, "eval": {}},
+            "done, objective/scores 3, objective/kl 0.5 -> out",
+        ),
+    ],
+)
+def test_the_last_line_shows_what_came_of_it(result, line):
+    lines = []
+    module._report(module.Stage("", None, "", {}, []), {**result, "export": "out"}, lines.append)
+    assert lines == [line]
+
+
 def test_part_of_the_stages(road, trainer):
     module.run(road(stages=("sft", "dpo")), log=lambda line: None)
     assert trainer.names == ["sft", "dpo"]

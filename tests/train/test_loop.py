@@ -1,15 +1,25 @@
 """The loop's rules: one compile, figures one step late, what stops it, what it saves."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from loop_world import Data, World, host_batch
+from loop_world import Data, World, host_batch, objective
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.sharding import replicated
+from jaxalign.steps.step import make_train_step
+from jaxalign.train import metrics
 from jaxalign.train.checkpoints import Checkpoints
+from jaxalign.train.compiled import Compiled
+from jaxalign.train.health import Health
+from jaxalign.train.interrupts import Interrupted
+from jaxalign.train.metrics import Progress, headline
 
 
 def rows(world):
@@ -170,3 +180,79 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not fit"):
         checkpoints.restore(1, world.like._replace(params=params))
     checkpoints.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_and_a_resume_are_told(tmp_path, capsys, number):
+    def prepare(state, frozen, batch):
+        if int(state.data_cursor) == 2:
+            os.kill(os.getpid(), number)
+        return state, [batch], {}
+
+    world = World(tmp_path, prepare=prepare)
+    with pytest.raises(Interrupted):
+        world.run()
+    (step,) = saved(world)
+    assert f"stopped at step {step}, saved; the same command goes on" in capsys.readouterr().err
+    world.prepare = lambda state, frozen, batch: (state, [batch], {})
+    world.run()
+    err = capsys.readouterr().err
+    assert f"goes on from step {step} of 6" in err and "stopped" not in err
+
+
+def test_a_run_that_diverges_says_so_at_its_end(tmp_path, capsys):
+    calm = World(tmp_path / "calm", num_steps=5)
+    assert calm.run()[1]["warnings"] == [] and "warning" not in capsys.readouterr().err
+    world = World(tmp_path / "wild", num_steps=5)
+    world.tx = optax.chain(optax.sgd(1.2), optax.scale_by_schedule(lambda _: 1.0))  # each step overshoots by more
+    world.step = Compiled(
+        make_train_step(objective, {"policy": world.tx}),
+        "train step",
+        donate=(0,),
+        out_shardings=replicated(world.mesh),
+    )
+    (concern,) = world.run()[1]["warnings"]
+    assert concern.startswith("the loss rose from 1 to ") and "learning_rate" in concern
+    assert f"warning: test: {concern}" in capsys.readouterr().err
+
+
+def test_a_run_that_learns_nothing_is_told_once_when_it_shows_and_at_the_end(tmp_path, capsys):
+    world = World(tmp_path, num_steps=12, data=Data())
+    world.tx = optax.chain(optax.sgd(0.0), optax.scale_by_schedule(lambda _: 1.0))
+    world.step = Compiled(
+        make_train_step(objective, {"policy": world.tx}),
+        "train step",
+        donate=(0,),
+        out_shardings=replicated(world.mesh),
+    )
+    (concern,) = world.run()[1]["warnings"]
+    err = capsys.readouterr().err
+    told = [line for line in err.splitlines() if "health/stuck_steps" in line]
+    assert told[0].startswith("warning: test: step 6: nothing has changed for 5 steps")
+    assert len(told) == 2 and concern in told[1] and "step 6" in concern
+
+
+def test_the_progress_shows_what_tells_most_and_no_time_left_at_first(capsys, monkeypatch):
+    clock = iter([100.0, 101.0, 102.0])  # the first step came after minutes of compilation
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(Progress, "_EVERY", 0.0)
+    progress = Progress("ppo", 9, start=0, enabled=True)
+    row = {"loss/policy": 0.5, "loss/value": 2.0, "objective/scores": 1.25, "objective/kl": 0.5, "grad_norm": 1.0}
+    for step in (1, 2, 3):
+        progress.update(step, headline(row), 10.0)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "ppo  step 1/9  loss 0.5000  objective/scores 1.25  objective/kl 0.5  10 tokens/s"
+    assert second.endswith("10 tokens/s  7s left") and third.endswith("  6s left")
+
+
+def test_a_resume_tells_the_same_signs_no_second_time():
+    past = [{"step": n, "loss": 0.5, "grad_norm": 1.0} for n in range(1, 9)]
+    health = Health(past)
+    assert health.news(9, health.signs({"loss": 0.5, "grad_norm": 1.0})) == []
+    assert "health/stuck_steps 5 at step 6" in health.concern()
+    assert health.news(10, health.signs({"loss": 0.25, "grad_norm": 99.0})) == [
+        "the gradient is 99 times as large as it was (health/grad_norm_jump)"
+    ]
+    health.signs({"loss": 0.25, "grad_norm": 0.0})
+    assert "the gradient is 0 at the end" in health.concern()
+    assert Health([{"step": n, "loss": 0.6931 + 0.002 * n} for n in range(8)]).concern() == ""  # noise

@@ -104,8 +104,9 @@ def test_checkpoints_take_a_relative_path(tmp_path, monkeypatch):
 
 def test_length_may_change_under_a_constant_rate_only(tmp_path):
     open_run(make(tmp_path))
-    with pytest.raises(InputError, match="num_epochs"):
+    with pytest.raises(InputError, match="num_epochs") as error:
         open_run(make(tmp_path, num_epochs=2))
+    assert "schedule of the learning rate depends" in error.value.expected and "remove" in error.value.fix
     other = tmp_path / "constant"
     open_run(make(other, optimizer__schedule="constant"))
     RunDir(str(other / "run")).write_json("DONE", {"steps": 3})

@@ -74,6 +74,15 @@ def test_trap_reference_is_the_start_live_and_cached(shared, tmp_path, monkeypat
         train(shared, tmp_path / "stale", "dpo", **cached)
 
 
+def test_what_the_data_report_warns_of_is_told_before_the_first_step(shared, tmp_path, capsys):
+    train(shared, tmp_path / "run", "reward", **{"num_train_steps": 1, "logging.progress": True})
+    lines = capsys.readouterr().err.splitlines()
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    told = [line for line in lines if line.startswith("warning: data: ")]
+    assert told == [f"warning: data: {w}" for w in report["warnings"]] and "pairs; guides" in "".join(told)
+    assert lines.index(told[-1]) < next(i for i, line in enumerate(lines) if "step 1/1" in line)
+
+
 def test_fingerprint_sees_every_number_and_no_mesh():
     params = {"layers": {"mlp": {"down": {"kernel": np.arange(2 * 8 * 4, dtype=np.float32).reshape(2, 8, 4)}}}}
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
