@@ -35,6 +35,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=30, help="seconds that a round waits for a quiet machine (default 30)"
     )
+    parser.add_argument(
+        "--omp_wait",
+        choices=("default", "passive"),
+        default="default",
+        help="torch's idle threads; passive: busy machine",
+    )
     parser.add_argument("--json", type=Path, help="file for the result; it is written after each case")
     parser.add_argument("--smoke", action="store_true", help="toy size, one round")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the table of an earlier run")
@@ -61,14 +67,15 @@ def main() -> int:
         environments.python_of(name)
     cores = machine.use_cores(args.threads)
     if args.smoke:
-        effort = rounds.Effort(1, cores, 0, hurry=True)
+        effort = rounds.Effort(1, cores, 0, args.omp_wait, hurry=True)
     else:
-        effort = rounds.Effort(args.rounds, cores, args.patience, hurry=False)
+        effort = rounds.Effort(args.rounds, cores, args.patience, args.omp_wait, hurry=False)
     result = {
         "format": 1,
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
         "smoke": args.smoke,
+        "omp_wait": args.omp_wait,
         "cases": {},
     }
     failures = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 QUIET = 0.1  # cores that others may have while the machine counts as quiet
+DISTURBED = 0.2  # cores of others, on average over a turn, from which on it counts as disturbed
 
 
 def use_cores(count: int) -> int:

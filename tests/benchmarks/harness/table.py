@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-DISTURBED = 0.2  # cores that someone else had, on average over a turn
+from harness.machine import DISTURBED
+
 Row = list[str]
 HEAD = [
     *("case", "contender", "tokens/s", "jaxalign is", "by CPU time", "of ceiling", "peak GiB", "compile s"),
@@ -13,9 +14,14 @@ HEAD = [
 ]
 
 
+def counted(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds that count: the least disturbed ones, the same of every contender."""
+    return [r for r in entry["rounds"] if r["counts"]]
+
+
 def speeds(entry: dict[str, Any], tokens_per_step: float, clock: str = "seconds") -> list[float]:
     """Tokens a second of each round; or, by `cpu_seconds`, a second of one core."""
-    return [r.get("tokens", tokens_per_step * r["steps"]) / r[clock] for r in entry["rounds"]]
+    return [r.get("tokens", tokens_per_step * r["steps"]) / r[clock] for r in counted(entry)]
 
 
 def ratios(found: dict[str, Any], peer: str, clock: str = "seconds") -> list[float]:
@@ -31,7 +37,7 @@ def ceiling(result: dict[str, Any]) -> float:
 
 def disturbed(entry: dict[str, Any]) -> int:
     """Rounds in which someone else used the cores."""
-    return sum((r["others"] or 0) > DISTURBED for r in entry["rounds"])
+    return sum((r["others"] or 0) > DISTURBED for r in counted(entry))
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
@@ -46,7 +52,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
                 ratio = ratios(found, who)
                 versus = f"{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})"
                 cpu = f"{statistics.median(ratios(found, who, 'cpu_seconds')):.2f}x"
-            used = statistics.median(r["cpu_seconds"] / r["seconds"] for r in entry["rounds"])
+            used = statistics.median(r["cpu_seconds"] / r["seconds"] for r in counted(entry))
             bad = disturbed(entry)
             compiled = entry["compile_seconds"]
             lines.append(
@@ -60,7 +66,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
                     f"{entry['peak_gib']:.2f}",
                     "" if compiled is None else f"{compiled:.1f}",
                     f"{entry['first_step_seconds']:.1f}",
-                    f"{used:.2f}" + (f", {bad} of {len(entry['rounds'])} disturbed" if bad else ""),
+                    f"{used:.2f}" + (f", {bad} of {len(counted(entry))} disturbed" if bad else ""),
                 ]
             )
     return lines
@@ -78,8 +84,9 @@ def notes(result: dict[str, Any]) -> str:
         f"{result['date']}, {m['processor']}, {m['cores']} cores used, {m['memory_gib']} GiB, Python {m['python']}; "
         f"float32; ceiling {ceiling(result) / 1e9:,.0f} GFLOP/s, the best of several XLA products between the turns.\n"
         f"{', '.join(versions)}.\n"
-        "Medians over rounds in which contenders take turns; ratios are taken round by round (least to greatest). By "
-        "CPU time they hardly feel who else uses the cores, nor whether a contender keeps both busy. "
+        "Medians over the least disturbed rounds, in which contenders take turns; ratios are taken round by round "
+        "(least to greatest), and again by the CPU seconds of each, which say what the work costs and not how well it "
+        f"is spread over cores. Torch's threads wait by the policy `{result['omp_wait']}`. "
         "Tokens as the peers count them: real ones, a pair's prompt once for each answer, new ones when generating. "
         "Share of the ceiling by 6 N D and attention of what the algorithm needs, padding and recomputation aside. "
         "Peak memory of the process, libraries included. Compile: seconds in XLA's compiler; first step: from the "
