@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,18 +42,21 @@ def defaults(algorithm: str) -> ConfigDict:
             f"defaults({_nearest(algorithm, ALGORITHMS)!r})",
         )
     c = _common()
-    c.algorithm = {"sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo}[algorithm]()
     if algorithm == "sft":
+        c.algorithm = ConfigDict({"name": "sft"})
         c.optimizer.learning_rate = 2e-5
         c.data.train_on = "completion"  # or "all": prompts are trained on too
         c.data.packing = True
     elif algorithm == "reward":
+        c.algorithm = _reward()
         c.optimizer.learning_rate = 1e-5
         c.data.shared_prompt = True
     elif algorithm == "dpo":
+        c.algorithm = _dpo()
         c.optimizer.learning_rate = 1e-6  # the guides: 5e-7 to 5e-6
         c.data.shared_prompt = True
-    if algorithm == "ppo":
+    elif algorithm == "ppo":
+        c.algorithm = _ppo()
         c.optimizer.learning_rate = 1e-6
         c.optimizer.value_learning_rate = 5e-6
         c.optimizer.schedule = "constant"
@@ -116,7 +120,7 @@ def _common() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "decay_mask": "matrices",  # matrices, all
-                "max_grad_norm": 1.0,
+                "max_grad_norm": 1.0,  # 0: no clipping
             },
             "eval": {"every": 0, "num_batches": none(int)},  # every: 0 for the end only
             "checkpoint": {
@@ -134,10 +138,6 @@ def _common() -> ConfigDict:
             },
         }
     )
-
-
-def _sft() -> ConfigDict:
-    return ConfigDict({"name": "sft"})
 
 
 def _reward() -> ConfigDict:
@@ -235,15 +235,11 @@ def stages(workdir: str | None = None, seed: int = 0, **sections: ConfigDict) ->
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain nested dicts with JSON values only, the form that is written to `config.json`."""
-    return json.loads(json.dumps(config.to_dict(), sort_keys=True, default=_jsonable))
+    return json.loads(json.dumps(config.to_dict(), sort_keys=True, default=_plain))
 
 
-def _jsonable(value):
-    if isinstance(value, ConfigDict):
-        return value.to_dict()
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{value!r} is not a JSON value")
+def _plain(value: ConfigDict | Mapping) -> dict[str, Any]:
+    return value.to_dict() if isinstance(value, ConfigDict) else dict(value)
 
 
 def leaves(config: Mapping, prefix: str = "") -> Iterator[str]:
@@ -257,9 +253,7 @@ def leaves(config: Mapping, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(name: str, names) -> str:
-    names = list(names)
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return found[0] if found else ""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), "")
 
 
 def nearest_field(config: ConfigDict, name: str) -> str:
@@ -312,7 +306,7 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
         value = get(config, field)
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise InputError(f"{field} is {value!r}", span, f"--config.{field}={low if value < (low or 0) else high}")
+            raise InputError(f"{field} is {value!r}", span, f"--config.{field}={_proposed(config, field, low, high)}")
     _validate_relations(config, inputs)
     name = config.algorithm.name
     return [
@@ -326,6 +320,12 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
 
 
 _ABSENT = object()
+
+
+def _proposed(config: ConfigDict, field: str, low: float | None, high: float | None) -> Any:
+    """In place of a value out of bounds: the default, or the bound that was passed where there is none."""
+    default = get(defaults(config.algorithm.name), field)
+    return default if default is not None else low if low is not None and get(config, field) < low else high
 
 
 def _validate_relations(c: ConfigDict, inputs: bool) -> None:
@@ -395,3 +395,8 @@ def _validate_relations(c: ConfigDict, inputs: bool) -> None:
 
 def _divisor(n: int, at_most: int) -> int:
     return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
+
+
+if __name__ == "__main__":  # python -m jaxalign.config dpo: the fields of an algorithm and their defaults
+    for tree in map(defaults, sys.argv[1:] or ALGORITHMS):
+        print(*(f"{name} = {get(tree, name)!r}" for name in leaves(tree)), sep="\n", end="\n\n")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, FieldReference
 
-from jaxalign.config import nearest_field
 from jaxalign.errors import InputError
+from jaxalign.pipeline.mistakes import broken, no_field
 
 
 def load_config(path: str, overrides: Iterable[tuple[str, str | None]] = ()) -> ConfigDict:
@@ -70,19 +71,22 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
     return rest, overrides
 
 
-def run_script(name: str, argv: Sequence[str], run: Callable[[Sequence[tuple[str, str | None]]], None]) -> int:
+def run_script(
+    name: str, argv: Sequence[str], run: Callable[[Sequence[tuple[str, str | None]]], None], config: str = ""
+) -> int:
     """What a script does with its arguments, overrides of its config's fields and nothing else.
 
     Args:
       name: what the script is called, for messages.
       argv: the arguments.
       run: what to do, given the overrides.
+      config: the file whose fields may be overridden, for the page of help.
 
     Returns:
       The exit status: 0, or 2 where the input was wrong, which is then told without a traceback.
     """
     if {"-h", "--help"} & set(argv):
-        print(f"usage: {name} [--config.field=value ...]")
+        print(f"usage: {name} [--config.field=value ...]" + (f"; the fields are those of {config}" if config else ""))
         return 0
     try:
         rest, overrides = split_overrides(argv)
@@ -126,10 +130,7 @@ def override(config: ConfigDict, field: str, text: str | None, *, extend: bool =
     for key in parents:
         node = node[key] if isinstance(node, ConfigDict) and key in node else None
     if not isinstance(node, ConfigDict) or name not in node:
-        near = nearest_field(config, field)
-        raise InputError(
-            f"--config.{field}: there is no such field", f"the nearest name is {near}", f"--config.{near}=..."
-        )
+        raise no_field(config, field, f"--config.{field}: there is no such field")
     kind = node.get_type(name)
     if issubclass(kind, ConfigDict):
         values = _literal(text)
@@ -138,12 +139,12 @@ def override(config: ConfigDict, field: str, text: str | None, *, extend: bool =
         for key, value in values.items():
             override(config, f"{field}.{key}", value if isinstance(value, str) else repr(value))
         return
-    value = _parse(field, kind, text, may_be_empty=_is_placeholder(node, name))
+    value = _parse(field, kind, text, may_be_empty=_is_placeholder(node, name), now=node[name])
     node[name] = node[name] + value if extend and kind is tuple else value
 
 
-def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool) -> Any:
-    """The text as a value of the field's type; the scalars are read by absl's own parsers."""
+def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now: Any) -> Any:
+    """The text as a value of the field's type; the scalars are read by absl's own parsers.  `now` is its value."""
     if kind is bool:
         if text is None:
             return True
@@ -164,12 +165,12 @@ def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool) -> A
                 return int(value)
         except (ValueError, OverflowError):
             pass
-        raise _unfit(field, text, "a whole number", "100")
+        raise _unfit(field, text, "a whole number", "100" if now is None else str(now))
     if kind is float:
         try:
             return flags.FloatParser().parse(text)
         except (ValueError, TypeError):
-            raise _unfit(field, text, "a number", "0.1") from None
+            raise _unfit(field, text, "a number", "0.1" if now is None else str(now)) from None
     return text
 
 
@@ -222,14 +223,17 @@ def _run(path: str) -> ConfigDict:
         raise InputError(f"{file} is not a Python file", "a Python file with get_config()", "--config=FILE.py")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise InputError(f"{file} has no get_config()", "def get_config(): ... return config", f"edit {file}")
-        config = module.get_config() if argument is None else module.get_config(argument)
+        with _importable(file.resolve().parent):
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise InputError(f"{file} has no get_config()", "def get_config(): ... return config", f"edit {file}")
+            arguments = () if argument is None else (argument,)
+            _check_arguments(file, module.get_config, arguments)
+            config = module.get_config(*arguments)
     except InputError:
         raise
     except Exception as error:
-        raise _broken(file, error) from error
+        raise broken(file, error) from error
     known = isinstance(config, ConfigDict) and (
         "stages" in config or ("algorithm" in config and "name" in config.algorithm)
     )
@@ -242,13 +246,33 @@ def _run(path: str) -> ConfigDict:
     return config
 
 
-def _broken(file: Path, error: Exception) -> InputError:
-    """An exception in a user's config file, by the line in that file."""
-    frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if Path(f.filename) == file]
-    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (frames[-1].lineno if frames else None)
-    message = (str(error.args[0]) if error.args else "").strip("'\"").replace("\n", " ")
-    return InputError(
-        f"{file}:{line or '?'}: {type(error).__name__}: {message}",
-        "a config file that runs",
-        f"edit {file}" + (f", line {line}" if line else ""),
-    )
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """A config file may import its neighbours, as a script may; forgotten again, they hide no other file's."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and folder in Path(origin).parents and "site-packages" not in origin:
+                del sys.modules[name]
+
+
+def _check_arguments(file: Path, get_config: Callable, arguments: tuple[str, ...]) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        if arguments:
+            raise InputError(
+                f"--config={file}:{arguments[0]}, but get_config() of {file} takes no argument",
+                "the file alone",
+                f"--config={file}",
+            ) from None
+        raise InputError(
+            f"get_config{inspect.signature(get_config)} of {file} wants an argument",
+            "one, as a text behind a colon",
+            f"--config={file}:ARGUMENT",
+        ) from None

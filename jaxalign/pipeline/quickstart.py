@@ -123,13 +123,14 @@ def page(summary: dict[str, Any], width: int = 150) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """`python -m jaxalign.pipeline.quickstart [--config.field=value ...]`; the fields are those of its config."""
-    return run_script("quickstart", argv, _run_and_show)
+    return run_script("quickstart", argv, _run_and_show, CONFIG)
 
 
 def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     from jaxalign.pipeline.curves import draw
 
     config = load_config(CONFIG, overrides)
+    print(f"{CONFIG} leaves the guides' ranges where warnings say so, and gives its reasons: its model is tiny")
     summary = run(config)
     picture = draw(Path(config.workdir))
     print(page(summary))

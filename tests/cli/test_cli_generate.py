@@ -154,7 +154,7 @@ def test_compare_says_what_helps_where_there_is_no_configuration(model, tmp_path
     flags = ["compare", "--base", str(model), "--aligned", str(model), "--data"]
     assert main([*flags, str(data)]) == 2
     assert f"fix:      --data {data}, its column {fix}" in capsys.readouterr().err
-    assert main([*flags, str(tmp_path / "e.jsonl")]) == 2
+    assert main([*flags, str(tmp_path / "d.json")]) == 2
     err = capsys.readouterr().err
     assert f"fix:      --data {data}\n" in err and "data.sources" not in err
 

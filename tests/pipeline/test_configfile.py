@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from jaxalign.config import defaults, stages
@@ -131,7 +133,10 @@ def test_errors_in_the_file_name_its_line(file):
     for body, words in [
         ("x = 1\n", "no get_config"),
         ("def get_config():\n    return {}\n", "returns dict"),
-        ('def get_config():\n    c = defaults("dpo")\n    c.batchsize = 3\n    return c\n', "c.py:4: AttributeError"),
+        (
+            'def get_config():\n    c = defaults("dpo")\n    c.batchsize = 3\n    return c\n',
+            "c.py:4: there is no field",
+        ),
         ("def get_config(:\n", "c.py:2: SyntaxError"),
         ("def get_config():\n    return 1 / 0\n", "c.py:3: ZeroDivisionError"),
         ("import nowhere_to_be_found\n", "c.py:2: ModuleNotFoundError"),
@@ -140,6 +145,77 @@ def test_errors_in_the_file_name_its_line(file):
         with pytest.raises(InputError) as error:
             load_config(file(body))
         assert words in str(error.value), body
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "expected", "fix"),
+    [
+        ("c.algorithm.betta = 3", "no field algorithm.betta", "the nearest name is algorithm.beta", "algorithm.beta"),
+        ("c.learning_rate = 3", "no field learning_rate", "is optimizer.learning_rate", "optimizer.learning_rate"),
+        ('c["betta"] = 3', "there is no field betta", "the nearest name is algorithm.beta", "algorithm.beta"),
+        ("print(c.algorithm.betta)", "there is no field algorithm.betta", "algorithm.beta", "algorithm.beta"),
+        ("c.algorithm.kl_coef = 3", "there is no field algorithm.kl_coef for dpo", "is a field of ppo", "without it"),
+        ('c.data.sources = "p.jsonl"', "is 'p.jsonl', of type str", "a tuple", 'data.sources = ("p.jsonl",)'),
+        ("c.batch_size = 2.0", "batch_size is 2.0, of type float", "a value of type int", "batch_size = 2"),
+        ('c.optimizer.learning_rate = "1e-4"', "is '1e-4', of type str", "of type float", "learning_rate = 0.0001"),
+        ('c.optimizer.learning_rate = "low"', "is 'low', of type str", "of type float", "learning_rate = 1e-06"),
+    ],
+)  # fmt: skip
+def test_mistakes_about_fields_in_the_file(file, monkeypatch, tmp_path, line, found, expected, fix):
+    file(f'def get_config():\n    c = defaults("dpo")\n    {line}\n    return c\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_config("c.py")  # relative, as it is typed
+    assert error.value.found.startswith("c.py:4: ") and found in error.value.found
+    assert expected in error.value.expected
+    assert error.value.fix.replace("'", '"').startswith("line 4 of c.py: ") and fix in error.value.fix.replace("'", '"')
+
+
+def test_a_file_may_import_its_neighbour(file, tmp_path):
+    file('def get_config():\n    return defaults("dpo")\n', "neighbour.py")
+    path = file("from neighbour import get_config\n")
+    before = list(sys.path)
+    assert load_config(path).algorithm.name == "dpo"
+    assert sys.path == before and "neighbour" not in sys.modules
+    with pytest.raises(InputError, match=r"c\.py:2: ModuleNotFoundError: No module named 'neighbours'\n"):
+        load_config(file("from neighbours import get_config\n"))
+
+
+def test_an_argument_that_the_file_does_not_take(file):
+    path = file('def get_config():\n    return defaults("dpo")\n')
+    with pytest.raises(InputError, match="takes no argument") as error:
+        load_config(f"{path}:abc")
+    assert error.value.fix == f"--config={path}"
+    path = file("def get_config(name):\n    return defaults(name)\n")
+    with pytest.raises(InputError, match="wants an argument") as error:
+        load_config(path)
+    assert error.value.fix == f"--config={path}:ARGUMENT"
+
+
+def test_a_field_of_another_algorithm():
+    with pytest.raises(InputError, match="no such field for sft") as error:
+        override(defaults("sft"), "algorithm.beta", "1")
+    assert error.value.expected == "algorithm.beta is a field of dpo"
+    assert error.value.fix == "without --config.algorithm.beta, or a config of defaults('dpo')"
+    config = stages("w", sft=defaults("sft"), dpo=defaults("dpo"))
+    with pytest.raises(InputError, match="no such field for sft"):
+        override(config, "sft.algorithm.beta", "1")
+
+
+def test_a_stages_field_without_the_stage():
+    with pytest.raises(InputError) as error:
+        override(stages("w", sft=defaults("sft"), dpo=defaults("dpo")), "algorithm.beta", "1")
+    assert error.value.expected == "the name of a stage before it: dpo.algorithm.beta"
+    assert error.value.fix == "--config.dpo.algorithm.beta=..."
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "fix"), [("optimizer.max_grad_norm", "None", "1.0"), ("batch_size", "many", "64")]
+)
+def test_the_fields_own_value_is_proposed(field, text, fix):
+    with pytest.raises(InputError) as error:
+        override(defaults("dpo"), field, text)
+    assert error.value.fix == f"--config.{field}={fix}"
 
 
 def test_a_missing_file_is_offered_the_nearest(tmp_path, file):
