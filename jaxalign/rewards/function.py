@@ -11,6 +11,7 @@ import math
 import numbers
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,13 @@ def _load_file(where: str, attribute: str):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles of the file look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _raised(
+            error, spec.origin or where, f"{where}, read for {attribute!r},", "a file that Python runs"
+        ) from error
     return module
 
 
@@ -119,14 +126,22 @@ class FunctionScorer:
             result = self.function(samples.prompts, samples.completions, **keywords)
             if inspect.isawaitable(result):
                 result = _wait(result)
-        except Exception as error:
-            error.add_note(f"raised by {self.name} at step {samples.step}, on {len(samples.completions)} completions")
+        except (InputError, MemoryError):
             raise
+        except Exception as error:
+            count = len(samples.completions)
+            code = getattr(inspect.unwrap(self.function), "__code__", None)
+            raise _raised(
+                error,
+                code.co_filename if code else "",
+                f"{self.name}, at step {samples.step} on {count} completions,",
+                _expected(count),
+            ) from error
         return self._checked(result, samples)
 
     def _checked(self, result: Any, samples: Samples) -> list[float | None]:
         count = len(samples.completions)
-        expected = f"a list of {count} numbers (or None), one per completion"
+        expected = _expected(count)
         if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__len__"):
             raise InputError(
                 f"{self.name} returned {type(result).__name__}", expected, f"return a list from {self.name}"
@@ -151,6 +166,33 @@ class FunctionScorer:
                 f"handle this completion in {self.name}",
             )
         return number
+
+
+def _expected(count: int) -> str:
+    return f"a list of {count} numbers (or None), one per completion"
+
+
+def _raised(error: Exception, file: str, who: str, expected: str) -> InputError:
+    """An exception of the user's own code as an error of input: where it was, and how it came there.
+
+    Args:
+      error: what was raised.
+      file: the user's; frames before the first one in it are ours.
+      who: raised it.
+      expected: instead.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [i for i, frame in enumerate(frames) if frame.filename == file]
+    frames = frames[theirs[0] :] if theirs else frames[-1:]
+    if isinstance(error, SyntaxError) and error.filename == file:  # it has no frame of its own
+        place, shown = f"{file}:{error.lineno}", [f"{file}:{error.lineno}: {(error.text or '').strip()}"]
+    else:
+        last = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+        place = f"{last.filename}:{last.lineno}"
+        shown = [f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames[-8:]]
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return InputError("\n            ".join([f"{who} raised {said}", *shown]), expected, f"correct {place}")
 
 
 def _wait(awaitable: Any) -> Any:

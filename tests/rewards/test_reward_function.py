@@ -71,7 +71,7 @@ def test_async_functions_are_waited_for():
     async def failing():
         return FunctionScorer(fails)(samples())
 
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="raised KeyError: 'x'"):
         asyncio.run(failing())
 
 
@@ -100,13 +100,40 @@ def test_wrong_results_name_the_record(result, expected):
     assert "rewards.py:reward" in str(error.value)
 
 
-def test_an_exception_says_where_it_was():
-    def reward(prompts, completions):
-        return 1 / 0
+def test_an_exception_says_where_it_was(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import json\n"
+        "def inner(c):\n"
+        "    return json.loads(c)\n"
+        "def reward(prompts, completions):\n"
+        "    return [inner(c) for c in completions]\n"
+        "def empty(prompts, completions):\n"
+        "    raise NotImplementedError\n"
+    )
+    with pytest.raises(InputError) as error:
+        FunctionScorer(load_function(f"{path}:reward"), "mine.py:reward")(samples())
+    found = error.value.found.splitlines()
+    assert found[0].startswith("mine.py:reward, at step 7 on 3 completions, raised JSONDecodeError: Expecting value")
+    assert f"{path}:5, in reward: return [inner(c) for c in completions]" in found[1]
+    assert any(f"{path}:3, in inner: return json.loads(c)" in line for line in found)
+    assert "jaxalign/rewards" not in error.value.found and isinstance(error.value.__cause__, ValueError)
+    assert error.value.expected.startswith("a list of 3 numbers") and error.value.fix == f"correct {path}:3"
+    with pytest.raises(InputError, match="raised NotImplementedError\n") as error:
+        FunctionScorer(load_function(f"{path}:empty"), "mine.py:empty")(samples())
+    assert error.value.fix == f"correct {path}:7"
+    with pytest.raises(InputError, match="raised ZeroDivisionError"):  # a function without a file of its own
+        FunctionScorer(eval("lambda prompts, completions: 1 / 0"))(samples())
 
-    with pytest.raises(ZeroDivisionError) as error:
-        FunctionScorer(reward, "mine")(samples())
-    assert "raised by mine at step 7" in error.value.__notes__[0]
+
+@pytest.mark.parametrize("text,line", [("x = 1\ndef reward(:\n", 2), ("x = 1\n\nx.nothing\n", 3)])
+def test_a_file_that_python_does_not_run_says_where(tmp_path, monkeypatch, text, line):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"mine\.py, read for 'reward', raised (SyntaxError|AttributeError)") as error:
+        load_function("mine.py:reward")
+    assert error.value.fix == f"correct {path}:{line}" and f"{path}:{line}" in error.value.found
 
 
 def test_functions_are_found_in_files_and_modules(tmp_path, monkeypatch):
@@ -141,5 +168,5 @@ def test_functions_are_found_in_files_and_modules(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="module:function or file"):
         load_function("my_rewards.py")
     (tmp_path / "broken.py").write_text("import not_there_at_all\n")
-    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+    with pytest.raises(InputError, match=r"ModuleNotFoundError: .*not_there_at_all"):
         load_function("broken.py:reward")
