@@ -199,7 +199,8 @@ class Dataset:
             like=None if like is None else like.shape,
         )
         train = like if split == "eval" else None
-        dataset.report = report.data_report(dataset, tally or {"read": len(records), "dropped": {}}, train)
+        plain = sum(map(_is_dialogue, records)) if encoder.template.is_plain else 0
+        dataset.report = report.data_report(dataset, tally or {"read": len(records), "dropped": {}}, train, plain)
         return dataset
 
     def _example_sizes(self) -> Sizes:
@@ -323,6 +324,11 @@ class Dataset:
           DataStreamError: in place of a batch that cannot be made, with the record and the reason.
         """
         return prefetch(lambda i: self.batch(i, process_index, process_count), start, stop, depth=depth)
+
+
+def _is_dialogue(record: Record) -> bool:
+    """Whether a record needs a template: one of its fields is a list of messages."""
+    return isinstance(record.messages, list) or isinstance(record.prompt, list)
 
 
 def _limits(config, purpose: str, encoder: Encoder) -> Limits:

@@ -22,13 +22,16 @@ _HEDGES = frozenset(
 )
 
 
-def data_report(dataset: Dataset, tally: dict[str, Any], train: Dataset | None = None) -> dict[str, Any]:
+def data_report(
+    dataset: Dataset, tally: dict[str, Any], train: Dataset | None = None, plain: int = 0
+) -> dict[str, Any]:
     """Everything that can be said about a dataset before training, as JSON values.
 
     Args:
       dataset: what is reported on.
       tally: what the sources gave: read, dropped by reason.
       train: the training data, where `dataset` is held out from it or beside it.
+      plain: records of messages that were written as plain text, for want of a chat template.
 
     Returns:
       A nested dict; `as_text` writes it for people.
@@ -45,6 +48,7 @@ def data_report(dataset: Dataset, tally: dict[str, Any], train: Dataset | None =
     total = lengths["prompt"] + lengths["completions"].max(1)
     report: dict[str, Any] = {
         "purpose": dataset.purpose,
+        "plain_dialogues": plain,
         "records": {
             "read": int(tally.get("read", 0)),
             "used": dataset.num_records,
@@ -157,6 +161,12 @@ def _variety(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> list[float
 def _warnings(report: dict[str, Any]) -> list[str]:
     """Sentences about what looks wrong."""
     records, found = report["records"], []
+    if report["plain_dialogues"] and "overlap" not in report:  # said once, of the training data
+        found.append(
+            f"{report['plain_dialogues']} records are messages and the tokenizer has no chat template: they are written"
+            " as plain text (\\n\\nHuman: ... \\n\\nAssistant: ..., Alpaca columns as ### Instruction:); with"
+            " config.model.chat_template=FILE.jinja a template is used, and goes with the export"
+        )
     lost = sum(records["dropped"].values())
     if lost > 0.05 * (records["used"] + lost):
         found.append(f"{lost} of {records['used'] + lost} records are left out: {_counts(records['dropped'])}")

@@ -35,7 +35,9 @@ class Loaded(NamedTuple):
     context: int | None  # tokens that the model was made for; None where its config does not say
 
 
-def load_model(path: str, *, head: str, dtype: str | None = None, devices: Sequence[Any] | None = None) -> Loaded:
+def load_model(
+    path: str, *, head: str, dtype: str | None = None, devices: Sequence[Any] | None = None, flag: str = ""
+) -> Loaded:
     """Loads a directory or hub id over this machine's devices, weights split among them.
 
     Args:
@@ -43,17 +45,18 @@ def load_model(path: str, *, head: str, dtype: str | None = None, devices: Seque
       head: "lm" or "score", what the checkpoint must have.
       dtype: of weights and computation; None: the configuration's default.
       devices: None: all.
+      flag: of the command line that gave the path, for messages.
 
     Raises:
       InputError: no such model, or one of the other kind.
     """
-    file = require_head(path, head)
+    file = require_head(path, head, flag)
     common = defaults("sft")
     dtype = dtype or common.model.dtype
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype}", f"one of {', '.join(_DTYPES)}", f"--dtype {_DTYPES[0]}")
     mesh = make_mesh(common.mesh, devices)
-    with _without_config(path):
+    with _without_config(path, flag):
         model, params = load(
             path,
             dtype=dtype,
@@ -62,44 +65,48 @@ def load_model(path: str, *, head: str, dtype: str | None = None, devices: Seque
             head=head,
             shardings=lambda tree: param_shardings(mesh, tree),
         )
-    tokenizer = read_tokenizer(path)
-    with _without_config(path):
+    tokenizer = read_tokenizer(path, flag)
+    with _without_config(path, flag):
         check_vocabulary(tokenizer, model.config.vocab_size)
     return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
 
 
 @contextlib.contextmanager
-def _without_config(path: str) -> Iterator[None]:
+def _without_config(path: str, flag: str = "") -> Iterator[None]:
     """Says what would help where no configuration names the model: a directory in place of the one given."""
     try:
         yield
     except InputError as error:
-        fix = error.fix.replace("--config.model.path=", f"in place of {path}: ")
+        here = f"{flag} DIR, in place of {path}" if flag else f"in place of {path}: DIR"
+        fix = error.fix.replace("--config.model.path=DIR", here).replace(
+            "--config.model.path=", f"in place of {path}: "
+        )
         fix = fix.replace("--config.model.tokenizer=", f"in {path}, the tokenizer files of ")
         raise InputError(error.found, error.expected, fix) from error
 
 
-def read_tokenizer(path: str) -> Any:
-    """The tokenizer of a model.
+def read_tokenizer(path: str, flag: str = "") -> Any:
+    """The tokenizer of a model; `flag` gave the path.
 
     Raises:
       InputError: no such model, or none in it.
     """
-    with _without_config(path):
+    with _without_config(path, flag):
         return load_tokenizer(path)
 
 
-def require_head(path: str, head: str) -> dict[str, Any]:
+def require_head(path: str, head: str, flag: str = "") -> dict[str, Any]:
     """The `config.json` of a model, once it is known to be of the right kind.
 
     Args:
       path: a directory in Hugging Face form, or a hub id.
       head: "lm" or "score".
+      flag: of the command line that gave the path, for messages.
 
     Raises:
       InputError: no such model, or one of the other kind.
     """
-    with _without_config(path):
+    with _without_config(path, flag):
         file = read_json(locate(path, weights=False) / CONFIG)
     scalar = "SequenceClassification" in (file.get("architectures") or [""])[0]
     if scalar and head == "lm":

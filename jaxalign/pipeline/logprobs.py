@@ -28,7 +28,7 @@ def logprobs(model: str, data: str, *, dtype: str | None = None, out: TextIO | N
     from jaxalign.evaluate.sequences import completion_logprobs
     from jaxalign.pipeline.loaded import load_model, tokenize, warn_of_context
 
-    loaded = load_model(model, head="lm", dtype=dtype)
+    loaded = load_model(model, head="lm", dtype=dtype, flag="--model")
     places = [line.where for line in lines]
     sequences = tokenize(loaded.tokenizer, [(line.prompt, line.completion) for line in lines], places)
     warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)

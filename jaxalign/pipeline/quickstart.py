@@ -136,7 +136,8 @@ def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     print(page(summary))
     print(f"summary   {Path(config.workdir, 'summary.json')}\ncurves    {picture}")
     print(f"the aligned models are in {config.workdir}/dpo/export and {config.workdir}/ppo/export; ask one with")
-    print(f'  jaxalign generate --model {config.workdir}/dpo/export --prompt "{summary["samples"][0]["prompt"]}"')
+    asked = f'--prompt "{summary["samples"][0]["prompt"]}" --max_new_tokens {config.dpo.rollout.max_new_tokens}'
+    print(f"  .venv/bin/jaxalign generate --model {config.workdir}/dpo/export {asked}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def score(
 
     places = [line.where for line in lines]
 
-    def read(path: str) -> list[Tokens]:
-        tokenizer = read_tokenizer(path)
+    def read(path: str, flag: str) -> list[Tokens]:
+        tokenizer = read_tokenizer(path, flag)
         sequences = tokenize(tokenizer, [(line.prompt, line.completion) for line in lines], places)
         if not append_eos:
             return sequences
@@ -62,12 +62,12 @@ def score(
             raise InputError(f"the tokenizer of {path} has no EOS", "one, for --append_eos", "no --append_eos")
         return [Tokens(s.prompt, [*s.completion, tokenizer.eos_token_id]) for s in sequences]
 
-    paths = (model,) if ref is None else (model, ref)
+    paths = {"--model": model} if ref is None else {"--model": model, "--ref": ref}
     head = "score" if ref is None else "lm"
-    for path in paths:
-        require_head(path, head)
-    sequences = read(model)
-    if ref is not None and (other := read(ref)) != sequences:
+    for flag, path in paths.items():
+        require_head(path, head, flag)
+    sequences = read(model, "--model")
+    if ref is not None and (other := read(ref, "--ref")) != sequences:
         place = next(p for p, a, b in zip(places, sequences, other, strict=True) if a != b)
         raise InputError(
             f"{place}: the tokenizers of {model} and {ref} give different tokens",
@@ -76,8 +76,8 @@ def score(
         )
     measure = final_scores if ref is None else completion_logprobs
     numbers = []
-    for path in paths:  # one after the other: one model in memory
-        loaded = load_model(path, head=head, dtype=dtype)
+    for flag, path in paths.items():  # one after the other: one model in memory
+        loaded = load_model(path, head=head, dtype=dtype, flag=flag)
         warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)
         numbers.append(measure(loaded.model, loaded.params, sequences, loaded.mesh))
         del loaded

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from jaxalign.cli import main
 from jaxalign.pipeline.compare import _ROWS, page
+from jaxalign.pipeline.generate import generate as continue_prompt
 from tests.cli.cases import with_context
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -43,15 +45,34 @@ def test_top_k_of_one_is_greedy(model, capsys):
     assert greedy == generate(capsys, model, "Once upon a time", "--top_k", "1", "--max_new_tokens", "24")
 
 
-def test_a_model_without_a_chat_template(model, capsys):
-    assert main(["generate", "--model", str(model), "--prompt", "Hi", "--chat"]) == 2
-    assert "no chat template" in capsys.readouterr().err
+def test_a_model_without_a_chat_template_is_asked_plainly(model, capsys):
+    flags = ("--temperature", "0", "--max_new_tokens", "12")
+    assert main(["generate", "--model", str(model), "--prompt", "Hi", "--chat", *flags]) == 0
+    said = capsys.readouterr()
+    assert "has no chat template: the prompt is written as plain text" in said.err
+    plain = generate(capsys, model, "\n\nHuman: Hi\n\nAssistant:", *flags)
+    assert said.out.strip() == plain.strip()
 
 
 def test_longer_than_the_context_is_said(model, tmp_path, capsys):
     short = with_context(model, tmp_path / "short", 20)
     flags = ("--temperature", "0", "--max_new_tokens", "24")
     assert main(["generate", "--model", short, "--prompt", "Once upon a time", *flags]) == 0
+    said = capsys.readouterr().err
+    assert "--max_new_tokens 24: longer than the 20 tokens" in said
+    assert int(re.search(r"--max_new_tokens (\d+) stays within", said)[1]) < 20
+
+
+def test_the_default_length_is_what_the_model_has_room_for(model, tmp_path, capsys):
+    short = with_context(model, tmp_path / "short", 20)
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    tokens = AutoTokenizer.from_pretrained(short)
+    room = 20 - len(tokens("Once upon a time")["input_ids"])
+    text = continue_prompt(short, "Once upon a time", max_new_tokens=None, **sampling)
+    assert text == continue_prompt(short, "Once upon a time", max_new_tokens=room, **sampling)
+    assert capsys.readouterr().err == ""
+    long = "Once upon a time there was a cat. " * 4
+    continue_prompt(short, long, max_new_tokens=None, **sampling)
     assert "longer than the 20 tokens" in capsys.readouterr().err
 
 
@@ -102,7 +123,9 @@ def test_compare_a_model_with_itself(model, heldout, reward, tmp_path, capsys):
     assert result["samples"][0]["prompt"] == "Once upon a time"
     assert result["samples"][0]["base_reward"] == len(result["samples"][0]["base"])
     shown = capsys.readouterr().out
-    assert "win rate of aligned over base: 50.0%" in shown and "undecided" in shown
+    assert "win rate of aligned over base: 50.0%" in shown
+    assert "undecided: the reward gave both the same score on every prompt" in shown
+    assert "more prompts" not in shown and "the same score" in rate["verdict"]
     assert "Once upon a time" in shown and "The dog" not in shown
 
 
@@ -161,7 +184,10 @@ def test_compare_says_what_helps_where_there_is_no_configuration(model, tmp_path
 
 def test_wrong_flags_of_a_model_are_said_without_a_config_line(model, tmp_path, capsys):
     flags = ["--prompt", "x", "--max_new_tokens", "1"]
-    for path, fix in (("/no/such", "in place of /no/such: DIR"), (str(tmp_path), f"in place of {tmp_path}: DIR")):
+    for path, fix in (
+        ("/no/such", "--model DIR, in place of /no/such"),
+        (str(tmp_path), f"--model DIR, in place of {tmp_path}"),
+    ):
         assert main(["generate", "--model", path, *flags]) == 2
         err = capsys.readouterr().err
         assert f"fix:      {fix}" in err and "--config" not in err

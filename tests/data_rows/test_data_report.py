@@ -29,6 +29,28 @@ def _pairs(triples):
     return [Record(i, "s", i + 1, "pair", prompt=p, chosen=c, rejected=r) for i, (p, c, r) in enumerate(triples)]
 
 
+def test_messages_without_a_chat_template_are_said_once(build, tokenizer_of):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    records = [Record(i, "s", i + 1, "messages", messages=turns) for i in range(3)]
+    assert tokenizer_of(TOKENIZER).chat_template is None
+    train = build("sft", records)
+    assert train.report["plain_dialogues"] == 3
+    (said,) = (w for w in train.report["warnings"] if "config.model.chat_template" in w)
+    assert said.startswith("3 records are messages") and r"\n\nHuman: ... \n\nAssistant: ..." in said
+    held_out = build("sft", records, split="eval", like=train, eval_sources=("x",))
+    assert not any("chat_template" in w for w in held_out.report["warnings"])
+    strings = [Record(0, "s", 1, "completion", prompt="Q", completion="A")]
+    assert build("sft", strings).report["plain_dialogues"] == 0
+
+
+def test_messages_with_a_chat_template_are_as_they_should_be(build, tokenizer_of, monkeypatch):
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    monkeypatch.setattr(tokenizer_of(TOKENIZER), "chat_template", template)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    report = build("sft", [Record(0, "s", 1, "messages", messages=turns)]).report
+    assert report["plain_dialogues"] == 0 and not any("chat_template" in w for w in report["warnings"])
+
+
 def test_every_figure_of_a_small_set(build):
     pairs = _pairs(
         [("Q one:", " yes yes yes", " no"), ("Q one:", " yes", " no"), ("Q one:", " yes", " no"), ("Q:", " a", " a")]
