@@ -28,6 +28,9 @@ from jaxalign.rewards.model import same_tokenizer
 from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.engine import Completion, Generator
 
+# The verdict where every prompt is a tie: the interval says nothing then.
+SAME = "undecided: the reward gave both the same score on every prompt; another reward may tell them apart"
+
 
 def compare(
     base: str,
@@ -117,6 +120,8 @@ def compare(
         figures[name]["length_reward_correlation"] = length_correlation(lengths, values)
     rate = win_rate(scores["base"], scores["aligned"], confidence=confidence)
     decided = rate.wins + rate.ties + rate.losses
+    if rate.ties == decided:
+        rate = rate._replace(verdict=SAME)
     return _json(
         {
             "data": data,

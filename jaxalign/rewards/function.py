@@ -181,7 +181,7 @@ def _raised(error: Exception, file: str, who: str, expected: str) -> InputError:
       who: raised it.
       expected: instead.
     """
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     theirs = [i for i, frame in enumerate(frames) if frame.filename == file]
     frames = frames[theirs[0] :] if theirs else frames[-1:]
     if isinstance(error, SyntaxError) and error.filename == file:  # it has no frame of its own

@@ -82,6 +82,15 @@ def memory_of(executable: Any) -> dict[str, int]:
     }
 
 
+def in_words(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> in_words(3 * 2**30), in_words(5_300_000), in_words(800)
+    ('3.00 GiB', '5.1 MiB', '0.0 MiB')
+    """
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def device_limit() -> int | None:
     """Bytes that the runtime may use on the first device; None where it does not say (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxalign.data.report import as_text
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.train.checkpoints import abstract
-from jaxalign.train.compiled import device_limit
+from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import num_bytes
 from jaxalign.train.samples import decoded
+from jaxalign.train.trainer import data_warnings
 from jaxalign.types import Batch, Completions, PolicyBatch, Readouts, Rows
 
 _ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
 
 
 def report(stage: Any) -> dict[str, Any]:
-    """Prints the data report, three rows decoded with their masks, and the memory of a training step.
+    """Prints figures of the data, three rows decoded with their masks, the memory of a training step, and what the
+    report warns of, last.  The whole report is in `data_report.json`.
 
     Args:
       stage: a `trainer.Stage`.
@@ -33,9 +35,11 @@ def report(stage: Any) -> dict[str, Any]:
     """
     say = print if is_main() else (lambda *_: None)
     c = stage.config
-    say(json.dumps(stage.dataset.report, indent=1))
+    data = stage.dataset.report
+    say("data:")
+    say(as_lines(data))
     rows = show_rows(stage.dataset, stage.tokenizer)
-    say("rows, what is trained on in ⟦brackets⟧:")
+    say("\nrows, what is trained on in ⟦brackets⟧:")
     for row in rows:
         say(row)
     frozen_roles = stage.program.frozen
@@ -43,20 +47,40 @@ def report(stage: Any) -> dict[str, Any]:
     sizes = {n: num_bytes(p) for n, p in (stage.like.params | frozen).items()} | {
         "optimizer": num_bytes(stage.like.opt)
     }
-    say("bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    say("\nmemory:")
+    say("  " + ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items()))
     stage.step.compile(stage.like, abstract(frozen, param_shardings(stage.mesh, frozen)), abstract_batch(stage))
     memory, limit = stage.step.memory, device_limit()
     if memory:
-        there = f" of {limit:,} there" if limit else ""
-        say(f"a training step needs {memory['total']:,} bytes on each device{there}: {memory}")
-    say(f"{stage.num_steps} steps of {c.batch_size} rows, {stage.num_steps * stage.program.updates} updates")
+        there = f" of {in_words(limit)} there" if limit else ""
+        parts = ", ".join(f"{name} {in_words(size)}" for name, size in memory.items() if name != "total")
+        say(f"  a training step needs {in_words(memory['total'])} on each device{there}: {parts}")
+    updates = stage.num_steps * stage.program.updates
+    say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
+    for warning in data_warnings(stage.dataset, stage.eval_dataset):
+        say(f"warning: data: {warning}")
+    say(f"the whole data report: {stage.directory.path / 'data_report.json'}")
     return {
-        "data": stage.dataset.report,
+        "data": data,
         "rows": rows,
         "steps": stage.num_steps,
         "memory": memory,
         "model_bytes": sizes,
     }
+
+
+def as_lines(data: dict[str, Any]) -> str:
+    """A data report's figures, with what each source gives and what is held out; its warnings come later."""
+    lines = [line for line in as_text(data).splitlines() if not line.startswith("!")]
+    records = data["records"]
+    more = [f"source {s['path']}: {s['read']:,} read, {s['used']:,} used" for s in records["sources"]]
+    if held_out := records.get("held_out"):
+        more.append(f"held out {held_out:,} of them for evaluation, {records['used']:,} to train on")
+    return "\n".join(f"  {line}" for line in [lines[0], *more, *lines[1:]])
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:

@@ -96,6 +96,8 @@ class Stage:
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
         self.dataset = Dataset.build(c, self.tokenizer, purpose, "train", eos_ids=ends)
         self.eval_dataset = Dataset.build(c, self.tokenizer, purpose, "eval", eos_ids=ends, like=self.dataset)
+        if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
+            self.dataset.report["records"]["held_out"] = self.eval_dataset.num_records
         directory.write_json("data_report.json", self.dataset.report)
         self.num_steps = c.num_train_steps or self.dataset.batches_per_epoch * c.num_epochs
 
@@ -271,8 +273,14 @@ class Stage:
 
 
 def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:
-    """What the reports say against the training data, and against what is held out beside it."""
+    """What speaks against the training data, its batches, and what is held out beside it."""
     found = list(dataset.report["warnings"])
+    if dataset.num_rows < dataset.batch_size:
+        fits = 1 << (dataset.num_rows.bit_length() - 1)
+        found.append(
+            f"a batch has {dataset.batch_size} rows and the data fill only {dataset.num_rows}, the rest is padding: "
+            f"--config.batch_size={fits}"
+        )
     overlap = {} if eval_dataset is None else eval_dataset.report.get("overlap", {})
     if overlap.get("prompts"):
         found.append(f"{overlap['prompts']} held-out records have prompts that training has too")

@@ -1,6 +1,7 @@
 """Whole stages on a real model, in this process: devices, accumulation, references, results."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -116,13 +117,25 @@ def test_reward_model_run_and_its_results(shared, tmp_path):
 
 
 def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
-    spec = stories(shared, tmp_path / "run", "dpo")
+    spec = stories(shared, tmp_path / "run", "dpo", **{"data.eval_fraction": 0.3, "batch_size": 64})
     found = trainer.run(make_config(spec), dry_run=True, devices=jax.devices()[:1])
     out = capsys.readouterr().out
     assert len(found["rows"]) == 3 and "⟦" in found["rows"][0] and "chosen" in found["rows"][0]
     assert found["steps"] == 8 and found["memory"]["total"] > 0 and found["model_bytes"]["ref"] > 0
-    assert "a training step needs" in out and "row 2" in out
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.json").exists()
+
+    assert re.search(r"a training step needs \d+\.\d MiB on each device: arguments \d+\.\d MiB, ", out)
+    assert "{" not in out.replace("".join(found["rows"]), "") and "8 steps of 64 rows, 8 updates" in out
+    # what a source gives is what is trained on and what is held out
+    records = json.loads((tmp_path / "run" / "data_report.json").read_text())["records"]
+    held_out, used = records["held_out"], records["used"]
+    assert held_out > 0 and held_out + used + sum(records["dropped"].values()) == records["sources"][0]["used"]
+    assert f"held out {held_out} of them for evaluation, {used} to train on" in out
+    # what needs a person's eye comes last
+    *_, rows, batch, where = out.splitlines()
+    assert where.endswith("run/data_report.json") and rows.startswith("warning: data: ")
+    assert f"a batch has 64 rows and the data fill only {used}" in batch and "--config.batch_size=16" in batch
+    assert out.index("data:") < out.index("row 2") < out.index("a training step needs") < out.index("warning: data")
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):
