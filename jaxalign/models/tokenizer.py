@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
     Raises:
       InputError: no tokenizer there, or one that cannot be read.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     from transformers import AutoTokenizer
 
     directory = locate(path, revision, weights=False)

@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ def run_script(
     if {"-h", "--help"} & set(argv):
         print(f"usage: {name} [--config.field=value ...]" + (f"; the fields are those of {config}" if config else ""))
         return 0
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     try:
         rest, overrides = split_overrides(argv)
         if rest:

@@ -177,8 +177,9 @@ def _win_rate(axis: Any, found: Results) -> None:
         axis.annotate(f"{s['win_rate']:.1%}", (s["win_rate"], i), (0, 9), textcoords="offset points", ha="center")
     axis.axvline(HARM, color="black", linewidth=1)
     axis.axvline(GOOD, color="black", linewidth=1, linestyle="--")
+    axis.annotate(f"{GOOD:.0%}: guides call this good", (GOOD, -0.5), (4, 0), textcoords="offset points", fontsize=8)
     axis.set(xlim=(0, 1.02), ylim=(-0.6, 1.75), yticks=[0, 1], yticklabels=["PPO", "DPO"])
-    axis.set_title(f"win rate against SFT (gold); lines at {HARM:.0%} and {GOOD:.0%}", fontsize=10)
+    axis.set_title(f"win rate against SFT (gold); even at {HARM:.0%}", fontsize=10)
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.grid(alpha=0.3, axis="x")
 

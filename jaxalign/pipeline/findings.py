@@ -31,7 +31,7 @@ FIGURES: tuple[tuple[str, _Show], ...] = (
     ("tokens a completion", _shown("mean_length", "{:.1f}")),
     ("models in memory", lambda s: f"{len(s['models'])}: {', '.join(s['models'])}"),
     ("weights and optimizer, MiB", lambda s: f"{(s['model_bytes'] + s['optimizer_bytes']) / 2**20:.2f}"),
-    ("peak memory, MiB", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f}"),
+    ("peak of the process meanwhile, MiB", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f}"),
     ("wall time, s", _shown("wall_seconds", "{:.0f}")),
 )
 

@@ -49,6 +49,13 @@ def test_the_page_of_curves(quickstart):
     assert curves.draw(quickstart).stat().st_size > 20_000
 
 
+def test_lines_and_figures_say_what_they_are(tmp_path):
+    found = curves.results(quickstart_results.write(tmp_path))
+    (axis,) = curves.win_rates(found).axes
+    assert "55%: guides call this good" in [text.get_text() for text in axis.texts]
+    assert "| peak of the process meanwhile, MiB |" in findings.table(found)
+
+
 def test_a_run_without_logged_samples_or_kl_is_drawn_too(tmp_path):
     found = curves.results(quickstart_results.write(tmp_path))
     for file in (tmp_path / "ppo" / "samples").iterdir():

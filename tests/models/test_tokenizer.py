@@ -1,7 +1,10 @@
 """Tokenizers: real ones, their padding and stop tokens, and clear errors."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +99,13 @@ def test_trap_pad_is_not_eos(shared, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "</s>"}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 0
+
+
+def test_loading_says_nothing_of_an_absent_pytorch(shared):
+    code = "import sys; from jaxalign.models.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])"
+    env = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shared / "models" / "stories260k-llama")],
+        env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "PyTorch" not in done.stderr

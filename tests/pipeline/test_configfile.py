@@ -1,10 +1,11 @@
+import os
 import sys
 
 import pytest
 
 from jaxalign.config import defaults, stages
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import load_config, override
+from jaxalign.pipeline.configfile import load_config, override, run_script
 
 
 @pytest.fixture
@@ -229,3 +230,12 @@ def test_overriding_one_stage_leaves_the_other():
     config = stages("w", a=defaults("dpo"), b=defaults("dpo"))
     override(config, "a.model.path", "x")
     assert config.b.model.path is None
+
+
+def test_a_script_tells_its_fields_and_keeps_transformers_quiet(capsys, monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+    ran = []
+    assert run_script("quickstart", ["--help"], ran.append, "configs/quickstart.py") == 0
+    assert "the fields are those of configs/quickstart.py" in capsys.readouterr().out and not ran
+    assert run_script("quickstart", ["--config.seed=1"], ran.append) == 0
+    assert ran == [[("seed", "1")]] and os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] == "1"
