@@ -203,12 +203,19 @@ class Loop:
                     f"a loss or gradient that is not finite at {where}: {figures}",
                     "finite numbers; "
                     + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"),
-                    "look at those records; --config.optimizer.learning_rate smaller, or warmup_steps larger",
+                    "look at those records; --config.optimizer.learning_rate smaller, or warmup_steps larger; "
+                    + self._elsewhere(),
                 )
             weights = [v for k, v in metrics.items() if k == "weight" or k.startswith("weight/")]
             if any(w == 0 for w in weights) and not metrics.get("stopped"):
-                return InputError(f"a batch that nothing can be learned from at {where}", *_why_empty(pending.batch))
+                expected, fix = _why_empty(pending.batch)
+                found = f"a batch that nothing can be learned from at {where}"
+                return InputError(found, expected, f"{fix}; {self._elsewhere()}")
         return None
+
+    def _elsewhere(self) -> str:
+        """Where a run with other fields goes: this directory keeps to those that it was begun with."""
+        return f"with --config.workdir=ANOTHER, or remove {self.config.workdir}"
 
 
 def merge(updates: list[dict[str, float]]) -> dict[str, float]:

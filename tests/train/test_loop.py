@@ -85,6 +85,7 @@ def test_trap_a_loss_that_is_not_finite_stops_with_step_records_and_checkpoint(t
         world.run()
     assert "step 4, records [24, 25, 26" in error.value.found and "nan" in error.value.found
     assert "last good checkpoint is 2" in error.value.expected
+    assert error.value.fix.endswith(f"with --config.workdir=ANOTHER, or remove {tmp_path}")  # it keeps its own fields
     assert saved(world) == [2]
     assert rows(world)[-1]["step"] == 4 and rows(world)[-1]["loss"] is None
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from jaxalign.config import defaults, to_dict
@@ -10,6 +11,7 @@ from jaxalign.errors import InputError
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.metrics import Writer, cut_back, read_metrics
 from jaxalign.train.rundir import FORMAT, RunDir
+from jaxalign.types import TrainState
 
 
 def make(tmp_path, **fields):
@@ -98,8 +100,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_checkpoints_take_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints(Path("run/checkpoints"), keep=1)
-    assert checkpoints.latest() is None
+    checkpoints.save(1, TrainState(jnp.int32(1), {"policy": jnp.ones(3)}, {}, {}, jnp.int32(1)), {}, {})
     checkpoints.close()
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
 def test_length_may_change_under_a_constant_rate_only(tmp_path):
