@@ -67,6 +67,7 @@ def main() -> int:
         environments.python_of(name)
     cores = machine.use_cores(args.threads)
     if args.smoke:
+        args.omp_wait = "passive"  # all start at once
         effort = rounds.Effort(1, cores, 0, args.omp_wait, hurry=True)
     else:
         effort = rounds.Effort(args.rounds, cores, args.patience, args.omp_wait, hurry=False)

@@ -50,7 +50,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
             versus = cpu = ""
             if who != "jaxalign" and "jaxalign" in found["contenders"]:
                 ratio = ratios(found, who)
-                versus = f"{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})"
+                mark = "~" if disturbed(entry) + disturbed(found["contenders"]["jaxalign"]) else ""
+                versus = f"{mark}{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})"
                 cpu = f"{statistics.median(ratios(found, who, 'cpu_seconds')):.2f}x"
             used = statistics.median(r["cpu_seconds"] / r["seconds"] for r in counted(entry))
             bad = disturbed(entry)
@@ -91,7 +92,7 @@ def notes(result: dict[str, Any]) -> str:
         "Share of the ceiling by 6 N D and attention of what the algorithm needs, padding and recomputation aside. "
         "Peak memory of the process, libraries included. Compile: seconds in XLA's compiler; first step: from the "
         "start of the process. Cores: CPU seconds over seconds; a disturbed round is one in which others had "
-        f"more than {DISTURBED:g} cores."
+        f"more than {DISTURBED:g} cores; ratios with ~ rest on such rounds too, and are no figures to quote."
     )
 
 
