@@ -163,7 +163,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     records, found = report["records"], []
     if report["plain_dialogues"] and "overlap" not in report:  # said once, of the training data
         found.append(
-            f"{report['plain_dialogues']} records are messages and the tokenizer has no chat template: they are written"
+            f"records of messages: {report['plain_dialogues']}; the tokenizer has no chat template, so they are written"
             " as plain text (\\n\\nHuman: ... \\n\\nAssistant: ..., Alpaca columns as ### Instruction:); with"
             " config.model.chat_template=FILE.jinja a template is used, and goes with the export"
         )

@@ -122,7 +122,7 @@ def config_line(source: Source, **changes: Any) -> str:
     >>> config_line(Source("x.jsonl"), columns={"prompt": "q"})
     'data.sources=({"path": "x.jsonl", "columns": {"prompt": "q"}},)'
     >>> print(config_line(Source("no.jsonl", field="data.sources"), path="x y.jsonl"))
-    data.sources=({"path": "x y.jsonl"},) (as a flag: --config.data.sources='[{"path": "x y.jsonl"}]')
+    data.sources=({"path": "x y.jsonl"},) (as a flag: --config.data.sources='x y.jsonl')
     """
     shown = {
         name: value
@@ -131,7 +131,11 @@ def config_line(source: Source, **changes: Any) -> str:
     }
     text = json.dumps(shown, ensure_ascii=False)
     line = f"{source.field or _FIELD}=({text},)"
-    return f"{line} (as a flag: --config.{source.field}={shlex.quote(f'[{text}]')})" if source.field else line
+    if not source.field:
+        return line
+    plain = set(shown) == {"path"} and not set(shown["path"]) & set(",([{'\"")
+    value = shlex.quote(shown["path"] if plain else f"[{text}]")
+    return f"{line} (as a flag: --config.{source.field}={value})"
 
 
 def read(source: Source) -> Iterator[Raw]:

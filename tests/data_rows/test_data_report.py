@@ -36,7 +36,7 @@ def test_messages_without_a_chat_template_are_said_once(build, tokenizer_of):
     train = build("sft", records)
     assert train.report["plain_dialogues"] == 3
     (said,) = (w for w in train.report["warnings"] if "config.model.chat_template" in w)
-    assert said.startswith("3 records are messages") and r"\n\nHuman: ... \n\nAssistant: ..." in said
+    assert said.startswith("records of messages: 3;") and r"\n\nHuman: ... \n\nAssistant: ..." in said
     held_out = build("sft", records, split="eval", like=train, eval_sources=("x",))
     assert not any("chat_template" in w for w in held_out.report["warnings"])
     strings = [Record(0, "s", 1, "completion", prompt="Q", completion="A")]
