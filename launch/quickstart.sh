@@ -11,7 +11,7 @@ CPU cores, nothing to download but the packages. Results: runs/quickstart (--con
 
   --config.STAGE.FIELD=VALUE   changes a field of configs/quickstart.py; its stages are sft, reward, dpo and ppo:
                                  --config.dpo.algorithm.beta=0.1   --config.ppo.num_train_steps=30   --config.seed=1
-                               python -m jaxalign.config dpo lists the fields of an algorithm
+                               .venv/bin/python -m jaxalign.config dpo lists the fields of an algorithm
 TEXT
 }
 case ${1:-} in -h | --help) usage && exit 0 ;; esac

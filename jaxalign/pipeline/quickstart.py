@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -137,7 +138,8 @@ def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     print(f"summary   {Path(config.workdir, 'summary.json')}\ncurves    {picture}")
     print(f"the aligned models are in {config.workdir}/dpo/export and {config.workdir}/ppo/export; ask one with")
     asked = f'--prompt "{summary["samples"][0]["prompt"]}" --max_new_tokens {config.dpo.rollout.max_new_tokens}'
-    print(f"  .venv/bin/jaxalign generate --model {config.workdir}/dpo/export {asked}")
+    command = os.path.relpath(Path(sys.executable).with_name("jaxalign"))
+    print(f"  {command} generate --model {config.workdir}/dpo/export {asked}")
 
 
 if __name__ == "__main__":

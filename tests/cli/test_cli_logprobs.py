@@ -111,3 +111,16 @@ def test_two_tokenizers_are_refused(model, shared, data, capsys):
     other = str(shared / "models" / "stories3m-llama")
     assert main(["score", "--model", model, "--ref", other, "--beta", "0.1", "--data", data]) == 2
     assert "give different tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (("logprobs", "--model", "/nope"), "--model"),
+        (("score", "--model", "/nope"), "--model"),
+        (("score", "--model", "MODEL", "--ref", "/nope", "--beta", "0.1"), "--ref"),
+    ],
+)
+def test_the_flag_of_a_missing_model_is_named(model, data, capsys, argv, flag):
+    assert main([model if a == "MODEL" else a for a in argv] + ["--data", data]) == 2
+    assert f"fix:      {flag} DIR, in place of /nope\n" in capsys.readouterr().err
