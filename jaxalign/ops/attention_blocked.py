@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
-# Rows of a block of queries, of keys. A CPU's cache likes small blocks, which also skip more; an accelerator wants
-# large products and few steps.
-_BLOCKS = {"cpu": (64, 128)}
+# Rows of a block of queries, of keys. A CPU's cache likes small blocks, which also skip more of a short row; an
+# accelerator wants large products and few steps.
 _ACCELERATOR_BLOCKS = (512, 512)
 _LEAST = -1e30  # a maximum before any key was seen; finite, so that differences of two are numbers
 
@@ -36,8 +36,7 @@ class _Blocks(NamedTuple):
 def blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     """`attention` with the memory of O(T) numbers and the work of the visible blocks; see there for arguments."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    platform = getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", None) or jax.default_backend()
-    most_q, most_k = _BLOCKS.get(platform, _ACCELERATOR_BLOCKS)
+    most_q, most_k = _cpu_blocks(T) if platform() == "cpu" else _ACCELERATOR_BLOCKS
     blocks = _Blocks(*_cut(T, most_q), *_cut(S, most_k))
     extra = blocks.num_q * blocks.size_q - T
     if extra:
@@ -47,6 +46,10 @@ def blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     q = _split(_pad(q_BTNH, extra), blocks, k.shape[1])
     out = _attend(blocks, q, k, v, *(_split_rows(x, blocks) for x in (start_BT, end_BT)))
     return _join(out, blocks, q_BTNH.shape[2])[:, :T]
+
+
+def _cpu_blocks(length: int) -> tuple[int, int]:
+    return (64, 64) if length <= 256 else (128, 128)
 
 
 def _cut(length: int, most: int) -> tuple[int, int]:

@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.types import CHOSEN, REJECTED, Completions, Readouts
 
-# Logits a device holds at one time, in numbers: 2^27 are half a GiB of float32, enough for matmuls at full speed.
-MAX_LOGITS = 2**27
+# Logits a device holds at one time, in numbers, enough for products at full speed: 64 MiB of float32 on a CPU, half a
+# GiB on an accelerator, which reads the whole head from memory for each chunk.
+_MAX_LOGITS = {"cpu": 2**24}
+_ACCELERATOR_MAX_LOGITS = 2**27
 
 
 def take_sources(hidden: jax.Array, source: jax.Array) -> jax.Array:
@@ -35,7 +38,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probability of each readout's target given the hidden state at its source.
 
@@ -52,13 +55,15 @@ def token_logprobs(
       readouts: fields [B, M].
       temperature: divides the logits; top-k and top-p never enter log-probs.
       entropy: also return the entropy of the distribution, -sum_v p_v log p_v.
-      max_logits: logits that a device may hold at a time; sets the chunk length.
+      max_logits: logits that a device may hold at a time; sets the chunk length.  None: what suits the platform.
 
     Returns:
       (logprobs [B, M], entropy [B, M] or None) in nats, in at least float32, 0 where the mask is False.
     """
     if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[-1] != head.shape[0]:
         raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {head.shape}")
+    if max_logits is None:
+        max_logits = _MAX_LOGITS.get(platform(), _ACCELERATOR_MAX_LOGITS)
     taken = take_sources(hidden, readouts.source)
     logprobs, entropies = _logprobs(taken, head, readouts.target, float(temperature), entropy, max_logits)
     logprobs = jnp.where(readouts.mask, logprobs, 0)

@@ -47,7 +47,7 @@ def intervals(rng, T, S, kind):
 
 
 def small_blocks(monkeypatch):
-    monkeypatch.setitem(attention_blocked._BLOCKS, "cpu", (8, 16))
+    monkeypatch.setattr(attention_blocked, "_cpu_blocks", lambda length: (8, 16))
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
