@@ -188,14 +188,16 @@ _LINES = ("--data", str, _REQUIRED, 'JSON lines, each with strings "prompt" and 
 _DTYPE = ("--dtype", str, None, "of weights and computation: float32 (default), bfloat16, float16")
 
 
-def _sampling_flags() -> tuple[tuple[str, type, Any, str], ...]:
-    """How to sample; the defaults are the configuration's."""
+def _sampling_flags(*, within_room: bool = False) -> tuple[tuple[str, type, Any, str], ...]:
+    """How to sample; the defaults are the configuration's, `within_room` no longer than the model has room for."""
     from jaxalign.config import defaults
 
     c = defaults("ppo")
+    most = c.rollout.max_new_tokens
+    longest = (None, f"most tokens of a completion; default: {most}, or what the model has room for")
     return (
         ("--temperature", float, c.rollout.temperature, "0 always takes the likeliest token"),
-        ("--max_new_tokens", int, c.rollout.max_new_tokens, "most tokens of a completion"),
+        ("--max_new_tokens", int, *(longest if within_room else (most, "most tokens of a completion"))),
         ("--top_k", int, c.rollout.top_k, "samples among the k likeliest tokens; 0: off"),
         ("--top_p", float, c.rollout.top_p, "samples among the likeliest tokens that make up this share; 1: off"),
         ("--seed", int, c.seed, "of the samples"),
@@ -229,8 +231,13 @@ def _generate(argv: list[str]) -> int:
         "Continues a prompt and prints the completion, nothing else.",
         _MODEL,
         ("--prompt", str, _REQUIRED, "the text to continue, as it stands"),
-        *_sampling_flags(),
-        ("--chat", bool, None, "the prompt is a user's message: it is put into the model's chat template"),
+        *_sampling_flags(within_room=True),
+        (
+            "--chat",
+            bool,
+            None,
+            "the prompt is a user's message: put into the model's chat template, if it has one",
+        ),
         _DTYPE,
     )
     args = parser.parse_args(argv)

@@ -50,8 +50,11 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     if directory.is_dir():
         return directory.resolve()
     if not _HUB_ID.fullmatch(str(path)) or directory.exists():
+        made = directory.name == "export"  # as a run writes it
         raise InputError(
-            f"no directory {path}", "a directory in Hugging Face form, or a hub id", "--config.model.path=DIR"
+            f"no directory {path}",
+            "a directory in Hugging Face form, or a hub id",
+            "--config.model.path=DIR" + (", or run the stage that writes it first" if made else ""),
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

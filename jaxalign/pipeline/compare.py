@@ -76,8 +76,8 @@ def compare(
         raise InputError(f"--confidence {confidence}", "between 0 and 1", "--confidence 0.95")
     if num_prompts is not None and num_prompts < 1:
         raise InputError(f"--num_prompts {num_prompts}", "1 or more", "--num_prompts 100")
-    for path in (base, aligned):
-        require_head(path, "lm")
+    for flag, path in (("--base", base), ("--aligned", aligned)):
+        require_head(path, "lm", flag)
     scorer = None if reward is None else _scorer(reward, dtype)
     records = _records(data, num_prompts)
     asked = questions(records)
@@ -184,7 +184,7 @@ def _scorer(reward: str, dtype: str | None) -> Any:
     from jaxalign.rewards.load import load_scorer
 
     if ":" not in reward:
-        require_head(reward, "score")
+        require_head(reward, "score", "--reward")
     common = defaults("sft")
     return load_scorer(reward, dtype=dtype or common.model.dtype, mesh=make_mesh(common.mesh))
 

@@ -137,7 +137,7 @@ def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     print(page(summary))
     print(f"summary   {Path(config.workdir, 'summary.json')}\ncurves    {picture}")
     print(f"the aligned models are in {config.workdir}/dpo/export and {config.workdir}/ppo/export; ask one with")
-    asked = f'--prompt "{summary["samples"][0]["prompt"]}" --max_new_tokens {config.dpo.rollout.max_new_tokens}'
+    asked = f'--prompt "{summary["samples"][0]["prompt"]}"'
     command = os.path.relpath(Path(sys.executable).with_name("jaxalign"))
     print(f"  {command} generate --model {config.workdir}/dpo/export {asked}")
 

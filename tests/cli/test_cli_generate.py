@@ -200,3 +200,9 @@ def test_wrong_flags_of_a_model_are_said_without_a_config_line(model, tmp_path, 
     assert "found:    --dtype float8" in capsys.readouterr().err
     assert main(["generate", "--model", str(model), "--prompt", "\udcff"]) == 2
     assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_without_the_flag_the_length_is_what_the_model_has_room_for(model, tmp_path, capsys):
+    short = with_context(model, tmp_path / "short", 20)
+    main(["generate", "--model", str(short), "--prompt", "Once upon a time", "--temperature", "0"])
+    assert "longer than" not in capsys.readouterr().err
