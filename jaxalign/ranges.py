@@ -27,6 +27,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
 BOUNDS: tuple[tuple[str, float | None, float | None], ...] = (
     ("batch_size", 1, None),
     ("grad_accum_steps", 1, None),
+    ("profile", 0, None),
     ("num_train_steps", 1, None),
     ("num_epochs", 1, None),
     ("data.max_length", 2, None),

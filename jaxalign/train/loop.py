@@ -22,6 +22,7 @@ from jaxalign.train.compiled import Compiled
 from jaxalign.train.health import Health
 from jaxalign.train.interrupts import Interrupted, StopRequests
 from jaxalign.train.metrics import Progress, Writer, count_tokens, headline, say
+from jaxalign.train.profile import Profile
 from jaxalign.types import Params, TrainState
 
 
@@ -54,6 +55,7 @@ class Loop:
     sample: Callable[[TrainState, dict[str, Params], int], dict[str, float]] | None = None
     seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    directory: Any = None  # of the run, where a profile's trace goes
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any]]:
         """Trains.
@@ -78,26 +80,31 @@ class Loop:
         if start:
             say(f"{self.name}: goes on from step {start} of {self.num_steps}")
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
+        profile = self._profile = Profile(self.directory, self.config.profile, start)
         pending: Pending | None = None
         try:
             with StopRequests() as stop, contextlib.closing(self._batches(start)) as batches:
                 self._mark = time.monotonic()
-                for index, host in batches:
+                for index, host in profile.over(batches):
                     state, this = self._advance(state, index, host)
-                    if pending is not None:
-                        self._read(pending, progress)
-                    pending = this
+                    with profile.phase("figures and logs"):
+                        if pending is not None:
+                            self._read(pending, progress)
+                        pending = this
                     signal = stop.at(index + 1)
                     if signal or self._due(index + 1):
-                        self._read(pending, progress)
-                        pending = None
-                        self._pause(state, index + 1, stopping=bool(signal))
+                        with profile.phase("figures and logs"):
+                            self._read(pending, progress)
+                            pending = None
+                        with profile.phase("eval, samples, save"):
+                            self._pause(state, index + 1, stopping=bool(signal))
                         self._mark = time.monotonic()
                     if signal:
                         self.checkpoints.wait()
                         say(f"{self.name}: stopped at step {index + 1}, saved; the same command goes on")
                         raise Interrupted(128 + signal)
         finally:
+            profile.close()
             progress.close()
         concern = self.health.concern()
         if concern:
@@ -113,14 +120,20 @@ class Loop:
     def _advance(self, state: TrainState, index: int, host: Any) -> tuple[TrainState, Pending]:
         """Starts all updates of batch `index`; waits for none of them."""
         before = self.step.compile_seconds
-        state, batches, made = self.prepare(state, self.frozen, put_batch(host, self.mesh))
-        # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
-        prepared = {name: float(value) for name, value in jax.device_get(made).items()}
+        with self._profile.phase("prepare") as made_ready:
+            state, batches, made = self.prepare(state, self.frozen, put_batch(host, self.mesh))
+            # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
+            prepared = {name: float(value) for name, value in jax.device_get(made).items()}
+            made_ready.append(batches)
+        inner = {name.removeprefix("time/"): value for name, value in prepared.items() if name.startswith("time/")}
+        self._profile.split("prepare", inner)
         updates = []
         for batch in batches:
-            batch = jax.device_put(batch, batch_sharding(self.mesh))
-            state, metrics = self.step(state, self.frozen, batch)
-            updates.append(metrics)
+            with self._profile.phase("update") as updated:
+                batch = jax.device_put(batch, batch_sharding(self.mesh))
+                state, metrics = self.step(state, self.frozen, batch)
+                updates.append(metrics)
+                updated.append(metrics)
         cursor = jax.device_put(np.int32(index + 1), replicated(self.mesh))
         state = state._replace(data_cursor=cursor)
         return state, Pending(index + 1, updates, prepared, host, self.step.compile_seconds - before)

@@ -211,6 +211,7 @@ class Stage:
             sample=self._sampler(),
             seconds_per_token=self._seconds_per_token(),
             meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name},
+            directory=self.directory,
         )
         try:
             state, results = loop.run(state, start)

@@ -108,6 +108,7 @@ class World:
             num_steps=self.num_steps,
             checkpoints=checkpoints,
             writer=writer,
+            directory=self.directory,
             health=Health(),
             evaluate=self.evaluate,
         )
