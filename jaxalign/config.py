@@ -122,6 +122,7 @@ def _common() -> ConfigDict:
                 "weight_decay": 0.0,
                 "decay_mask": "matrices",  # matrices, all
                 "max_grad_norm": 1.0,  # 0: no clipping
+                "state_dtype": none(str),  # of what is kept between steps: bfloat16; default: model.param_dtype
             },
             "eval": {"every": 0, "num_batches": none(int)},  # every: 0 for the end only
             "checkpoint": {
@@ -345,6 +346,12 @@ def _validate_relations(c: ConfigDict, inputs: bool) -> None:
                 "float32 weights below 1e-4: at 5e-7 one percent of bfloat16 weights move in a step",
                 "--config.model.param_dtype=float32 (the computation may stay in bfloat16)",
             )
+    if c.optimizer.state_dtype and c.optimizer.name == "sgd" and not c.optimizer.b1:
+        raise InputError(
+            f"optimizer.state_dtype {c.optimizer.state_dtype!r} with sgd without momentum",
+            "an optimizer that keeps something between steps",
+            "--config.optimizer.state_dtype=None, or --config.optimizer.b1=0.9 for momentum",
+        )
     for field in ("max_prompt_length", "max_completion_length"):
         value = get(c, f"data.{field}")
         if value is not None and value >= c.data.max_length:

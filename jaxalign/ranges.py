@@ -20,6 +20,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
     ("optimizer.schedule", ("constant", "linear", "cosine")),
     ("optimizer.decay_mask", ("matrices", "all")),
+    ("optimizer.state_dtype", (None, "float32", "bfloat16")),
     ("checkpoint.best_mode", ("min", "max")),
 )
 
