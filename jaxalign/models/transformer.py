@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.cache import Cache
+from jaxalign.models.cache import Cache, Seen, extend
 from jaxalign.models.config import ModelConfig
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
@@ -58,7 +58,10 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention over intervals, with rotary positions."""
+    """Grouped-query self-attention over intervals, with rotary positions.
+
+    Returns its output, and the keys and values [B, K, S, H] of all that was seen.
+    """
 
     def __init__(self, config: ModelConfig, rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -68,20 +71,17 @@ class Attention(nnx.Module):
         self.value = Linear(config, (D,), (K, H), bias, rngs)
         self.out = Linear(config, (N, H), (D,), bias, rngs)
 
-    def __call__(self, x, rotation, rows: Rows, layer, cache: Cache | None):
+    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None):
         q = constrain(rotate(self.query(x), *rotation), "batch", None, "tensor", None)
         k = constrain(rotate(self.key(x), *rotation), "batch", None, "tensor", None)
         v = constrain(self.value(x), "batch", None, "tensor", None)
-        if cache is not None:
-            at = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, cache.index, 0, 0))
-            keys = jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), at)
-            cache = cache._replace(keys=keys, values=values)
-            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False).astype(x.dtype)
-            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False).astype(x.dtype)
+        kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if seen is not None:
+            kept = extend(seen, *kept)
+            k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in kept)
         backend = choose_backend(q.shape[1], k.shape[1])
         out = attention(q, k, v, rows.attend_start, rows.attend_end, backend=backend)
-        return self.out(constrain(out, "batch", None, "tensor", None)), cache
+        return self.out(constrain(out, "batch", None, "tensor", None)), kept
 
 
 class Mlp(nnx.Module):
@@ -107,10 +107,10 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x, rotation, rows: Rows, layer, cache: Cache | None):
-        attended, cache = self.attention(self.attention_norm(x), rotation, rows, layer, cache)
+    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None):
+        attended, kept = self.attention(self.attention_norm(x), rotation, rows, seen)
         x = constrain(x + attended, "batch", None, None)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), cache
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), kept
 
 
 class Embed(nnx.Module):
@@ -190,7 +190,7 @@ class Model:
         """Hidden states of rows of tokens, after the last norm.
 
         Args:
-          params: as `abstract` says.
+          params: as `abstract` says; with a cache also with `layers` as a tuple of each layer's own.
           adapters: None, this model has no adapters.
           rows: [B, T]; with a cache, the intervals refer to its slots and the T tokens are written to the slots
             `index` to `index + T`.
@@ -203,22 +203,51 @@ class Model:
             raise ValueError("this model has no adapters")
         c = self.config
         graphdef = _graph(Block, c)[0]
-        ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
-        rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype))
+        ends, x, rotation = self._enter(params, rows)
+        if cache is not None:
+            # Each layer by itself: its part of the cache is written in place, and neither that nor its parameters
+            # are cut out of stacked arrays, which would copy them for every token.
+            layers, kept = params["layers"], []
+            if not isinstance(layers, tuple):
+                layers = tuple(jax.tree.map(lambda p, i=i: p[i], layers) for i in range(c.num_layers))
+            for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+                x, both = nnx.merge(graphdef, layer)(x, rotation, rows, Seen(keys, values, cache.index))
+                kept.append(both)
+            keys, values = zip(*kept, strict=True)
+            return ends.norm(x), Cache(keys, values, cache.index + rows.tokens.shape[1]), {}
 
-        def body(carry, layer):
-            x, cache = carry
-            index, layer_params = layer
-            return nnx.merge(graphdef, layer_params)(x, rotation, rows, index, cache), None
+        def body(x, layer):
+            return nnx.merge(graphdef, layer)(x, rotation, rows)[0], None
 
         if c.remat != "none":
             # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
             body = jax.checkpoint(body, policy=_POLICIES[c.remat], prevent_cse=False)
-        carry = (ends.embed(rows.tokens), cache)
-        (x, cache), _ = jax.lax.scan(body, carry, (jnp.arange(c.num_layers), params["layers"]))
-        if cache is not None:
-            cache = cache._replace(index=cache.index + rows.tokens.shape[1])
-        return ends.norm(x), cache, {}
+        x, _ = jax.lax.scan(body, x, params["layers"])
+        return ends.norm(x), None, {}
+
+    def read(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Hidden states as `apply` gives them, and what a cache needs to go on from these rows.
+
+        Args:
+          params: as `abstract` says.
+          rows: [B, T].
+
+        Returns:
+          hidden [B, T, D], keys and values [L, B, K, T, H], all in the compute dtype.
+        """
+        graphdef = _graph(Block, self.config)[0]
+        ends, x, rotation = self._enter(params, rows)
+        x, (keys, values) = jax.lax.scan(
+            lambda x, layer: nnx.merge(graphdef, layer)(x, rotation, rows), x, params["layers"]
+        )
+        return ends.norm(x), keys, values
+
+    def _enter(self, params: Params, rows: Rows) -> tuple[Any, jax.Array, tuple[jax.Array, jax.Array]]:
+        """What is not a layer, the tokens' vectors, and the rotations of all layers."""
+        c = self.config
+        ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
+        rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype))
+        return ends, ends.embed(rows.tokens), rotation
 
     def head(self, params: Params) -> jax.Array:
         """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed."""

@@ -89,7 +89,7 @@ def decode(
     batch, length = sample_ids.shape[0], max_new_tokens
     head = model.head(params)
     stops = jnp.asarray(stop_ids, jnp.int32)
-    width = prefilled.cache.keys.shape[2] - max_new_tokens + 1
+    width = prefilled.cache.keys[0].shape[2] - max_new_tokens + 1
 
     def choose(hidden, position):
         wide = at_least_float32(hidden).dtype
@@ -223,5 +223,7 @@ def _by_rows(rollout: Rollout) -> Rollout:
 
 def _on_mesh(cache: Cache) -> Cache:
     """Rows of the cache over the batch axes, its heads over `tensor`."""
-    dims = (None, "batch", None, "tensor", None)
-    return cache._replace(keys=constrain(cache.keys, *dims), values=constrain(cache.values, *dims))
+    keys, values = (
+        tuple(constrain(x, "batch", "tensor", None, None) for x in layers) for layers in (cache.keys, cache.values)
+    )
+    return cache._replace(keys=keys, values=values)
