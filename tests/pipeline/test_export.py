@@ -116,7 +116,7 @@ def test_a_rerun_keeps_the_stage(run):
             c[section] = value
     lines = []
     pipeline.run(stages(str(run), sft=c), log=lines.append)
-    assert "done before" in lines[0]
+    assert "done before" in lines[-1]  # behind a warning about its learning rate
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
