@@ -137,40 +137,46 @@ def _forward(blocks, q, k, v, start, end):
 
 
 def _backward(blocks, saved, d_out):
+    """Everything with keys before queries: each product then reads its first operand along its rows.
+
+    A product whose first operand must be turned around takes several times as long on a CPU.
+    """
     q, k, v, start, end, out, log_total = saved
     wide = log_total.dtype
     scale = q.shape[-1] ** -0.5
     size, rows = blocks.size_k, q.shape[3]
     # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
-    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1, keepdims=True)
+    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1)[..., None, :]  # [Q, B, K, 1, R]
+    log_total = log_total.swapaxes(-1, -2)
+    k_turned = k.swapaxes(-1, -2)  # [B, K, H, S]
 
     def one(carry, block):
         q, start, end, d_out, log_total, delta, first, last = block
 
         def add(j, carry):
             d_k, d_v, d_q = carry
-            k_block, v_block = _block(k, j, size), _block(v, j, size)
-            scores = _product("bkrh,bksh->bkrs", q, k_block) * scale
-            visible = _visible(start, end, j, size, rows)
+            scores = _product("bksh,bkrh->bksr", _block(k, j, size), q) * scale
+            visible = _visible(start, end, j, size, rows).swapaxes(-1, -2)
             weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
-            d_weights = _product("bkrh,bksh->bkrs", d_out, v_block)
+            d_weights = _product("bksh,bkrh->bksr", _block(v, j, size), d_out)
             d_scores = (weights * (d_weights - delta) * scale).astype(q.dtype)
-            weights = weights.astype(v.dtype)
-            d_k = _add_block(d_k, j, "bkrs,bkrh->bksh", d_scores, q)
-            d_v = _add_block(d_v, j, "bkrs,bkrh->bksh", weights, d_out)
-            return d_k, d_v, d_q + _product("bkrs,bksh->bkrh", d_scores, k_block)
+            d_k = _add_block(d_k, j, d_scores, q)
+            d_v = _add_block(d_v, j, weights.astype(v.dtype), d_out)
+            k_block = jax.lax.dynamic_slice_in_dim(k_turned, j * size, size, axis=3)
+            return d_k, d_v, d_q + _product("bkhs,bksr->bkhr", k_block, d_scores)
 
-        def _add_block(x, j, equation, a, b):
-            part = _block(x, j, size) + _product(equation, a, b)
+        def _add_block(x, j, a, b):
+            part = _block(x, j, size) + _product("bksr,bkrh->bksh", a, b)
             return jax.lax.dynamic_update_slice_in_dim(x, part, j * size, axis=2)
 
-        *carry, d_q = jax.lax.fori_loop(first, last, add, (*carry, jnp.zeros(q.shape, wide)))
+        zero = jnp.zeros((*q.shape[:2], q.shape[-1], rows), wide)
+        *carry, d_q = jax.lax.fori_loop(first, last, add, (*carry, zero))
         return tuple(carry), d_q.astype(q.dtype)
 
     start_carry = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
     per_block = (q, start, end, d_out, log_total, delta, *_bounds(start, end, size))
     (d_k, d_v), d_q = jax.lax.scan(one, start_carry, per_block)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    return d_q.swapaxes(-1, -2), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -19,7 +19,7 @@ def train(shared, workdir, algorithm, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:optimizer.learning_rate")
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["sft", "ppo"])
 def test_it_follows_float32(shared, tmp_path, algorithm):
     half = train(shared, tmp_path / "half", algorithm, "float16")
     loss = "loss/policy" if algorithm == "ppo" else "loss"
@@ -31,7 +31,7 @@ def test_it_follows_float32(shared, tmp_path, algorithm):
     assert all(row["loss_scale"] >= 2**12 for row in steps)
     weights = load_file(tmp_path / "half" / "export" / "model.safetensors")
     assert all(np.isfinite(w).all() and w.dtype == np.float32 for w in weights.values())
-    if algorithm == "sft":  # the others lose their first update, and go other ways from there
+    if algorithm == "sft":  # PPO loses its first update, and samples other texts from there
         full = train(shared, tmp_path / "full", algorithm, "float32")
         for key in ("loss", "grad_norm", "update_norm"):
             np.testing.assert_allclose([row[key] for row in steps], [row[key] for row in full], rtol=0.02, err_msg=key)
