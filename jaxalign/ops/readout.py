@@ -70,7 +70,8 @@ def token_logprobs(
     return logprobs, (jnp.where(readouts.mask, entropies, 0) if entropy else None)
 
 
-# The vocabulary work has its own derivative, for three reasons: the backward pass reuses the forward's logsumexp, the
+# The vocabulary work has its own derivative, for three reasons: the backward pass reuses the forward's logsumexp (and
+# its logits, where one chunk holds them all: a chunk is held in the backward pass anyway, which comes right after), the
 # head's gradient is accumulated over chunks in float32 though the head be bfloat16, and each collective is explicit.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _logprobs(taken, head, target, temperature, entropy, max_logits):
@@ -79,6 +80,8 @@ def _logprobs(taken, head, target, temperature, entropy, max_logits):
 
 def _forward(taken, head, target, temperature, entropy, max_logits):
     layout = _Layout(taken.shape, head.shape)
+    length = layout.chunk_length(max_logits)
+    keep = length >= taken.shape[1]
 
     def local(taken, head, target):
         head = layout.gather_head(head)
@@ -93,32 +96,35 @@ def _forward(taken, head, target, temperature, entropy, max_logits):
             lse = top + jnp.log(total)
             hit = _hits(t, z.shape[-1], offset)
             logprob = layout.sum_over_vocabulary(jnp.sum(jnp.where(hit, z, 0), axis=-1)) - lse
+            kept = (z,) if keep else ()
             if not entropy:
-                return None, (logprob, lse)
+                return None, (*kept, logprob, lse)
             # H = lse - sum p z, with z measured from its maximum so that nothing large cancels
             mean = layout.sum_over_vocabulary(jnp.sum(e * (z - top[..., None]), axis=-1)) / total
-            return None, (logprob, lse, jnp.log(total) - mean)
+            return None, (*kept, logprob, lse, jnp.log(total) - mean)
 
-        return _over_chunks(chunk, None, (taken, target), _chunk_length(taken.shape, head.shape, max_logits))[1]
+        return _over_chunks(chunk, None, (taken, target), length)[1]
 
-    out = layout.run(local, "forward", 3 if entropy else 2)(taken, head, target)
-    logprobs, lse, *entropies = out
+    out = layout.run(local, "forward", 3 if entropy else 2, logits=keep)(taken, head, target)
+    kept, (logprobs, lse, *entropies) = out[:keep], out[keep:]
     entropies = entropies[0] if entropy else None
-    return (logprobs, entropies), (taken, head, target, lse, entropies)
+    return (logprobs, entropies), (taken, head, target, lse, entropies, kept)
 
 
 def _backward(temperature, entropy, max_logits, residuals, cotangents):
-    taken, head, target, lse, entropies = residuals
+    taken, head, target, lse, entropies, kept = residuals
+    keep = len(kept)
     layout = _Layout(taken.shape, head.shape)
     per_readout = (target, lse, cotangents[0]) + ((entropies, cotangents[1]) if entropy else ())
 
     def local(taken, head_shard, *per_readout):
+        logits, per_readout = per_readout[:keep], per_readout[keep:]
         head = layout.gather_head(head_shard)
         offset = layout.vocabulary_offset(head)
 
         def chunk(d_head, inputs):
             h, t, lse, g, *of_entropy = inputs
-            logp = _logits(h, head) / temperature - lse[..., None]
+            logp = (logits[0] if keep else _logits(h, head) / temperature) - lse[..., None]
             p = jnp.exp(logp)
             d_z = jnp.where(_hits(t, p.shape[-1], offset), g[..., None], 0) - g[..., None] * p
             if entropy:  # dH / dz_v = -p_v (log p_v + H)
@@ -129,11 +135,12 @@ def _backward(temperature, entropy, max_logits, residuals, cotangents):
             return d_head + _matmul(h, d_z, (((0, 1), (0, 1)), ((), ()))), d_h
 
         zeros = jnp.zeros(head.shape, at_least_float32(head).dtype)
-        length = _chunk_length(taken.shape, head.shape, max_logits)
-        d_head, d_h = _over_chunks(chunk, zeros, (taken, *per_readout), length)
+        d_head, d_h = _over_chunks(chunk, zeros, (taken, *per_readout), layout.chunk_length(max_logits))
         return d_h, layout.scatter_head(d_head).astype(head.dtype)
 
-    d_taken, d_head = layout.run(local, "backward", len(per_readout))(taken, head, *per_readout)
+    d_taken, d_head = layout.run(local, "backward", len(per_readout), logits=bool(keep))(
+        taken, head, *kept, *per_readout
+    )
     return d_taken, d_head, None
 
 
@@ -157,15 +164,29 @@ class _Layout:
         self.split = bool(self.batch) or "tensor" in sizes
         self.fsdp = "fsdp" if "fsdp" in sizes and head_shape[0] % sizes["fsdp"] == 0 else None
         self.tensor = "tensor" if "tensor" in sizes and head_shape[1] % sizes["tensor"] == 0 else None
+        rows, self.length, _ = taken_shape
+        # Of a row of readouts, the logits that a device holds.
+        self.column = rows // math.prod(sizes[a] for a in self.batch) * head_shape[1] // sizes.get(self.tensor, 1)
 
-    def run(self, local, kind: str, count: int):
-        """`local` over the shards: forward gives `count` arrays [B, M], backward takes as many and gives gradients."""
+    def chunk_length(self, max_logits: int) -> int:
+        """Equal chunks of M, as long as the logits of a chunk allow on a device."""
+        if not self.length:
+            return 0
+        count = math.ceil(self.length / max(1, max_logits // max(1, self.column)))
+        return math.ceil(self.length / count)
+
+    def run(self, local, kind: str, count: int, *, logits: bool):
+        """`local` over the shards: forward gives `count` arrays [B, M], backward takes as many and gives gradients.
+
+        With `logits` an array [B, M, V] comes before them.
+        """
         if not self.split:
             return local
         rows, head = P(self.batch), P(self.fsdp, self.tensor)
+        readouts = (P(self.batch, None, self.tensor),) * logits + (rows,) * count
         forward = kind == "forward"
-        ins = (rows, head, rows) if forward else (rows, head) + (rows,) * count
-        outs = (rows,) * count if forward else (rows, head)
+        ins = (rows, head, rows) if forward else (rows, head, *readouts)
+        outs = readouts if forward else (rows, head)
         return jax.shard_map(local, in_specs=ins, out_specs=outs, check_vma=False)
 
     def gather_head(self, head):
@@ -200,13 +221,6 @@ def _logits(h, head):
 def _hits(target, width, offset):
     """Where the vocabulary index is the target's: a comparison, which unlike a gather stays within a shard."""
     return jax.lax.broadcasted_iota(jnp.int32, (*target.shape, width), 2) + offset == target[..., None]
-
-
-def _chunk_length(taken_shape, head_shape, max_logits):
-    """Equal chunks of M, as long as the logits of a chunk allow."""
-    rows, m, _ = taken_shape
-    count = math.ceil(m / max(1, max_logits // max(1, rows * head_shape[1]))) if m else 1
-    return math.ceil(m / count)
 
 
 def _over_chunks(fn, carry, arrays, length):
