@@ -207,14 +207,15 @@ class Model:
         if cache is not None:
             # Each layer by itself: its part of the cache is written in place, and neither that nor its parameters
             # are cut out of stacked arrays, which would copy them for every token.
-            layers, kept = params["layers"], []
+            layers = params["layers"]
             if not isinstance(layers, tuple):
                 layers = tuple(jax.tree.map(lambda p, i=i: p[i], layers) for i in range(c.num_layers))
+            grown = []
             for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-                x, both = nnx.merge(graphdef, layer)(x, rotation, rows, Seen(keys, values, cache.index))
-                kept.append(both)
-            keys, values = zip(*kept, strict=True)
-            return ends.norm(x), Cache(keys, values, cache.index + rows.tokens.shape[1]), {}
+                x, kept = nnx.merge(graphdef, layer)(x, rotation, rows, Seen(keys, values, cache.index))
+                grown.append(kept)
+            all_keys, all_values = zip(*grown, strict=True)
+            return ends.norm(x), Cache(all_keys, all_values, cache.index + rows.tokens.shape[1]), {}
 
         def body(x, layer):
             return nnx.merge(graphdef, layer)(x, rotation, rows)[0], None

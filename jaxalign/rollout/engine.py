@@ -69,7 +69,7 @@ class Generator:
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.batch_size = batch_size
         self._encoder = Encoder(tokenizer, stop_ids, render_plain)
-        self._options = {
+        self._options: dict[str, Any] = {
             "max_new_tokens": int(max_new_tokens),
             "temperature": float(temperature),
             "top_k": int(top_k),

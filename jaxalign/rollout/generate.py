@@ -1,70 +1,22 @@
 """Completions of left-padded prompts: the prompts once, then one token of every row at a time, from a cache.
 
-Everything here runs on the mesh under `jax.jit`; `jaxalign.rollout.engine` is the way from text to text.
+The devices' part is `jaxalign.rollout.slots`; `jaxalign.rollout.engine` is the way from text to text.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import chex
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxalign.models.cache import Cache, init_cache
 from jaxalign.models.transformer import Model
-from jaxalign.ops.precision import at_least_float32, product_precision
-from jaxalign.parallel.sharding import constrain
-from jaxalign.rollout.sampling import sample, token_keys
+from jaxalign.ops.precision import at_least_float32
+from jaxalign.rollout.slots import Prefilled, Rollout, advance, empty_rollout, lay_out, move, prefill, seat
 from jaxalign.types import Array, Params, Readouts, Rows
 
-
-class Rollout(NamedTuple):
-    """Sampled completions, one per row."""
-
-    tokens: Array  # int32 [B, R], 0 after the end
-    mask: Array  # bool [B, R], the completion's tokens, its stop token included
-    logprobs: Array  # float32 [B, R], nats, at the sampling temperature, 0 where the mask is False
-    finished: Array  # bool [B], ended by a stop token
+GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
 
 
-class Prefilled(NamedTuple):
-    """Prompts that have been read: what decoding starts from."""
-
-    cache: Cache
-    hidden: Array  # [B, D], of the last prompt token
-    position: Array  # int32 [B], of the last prompt token
-    start: Array  # int32 [B], cache slot of the first prompt token
-
-
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
-def prefill(model: Model, params: Params, rows: Rows, *, max_new_tokens: int) -> Prefilled:
-    """Reads left-padded prompts into a cache with room for their completions.
-
-    Args:
-      model: the policy.
-      params: its parameters.
-      rows: prompts [B, P]; the last token of every row is real.
-      max_new_tokens: R, at least 1.
-    """
-    chex.assert_rank(list(rows), 2)
-    batch, width = rows.tokens.shape
-    cache = init_cache(model.config, batch, width + max_new_tokens - 1, model.config.dtype)
-    hidden, cache, _ = model.apply(params, None, rows, _on_mesh(cache))
-    last = Prefilled(_on_mesh(cache), hidden[:, -1], rows.positions[:, -1], rows.attend_start[:, -1])
-    return last._replace(
-        hidden=constrain(last.hidden, "batch", None),
-        position=constrain(last.position, "batch"),
-        start=constrain(last.start, "batch"),
-    )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"),
-    donate_argnames=("prefilled",),
-)
 def decode(
     model: Model,
     params: Params,
@@ -77,70 +29,46 @@ def decode(
     top_k: int,
     top_p: float,
     stop_ids: tuple[int, ...],
-) -> tuple[Rollout, Prefilled]:
-    """Samples completions until every row has stopped or has `max_new_tokens`; the cache is used up.
+) -> tuple[Rollout, int]:
+    """Samples completions until every row has stopped or has `max_new_tokens`.
 
-    Arguments as `generate`.
+    Arguments as `generate`; the memory of `prefilled` is given back.
 
     Returns:
-      The completions, and what is left of `prefilled` (so that its memory is used again; it cannot be continued).
+      The completions, and how many tokens the longest has: the steps that were taken.
     """
     chex.assert_rank([sample_ids, prefilled.hidden], [1, 2])
-    batch, length = sample_ids.shape[0], max_new_tokens
-    head = model.head(params)
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    width = prefilled.cache.keys[0].shape[2] - max_new_tokens + 1
-
-    def choose(hidden, position):
-        wide = at_least_float32(hidden).dtype
-        logits = jnp.dot(hidden, head, precision=product_precision(hidden.dtype), preferred_element_type=wide)
-        keys = token_keys(key, sample_ids, position)
-        return sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    def write(rollout, hidden, position):
-        """Adds the token at `position` to the rows that have not ended."""
-        token, logprob = choose(hidden, position)
-        live = ~rollout.finished
-        token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)
-        column = (jnp.int32(0), position)
-        return Rollout(
-            tokens=jax.lax.dynamic_update_slice(rollout.tokens, token[:, None], column),
-            mask=jax.lax.dynamic_update_slice(rollout.mask, live[:, None], column),
-            logprobs=jax.lax.dynamic_update_slice(rollout.logprobs, logprob[:, None], column),
-            finished=rollout.finished | (token[:, None] == stops).any(-1),
-        ), token
-
-    def more(carry):
-        position, rollout, *_ = carry
-        return (position < length) & ~jnp.all(rollout.finished)
-
-    def step(carry):
-        position, rollout, token, cache = carry
-        row = Rows(
-            tokens=token[:, None],
-            positions=(prefilled.position + position)[:, None],
-            attend_start=prefilled.start[:, None],
-            attend_end=jnp.full((batch, 1), width + position, jnp.int32),
+    batch, column = prefilled.hidden.shape[0], prefilled.keys.shape[3]
+    laid = lay_out(model, params)
+    done, width = 0, cache_width(column + min(max_new_tokens, GROWTH))
+    slots = seat(prefilled, sample_ids, width=width)
+    for x in (prefilled.keys, prefilled.values):
+        x.delete()
+    dtype = at_least_float32(slots.hidden).dtype
+    rollout = empty_rollout(batch=batch, length=max_new_tokens, dtype=dtype)
+    while True:
+        slots, rollout, steps, live = advance(
+            model,
+            laid,
+            slots,
+            rollout,
+            key,
+            np.int32(done),
+            np.int32(min(max_new_tokens - done, width - column)),
+            np.int32(0),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=stop_ids,
         )
-        hidden, cache, _ = model.apply(params, None, row, cache)
-        rollout, token = write(rollout, hidden[:, -1], position)
-        return position + 1, rollout, token, _on_mesh(cache)
-
-    used = sample_ids >= 0
-    dtype = at_least_float32(prefilled.hidden).dtype
-    empty = Rollout(
-        tokens=jnp.zeros((batch, length), jnp.int32),
-        mask=jnp.zeros((batch, length), bool),
-        logprobs=jnp.zeros((batch, length), dtype),
-        finished=~used,  # an unused row has ended before it starts
-    )
-    rollout, token = write(_by_rows(empty), prefilled.hidden, jnp.int32(0))
-    _, rollout, _, cache = jax.lax.while_loop(more, step, (jnp.int32(1), rollout, token, prefilled.cache))
-    rollout = _by_rows(rollout._replace(finished=rollout.finished & used))
-    return rollout, prefilled._replace(cache=_on_mesh(cache))
+        done, column = done + int(steps), column + int(steps)
+        if not int(live):
+            return rollout, done
+        width = cache_width(column + min(max_new_tokens - done, GROWTH))
+        slots = move(slots, 0, width=width)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"))
 def generate(
     model: Model,
     params: Params,
@@ -174,11 +102,10 @@ def generate(
     Returns:
       The completions, R wide.
     """
-    prefilled = prefill(model, params, rows, max_new_tokens=max_new_tokens)
     return decode(
         model,
         params,
-        prefilled,
+        prefill(model, params, rows),
         key,
         sample_ids,
         max_new_tokens=max_new_tokens,
@@ -187,6 +114,16 @@ def generate(
         top_p=top_p,
         stop_ids=stop_ids,
     )[0]
+
+
+def cache_width(columns: int) -> int:
+    """The least number of columns that caches are made of and that is enough: 2^n or 3 x 2^n, for few programs.
+
+    >>> [cache_width(n) for n in (1, 17, 24, 25, 100, 130, 192)]
+    [16, 24, 24, 32, 128, 192, 192]
+    """
+    power = max(16, 1 << (columns - 1).bit_length())
+    return power * 3 // 4 if power > 16 and columns <= power * 3 // 4 else power
 
 
 def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
@@ -214,16 +151,3 @@ def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
     whole = Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(rows, completion, strict=True)))
     readouts = Readouts(source=here - 1, target=completion.tokens, completion=jnp.zeros_like(here), mask=mask)
     return whole, readouts
-
-
-def _by_rows(rollout: Rollout) -> Rollout:
-    """Completions over the batch axes: left alone, the compiler may split them like the head."""
-    return Rollout(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in rollout))
-
-
-def _on_mesh(cache: Cache) -> Cache:
-    """Rows of the cache over the batch axes, its heads over `tensor`."""
-    keys, values = (
-        tuple(constrain(x, "batch", "tensor", None, None) for x in layers) for layers in (cache.keys, cache.values)
-    )
-    return cache._replace(keys=keys, values=values)

@@ -91,10 +91,11 @@ def token_keys(key: Array, sample_ids: Array, position: Array | int) -> Array:
     Args:
       key: of the run, or of an iteration.
       sample_ids: int32 [B].
-      position: 0 for a completion's first token.
+      position: 0 for a completion's first token; one for all rows, or int32 [B].
 
     Returns:
       Keys [B].
     """
     chex.assert_rank(sample_ids, 1)
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), position))(sample_ids)
+    position = jnp.broadcast_to(position, sample_ids.shape)
+    return jax.vmap(lambda i, p: jax.random.fold_in(jax.random.fold_in(key, i), p))(sample_ids, position)

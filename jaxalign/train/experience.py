@@ -40,8 +40,9 @@ from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
 from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
 from jaxalign.rollout.engine import continuation
-from jaxalign.rollout.generate import Rollout, completed_rows, decode, prefill
+from jaxalign.rollout.generate import completed_rows, decode
 from jaxalign.rollout.host import all_rows, local_rows
+from jaxalign.rollout.slots import Rollout, prefill
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.minibatches import deal, in_parts, stream_key
 from jaxalign.types import Array, Batch, Params, PolicyBatch, Readouts, Rows, TrainState
@@ -167,8 +168,7 @@ class Prepare:
         """Rollout, scores and forward passes of one batch of prompts."""
         c = self.config
         start = time.perf_counter()
-        options = {"max_new_tokens": c.rollout.max_new_tokens}
-        prefilled = jax.block_until_ready(prefill(self.policy, params["policy"], batch.rows, **options))
+        prefilled = jax.block_until_ready(prefill(self.policy, params["policy"], batch.rows))
         read = time.perf_counter()
         rollout, _ = decode(
             self.policy,
@@ -180,9 +180,8 @@ class Prepare:
             top_k=int(c.rollout.top_k),
             top_p=float(c.rollout.top_p),
             stop_ids=self.stop_ids,
-            **options,
+            max_new_tokens=c.rollout.max_new_tokens,
         )
-        del prefilled
         rollout = jax.device_put(rollout, batch_sharding(self.mesh))  # where it is, by one name
         rows, readouts = jax.block_until_ready(self._complete(batch.rows, rollout))
         sampled = time.perf_counter()

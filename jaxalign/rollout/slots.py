@@ -1,0 +1,374 @@
+"""Slots: rows of a batch that decode prompts which have been read, token by token, from a cache.
+
+    laid = lay_out(model, params)                       # once per rollout
+    prefilled = prefill(model, params, rows)
+    slots = seat(prefilled, sample_ids, width=...)      # or `refill`, of some slots of a batch that is at work
+    slots, rollout, steps = advance(model, laid, slots, rollout, key, ...)
+    slots = move(slots, shift, width=...)               # another number of columns
+
+All rows write to one column of the cache, so that a token is one write in place.  A prompt is put before the column at
+which the batch stands, wherever that is, and `start` says where its row begins: what lies before is never seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign.models.cache import Cache
+from jaxalign.models.transformer import Model
+from jaxalign.ops.precision import at_least_float32, product_precision
+from jaxalign.parallel.sharding import constrain, param_spec, path_name
+from jaxalign.rollout.sampling import sample, token_keys
+from jaxalign.types import Array, Params, Rows
+
+
+class Rollout(NamedTuple):
+    """Sampled completions, one per row."""
+
+    tokens: Array  # int32 [B, R], 0 after the end
+    mask: Array  # bool [B, R], the completion's tokens, its stop token included
+    logprobs: Array  # float32 [B, R], nats, at the sampling temperature, 0 where the mask is False
+    finished: Array  # bool [B], ended by a stop token
+
+
+class Prefilled(NamedTuple):
+    """Prompts that have been read: what decoding starts from."""
+
+    keys: Array  # [L, B, K, P, H]
+    values: Array  # [L, B, K, P, H]
+    hidden: Array  # [B, D], of the last prompt token
+    position: Array  # int32 [B], of the last prompt token
+    start: Array  # int32 [B], column of the first prompt token
+
+
+class Slots(NamedTuple):
+    """Rows at work; `cache.index` is the column that the next token of each is written to."""
+
+    cache: Cache
+    hidden: Array  # [B, D], from which the next token is sampled
+    position: Array  # int32 [B], of the token that `hidden` read
+    start: Array  # int32 [B], column of the first prompt token
+    place: Array  # int32 [B], tokens sampled so far
+    sample_ids: Array  # int32 [B]
+    live: Array  # bool [B], False for a row that has ended or never began
+
+
+def lay_out(model: Model, params: Params) -> Params:
+    """Parameters as decoding reads them: each layer by itself, in the compute dtype, whole but for `tensor`.
+
+    Once for all tokens, in place of slicing, rounding and gathering them for each.  Where a whole copy would take more
+    than a quarter of a device's memory they stay split over `fsdp` too.
+
+    Args:
+      model: the policy.
+      params: its parameters, on the mesh or not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = dict(mesh.shape).get("tensor", 1) if mesh is not None else 1
+    size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(model.config.dtype).itemsize / split
+    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return _lay_out(model, params, whole=room is None or size <= room / 4)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "whole"))
+def _lay_out(model: Model, params: Params, *, whole: bool) -> Params:
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def place(path, x):
+        name = path_name(path)
+        if not name.endswith("scale"):  # norms work in their own precision
+            x = x.astype(model.config.dtype)
+        if mesh is None or mesh.empty:
+            return x
+        spec = param_spec(name, x.shape, mesh)  # type: ignore[arg-type]
+        return jax.lax.with_sharding_constraint(
+            x, jax.sharding.PartitionSpec(*(None if whole and axes == "fsdp" else axes for axes in spec))
+        )
+
+    params = jax.tree_util.tree_map_with_path(place, params)
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(model.config.num_layers)]
+    return params | {"layers": tuple(layers)}
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
+    """Reads left-padded prompts.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      rows: prompts [B, P]; the last token of every row is real.
+    """
+    chex.assert_rank(list(rows), 2)
+    hidden, keys, values = model.read(params, rows)
+    return Prefilled(
+        keys=constrain(keys, None, "batch", "tensor", None, None),
+        values=constrain(values, None, "batch", "tensor", None, None),
+        hidden=constrain(hidden[:, -1], "batch", None),
+        position=constrain(rows.positions[:, -1], "batch"),
+        start=constrain(rows.attend_start[:, -1], "batch"),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("width",))
+def seat(prefilled: Prefilled, sample_ids: Array, *, width: int) -> Slots:
+    """Slots for prompts, row for row.
+
+    Args:
+      prefilled: the prompts [B, P].
+      sample_ids: int32 [B]; a negative one marks an unused row.
+      width: columns of the cache, at least P.
+    """
+    layers, columns = prefilled.keys.shape[0], prefilled.keys.shape[3]
+    room = ((0, 0), (0, 0), (0, width - columns), (0, 0))
+    keys, values = (tuple(jnp.pad(x[i], room) for i in range(layers)) for x in (prefilled.keys, prefilled.values))
+    return _on_mesh(
+        Slots(
+            cache=Cache(keys, values, jnp.int32(columns)),
+            hidden=prefilled.hidden,
+            position=prefilled.position,
+            start=prefilled.start,
+            place=jnp.zeros_like(prefilled.start),
+            sample_ids=jnp.asarray(sample_ids, jnp.int32),
+            live=jnp.asarray(sample_ids) >= 0,
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch", "width"))
+def empty_slots(model: Model, index: Array | int, *, batch: int, width: int) -> Slots:
+    """Slots without work.
+
+    Args:
+      model: the policy.
+      index: the column at which they stand.
+      batch: B.
+      width: columns of the cache.
+    """
+    c = model.config
+    none = jnp.zeros((batch, c.num_kv_heads, width, c.head_dim), c.dtype)
+    zero = jnp.zeros(batch, jnp.int32)
+    return _on_mesh(
+        Slots(
+            cache=Cache((none,) * c.num_layers, (none,) * c.num_layers, jnp.asarray(index, jnp.int32)),
+            hidden=jnp.zeros((batch, c.embed_dim), c.dtype),
+            position=zero,
+            start=zero,
+            place=zero,
+            sample_ids=zero - 1,
+            live=jnp.zeros(batch, bool),
+        )
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def refill(
+    slots: Slots, prefilled: Prefilled, rows: Array, sources: Array, sample_ids: Array, count: Array | int
+) -> Slots:
+    """Puts prompts into some of the slots; the others go on as they were.
+
+    Args:
+      slots: at a column no less than P.
+      prefilled: prompts [Q, P].
+      rows: int32 [B], the slots to fill.
+      sources: int32 [B], the prompt of each; several may share one.
+      sample_ids: int32 [B], of each.
+      count: how many of these are meant, the first ones.
+    """
+    columns, index = prefilled.keys.shape[3], slots.cache.index
+
+    def at(*indices):
+        return tuple(jnp.asarray(i, jnp.int32) for i in indices)
+
+    def put(old, new):
+        """One row of a vector."""
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], at(row, *[0] * (old.ndim - 1)))
+
+    def one(i, slots):
+        nonlocal row
+        row, source = rows[i], sources[i]
+
+        def layer(number, old, new):
+            part = jax.lax.dynamic_slice(new, at(number, source, 0, 0, 0), (1, 1, *new.shape[2:]))[0]
+            return jax.lax.dynamic_update_slice(old, part.astype(old.dtype), at(row, 0, index - columns, 0))
+
+        keys = tuple(layer(n, old, prefilled.keys) for n, old in enumerate(slots.cache.keys))
+        values = tuple(layer(n, old, prefilled.values) for n, old in enumerate(slots.cache.values))
+        return Slots(
+            cache=Cache(keys, values, index),
+            hidden=put(slots.hidden, prefilled.hidden[source]),
+            position=put(slots.position, prefilled.position[source]),
+            start=put(slots.start, index - columns + prefilled.start[source]),
+            place=put(slots.place, jnp.int32(0)),
+            sample_ids=put(slots.sample_ids, sample_ids[i]),
+            live=put(slots.live, jnp.bool_(True)),
+        )
+
+    row: Any = None
+    return _on_mesh(jax.lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), one, slots))
+
+
+def move(slots: Slots, shift: int, *, width: int) -> Slots:
+    """The same rows in a cache of other columns, one array at a time; the old cache is used up.
+
+    Args:
+      slots: to be moved.
+      shift: by how many columns to the left; not more than lie before every live row.
+      width: columns of the new cache, at least those of the old one.
+    """
+    shift = jnp.int32(shift)
+
+    def moved(layers):
+        out = []
+        for x in layers:
+            out.append(_shift(x, shift) if x.shape[2] == width else _widen(x, shift, width=width))
+            if not x.is_deleted():
+                x.delete()
+        return tuple(out)
+
+    cache = slots.cache
+    start, index = _shifted(slots.start, cache.index, shift)
+    return slots._replace(start=start, cache=Cache(moved(cache.keys), moved(cache.values), index))
+
+
+@functools.partial(jax.jit, static_argnames=("width",))
+def _widen(x: Array, shift: Array, *, width: int) -> Array:
+    return _rolled(jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0))), shift)
+
+
+@functools.partial(jax.jit, donate_argnames=("x",))
+def _shift(x: Array, shift: Array) -> Array:
+    return _rolled(x, shift)
+
+
+def _rolled(x: Array, shift: Array) -> Array:
+    # What comes in at an end lies outside of every live row's interval.
+    return constrain(jnp.roll(x, -shift, axis=2), "batch", "tensor", None, None)
+
+
+@jax.jit
+def _shifted(start: Array, index: Array, shift: Array) -> tuple[Array, Array]:
+    return constrain(jnp.maximum(start - shift, 0), "batch"), index - shift  # a row that has ended may be gone
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "length", "dtype"))
+def empty_rollout(*, batch: int, length: int, dtype: Any) -> Rollout:
+    """No tokens yet.
+
+    Args:
+      batch: B.
+      length: R.
+      dtype: of the log-probs.
+    """
+    return _by_rows(
+        Rollout(
+            tokens=jnp.zeros((batch, length), jnp.int32),
+            mask=jnp.zeros((batch, length), bool),
+            logprobs=jnp.zeros((batch, length), dtype),
+            finished=jnp.zeros(batch, bool),
+        )
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"),
+    donate_argnames=("slots", "rollout"),
+)
+def advance(
+    model: Model,
+    params: Params,
+    slots: Slots,
+    rollout: Rollout,
+    key: Array,
+    column: Array | int,
+    steps: Array | int,
+    floor: Array | int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    stop_ids: tuple[int, ...],
+) -> tuple[Slots, Rollout, Array, Array]:
+    """Samples up to `steps` tokens of every live row, and ends earlier where few rows are left.
+
+    Args:
+      model: the policy.
+      params: its parameters as `lay_out` gives them.
+      slots: with at least `steps` columns left.
+      rollout: what is sampled is written there.
+      key: of the run or the iteration.
+      column: of `rollout`, for the first token.
+      steps: at most.
+      floor: it ends where no more rows than this are live.
+      max_new_tokens: of a completion.
+      temperature: 0 for the likeliest token always.
+      top_k: 0 for all tokens.
+      top_p: 1 for all tokens.
+      stop_ids: the tokens that end a row.
+
+    Returns:
+      slots, rollout, steps that were taken, live rows.
+    """
+    head = model.head(params)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+    column, batch = jnp.asarray(column, jnp.int32), slots.live.shape[0]
+
+    def more(carry):
+        step, slots, _ = carry
+        return (step < steps) & (jnp.sum(slots.live, dtype=jnp.int32) > floor)
+
+    def body(carry):
+        step, slots, rollout = carry
+        wide = at_least_float32(slots.hidden).dtype
+        precision = product_precision(slots.hidden.dtype)
+        logits = jnp.dot(slots.hidden, head, precision=precision, preferred_element_type=wide)
+        keys = token_keys(key, slots.sample_ids, slots.place)
+        token, logprob = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        live = slots.live
+        token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)
+        stopped = live & (token[:, None] == stops).any(-1)
+        where = (jnp.int32(0), column + step)
+        rollout = Rollout(
+            tokens=jax.lax.dynamic_update_slice(rollout.tokens, token[:, None], where),
+            mask=jax.lax.dynamic_update_slice(rollout.mask, live[:, None], where),
+            logprobs=jax.lax.dynamic_update_slice(rollout.logprobs, logprob[:, None], where),
+            finished=rollout.finished | stopped,
+        )
+        place, position = slots.place + live, slots.position + 1
+        row = Rows(
+            tokens=token[:, None],
+            positions=position[:, None],
+            attend_start=slots.start[:, None],
+            attend_end=jnp.broadcast_to(slots.cache.index + 1, (batch, 1)),
+        )
+        hidden, cache, _ = model.apply(params, None, row, slots.cache)
+        assert cache is not None
+        live = live & ~stopped & (place < max_new_tokens)
+        slots = slots._replace(cache=cache, hidden=hidden[:, -1], position=position, place=place, live=live)
+        return step + 1, _on_mesh(slots), rollout
+
+    carry = (jnp.int32(0), slots, _by_rows(rollout))
+    step, slots, rollout = jax.lax.while_loop(more, body, carry)
+    return _on_mesh(slots), _by_rows(rollout), step, jnp.sum(slots.live, dtype=jnp.int32)
+
+
+def _by_rows(rollout: Rollout) -> Rollout:
+    """Completions over the batch axes: left alone, the compiler may split them like the head."""
+    return Rollout(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in rollout))
+
+
+def _on_mesh(slots: Slots) -> Slots:
+    """Rows over the batch axes, heads over `tensor`."""
+    keys, values = (
+        tuple(constrain(x, "batch", "tensor", None, None) for x in layers)
+        for layers in (slots.cache.keys, slots.cache.values)
+    )
+    rest = (constrain(x, "batch", *[None] * (x.ndim - 1)) for x in slots[1:])
+    return Slots(Cache(keys, values, slots.cache.index), *rest)
