@@ -1,4 +1,4 @@
-"""From prompts to completions as text: tokenise, batch in few shapes, generate, decode."""
+"""From prompts to completions as text: tokenise, generate, decode."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ from jax.sharding import Mesh
 
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.records import Record
-from jaxalign.data.rows import Shape, build_prompts
-from jaxalign.data.tokenize import Dropped, Encoder, Example, tokenize_records
+from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
-from jaxalign.parallel.mesh import batch_shards
-from jaxalign.parallel.sharding import batch_part, put_batch
-from jaxalign.rollout.generate import generate
-from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.batching import continue_prompts
 from jaxalign.types import Params
-
-_LEAST_WIDTH = 16  # prompt widths are powers of two from here on
 
 
 class Completion(NamedTuple):
@@ -36,8 +30,11 @@ class Completion(NamedTuple):
 class Generator:
     """A model that continues text.
 
-    Prompts are grouped by length into batches whose shapes are powers of two, so that few programs are compiled.  A
-    completion depends on its prompt, the seed and its place in the list, not on how prompts were grouped.
+    Prompts wait by length for one of `batch_size` slots, and shapes are few, so that few programs are compiled.  Equal
+    prompts are read once.  A completion depends on its prompt, the seed and its place in the list, on nothing else.
+
+    `stats` says how the last call went: `tokens_per_second`, `slot_occupancy` (the share of the slots' steps that gave
+    a token), `time/prefill` and `time/decode` in seconds.
 
     Args:
       model: with a token head.
@@ -48,7 +45,7 @@ class Generator:
       temperature: 0 for the likeliest token always.
       top_k: 0 for all tokens.
       top_p: 1 for all tokens.
-      batch_size: prompts at a time, at most.
+      batch_size: completions at a time, at most.
       mesh: where it runs; None: one device.  With several processes each calls with the same prompts.
     """
 
@@ -68,6 +65,7 @@ class Generator:
     ):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.batch_size = batch_size
+        self.stats: dict[str, float] = {}
         self._encoder = Encoder(tokenizer, stop_ids, render_plain)
         self._options: dict[str, Any] = {
             "max_new_tokens": int(max_new_tokens),
@@ -117,43 +115,32 @@ class Generator:
             tokenised.append(item.prompt)
         return tokenised
 
-    def continue_ids(self, prompts: Sequence[Sequence[int] | np.ndarray], *, seed: int) -> list[Completion]:
+    def continue_ids(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], *, seed: int, num_samples: int = 1
+    ) -> list[Completion]:
         """Continues token ids, as they are; the texts are those of the new ids alone.
 
         Args:
           prompts: of at least one token each.
           seed: of the samples.
-        """
-        examples = [Example(i, np.asarray(p, np.int32), (), (), (), 1.0, 0.0) for i, p in enumerate(prompts)]
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
-        found: dict[int, Completion] = {}
-        for start in range(0, len(order), self.batch_size):
-            part = [examples[i] for i in order[start : start + self.batch_size]]
-            found |= zip((e.record for e in part), self._batch(part, seed), strict=True)
-        return [found[i] for i in range(len(examples))]
+          num_samples: completions of each prompt.
 
-    def _batch(self, examples: list[Example], seed: int) -> list[Completion]:
-        rows = min(_power_of_two(len(examples)), self.batch_size)
-        width = max(_LEAST_WIDTH, _power_of_two(max(len(e.prompt) for e in examples)))
-        key = jax.random.key(seed)
-        if self.mesh is None:
-            batch = build_prompts(examples, Shape(rows, width, 0, 1), 0)
-            rollout = generate(self.model, self.params, batch.rows, key, batch.record_ids[:, 0], **self._options)
-        else:
-            shards = batch_shards(self.mesh)
-            part, parts = batch_part(self.mesh)
-            own = -(-rows // shards) * shards // parts
-            batch = build_prompts(examples[part * own : (part + 1) * own], Shape(own, width, 0, 1), 0)
-            with jax.set_mesh(self.mesh):
-                batch = put_batch(batch, self.mesh)
-                rollout = generate(self.model, self.params, batch.rows, key, batch.record_ids[:, 0], **self._options)
-        tokens, mask, logprobs, finished = (all_rows(x)[: len(examples)] for x in rollout)
-        ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [
-            Completion(text, i, float(total), bool(done))
-            for text, i, total, done in zip(texts, ids, logprobs.sum(axis=1), finished, strict=True)
-        ]
+        Returns:
+          Completions in the order of the prompts, those of one prompt after each other.
+        """
+        found, self.stats = continue_prompts(
+            self.model,
+            self.params,
+            [np.asarray(p, np.int32) for p in prompts],
+            jax.random.key(seed),
+            num_samples=num_samples,
+            num_slots=self.batch_size,
+            mesh=self.mesh,
+            **self._options,
+        )
+        texts = self.tokenizer.batch_decode([s.ids for s in found], skip_special_tokens=True)
+        stops = self._options["stop_ids"]
+        return [Completion(text, s.ids, s.logprob, s.ids[-1] in stops) for text, s in zip(texts, found, strict=True)]
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int] | np.ndarray, ids: Sequence[int]) -> str:
@@ -169,8 +156,3 @@ def continuation(tokenizer: Any, prompt: Sequence[int] | np.ndarray, ids: Sequen
     before = tokenizer.decode(list(prompt), skip_special_tokens=True)
     whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is at least n."""
-    return 1 << (n - 1).bit_length()

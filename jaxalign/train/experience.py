@@ -272,6 +272,7 @@ class Prepare:
             "rollout/distinct_1": diversity.distinct_ngrams(ids, 1),
             "rollout/distinct_2": diversity.distinct_ngrams(ids, 2),
             "rollout/distinct_samples": diversity.distinct_samples(ids),
+            "rollout/slot_occupancy": float(mask.sum() / max(mask.size and len(mask) * mask.sum(axis=1).max(), 1)),
             "rollout/repetition": diversity.repetition(ids, 3),
             "rollout/length_score_correlation": diversity.length_correlation(*map(list, zip(*scored, strict=True)))
             if scored

@@ -1,0 +1,250 @@
+"""Many completions in few slots: a slot whose row has ended takes the next prompt, while the others go on.
+
+The host plans and the devices work: prompts are read in batches of like length, each prompt once however many
+completions it gets; then all slots decode, without a word to the host, until some have ended or the cache is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.data.rows import Shape, build_prompts
+from jaxalign.data.tokenize import Example
+from jaxalign.models.transformer import Model
+from jaxalign.parallel.mesh import batch_shards
+from jaxalign.parallel.sharding import batch_part, put_batch
+from jaxalign.rollout.generate import GROWTH, cache_width
+from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.slots import Prefilled, advance, empty_rollout, empty_slots, lay_out, move, prefill, refill
+from jaxalign.types import Params
+
+_LEAST_WIDTH = 16  # prompt widths are powers of two from here on
+_MOST_STEPS = 128  # between two looks of the host
+_IDLE = 8  # one in so many slots may wait for its next prompt: refilling costs time too
+
+
+class Sampled(NamedTuple):
+    """One completion."""
+
+    ids: list[int]  # the stop token included
+    logprob: float  # nats, summed, at the sampling temperature (1 where that is 0)
+
+
+class _Queue:
+    """Completions that are wanted, by the length of their prompts, and the prompts of the next ones, read ahead."""
+
+    def __init__(self, model, params, prompts, num_samples, num_slots, mesh):
+        self._model, self._params, self._mesh, self._num_slots = model, params, mesh, num_slots
+        unique: dict[bytes, int] = {}
+        self._prompts = []
+        wanted: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            number = unique.setdefault(prompt.tobytes(), len(unique))
+            if number == len(self._prompts):
+                self._prompts.append(prompt)
+            wanted.setdefault(number, []).extend(range(i * num_samples, (i + 1) * num_samples))
+        order = sorted(wanted, key=lambda n: len(self._prompts[n]))
+        self._waiting = deque((n, wanted[n]) for n in order)
+        self.ready: deque[tuple[int, int, int]] = deque()  # (row of `prefilled`, length of the prompt, sample)
+        self.prefilled: Prefilled | None = None
+        self.seconds = 0.0  # spent in reading
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self.ready)
+
+    @property
+    def width(self) -> int:
+        """Columns of the prompts that have been read."""
+        assert self.prefilled is not None
+        return self.prefilled.keys.shape[3]
+
+    def read(self) -> None:
+        """Reads the prompts of about as many completions as there are slots, if none are left that have been read."""
+        if self.ready or not self._waiting:
+            return
+        start = time.perf_counter()
+        self.prefilled = None  # its memory is free before the next are read
+        numbers = []
+        while self._waiting and len(self.ready) < self._num_slots:
+            number, samples = self._waiting.popleft()
+            self.ready.extend((len(numbers), len(self._prompts[number]), s) for s in samples)
+            numbers.append(number)
+        examples = [Example(n, self._prompts[n], (), (), (), 1.0, 0.0) for n in numbers]
+        rows = min(power_of_two(len(examples)), self._num_slots)
+        width = max(_LEAST_WIDTH, power_of_two(max(len(e.prompt) for e in examples)))
+        if self._mesh is None:
+            given = build_prompts(examples, Shape(rows, width, 0, 1), 0).rows
+        else:
+            part, parts = batch_part(self._mesh)
+            own = whole_shards(rows, self._mesh) // parts
+            given = build_prompts(examples[part * own : (part + 1) * own], Shape(own, width, 0, 1), 0).rows
+            given = put_batch(given, self._mesh)
+        self.prefilled = jax.block_until_ready(prefill(self._model, self._params, given))
+        self.seconds += time.perf_counter() - start
+
+
+class _Batch:
+    """The slots, and what the host knows of them."""
+
+    def __init__(self, model, params, key, num_slots, max_new_tokens, options):
+        self._model, self._params, self._key = model, params, key
+        self._limit, self._options = max_new_tokens, options
+        self._slots: Any = None
+        self._column = self._width = 0
+        self._sample = np.full(num_slots, -1)  # -1: free
+        self._start = np.zeros(num_slots, np.int64)  # column of the first prompt token
+        self._place = np.zeros(num_slots, np.int64)  # tokens sampled so far
+        self.said: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # sample -> tokens and log-probs, in pieces
+        self.steps = 0
+
+    @property
+    def live(self) -> np.ndarray:
+        return self._sample >= 0
+
+    def fill(self, queue: _Queue) -> None:
+        """Gives free slots their next prompts, as many as have been read."""
+        free = np.flatnonzero(~self.live)[: len(queue.ready)]
+        if not len(free):
+            return
+        self._make_room(queue.width)
+        rows, sources, samples = (np.zeros(len(self._sample), np.int32) for _ in range(3))
+        rows[: len(free)] = free
+        for i, row in enumerate(free):
+            sources[i], length, samples[i] = queue.ready.popleft()
+            self._sample[row], self._start[row], self._place[row] = samples[i], self._column - length, 0
+        self._slots = refill(self._slots, queue.prefilled, rows, sources, samples, np.int32(len(free)))
+
+    def _make_room(self, prompt: int = 0) -> None:
+        """At least one column to write, and `prompt` columns before it; moves the rows where there are not."""
+        if self._slots is not None and prompt <= self._column < self._width:
+            return
+        live = self.live
+        span = self._column - self._start[live].min() if live.any() else 0
+        column = max(int(span), prompt)
+        coming = self._limit if prompt else self._limit - int(self._place[live].min())
+        width = max(self._width, cache_width(column + min(coming, GROWTH)))
+        if self._slots is None:
+            self._slots = empty_slots(self._model, np.int32(column), batch=len(self._sample), width=width)
+        else:
+            self._slots = move(self._slots, self._column - column, width=width)
+        self._start -= self._column - column
+        self._column, self._width = column, width
+
+    def advance(self, waiting: bool) -> None:
+        """Decodes until enough slots are free to be worth refilling, or all where nothing waits."""
+        self._make_room()
+        batch, live = len(self._sample), self.live
+        length = min(self._limit, _MOST_STEPS)
+        rollout = empty_rollout(batch=batch, length=length, dtype=_wide(self._slots.hidden))
+        floor = min(int(live.sum()) - 1, batch - max(1, batch // _IDLE)) if waiting else 0
+        steps = np.int32(min(length, self._width - self._column))
+        self._slots, rollout, taken, _ = advance(
+            self._model,
+            self._params,
+            self._slots,
+            rollout,
+            self._key,
+            np.int32(0),
+            steps,
+            np.int32(floor),
+            max_new_tokens=self._limit,
+            **self._options,
+        )
+        tokens, mask, logprobs, goes_on = (all_rows(x) for x in (*rollout[:3], self._slots.live))
+        for row in np.flatnonzero(live):
+            self.said.setdefault(int(self._sample[row]), []).append((tokens[row][mask[row]], logprobs[row][mask[row]]))
+        self._place += mask.sum(axis=1)
+        self._sample[~goes_on] = -1
+        self._column += int(taken)
+        self.steps += int(taken)
+
+
+def continue_prompts(
+    model: Model,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    key: jax.Array,
+    *,
+    num_samples: int = 1,
+    num_slots: int,
+    mesh: Mesh | None = None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: tuple[int, ...],
+) -> tuple[list[Sampled], dict[str, float]]:
+    """Samples completions of any number of prompts.
+
+    A completion is a function of (params, its prompt, key, its number): not of the slots or of the others.
+
+    Args:
+      model: the policy.
+      params: its parameters; with a mesh, on it.
+      prompts: int32 token ids, at least one each; equal ones are read once.
+      key: of the run (`jax.random.key`).
+      num_samples: completions of each prompt; that of prompt i and sample s has the number i * num_samples + s.
+      num_slots: completions at a time, at most.
+      mesh: where it runs; None: one device.
+      max_new_tokens: the most tokens a completion can have, its stop token included.
+      temperature: 0 for the likeliest token always.
+      top_k: 0 for all tokens.
+      top_p: 1 for all tokens.
+      stop_ids: the tokens that end a completion.
+
+    Returns:
+      The completions by number, and figures: `tokens_per_second`, `slot_occupancy`, `time/prefill`, `time/decode`.
+    """
+    begin = time.perf_counter()
+    total = len(prompts) * num_samples
+    if not total:
+        return [], {}
+    num_slots = min(power_of_two(total), num_slots)
+    if mesh is not None:
+        num_slots = whole_shards(num_slots, mesh)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids}
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        queue = _Queue(model, params, prompts, num_samples, num_slots, mesh)
+        batch = _Batch(model, lay_out(model, params), key, num_slots, max_new_tokens, options)
+        while queue or batch.live.any():
+            while queue and not batch.live.all():
+                queue.read()
+                batch.fill(queue)
+            batch.advance(bool(queue))
+    pieces = [batch.said[n] for n in range(total)]
+    found = [Sampled(np.concatenate([t for t, _ in p]).tolist(), sum(float(x.sum()) for _, x in p)) for p in pieces]
+    tokens, seconds = sum(len(s.ids) for s in found), time.perf_counter() - begin
+    return found, {
+        "tokens_per_second": tokens / seconds,
+        "slot_occupancy": tokens / (batch.steps * num_slots),
+        "time/prefill": queue.seconds,
+        "time/decode": seconds - queue.seconds,
+    }
+
+
+def power_of_two(n: int) -> int:
+    """The least that is at least n.
+
+    >>> [power_of_two(n) for n in (1, 3, 8)]
+    [1, 4, 8]
+    """
+    return 1 << (n - 1).bit_length()
+
+
+def whole_shards(rows: int, mesh: Mesh) -> int:
+    """The least number of rows, at least `rows`, that a mesh's shards divide."""
+    shards = batch_shards(mesh)
+    return -(-rows // shards) * shards
+
+
+def _wide(x: jax.Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)

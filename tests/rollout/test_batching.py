@@ -1,0 +1,112 @@
+"""Slots that are refilled: the same samples as of one batch, in fewer steps, each prompt read once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.rollout import batching, generate
+from tests.ppo.ppo_world import STOP, drawn, prompt_batch, tiny_model
+
+LIMIT = 24
+OPTIONS = {"max_new_tokens": LIMIT, "temperature": 0.8, "stop_ids": STOP}
+_RNG = np.random.default_rng(0)
+# Lengths on both sides of a power of two, so that later prompts are wider than the column that slots stand at.
+PROMPTS = [np.r_[1, _RNG.integers(6, 32, n)].astype(np.int32) for n in (2, 19, 4, 7, 1, 22, 30, 3, 12, 5, 26, 9)]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    model = tiny_model()
+    return model, jax.tree.map(jnp.asarray, drawn(model))
+
+
+@pytest.fixture(scope="module")
+def whole(policy):
+    """All in one batch, a slot for each: ids and summed log-probs."""
+    batch = prompt_batch(PROMPTS, 32)
+    ids = np.arange(len(PROMPTS), dtype=np.int32)
+    out = generate.generate(*policy, batch.rows, jax.random.key(3), ids, **OPTIONS)
+    tokens, mask, logprobs, _ = (np.asarray(x) for x in out)
+    assert {int(m.sum()) for m in mask} >= {LIMIT}  # some end at the limit, others long before
+    assert min(m.sum() for m in mask) < LIMIT // 2
+    return [t[m].tolist() for t, m in zip(tokens, mask, strict=True)], logprobs.sum(axis=1)
+
+
+def run(policy, prompts=PROMPTS, mesh=None, **options):
+    options = OPTIONS | {"num_slots": 3} | options
+    return batching.continue_prompts(*policy, prompts, jax.random.key(3), mesh=mesh, **options)
+
+
+@pytest.mark.parametrize("num_slots,growth", [(3, 4), (4, 64), (1, 16)])
+def test_refilled_slots_say_what_one_batch_says(policy, whole, monkeypatch, num_slots, growth):
+    """Whatever the number of slots, and however often the cache is moved."""
+    monkeypatch.setattr(batching, "GROWTH", growth)
+    moves = []
+    move = batching.move
+    monkeypatch.setattr(batching, "move", lambda slots, shift, **o: moves.append(shift) or move(slots, shift, **o))
+    found, _ = run(policy, num_slots=num_slots)
+    assert [s.ids for s in found] == whole[0]
+    np.testing.assert_allclose([s.logprob for s in found], whole[1], atol=2e-4)
+    assert moves if growth == 64 else max(moves) > 0  # to the left where columns ran out, else only to the right
+
+
+def test_slots_do_not_wait_for_their_neighbours(policy, whole):
+    """A row that ends makes room at once: fewer steps than batches in turn, each as long as its longest."""
+    _, stats = run(policy)
+    lengths = [len(whole[0][i]) for i in sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))]
+    in_turn = sum(max(lengths[i : i + 3]) for i in range(0, len(lengths), 3))
+    steps = round(sum(lengths) / stats["slot_occupancy"] / 3)
+    assert sum(lengths) / 3 <= steps < 0.9 * in_turn
+    assert set(stats) == {"tokens_per_second", "slot_occupancy", "time/prefill", "time/decode"}
+    assert min(stats.values()) > 0
+
+
+def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
+    """Three of each prompt, numbered on, as if each prompt had been given three times; read once either way."""
+    read = []
+    prefill = batching.prefill
+
+    def counted(model, params, rows):
+        read.extend(tuple(t[s:]) for t, s in zip(rows.tokens.tolist(), rows.attend_start[:, -1], strict=True))
+        return prefill(model, params, rows)
+
+    monkeypatch.setattr(batching, "prefill", counted)
+    prompts = [p for p in PROMPTS if len(p) < 12]
+    repeated, _ = run(policy, [p for p in prompts for _ in range(3)])
+    first = [r for r in read if r != (0,)]  # the others are rows that fill a batch up
+    assert sorted(first) == sorted(tuple(p.tolist()) for p in prompts)
+    found, _ = run(policy, prompts, num_samples=3)
+    assert [s.ids for s in found] == [s.ids for s in repeated]
+    assert len({tuple(s.ids) for s in found}) > len(prompts)
+    assert len(read) == 2 * len(first)
+
+
+def test_refilled_slots_on_eight_devices(policy, whole):
+    model, params = policy
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
+    placed = jax.device_put(params, param_shardings(mesh, params))
+    found, _ = run((model, placed), mesh=mesh, num_slots=4)
+    assert [s.ids for s in found] == whole[0]
+
+
+def test_a_growing_cache_changes_nothing(policy, monkeypatch):
+    batch = prompt_batch(PROMPTS, 32)
+    args = (*policy, batch.rows, jax.random.key(3), np.arange(len(PROMPTS), dtype=np.int32))
+    once = generate.generate(*args, **OPTIONS)
+    widths = []
+    move = generate.move
+    monkeypatch.setattr(generate, "GROWTH", 4)
+    monkeypatch.setattr(generate, "move", lambda *a, width: widths.append(width) or move(*a, width=width))
+    monkeypatch.setattr(generate, "cache_width", lambda columns: columns)
+    grown = generate.generate(*args, **OPTIONS)
+    assert widths == list(range(40, 57, 4))
+    np.testing.assert_array_equal(once.tokens, grown.tokens)
+    np.testing.assert_array_equal(once.finished, grown.finished)
+    np.testing.assert_allclose(once.logprobs, grown.logprobs, atol=1e-5)
+
+
+def test_nothing_to_say(policy):
+    assert run(policy, []) == ([], {})
