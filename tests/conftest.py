@@ -16,8 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+_LONG = ("test_crashes", "test_two_processes", "test_toy_configs", "test_trainer")  # files of few, long tests
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("JAXALIGN_SHARED", ROOT.parent / "shared"))
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
 @pytest.fixture(scope="session")

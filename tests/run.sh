@@ -7,4 +7,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash launch/setup.sh test
 export JAX_PLATFORMS=cpu
-exec "${JAXALIGN_VENV:-.venv}/bin/python" -m pytest --numprocesses="${JAXALIGN_TEST_WORKERS:-2}" --dist=loadfile "$@"
+exec "${JAXALIGN_VENV:-.venv}/bin/python" -m pytest --numprocesses="${JAXALIGN_TEST_WORKERS:-2}" --dist=loadfile \
+  --no-loadscope-reorder "$@"
