@@ -9,7 +9,7 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 # A collective holds its thread until every device has joined, and XLA has a thread for each virtual device: a program
 # with several independent collectives under way can run out of them and is aborted after 40 seconds.
-os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
