@@ -26,7 +26,7 @@ from jaxalign.pipeline.generate import check_sampling
 from jaxalign.pipeline.loaded import Loaded, load_model, require_head
 from jaxalign.rewards.model import same_tokenizer
 from jaxalign.rewards.samples import Samples
-from jaxalign.rollout.engine import Completion, Generator
+from jaxalign.rollout.engine import Completion
 
 # The verdict where every prompt is a tie: the interval says nothing then.
 SAME = "undecided: the reward gave both the same score on every prompt; another reward may tell them apart"
@@ -88,17 +88,7 @@ def compare(
     said: list[Tokens] = []  # the aligned model's samples, which the base scores too
     for name, path in (("aligned", aligned), ("base", base)):  # one after the other: one model in memory
         loaded = load_model(path, head="lm", dtype=dtype)
-        generator = Generator(
-            loaded.model,
-            loaded.params,
-            loaded.tokenizer,
-            stop_ids=loaded.stop_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            mesh=loaded.mesh,
-        )
+        generator = loaded.generator(**sampling)
         prompts = generator.encode([q.prompt for q in asked]) if asked else []
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
         figures[name] = {"path": path, **_perplexity(loaded, records), **_figures(answers[name])}

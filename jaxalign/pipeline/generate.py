@@ -49,24 +49,13 @@ def generate(
             f"--prompt {prompt!r} is not UTF-8", "whole characters", "--prompt 'Once upon a time'"
         ) from error
     from jaxalign.pipeline.loaded import load_model
-    from jaxalign.rollout.engine import Generator
 
     loaded = load_model(model, head="lm", dtype=dtype, flag="--model")
     if chat and not loaded.tokenizer.chat_template:
         print(f"note: {model} has no chat template: the prompt is written as plain text", file=sys.stderr)
 
-    def generator(limit: int) -> Generator:
-        return Generator(
-            loaded.model,
-            loaded.params,
-            loaded.tokenizer,
-            stop_ids=loaded.stop_ids,
-            max_new_tokens=limit,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            mesh=loaded.mesh,
-        )
+    def generator(limit: int):
+        return loaded.generator(max_new_tokens=limit, temperature=temperature, top_k=top_k, top_p=top_p)
 
     asked = [{"role": "user", "content": prompt}] if chat else prompt
     start = loaded.tokenizer(prompt, verbose=False)["input_ids"] if not chat else generator(most).encode([asked])[0]

@@ -18,6 +18,7 @@ from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
+from jaxalign.rollout.engine import Generator
 from jaxalign.types import Params
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -33,6 +34,14 @@ class Loaded(NamedTuple):
     stop_ids: tuple[int, ...]
     mesh: jax.sharding.Mesh
     context: int | None  # tokens that the model was made for; None where its config does not say
+
+    def generator(self, **sampling: Any) -> Generator:
+        """What continues texts with this model.
+
+        Args:
+          sampling: `max_new_tokens`, `temperature` and whatever else `Generator` takes.
+        """
+        return Generator(self.model, self.params, self.tokenizer, stop_ids=self.stop_ids, mesh=self.mesh, **sampling)
 
 
 def load_model(

@@ -144,17 +144,18 @@ def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
         from jaxalign.pipeline.loaded import load_model
         from jaxalign.rewards.load import load_scorer
         from jaxalign.rewards.samples import Samples
-        from jaxalign.rollout.engine import Generator
 
         started = time.monotonic()
         asked = [line["prompt"] for line in reviews.read_lines(data / "prompts.jsonl")[: config.prepare.dpo_prompts]]
         log(f"pairs: two samples of the SFT model to each of {len(asked)} prompts, ordered by the reward model")
         loaded = load_model(str(Path(config.workdir, "sft/export")), head="lm")
-        generator = Generator(
-            loaded.model, loaded.params, loaded.tokenizer, stop_ids=loaded.stop_ids, mesh=loaded.mesh, batch_size=128,
-            max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-            top_k=sampling.top_k, top_p=sampling.top_p,
-        )  # fmt: skip
+        generator = loaded.generator(
+            batch_size=128,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
         found = generator(asked * 2, seed=config.seed)
         records = [Record(i, "prompts", i + 1, "prompt", prompt=p) for i, p in enumerate(asked * 2)]
         ends = [c.finished for c in found]
@@ -354,7 +355,7 @@ def page(summary: dict[str, Any], width: int = 190) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """`python -m jaxalign.pipeline.stories [--config.field=value ...]`; the fields are those of its config."""
-    return run_script("stories", argv, _run_and_show)
+    return run_script("stories", argv, _run_and_show, CONFIG)
 
 
 def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:

@@ -60,7 +60,7 @@ def objective(params, frozen, extra, batch):
 class World:
     """A loop in a directory; `run()` goes on from what is there."""
 
-    def __init__(self, workdir, *, num_steps=6, data=None, prepare=None, evaluate=None, **fields):
+    def __init__(self, workdir, *, num_steps=6, rate=0.1, data=None, prepare=None, evaluate=None, **fields):
         self.config = defaults("dpo")
         self.config.workdir = str(workdir)
         self.config.logging.tensorboard = False
@@ -73,7 +73,7 @@ class World:
         self.prepare = prepare or (lambda state, frozen, batch: (state, [batch], {}))
         self.evaluate = evaluate
         self.directory = RunDir(str(workdir))
-        self.tx = optax.chain(optax.sgd(0.1), optax.scale_by_schedule(lambda _: 1.0))
+        self.tx = optax.chain(optax.sgd(rate), optax.scale_by_schedule(lambda _: 1.0))
         whole = replicated(self.mesh)
         self.like = abstract(jax.eval_shape(self.fresh), jax.tree.map(lambda _: whole, jax.eval_shape(self.fresh)))
         self.step = Compiled(

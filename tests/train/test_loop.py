@@ -7,16 +7,12 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from loop_world import Data, World, host_batch, objective
+from loop_world import Data, World, host_batch
 
 from jaxalign.errors import InputError
-from jaxalign.parallel.sharding import replicated
-from jaxalign.steps.step import make_train_step
 from jaxalign.train import metrics
 from jaxalign.train.checkpoints import Checkpoints
-from jaxalign.train.compiled import Compiled
 from jaxalign.train.health import Health
 from jaxalign.train.interrupts import Interrupted
 from jaxalign.train.metrics import Progress, headline
@@ -204,28 +200,14 @@ def test_a_stop_and_a_resume_are_told(tmp_path, capsys, number):
 def test_a_run_that_diverges_says_so_at_its_end(tmp_path, capsys):
     calm = World(tmp_path / "calm", num_steps=5)
     assert calm.run()[1]["warnings"] == [] and "warning" not in capsys.readouterr().err
-    world = World(tmp_path / "wild", num_steps=5)
-    world.tx = optax.chain(optax.sgd(1.2), optax.scale_by_schedule(lambda _: 1.0))  # each step overshoots by more
-    world.step = Compiled(
-        make_train_step(objective, {"policy": world.tx}),
-        "train step",
-        donate=(0,),
-        out_shardings=replicated(world.mesh),
-    )
+    world = World(tmp_path / "wild", num_steps=5, rate=1.2)  # each step overshoots by more
     (concern,) = world.run()[1]["warnings"]
     assert concern.startswith("the loss rose from 1 to ") and "learning_rate" in concern
     assert f"warning: test: {concern}" in capsys.readouterr().err
 
 
 def test_a_run_that_learns_nothing_is_told_once_when_it_shows_and_at_the_end(tmp_path, capsys):
-    world = World(tmp_path, num_steps=12, data=Data())
-    world.tx = optax.chain(optax.sgd(0.0), optax.scale_by_schedule(lambda _: 1.0))
-    world.step = Compiled(
-        make_train_step(objective, {"policy": world.tx}),
-        "train step",
-        donate=(0,),
-        out_shardings=replicated(world.mesh),
-    )
+    world = World(tmp_path, num_steps=12, rate=0.0)
     (concern,) = world.run()[1]["warnings"]
     err = capsys.readouterr().err
     told = [line for line in err.splitlines() if "health/stuck_steps" in line]
