@@ -9,7 +9,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops import attention_splash
 from jaxalign.ops.attention_blocked import blocked_attention
+from jaxalign.ops.attention_splash import splash_attention
+from jaxalign.ops.attention_triton import triton_attention
+from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
 
@@ -51,13 +55,27 @@ def attention(
     return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def choose_backend(num_queries: int, num_keys: int) -> str:
+def choose_backend(num_queries: int, num_keys: int, dtype) -> str:
     """The backend for a shape: blocks pay as soon as there are several to skip or to keep out of memory.
 
-    >>> choose_backend(1, 4096), choose_backend(1024, 1024)
+    A TPU takes JAX's splash kernels, an NVIDIA GPU from Ampere on our Triton kernels, and what they cannot do (64 bits,
+    rows beyond `attention_splash.LIMIT`) goes the way of a CPU, where XLA's products do the blocks.
+
+    >>> choose_backend(1, 4096, "float32"), choose_backend(1024, 1024, "float32")
     ('plain', 'blocked')
     """
-    return "blocked" if num_queries >= 96 and num_keys >= 96 else "plain"
+    if min(num_queries, num_keys) < 96:
+        return "plain"
+    kind = platform() if jnp.dtype(dtype).itemsize <= 4 else "any"
+    if kind == "tpu" and max(num_queries, num_keys) <= attention_splash.LIMIT:
+        return "splash"
+    return "triton" if kind == "gpu" and _has_triton() else "blocked"
+
+
+def _has_triton() -> bool:
+    """Whether the GPU takes Triton kernels; one that is not there, for which a program is compiled, does."""
+    found = getattr(jax.local_devices()[0], "compute_capability", None)
+    return found is None or float(found) >= 8
 
 
 def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
@@ -81,4 +99,9 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"plain": plain_attention, "blocked": blocked_attention}
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "plain": plain_attention,
+    "blocked": blocked_attention,
+    "splash": splash_attention,
+    "triton": triton_attention,
+}

@@ -1,14 +1,18 @@
 """Attention: every backend against a loop over queries, values and gradients."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.ops import attention as attention_module
 from jaxalign.ops import attention_blocked
 from jaxalign.ops.attention import BACKENDS, attention, choose_backend
+
+IN_XLA = ("blocked", "plain")  # those made of XLA's products, in any dtype; the others are kernels
 
 
 def loop(q, k, v, start, end):
@@ -50,7 +54,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(attention_blocked, "_cpu_blocks", lambda length: (8, 16))
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", IN_XLA)
 def test_equals_a_loop(backend, x64, monkeypatch):
     small_blocks(monkeypatch)
     args = problem(np.random.default_rng(0), 5, 21, 21, 6, 2, 4, "causal", "window", "packed", "pair", "random")
@@ -129,11 +133,31 @@ def test_blocked_holds_no_square():
 
 
 def test_choice_and_errors():
-    assert choose_backend(1, 2048) == "plain"
-    assert choose_backend(512, 512) == "blocked"
+    assert choose_backend(1, 2048, "float32") == "plain"
+    assert choose_backend(512, 512, "float32") == "blocked"
     x = jnp.zeros((1, 2, 3, 4))
     at = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="3 query heads in 2 groups"):
         attention(x, x[:, :, :2], x[:, :, :2], at, at + 1)
     with pytest.raises(KeyError):
         attention(x, x, x, at, at + 1, backend="none")
+
+
+@pytest.mark.parametrize(
+    "platform, length, dtype, capability, expected",
+    [
+        ("tpu", 2048, "bfloat16", None, "splash"),
+        ("tpu", 2**15, "float32", None, "splash"),
+        ("tpu", 2**15 + 128, "bfloat16", None, "blocked"),  # more than the kernel's 16 bits
+        ("tpu", 2048, "float64", None, "blocked"),
+        ("tpu", 64, "bfloat16", None, "plain"),
+        ("gpu", 2048, "bfloat16", "9.0", "triton"),
+        ("gpu", 2048, "float16", "7.5", "blocked"),  # older than Ampere
+        ("gpu", 2048, "bfloat16", None, "triton"),  # not there: compiled for
+    ],
+)
+def test_choice_by_platform(platform, length, dtype, capability, expected, monkeypatch):
+    monkeypatch.setattr(attention_module, "platform", lambda: platform)
+    device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert choose_backend(length, length, dtype) == expected

@@ -1,0 +1,43 @@
+"""The attention kernels compiled for accelerators that are not there, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxalign import plan
+from jaxalign.ops.attention import attention, choose_backend
+from jaxalign.parallel.mesh import AXES
+
+MACHINES = {"tpu:v5e:2x2": "splash", "tpu:v5p:2x2x1": "splash", "gpu:h200:1x4x1": "triton"}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_compiles_without_squares(machine, head_dim):
+    """Two rows of 8,192 tokens a device, 8 query and 2 key heads: less memory than one head's scores would take."""
+    devices, T = plan.absent_devices(machine), 8192
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+    def shape(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=rows)
+
+    q, k = shape(4, T, 16, head_dim), shape(4, T, 4, head_dim)
+    start = shape(4, T, dtype=jnp.int32)
+
+    def gradients(q, k, v, start, end):
+        backend = choose_backend(q.shape[1], k.shape[1], q.dtype)
+        assert backend == MACHINES[machine]
+        run = functools.partial(attention, start_BT=start, end_BT=end, backend=backend)
+        out, back = jax.vjp(run, q, k, v)
+        return out, *back(out)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients).lower(q, k, k, start, start).compile()
+    kernels = {"splash": "splash_mha_dkv", "triton": "triton"}[MACHINES[machine]]
+    assert kernels in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * T * T

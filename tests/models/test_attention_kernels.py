@@ -1,0 +1,101 @@
+"""The attention kernels of accelerators, run step by step on a CPU, against the plain backend: values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import problem
+
+from jaxalign.ops import attention_splash
+from jaxalign.ops.attention import BACKENDS, attention
+from jaxalign.parallel.mesh import make_mesh
+
+KERNELS = ("splash", "triton")
+ALL_KINDS = ("causal", "window", "packed", "pair", "random")
+
+
+def both_ways(backend, start, end, weight):
+    """Output and gradients of q, k and v."""
+
+    def run(q, k, v):
+        out, back = jax.vjp(functools.partial(attention, start_BT=start, end_BT=end, backend=backend), q, k, v)
+        return out, *back(weight.astype(out.dtype))
+
+    return jax.jit(run)
+
+
+def check(backend, args, dtype=jnp.float32, mesh=None):
+    """The backend's distance from the plain one in float32, by norm, is that of rounding."""
+    *x, start, end = args
+    x = [jnp.asarray(a, dtype) for a in x]
+    weight = jnp.asarray(np.random.default_rng(9).normal(size=x[0].shape), jnp.float32)
+    wanted = both_ways("plain", start, end, weight)(*(a.astype(jnp.float32) for a in x))
+    if mesh is None:
+        found = both_ways(backend, start, end, weight)(*x)
+    else:
+        with jax.set_mesh(mesh):
+            found = both_ways(backend, start, end, weight)(*x)
+    most = 2e-6 if dtype == jnp.float32 else 2**-7
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= most * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_equals_plain_with_gradients(backend, dtype):
+    """Every kind of interval, several blocks of which some are skipped, lengths that no block divides, shared keys."""
+    check(backend, problem(np.random.default_rng(0), 5, 300, 300, 4, 2, 32, *ALL_KINDS), dtype)
+
+
+@pytest.mark.parametrize(
+    "T, S, N, K, H", [(21, 21, 6, 2, 24), (140, 200, 3, 3, 16), (200, 140, 2, 1, 16), (1, 9, 2, 1, 8)]
+)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_other_shapes(backend, T, S, N, K, H):
+    """Short ones, more keys than queries and the other way round, heads of a size that is no power of two."""
+    check(backend, problem(np.random.default_rng(T), 2, T, S, N, K, H, "random"))
+
+
+def test_splash_in_several_blocks_and_calls(monkeypatch):
+    """Several blocks a row, and fewer slots a call than the rows take."""
+    monkeypatch.setattr(attention_splash, "_BLOCK", 128)
+    monkeypatch.setattr(attention_splash, "LIMIT", 2 * 384)
+    assert attention_splash._rows_of_a_call(4, 384) == 2
+    check("splash", problem(np.random.default_rng(1), 4, 384, 384, 2, 1, 16, "pair", "packed", "random", "window"))
+
+
+def test_splash_refuses_rows_beyond_its_limit():
+    x = jnp.zeros((1, attention_splash.LIMIT + 1, 1, 8))
+    at = jnp.zeros(x.shape[:2], jnp.int32)
+    with pytest.raises(ValueError, match="at most 32768"):
+        jax.eval_shape(functools.partial(attention, backend="splash"), x, x, x, at, at + 1)
+
+
+def test_splash_fetches_nothing_for_blocks_that_it_skips():
+    """A skipped step names the next block that is needed, or stays with the last."""
+    touch = jnp.array([[[0, 1, 0, 1, 0], [0, 0, 0, 0, 1]]])
+    np.testing.assert_array_equal(attention_splash._next_touched(touch, 2)[0], [[1, 1, 3, 3, 3], [4, 4, 4, 4, 4]])
+    np.testing.assert_array_equal(attention_splash._next_touched(touch, 1)[0], [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_on_a_mesh(backend, kv_heads):
+    """Rows over an axis and heads over another, the key heads as many as its devices or fewer."""
+    mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+    check(backend, problem(np.random.default_rng(2), 2, 40, 40, 8, kv_heads, 16, "pair", "packed"), mesh=mesh)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_on_a_mesh_that_does_not_divide(backend):
+    """Three rows on four devices, three heads on two: each device does all of them."""
+    mesh = make_mesh({"data": 4, "fsdp": 1, "tensor": 2})
+    check(backend, problem(np.random.default_rng(3), 3, 40, 40, 3, 1, 16, "pair"), mesh=mesh)
+
+
+def test_every_backend_is_checked():
+    assert set(BACKENDS) == {"plain", "blocked", *KERNELS}
