@@ -7,9 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
-# With more than one thread for a device's program, XLA starts independent collectives in whatever order their operands
-# become ready, which may differ from device to device: each then waits for the other, and the process is aborted.
-os.environ.setdefault("NPROC", "1")
+os.environ.setdefault("NPROC", "64")  # see jaxalign.parallel.processes.initialize
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -36,6 +36,10 @@ def initialize() -> bool:
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
     env = os.environ
+    if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", ""):
+        # Virtual devices: XLA starts independent collectives in an order of its own on each device and holds a thread
+        # for each; where threads are as few as cores, devices wait for each other's next one, until they are aborted.
+        env.setdefault("NPROC", "64")
     found = settings(env)
     if found is None:
         return on_tpu_vm(env) and _ask_tpu_metadata()

@@ -307,11 +307,15 @@ def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxalign/xla`.
 
-    A CPU's programs use the instructions of that very CPU, so each kind of CPU has a folder of its own.
+    A CPU's programs use the instructions of that very CPU, so each kind of CPU has a folder of its own. On several CPU
+    devices nothing is kept unless the folder is named: a program that XLA reads back may start its collectives in
+    another order on each device, and hang (jax 0.10.2: always with a mesh of three axes).
     """
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     kind = jax.default_backend()
+    if kind == "cpu" and jax.device_count() > 1:
+        return
     if kind == "cpu":
         flags = platform.machine() + platform.processor()
         if os.path.exists("/proc/cpuinfo"):

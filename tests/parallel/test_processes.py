@@ -1,10 +1,14 @@
 """What a cluster sets, and what is made of it."""
 
+import os
+
+import jax
 import pytest
 
 from jaxalign.errors import InputError
 from jaxalign.parallel import processes
 from jaxalign.parallel.processes import settings
+from jaxalign.train import trainer
 
 
 @pytest.mark.parametrize(
@@ -63,3 +67,13 @@ def test_a_tpu_vm_asks_its_metadata(monkeypatch):
 def test_half_set_is_refused():
     with pytest.raises(InputError, match="JAX_PROCESS_ID"):
         settings({"JAX_COORDINATOR_ADDRESS": "h:1"})
+
+
+def test_trap_virtual_devices_get_threads_and_no_stored_programs(monkeypatch):
+    """Too few threads, or programs that XLA reads back, and collectives of several CPU devices wait for each other."""
+    monkeypatch.delenv("NPROC")
+    processes.initialize()
+    assert os.environ["NPROC"] == "64"
+    assert jax.device_count() == 8
+    trainer.use_compilation_cache()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
