@@ -110,8 +110,9 @@ def make_train_step(
         for role in roles:
             total, weight = sums.loss[role]
             metrics[name("loss", role)], metrics[name("weight", role)] = divide(total, weight), weight
-            divisor = jnp.where(weight == 0, 1, weight)
-            grads[role] = jax.tree.map(lambda g, d=divisor: g / d.astype(g.dtype), grads[role])
+            # A product, which the compiler repeats wherever gradients are read; quotients it would keep, all of them.
+            share = 1 / jnp.where(weight == 0, 1, weight)
+            grads[role] = jax.tree.map(lambda g, s=share: g * s.astype(g.dtype), grads[role])
             norm = global_norm(grads[role])
             metrics[name("grad_norm", role)] = norm
             loss_finite &= jnp.isfinite(total)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.ops.precision import at_least_float32
+from jaxalign.steps.step import global_norm
 from jaxalign.types import Params
 
 Schedule = Callable[[Any], jax.Array]
@@ -67,7 +68,7 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     """
     parts: list[optax.GradientTransformation] = []
     if cfg.max_grad_norm:
-        parts.append(optax.clip_by_global_norm(cfg.max_grad_norm))
+        parts.append(clip_by_global_norm(cfg.max_grad_norm))
     if cfg.name == "adamw":
         parts.append(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps))
     elif cfg.name == "lion":
@@ -83,6 +84,25 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     parts.append(optax.scale_by_schedule(lambda count: -make_schedule(cfg, learning_rate, num_steps)(count)))
     whole = optax.chain(*parts)
     return whole if cfg.state_dtype is None else kept_in(whole, cfg.state_dtype)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """All gradients by one factor, so that their norm together is at most `max_norm` (arXiv 1211.5063, algorithm 1).
+
+    optax's own of this name divides each gradient by the norm. Quotients the compiler keeps, a second copy of all
+    gradients; products it makes again wherever they are read.
+
+    Args:
+      max_norm: positive.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        norm = global_norm(updates)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def kept_in(optimizer: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
