@@ -38,7 +38,7 @@ def decode(
       The completions, and how many tokens the longest has: the steps that were taken.
     """
     chex.assert_rank([sample_ids, prefilled.hidden], [1, 2])
-    batch, column = prefilled.hidden.shape[0], prefilled.keys.shape[3]
+    batch, column = sample_ids.shape[0], prefilled.keys.shape[3]
     laid = lay_out(model, params)
     done, width = 0, cache_width(column + min(max_new_tokens, GROWTH))
     slots = seat(prefilled, sample_ids, width=width)
@@ -82,7 +82,7 @@ def generate(
     top_p: float = 1.0,
     stop_ids: tuple[int, ...],
 ) -> Rollout:
-    """Samples one completion of each prompt: the prompts once, then a loop that ends when every row has.
+    """Samples one completion of each prompt, or several: the prompts once, then a loop that ends when every row has.
 
     A row's completion is a function of (params, its prompt, key, its sample id): not of its slot, its neighbours,
     the padding or the mesh, but for rounding in the logits.
@@ -92,7 +92,8 @@ def generate(
       params: its parameters, on the mesh or not.
       rows: left-padded prompts [B, P]; the last token of every row is real.
       key: of the run or the iteration (`jax.random.key`).
-      sample_ids: int32 [B], one per completion wanted; a negative one marks an unused row, which stays empty.
+      sample_ids: int32 [B], one per completion wanted, or [B * S] for S of each prompt, neighbours; a negative one
+        marks an unused row, which stays empty.
       max_new_tokens: R, the most tokens a completion can have, its stop token included.
       temperature: 0 for the likeliest token always.
       top_k: 0 for all tokens.

@@ -110,7 +110,7 @@ def abstract_batch(stage: Any) -> Any:
     if c.algorithm.name != "ppo":
         return batch
     rows, width, length = (
-        c.batch_size // c.algorithm.num_minibatches,
+        c.batch_size * c.rollout.num_samples // c.algorithm.num_minibatches,
         batch.rows.tokens.shape[1],
         c.rollout.max_new_tokens,
     )
