@@ -40,6 +40,7 @@ from jaxalign.rewards.samples import Samples, Scorer
 from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
 from jaxalign.rollout.generate import completed_rows, decode
 from jaxalign.rollout.host import all_rows, local_rows
+from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.slots import prefill, repeat_rows
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.minibatches import deal, in_parts, stream_key
@@ -50,7 +51,7 @@ _EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
 
 
 class Forward(NamedTuple):
-    """What the training forward says of the completions, [B, R] each; 0 where masked."""
+    """What the training forward says of the completions, [B, R] each, however they lie in rows; 0 where masked."""
 
     logprobs: Array  # of the policy, nats, at the sampling temperature
     ref_logprobs: Array  # of the reference, likewise
@@ -120,10 +121,11 @@ class Prepare:
         self.config, self.policy, self.value, self.reward = config, policy, value, reward
         self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, stop_ids, mesh
         self._num_samples = config.rollout.num_samples
+        self._together = completions_per_row(self._num_samples)
         self._last: list[dict[str, Any]] = []  # of the last iteration, for `samples`
         rows, whole = batch_sharding(mesh), replicated(mesh)
         self._ask = jax.jit(self._ask_for_each, out_shardings=rows)
-        self._complete = jax.jit(completed_rows, out_shardings=rows)
+        self._complete = jax.jit(paired_rows if self._together == 2 else completed_rows, out_shardings=rows)
         self._score = jax.jit(self._score_completions, out_shardings=rows)
         self._forward = jax.jit(self._forward_passes, out_shardings=rows)
         self._finish = jax.jit(self._finish_experience, out_shardings=(rows, whole, whole))
@@ -145,10 +147,10 @@ class Prepare:
         """
         with jax.set_mesh(self.mesh), memory_errors("evaluation of samples"):
             stream = jax.device_put(np.int32(_EVAL_STREAM), replicated(self.mesh))
-            (asked, _, readouts, rollout, forward, scores, applies), _ = self._collect(
+            (asked, _, _, rollout, forward, scores, applies), _ = self._collect(
                 state.params, frozen, batch, stream, int(state.step)
             )
-            return _eval_sums(asked.completions.mask[:, 0], readouts.mask, rollout.finished, forward, scores, applies)
+            return _eval_sums(asked.completions.mask[:, 0], rollout.mask, rollout.finished, forward, scores, applies)
 
     def samples(self, count: int) -> list[dict[str, Any]]:
         """All completions of the last iteration's first prompts, with their scores, of this process's rows.
@@ -164,7 +166,7 @@ class Prepare:
         """Rollout, scores and forward passes of one batch of prompts.
 
         Returns:
-          What `_finish_experience` takes, from `batch` on: a row for each completion.
+          What `_finish_experience` takes, from `batch` on: all of it by completion but for `rows` and `readouts`.
         """
         c = self.config
         start = time.perf_counter()
@@ -188,7 +190,7 @@ class Prepare:
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)
         if on_device:
-            scores = self._score(frozen["reward"], rows, readouts.mask)
+            scores = self._score(frozen["reward"], rows, last_columns(batch.rows, rollout.mask, self._together))
         forward = self._forward(
             {role: params[role] for role in ("policy", "value")}, frozen["ref"], rows, readouts
         )  # the devices work on while the host scores
@@ -237,11 +239,10 @@ class Prepare:
         used, ids = batch.completions.mask[:, 0], batch.record_ids[:, 0]
         return batch, jnp.where(used, ids * count + jnp.arange(len(ids), dtype=ids.dtype) % count, -1)
 
-    def _score_completions(self, params: Params, rows: Rows, mask: Array) -> Array:
+    def _score_completions(self, params: Params, rows: Rows, last: Array) -> Array:
         """A reward model's score at each completion's last real token, as many rows at a time as there are prompts."""
-        width = rows.tokens.shape[1] - mask.shape[1]
-        last = width - 1 + jnp.sum(mask, axis=1, dtype=jnp.int32)
-        return in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), self._num_samples)
+        count = max(rows.tokens.shape[0] // self.config.batch_size, 1)
+        return in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), count).reshape(-1)
 
     def _forward_passes(self, params, ref, rows: Rows, readouts: Readouts) -> Forward:
         """Log-probs and values, as many rows at a time as a training step takes."""
@@ -261,14 +262,15 @@ class Prepare:
             )
 
         count = self.config.algorithm.num_minibatches * self.config.grad_accum_steps
-        return in_parts(micro, (rows, readouts), count)
+        found = in_parts(micro, (rows, readouts), count)
+        return Forward(*(x.reshape(x.shape[0] * self._together, -1) for x in found))
 
     def _finish_experience(
         self, extra, stream, batch: Batch, rows, readouts, rollout, forward: Forward, scores, applies
     ):
         """Rewards, advantages, minibatches, the next `extra`, metrics."""
         a, r = self.config.algorithm, self.config.rewards
-        used, mask, extra = batch.completions.mask[:, 0], readouts.mask, dict(extra)
+        used, mask, extra = batch.completions.mask[:, 0], rollout.mask, dict(extra)
         statistics = None
         if r.normalize:
             extra |= merge_statistics(
@@ -321,19 +323,24 @@ class Prepare:
         if "skip" in extra:
             extra["skip"] = jnp.zeros_like(extra["skip"])
 
+        together = self._together
+
+        def by_row(x):
+            return x.reshape(x.shape[0] // together, -1)
+
+        asked, ids = jax.tree.map(by_row, (batch.completions, batch.record_ids))
         whole = PolicyBatch(
-            Batch(rows, readouts._replace(mask=taught), batch.completions, batch.record_ids),
-            forward.logprobs,
-            forward.ref_logprobs,
-            forward.values,
-            advantages,
-            returns,
+            Batch(rows, readouts._replace(mask=by_row(taught)), asked, ids),
+            *map(by_row, (forward.logprobs, forward.ref_logprobs, forward.values, advantages, returns)),
         )
         batches = [
             jax.tree.map(lambda x, order=order: jnp.take(x, order, axis=0), whole)
             for epoch in range(a.num_ppo_epochs)
             for order in deal(
-                stream_key(self.config.seed, stream, 1 + epoch), used, a.num_minibatches, self._num_samples
+                stream_key(self.config.seed, stream, 1 + epoch),
+                used[::together],
+                a.num_minibatches,
+                self._num_samples // together,
             )
         ]
         return batches, extra, metrics

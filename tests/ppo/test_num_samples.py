@@ -41,7 +41,7 @@ def by_completion(batch):
 
 @functools.cache
 def iteration(num_samples, sizes=(("data", 1), ("fsdp", 1), ("tensor", 1))):
-    """One iteration in float64: experience, samples, metrics."""
+    """One iteration in float64: experience, samples, metrics, and what a reward model says of the completions."""
     with jax.enable_x64(True):
         mesh = make_mesh(dict(sizes), jax.devices()[: int(np.prod([n for _, n in sizes]))])
         c = ppo_config(batch_size=8 // num_samples, **FIELDS | {"rollout.num_samples": num_samples})
@@ -49,12 +49,19 @@ def iteration(num_samples, sizes=(("data", 1), ("fsdp", 1), ("tensor", 1))):
         w = world(fractional, config=c, perturb=0.05, dtype="float64", prompts=prompts, mesh=mesh)
         with jax.set_mesh(mesh):
             _, batches, metrics = jax.block_until_ready(w.prepare(w.state, w.frozen, w.batch))
-        return jax.device_get((by_completion(batches[0]), w.prepare.samples(4), metrics))
+            lines, model = w.prepare.samples(4), tiny_model("score", dtype="float64")
+            w.prepare.reward = model
+            frozen = w.frozen | {"reward": jax.tree.map(jnp.asarray, drawn(model, 3))}
+            scores = w.prepare._collect(w.state.params, frozen, w.batch, w.state.data_cursor, 0)[0][5]
+        return jax.device_get((by_completion(batches[0]), lines, metrics, scores))
 
 
 def test_two_completions_are_those_of_the_prompt_written_twice():
-    """Experience and metrics: float64, 1e-9.  Number s of prompt i has the key of record 2 i + s."""
-    (one, lines, metrics), (other, lines2, metrics2) = iteration(2), iteration(1)
+    """Experience, metrics, a reward model's scores: float64, 1e-9.
+
+    Number s of prompt i has the key of record 2 i + s.
+    """
+    (one, lines, metrics, scores), (other, lines2, metrics2, scores2) = iteration(2), iteration(1)
     assert len(one) == len(other) == 8
     for (record, said, fields), (record2, said2, fields2) in zip(
         one, sorted(other, key=lambda x: (x[0] // 2, x[1])), strict=True
@@ -66,6 +73,8 @@ def test_two_completions_are_those_of_the_prompt_written_twice():
     assert len(lines) == 8 and len(lines2) == 4  # all completions of the first four prompts
     assert [(x["completion"], x["score"]) for x in lines[:4]] == [(x["completion"], x["score"]) for x in lines2]
     assert [x["prompt"] for x in lines[:4]] == ["prompt 0", "prompt 0", "prompt 1", "prompt 1"]
+    np.testing.assert_allclose(scores, scores2, rtol=0, atol=1e-9)
+    assert np.ptp(scores) > 0.1
     counted = {"processed_tokens", "time/prefill", "time/decode", "time/scoring"}
     assert set(metrics) == set(metrics2)
     for name in set(metrics) - counted:
