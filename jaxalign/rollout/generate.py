@@ -5,7 +5,10 @@ The devices' part is `jaxalign.rollout.slots`; `jaxalign.rollout.engine` is the 
 
 from __future__ import annotations
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +18,7 @@ from jaxalign.rollout.slots import Prefilled, Rollout, advance, empty_rollout, l
 from jaxalign.types import Array, Params, Readouts, Rows
 
 GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
+_NARROWEST = 32  # completions are cut to no less
 
 
 def decode(
@@ -125,6 +129,39 @@ def cache_width(columns: int) -> int:
     """
     power = max(16, 1 << (columns - 1).bit_length())
     return power * 3 // 4 if power > 16 and columns <= power * 3 // 4 else power
+
+
+def trimmed(rollout: Rollout, longest: int) -> Rollout:
+    """The columns of a rollout up to its longest completion, rounded up to a quarter of all: four programs at most.
+
+    Args:
+      rollout: R wide.
+      longest: tokens of its longest completion.
+    """
+    most = rollout.tokens.shape[1]
+    width = completion_width(longest, most)
+    return rollout if width == most else _cut(rollout, width=width)
+
+
+def completion_width(longest: int, most: int) -> int:
+    """Columns that completions are given.
+
+    Args:
+      longest: tokens of the longest.
+      most: that it can have.
+
+    >>> [completion_width(n, 128) for n in (1, 33, 64, 97, 128)], completion_width(3, 40)
+    ([32, 64, 64, 128, 128], 32)
+    """
+    quarters = (max(-(-most * i // 32) * 8, _NARROWEST) for i in (1, 2, 3))
+    return next((w for w in quarters if longest <= w < most), most)
+
+
+@functools.partial(jax.jit, static_argnames=("width",))
+def _cut(rollout: Rollout, *, width: int) -> Rollout:
+    return rollout._replace(
+        tokens=rollout.tokens[:, :width], mask=rollout.mask[:, :width], logprobs=rollout.logprobs[:, :width]
+    )
 
 
 def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:

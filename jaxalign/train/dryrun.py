@@ -113,7 +113,7 @@ def abstract_batch(stage: Any) -> Any:
     together = completions_per_row(c.rollout.num_samples)
     rows = c.batch_size * c.rollout.num_samples // c.algorithm.num_minibatches // together
     length = together * c.rollout.max_new_tokens  # of a row's completions
-    width = batch.rows.tokens.shape[1]
+    width = stage.dataset.shape.length  # the widest: what fits then fits always
 
     def array(dtype, *dims):
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=sharding)

@@ -38,7 +38,7 @@ from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
 from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
-from jaxalign.rollout.generate import completed_rows, decode
+from jaxalign.rollout.generate import completed_rows, decode, trimmed
 from jaxalign.rollout.host import all_rows, local_rows
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.slots import prefill, repeat_rows
@@ -173,7 +173,7 @@ class Prepare:
         prefilled = jax.block_until_ready(prefill(self.policy, params["policy"], batch.rows))
         batch, sample_ids = self._ask(batch)
         read = time.perf_counter()
-        rollout, _ = decode(
+        rollout, longest = decode(
             self.policy,
             params["policy"],
             prefilled,
@@ -185,6 +185,7 @@ class Prepare:
             stop_ids=self.stop_ids,
             max_new_tokens=c.rollout.max_new_tokens,
         )
+        rollout = trimmed(rollout, longest)
         rollout = jax.device_put(rollout, batch_sharding(self.mesh))  # where it is, by one name
         rows, readouts = jax.block_until_ready(self._complete(batch.rows, rollout))
         sampled = time.perf_counter()
