@@ -65,6 +65,8 @@ def defaults(algorithm: str) -> ConfigDict:
         del c.data.append_eos
     if algorithm in ("dpo", "ppo"):
         c.rollout = _rollout()
+        if algorithm == "ppo":
+            c.rollout.num_samples = 1  # completions of each prompt of a batch
         c.logging.samples_every = 100  # 0: no samples
         c.logging.num_samples = 4
     return c.lock()

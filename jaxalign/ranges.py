@@ -57,6 +57,7 @@ BOUNDS: tuple[tuple[str, float | None, float | None], ...] = (
     ("algorithm.num_minibatches", 1, None),
     ("algorithm.max_approx_kl", 1e-9, None),
     ("rollout.max_new_tokens", 1, None),
+    ("rollout.num_samples", 1, None),
     ("rollout.temperature", 0, None),
     ("rollout.top_k", 0, None),
     ("rollout.top_p", 1e-9, 1),

@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 
 
 class PolicyBatch(NamedTuple):
-    """A batch for the policy-gradient step: rows with one completion each, and its experience."""
+    """A batch for the policy-gradient step: rows of one completion or two, and their experience by readout."""
 
     batch: Batch
     old_logprobs: Array  # float32 [B, M], log-probs when the experience was collected, in nats

@@ -21,6 +21,7 @@ from jaxalign.data.records import Record
 from jaxalign.data.rows import Layout, Shape, Sizes, build_batch, build_prompts, round_up, segment_tokens
 from jaxalign.data.split import held_out
 from jaxalign.data.tokenize import Dropped, Encoder, Example, tokenize_records
+from jaxalign.data.widths import prompt_widths, width_of
 from jaxalign.errors import InputError
 from jaxalign.types import Batch
 
@@ -40,7 +41,8 @@ class Dataset:
 
     Attributes:
       purpose: sft, reward, dpo or ppo.
-      shape: the one shape of every batch of every epoch.
+      shape: the one shape of every batch of every epoch; of prompts to sample from, the widest.
+      widths: row lengths that batches have; several for prompts to sample from, else one.
       layout: how examples become segments.
       pad_id: token of padding.
       num_records: records of this split.
@@ -63,7 +65,7 @@ class Dataset:
         row_length: int | None,
         max_row_length: int,
         pad_id: int,
-        like: Shape | None = None,
+        like: Dataset | None = None,
     ):
         self._store, self._selection = store, selection
         self.purpose, self.pad_id, self.batch_size = purpose, pad_id, batch_size
@@ -73,7 +75,11 @@ class Dataset:
         self._seed, self._shuffle, self._packed = seed, shuffle, packed and purpose != "ppo"
         sizes = self._example_sizes()
         self._sizes = Sizes(*(a[selection] for a in sizes))
-        self.shape = self._choose_shape(sizes, row_length, max_row_length, like)
+        self.shape: Shape = self._choose_shape(sizes, row_length, max_row_length, None if like is None else like.shape)
+        self.widths: tuple[int, ...] = (self.shape.length,)
+        if purpose == "ppo":
+            known = like is not None and like.shape == self.shape
+            self.widths = like.widths if known else prompt_widths(sizes.tokens, batch_size, self.shape.length)
         self._plans: dict[int, packing.Plan] = {}
         self._lock = threading.Lock()
         first = self._make_plan(0, None)
@@ -196,7 +202,7 @@ class Dataset:
             row_length=row_length,
             max_row_length=max_row_length,
             pad_id=_pad_id(tokenizer),
-            like=None if like is None else like.shape,
+            like=like,
         )
         train = like if split == "eval" else None
         plain = sum(map(_is_dialogue, records)) if encoder.template.is_plain else 0
@@ -250,8 +256,12 @@ class Dataset:
         return self._num_rows
 
     def fill(self) -> float:
-        """Share of tokens that are not padding, over an epoch of whole batches."""
-        return float(self._sizes.tokens.sum() / (self.batches_per_epoch * self.batch_size * self.shape.length))
+        """Share of tokens that are not padding, over an epoch of whole batches (the first, where they differ)."""
+        if len(self.widths) == 1:
+            columns = self.batches_per_epoch * self.shape.length
+        else:
+            columns = sum(self._width(self.members(i)) for i in range(self.batches_per_epoch))
+        return float(self._sizes.tokens.sum() / (columns * self.batch_size))
 
     def counts(self) -> dict[str, int]:
         """What tokenisation and limits left out or cut, over both splits."""
@@ -281,6 +291,10 @@ class Dataset:
         first = within * self.batch_size
         return [plan.row(r) for r in range(first, min(first + self.batch_size, plan.num_rows))]
 
+    def _width(self, rows: list[np.ndarray]) -> int:
+        """Columns of a batch of prompts: every process says the same, whatever its part of the rows."""
+        return width_of(int(max(self._sizes.tokens[row].max() for row in rows)), self.widths)
+
     def batch(self, index: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's rows of batch `index`.
 
@@ -299,11 +313,13 @@ class Dataset:
                 f"--config.batch_size={round_up(self.batch_size, process_count)}",
             )
         local = self.batch_size // process_count
-        rows = self.members(index)[process_index * local : (process_index + 1) * local]
+        whole = self.members(index)
+        rows = whole[process_index * local : (process_index + 1) * local]
         examples = [[self._example_or_error(index, int(i)) for i in row] for row in rows]
         shape = self.shape._replace(rows=local)
         try:
             if self.purpose == "ppo":
+                shape = shape._replace(length=self._width(whole))
                 return build_prompts([row[0] for row in examples], shape, self.pad_id)
             return build_batch(examples, shape, self.layout, self.pad_id)
         except Exception as error:

@@ -72,6 +72,7 @@ def data_report(
         },
         "rows": {
             "length": shape.length,
+            "widths": list(dataset.widths),
             "readouts": shape.readouts,
             "completions": shape.completions,
             "per_batch": shape.rows,
@@ -229,7 +230,7 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(
             (name, " ".join(f"{k} {p[k]}" for k in ("min", "p50", "p90", "p99", "max")) + f" mean {p['mean']:.1f}")
         )
-    size = f"{rows['per_batch']} x {rows['length']} tokens, {rows['readouts']} readouts"
+    size = f"{rows['per_batch']} x {' or '.join(map(str, rows['widths']))} tokens, {rows['readouts']} readouts"
     lines.append(("rows", f"{rows['per_epoch']:,} an epoch, {size}, padding {rows['padding_share']:.1%}"))
     if report.get("finished_share") is not None:
         lines.append(("finished", f"{report['finished_share']:.1%} of completions end by EOS"))

@@ -34,16 +34,16 @@ def score_rows(model: Model, params: Params, rows: Rows, last: Array) -> Array:
       model: with a scalar head.
       params: its parameters.
       rows: [B, T], padded on either side.
-      last: int32 [B], row index of the last real token.
+      last: int32 [B], row index of the last real token; or [B, C], of each sequence in a row.
 
     Returns:
-      float32 [B].
+      float32, of the shape of `last`.
     """
-    chex.assert_rank([rows.tokens, last], [2, 1])
+    chex.assert_rank([rows.tokens, last], [2, {1, 2}])
     hidden, _, _ = model.apply(params, None, rows)
-    source = last[:, None]
+    source = last.reshape(len(last), -1)
     readouts = Readouts(source, jnp.zeros_like(source), jnp.zeros_like(source), jnp.ones(source.shape, bool))
-    return scalar_readout(hidden, model.score_kernel(params), readouts)[:, 0]
+    return scalar_readout(hidden, model.score_kernel(params), readouts).reshape(last.shape)
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:

@@ -5,7 +5,10 @@ The devices' part is `jaxalign.rollout.slots`; `jaxalign.rollout.engine` is the 
 
 from __future__ import annotations
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +18,7 @@ from jaxalign.rollout.slots import Prefilled, Rollout, advance, empty_rollout, l
 from jaxalign.types import Array, Params, Readouts, Rows
 
 GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
+_NARROWEST = 32  # completions are cut to no less
 
 
 def decode(
@@ -38,7 +42,7 @@ def decode(
       The completions, and how many tokens the longest has: the steps that were taken.
     """
     chex.assert_rank([sample_ids, prefilled.hidden], [1, 2])
-    batch, column = prefilled.hidden.shape[0], prefilled.keys.shape[3]
+    batch, column = sample_ids.shape[0], prefilled.keys.shape[3]
     laid = lay_out(model, params)
     done, width = 0, cache_width(column + min(max_new_tokens, GROWTH))
     slots = seat(prefilled, sample_ids, width=width)
@@ -82,7 +86,7 @@ def generate(
     top_p: float = 1.0,
     stop_ids: tuple[int, ...],
 ) -> Rollout:
-    """Samples one completion of each prompt: the prompts once, then a loop that ends when every row has.
+    """Samples one completion of each prompt, or several: the prompts once, then a loop that ends when every row has.
 
     A row's completion is a function of (params, its prompt, key, its sample id): not of its slot, its neighbours,
     the padding or the mesh, but for rounding in the logits.
@@ -92,7 +96,8 @@ def generate(
       params: its parameters, on the mesh or not.
       rows: left-padded prompts [B, P]; the last token of every row is real.
       key: of the run or the iteration (`jax.random.key`).
-      sample_ids: int32 [B], one per completion wanted; a negative one marks an unused row, which stays empty.
+      sample_ids: int32 [B], one per completion wanted, or [B * S] for S of each prompt, neighbours; a negative one
+        marks an unused row, which stays empty.
       max_new_tokens: R, the most tokens a completion can have, its stop token included.
       temperature: 0 for the likeliest token always.
       top_k: 0 for all tokens.
@@ -124,6 +129,39 @@ def cache_width(columns: int) -> int:
     """
     power = max(16, 1 << (columns - 1).bit_length())
     return power * 3 // 4 if power > 16 and columns <= power * 3 // 4 else power
+
+
+def trimmed(rollout: Rollout, longest: int) -> Rollout:
+    """The columns of a rollout up to its longest completion, rounded up to a quarter of all: four programs at most.
+
+    Args:
+      rollout: R wide.
+      longest: tokens of its longest completion.
+    """
+    most = rollout.tokens.shape[1]
+    width = completion_width(longest, most)
+    return rollout if width == most else _cut(rollout, width=width)
+
+
+def completion_width(longest: int, most: int) -> int:
+    """Columns that completions are given.
+
+    Args:
+      longest: tokens of the longest.
+      most: that it can have.
+
+    >>> [completion_width(n, 128) for n in (1, 33, 64, 97, 128)], completion_width(3, 40)
+    ([32, 64, 64, 128, 128], 32)
+    """
+    quarters = (max(-(-most * i // 32) * 8, _NARROWEST) for i in (1, 2, 3))
+    return next((w for w in quarters if longest <= w < most), most)
+
+
+@functools.partial(jax.jit, static_argnames=("width",))
+def _cut(rollout: Rollout, *, width: int) -> Rollout:
+    return rollout._replace(
+        tokens=rollout.tokens[:, :width], mask=rollout.mask[:, :width], logprobs=rollout.logprobs[:, :width]
+    )
 
 
 def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:

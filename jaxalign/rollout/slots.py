@@ -115,25 +115,36 @@ def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
     )
 
 
+def repeat_rows(tree: Any, copies: int) -> Any:
+    """Each row of arrays [B, ...] so many times, one after the other: on a mesh nothing moves between devices."""
+    return tree if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree)
+
+
 @functools.partial(jax.jit, static_argnames=("width",))
 def seat(prefilled: Prefilled, sample_ids: Array, *, width: int) -> Slots:
-    """Slots for prompts, row for row.
+    """Slots for prompts, in their order: one for each, or as many neighbours as it has sample ids.
 
     Args:
       prefilled: the prompts [B, P].
-      sample_ids: int32 [B]; a negative one marks an unused row.
+      sample_ids: int32 [B * S], S for each prompt; a negative one marks an unused row.
       width: columns of the cache, at least P.
     """
     layers, columns = prefilled.keys.shape[0], prefilled.keys.shape[3]
+    copies = sample_ids.shape[0] // prefilled.hidden.shape[0]
     room = ((0, 0), (0, 0), (0, width - columns), (0, 0))
-    keys, values = (tuple(jnp.pad(x[i], room) for i in range(layers)) for x in (prefilled.keys, prefilled.values))
+
+    def layer(x):
+        return repeat_rows(jnp.pad(x, room), copies)
+
+    keys, values = (tuple(layer(x[i]) for i in range(layers)) for x in (prefilled.keys, prefilled.values))
+    hidden, position, start = repeat_rows((prefilled.hidden, prefilled.position, prefilled.start), copies)
     return _on_mesh(
         Slots(
             cache=Cache(keys, values, jnp.int32(columns)),
-            hidden=prefilled.hidden,
-            position=prefilled.position,
-            start=prefilled.start,
-            place=jnp.zeros_like(prefilled.start),
+            hidden=hidden,
+            position=position,
+            start=start,
+            place=jnp.zeros_like(start),
             sample_ids=jnp.asarray(sample_ids, jnp.int32),
             live=jnp.asarray(sample_ids) >= 0,
         )

@@ -59,8 +59,10 @@ class Compiled:
                 executable = _compile(self._jitted.lower(*args))
             self.num_compiles += 1
             self.compile_seconds += time.monotonic() - start
-            self.memory = memory_of(executable)
-            refuse_what_cannot_fit(self.name, self.memory)
+            needed = memory_of(executable)
+            refuse_what_cannot_fit(self.name, needed)
+            if needed.get("total", 0) >= self.memory.get("total", 0):  # of several programs the largest
+                self.memory = needed
             self._executables[key] = executable
         return self._executables[key]
 

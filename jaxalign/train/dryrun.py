@@ -10,6 +10,7 @@ import numpy as np
 from jaxalign.data.report import as_text
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
+from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import num_bytes
@@ -109,11 +110,10 @@ def abstract_batch(stage: Any) -> Any:
     batch = jax.tree.map(global_rows, stage.dataset.batch(0, *batch_part(stage.mesh)))
     if c.algorithm.name != "ppo":
         return batch
-    rows, width, length = (
-        c.batch_size // c.algorithm.num_minibatches,
-        batch.rows.tokens.shape[1],
-        c.rollout.max_new_tokens,
-    )
+    together = completions_per_row(c.rollout.num_samples)
+    rows = c.batch_size * c.rollout.num_samples // c.algorithm.num_minibatches // together
+    length = together * c.rollout.max_new_tokens  # of a row's completions
+    width = stage.dataset.shape.length  # the widest: what fits then fits always
 
     def array(dtype, *dims):
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=sharding)
@@ -121,7 +121,7 @@ def abstract_batch(stage: Any) -> Any:
     whole = Batch(
         Rows(*(array(np.int32, width + length) for _ in Rows._fields)),
         Readouts(array(np.int32, length), array(np.int32, length), array(np.int32, length), array(np.bool_, length)),
-        Completions(*(array(x.dtype, *x.shape[1:]) for x in batch.completions)),
-        array(np.int32, 1),
+        Completions(*(array(x.dtype, together) for x in batch.completions)),
+        array(np.int32, together),
     )
     return PolicyBatch(whole, *(array(np.float32, length) for _ in range(5)))

@@ -7,16 +7,16 @@
     for minibatch in batches: state, ... = step(state, frozen, minibatch)
     prepare.samples(4)                                          # for the log; of this process's rows
 
-One iteration: rollout, decoded text where the reward reads text, log-probs of policy and reference and values by the
-training forward at the sampling temperature, rewards of tokens, advantages, then `num_ppo_epochs` times
-`num_minibatches` PolicyBatches.  Every result is a function of (state, batch, seed); the iteration's number is
-`state.data_cursor`, whatever it counts.  `state` is read here only, before the first step may donate it, and comes back
-with a new `extra`: KL coefficient, running statistics of scores, and the early-stop mark cleared.
+One iteration: rollout, `rollout.num_samples` completions of each prompt, neighbours in every array; decoded text where
+the reward reads text; log-probs of policy and reference and values by the training forward at the sampling temperature;
+rewards of tokens; advantages; then `num_ppo_epochs` times `num_minibatches` PolicyBatches.  Every result is a function
+of (state, batch, seed); the iteration's number is `state.data_cursor`, whatever it counts.  `state` is read here only,
+before the first step may donate it, and comes back with a new `extra`: KL coefficient, running statistics of scores,
+and the early-stop mark cleared.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
-from jaxalign.evaluate import diversity
 from jaxalign.models.transformer import Model
 from jaxalign.ops.advantages import gae
 from jaxalign.ops.kl import adapt_kl_coef, kl_estimate, token_rewards
@@ -39,19 +38,20 @@ from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
 from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
-from jaxalign.rollout.engine import continuation
-from jaxalign.rollout.generate import completed_rows, decode
+from jaxalign.rollout.generate import completed_rows, decode, trimmed
 from jaxalign.rollout.host import all_rows, local_rows
-from jaxalign.rollout.slots import Rollout, prefill
+from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
+from jaxalign.rollout.slots import prefill, repeat_rows
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.minibatches import deal, in_parts, stream_key
+from jaxalign.train.texts import read_samples, sample_lines, text_metrics
 from jaxalign.types import Array, Batch, Params, PolicyBatch, Readouts, Rows, TrainState
 
 _EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
 
 
 class Forward(NamedTuple):
-    """What the training forward says of the completions, [B, R] each; 0 where masked."""
+    """What the training forward says of the completions, [B, R] each, however they lie in rows; 0 where masked."""
 
     logprobs: Array  # of the policy, nats, at the sampling temperature
     ref_logprobs: Array  # of the reference, likewise
@@ -120,9 +120,13 @@ class Prepare:
     def __init__(self, config, policy, value, reward, records, tokenizer, stop_ids, mesh):
         self.config, self.policy, self.value, self.reward = config, policy, value, reward
         self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, stop_ids, mesh
-        self._last = {}  # of the last iteration, for `samples`
+        self._num_samples = config.rollout.num_samples
+        self._together = completions_per_row(self._num_samples)
+        self._last: list[dict[str, Any]] = []  # of the last iteration, for `samples`
         rows, whole = batch_sharding(mesh), replicated(mesh)
-        self._complete = jax.jit(completed_rows, out_shardings=rows)
+        self._ask = jax.jit(self._ask_for_each, out_shardings=rows)
+        self._complete = jax.jit(paired_rows if self._together == 2 else completed_rows, out_shardings=rows)
+        self._score = jax.jit(self._score_completions, out_shardings=rows)
         self._forward = jax.jit(self._forward_passes, out_shardings=rows)
         self._finish = jax.jit(self._finish_experience, out_shardings=(rows, whole, whole))
 
@@ -133,99 +137,78 @@ class Prepare:
         with jax.set_mesh(self.mesh), memory_errors("collection of experience"):
             extra = jax.device_put(state.extra, replicated(self.mesh))
             collected, metrics = self._collect(state.params, frozen, batch, state.data_cursor, int(state.step))
-            batches, extra, more = self._finish(extra, state.data_cursor, batch, *collected)
+            batches, extra, more = self._finish(extra, state.data_cursor, *collected)
         return state._replace(extra=extra), batches, metrics | more
 
     def evaluate(self, state: TrainState, frozen: dict[str, Params], batch: Batch) -> dict[str, Any]:
-        """Scores, KL and length of one sample per prompt: {name: (sum, weight)}, to be added up over batches.
+        """Scores, KL and length of each prompt's completions: {name: (sum, weight)}, to be added up over batches.
 
         The keys are the same at every evaluation.
         """
         with jax.set_mesh(self.mesh), memory_errors("evaluation of samples"):
             stream = jax.device_put(np.int32(_EVAL_STREAM), replicated(self.mesh))
-            (_, readouts, rollout, forward, scores, applies), _ = self._collect(
+            (asked, _, _, rollout, forward, scores, applies), _ = self._collect(
                 state.params, frozen, batch, stream, int(state.step)
             )
-            return _eval_sums(batch.completions.mask[:, 0], readouts.mask, rollout.finished, forward, scores, applies)
+            return _eval_sums(asked.completions.mask[:, 0], rollout.mask, rollout.finished, forward, scores, applies)
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """The last iteration's first prompts, completions and scores, of this process's rows."""
-        kept = self._last
-        return [
-            {
-                "prompt": kept["prompts"][i],
-                "completion": kept["completions"][i],
-                "score": None if kept["scores"][i] is None else float(kept["scores"][i]),
-                "finished": bool(kept["finished"][i]),
-                "num_tokens": len(kept["ids"][i]),
-            }
-            for i in range(min(count, len(kept.get("prompts", ()))))
-        ]
+        """All completions of the last iteration's first prompts, with their scores, of this process's rows.
+
+        Args:
+          count: of prompts.
+        """
+        return self._last[: count * self._num_samples]
 
     # What runs on the host
 
     def _collect(self, params, frozen, batch, stream, step):
-        """Rollout, scores and forward passes of one batch of prompts."""
+        """Rollout, scores and forward passes of one batch of prompts.
+
+        Returns:
+          What `_finish_experience` takes, from `batch` on: all of it by completion but for `rows` and `readouts`.
+        """
         c = self.config
         start = time.perf_counter()
         prefilled = jax.block_until_ready(prefill(self.policy, params["policy"], batch.rows))
+        batch, sample_ids = self._ask(batch)
         read = time.perf_counter()
-        rollout, _ = decode(
+        rollout, longest = decode(
             self.policy,
             params["policy"],
             prefilled,
             stream_key(c.seed, stream, 0),
-            jnp.where(batch.completions.mask[:, 0], batch.record_ids[:, 0], -1),
+            sample_ids,
             temperature=float(c.rollout.temperature),
             top_k=int(c.rollout.top_k),
             top_p=float(c.rollout.top_p),
             stop_ids=self.stop_ids,
             max_new_tokens=c.rollout.max_new_tokens,
         )
+        rollout = trimmed(rollout, longest)
         rollout = jax.device_put(rollout, batch_sharding(self.mesh))  # where it is, by one name
         rows, readouts = jax.block_until_ready(self._complete(batch.rows, rollout))
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)
         if on_device:
-            scores = _score_completions(self.reward, frozen["reward"], rows, readouts.mask)
+            scores = self._score(frozen["reward"], rows, last_columns(batch.rows, rollout.mask, self._together))
         forward = self._forward(
             {role: params[role] for role in ("policy", "value")}, frozen["ref"], rows, readouts
         )  # the devices work on while the host scores
-        samples, used = self._read_samples(batch, rollout, step)
+        samples, prompts, used = read_samples(batch, rollout, step, records=self.records, tokenizer=self.tokenizer)
         if on_device:
             host = local_rows(scores)[used].tolist()
             applies = batch.completions.mask[:, 0]
         else:
             host, scores, applies = self._score_on_host(frozen, samples, used)
         scored = time.perf_counter()
-        self._keep(samples, host, batch, used)
-        metrics = self._text_metrics(rollout, samples, host) | {
+        self._last = sample_lines(samples, prompts, host)
+        metrics = text_metrics(rollout, samples, host) | {
             "time/prefill": read - start,
             "time/decode": sampled - read,
             "time/scoring": scored - sampled,
         }
-        return (rows, readouts, rollout, forward, scores, applies), metrics
-
-    def _read_samples(self, batch: Batch, rollout: Rollout, step: int) -> tuple[Samples, np.ndarray]:
-        """This process's completions as text, and which of its rows they are in."""
-        ids, used = local_rows(batch.record_ids)[:, 0], local_rows(batch.completions.mask)[:, 0]
-        tokens, mask = local_rows(rollout.tokens), local_rows(rollout.mask)
-        finished = local_rows(rollout.finished)
-        records = [self.records(int(i)) for i in ids[used]]
-        completions = [t[m].tolist() for t, m in zip(tokens[used], mask[used], strict=True)]
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        prompts = self._prompt_ids(batch, used)
-        for i, record in enumerate(records):
-            if isinstance(record.prompt, str):
-                texts[i] = continuation(self.tokenizer, prompts[i], completions[i])
-        return Samples(
-            prompts=[r.prompt for r in records],
-            completions=texts,
-            completion_ids=completions,
-            finished=finished[used].tolist(),
-            records=records,
-            step=step,
-        ), used
+        return (batch, rows, readouts, rollout, forward, scores, applies), metrics
 
     def _score_on_host(self, frozen, samples: Samples, used: np.ndarray):
         """Scores by a function, or by a model that reads text: on the host, and as rows on the mesh."""
@@ -245,41 +228,22 @@ class Prepare:
             )
         return host, scores, applies
 
-    def _keep(self, samples: Samples, host, batch: Batch, used: np.ndarray) -> None:
-        """Keeps the samples for the log; prompts of messages as the policy reads them."""
-        prompts = list(samples.prompts)
-        if any(not isinstance(p, str) for p in prompts):
-            prompts = [self.tokenizer.decode(ids) for ids in self._prompt_ids(batch, used)]
-        self._last = {
-            "prompts": prompts,
-            "completions": samples.completions,
-            "ids": samples.completion_ids,
-            "finished": samples.finished,
-            "scores": host,
-        }
-
-    def _prompt_ids(self, batch: Batch, used: np.ndarray) -> list[list[int]]:
-        """Token ids of this process's prompts."""
-        tokens, start = local_rows(batch.rows.tokens)[used], local_rows(batch.rows.attend_start)[used]
-        return [t[first:].tolist() for t, first in zip(tokens, start[:, -1], strict=True)]
-
-    def _text_metrics(self, rollout: Rollout, samples: Samples, host) -> dict[str, float]:
-        """Signs of collapse over the global batch; how scores go with length, over this process's rows."""
-        tokens, mask = all_rows(rollout.tokens), all_rows(rollout.mask)
-        ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True) if m.any()]
-        scored = [(len(i), s) for i, s in zip(samples.completion_ids, host, strict=True) if s is not None]
-        return {
-            "rollout/distinct_1": diversity.distinct_ngrams(ids, 1),
-            "rollout/distinct_2": diversity.distinct_ngrams(ids, 2),
-            "rollout/distinct_samples": diversity.distinct_samples(ids),
-            "rollout/slot_occupancy": float(mask.sum() / max(mask.size and len(mask) * mask.sum(axis=1).max(), 1)),
-            "rollout/repetition": diversity.repetition(ids, 3),
-            "rollout/length_score_correlation": diversity.length_correlation(*map(list, zip(*scored, strict=True)))
-            if scored
-            else math.nan,
-        }
-
     # What runs on the mesh
+
+    def _ask_for_each(self, batch: Batch) -> tuple[Batch, Array]:
+        """The prompt of each completion, those of a prompt neighbours, and the completions' numbers (-1: unused).
+
+        With one completion a prompt, its number is the record's.
+        """
+        count = self._num_samples
+        batch = repeat_rows(batch, count)
+        used, ids = batch.completions.mask[:, 0], batch.record_ids[:, 0]
+        return batch, jnp.where(used, ids * count + jnp.arange(len(ids), dtype=ids.dtype) % count, -1)
+
+    def _score_completions(self, params: Params, rows: Rows, last: Array) -> Array:
+        """A reward model's score at each completion's last real token, as many rows at a time as there are prompts."""
+        count = max(rows.tokens.shape[0] // self.config.batch_size, 1)
+        return in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), count).reshape(-1)
 
     def _forward_passes(self, params, ref, rows: Rows, readouts: Readouts) -> Forward:
         """Log-probs and values, as many rows at a time as a training step takes."""
@@ -299,14 +263,15 @@ class Prepare:
             )
 
         count = self.config.algorithm.num_minibatches * self.config.grad_accum_steps
-        return in_parts(micro, (rows, readouts), count)
+        found = in_parts(micro, (rows, readouts), count)
+        return Forward(*(x.reshape(x.shape[0] * self._together, -1) for x in found))
 
     def _finish_experience(
         self, extra, stream, batch: Batch, rows, readouts, rollout, forward: Forward, scores, applies
     ):
         """Rewards, advantages, minibatches, the next `extra`, metrics."""
         a, r = self.config.algorithm, self.config.rewards
-        used, mask, extra = batch.completions.mask[:, 0], readouts.mask, dict(extra)
+        used, mask, extra = batch.completions.mask[:, 0], rollout.mask, dict(extra)
         statistics = None
         if r.normalize:
             extra |= merge_statistics(
@@ -334,7 +299,8 @@ class Prepare:
 
         observed = masked_mean(jnp.sum(kl, axis=1), used)
         gap = forward.logprobs - rollout.logprobs
-        prompt_lengths = batch.rows.tokens.shape[1] - batch.rows.attend_start[:, -1]
+        prompts = slice(None, None, self._num_samples)  # a row of each
+        prompt_lengths = batch.rows.tokens.shape[1] - batch.rows.attend_start[prompts, -1]
         metrics = {
             "objective/kl": observed,
             "objective/kl_coef": extra["kl_coef"],
@@ -347,7 +313,7 @@ class Prepare:
             "val/explained_variance": explained,
             "rollout/eos_share": masked_mean(rollout.finished.astype(jnp.float32), used),
             "rollout/length_mean": masked_mean(jnp.sum(mask, axis=1).astype(jnp.float32), used),
-            "processed_tokens": jnp.sum(jnp.where(used, prompt_lengths, 0)) + jnp.sum(mask),
+            "processed_tokens": jnp.sum(jnp.where(used[prompts], prompt_lengths, 0)) + jnp.sum(mask),
             "rollout/sampler_ratio": masked_mean(jnp.exp(gap), mask),
             "rollout/sampler_gap": jnp.max(jnp.where(mask, jnp.abs(gap), 0)),
         }
@@ -358,26 +324,27 @@ class Prepare:
         if "skip" in extra:
             extra["skip"] = jnp.zeros_like(extra["skip"])
 
+        together = self._together
+
+        def by_row(x):
+            return x.reshape(x.shape[0] // together, -1)
+
+        asked, ids = jax.tree.map(by_row, (batch.completions, batch.record_ids))
         whole = PolicyBatch(
-            Batch(rows, readouts._replace(mask=taught), batch.completions, batch.record_ids),
-            forward.logprobs,
-            forward.ref_logprobs,
-            forward.values,
-            advantages,
-            returns,
+            Batch(rows, readouts._replace(mask=by_row(taught)), asked, ids),
+            *map(by_row, (forward.logprobs, forward.ref_logprobs, forward.values, advantages, returns)),
         )
         batches = [
             jax.tree.map(lambda x, order=order: jnp.take(x, order, axis=0), whole)
             for epoch in range(a.num_ppo_epochs)
-            for order in deal(stream_key(self.config.seed, stream, 1 + epoch), used, a.num_minibatches)
+            for order in deal(
+                stream_key(self.config.seed, stream, 1 + epoch),
+                used[::together],
+                a.num_minibatches,
+                self._num_samples // together,
+            )
         ]
         return batches, extra, metrics
-
-
-def _score_completions(model: Model, params: Params, rows: Rows, mask: Array) -> Array:
-    """A reward model's score at each completion's last real token, [B]."""
-    width = rows.tokens.shape[1] - mask.shape[1]
-    return score_rows(model, params, rows, width - 1 + jnp.sum(mask, axis=1, dtype=jnp.int32))
 
 
 @jax.jit

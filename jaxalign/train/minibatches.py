@@ -16,14 +16,22 @@ def stream_key(seed: int, iteration: Array, use: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), use)
 
 
-def deal(key: Array, used: Array, count: int) -> list[Array]:
+def deal(key: Array, used: Array, count: int, together: int = 1) -> list[Array]:
     """Row numbers of `count` minibatches: a random order dealt out in turn, unused rows last.
 
     Dealing gives each minibatch its share of the real rows, so that none is empty in the last batch of an epoch.
+
+    Args:
+      key: of the order.
+      used: bool [B].
+      count: of minibatches.
+      together: so many neighbouring rows stay neighbours.
     """
+    used = used[::together]
     order = jax.random.permutation(key, used.shape[0])
     order = order[jnp.argsort(~used[order], stable=True)]
-    return [order[i::count] for i in range(count)]
+    dealt = [order[i::count] for i in range(count)]
+    return [(one[:, None] * together + jnp.arange(together)).reshape(-1) for one in dealt]
 
 
 def in_parts(function: Callable, tree: Any, count: int) -> Any:

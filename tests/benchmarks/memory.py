@@ -181,8 +181,9 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
 
     c, policy = stage.config, stage.program.trained["policy"].model
     prompts, new = stage.dataset.batch(0), c.rollout.max_new_tokens
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prompts.rows)
-    ids = jax.ShapeDtypeStruct(prompts.record_ids[:, 0].shape, np.int32)
+    widest = (c.batch_size, stage.dataset.shape.length)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(widest, x.dtype), prompts.rows)
+    ids = jax.ShapeDtypeStruct((c.batch_size * c.rollout.num_samples,), np.int32)
     params, width = stage.like.params["policy"], cache_width(rows.tokens.shape[1] + new)
     laid = jax.eval_shape(lambda p: lay_out(policy, p), params)
     prefilled = jax.eval_shape(lambda p, r: prefill(policy, p, r), params, rows)

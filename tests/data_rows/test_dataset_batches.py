@@ -71,7 +71,8 @@ def test_every_epoch_holds_every_record_once_in_one_shape(build, purpose, packin
             assert max(map(len, rows)) == 1
     shapes = {tuple(a.shape for a in _leaves(dataset.batch(i))) for i in range(2 * dataset.batches_per_epoch)}
     b, t, m, c = dataset.shape
-    assert shapes == {((b, t),) * 4 + ((b, m),) * 4 + ((b, c),) * 7}
+    assert dataset.widths == (t,) or (purpose == "ppo" and dataset.widths[-1] == t)
+    assert shapes <= {((b, w),) * 4 + ((b, m),) * 4 + ((b, c),) * 7 for w in dataset.widths}
     dtypes = {a.dtype for a in _leaves(dataset.batch(0))}
     assert dtypes == {np.dtype(np.int32), np.dtype(np.float32), np.dtype(bool)}
 

@@ -1,12 +1,18 @@
 """Loss and gradient of every algorithm do not depend on layout, accumulation or rematerialisation."""
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
 
-from tests.steps.worlds import ALGORITHMS, PAIRED, assert_same, data, expected, many, result
+from jaxalign.rollout.pairs import paired_rows
+from jaxalign.rollout.slots import Rollout, repeat_rows
+from jaxalign.types import Batch, PolicyBatch
+from tests.ppo.ppo_world import prompt_batch
+from tests.steps.layouts import examples, lay
+from tests.steps.worlds import ALGORITHMS, PAIRED, ROWS, assert_same, data, expected, many, result
 
 
 def test_there_is_something_to_see(x64):
@@ -58,6 +64,32 @@ def test_any_plan_changes_nothing(draw):
     }
     with jax.enable_x64(True):
         assert_same(result(algorithm, data(algorithm, plan=plan, **layout)), algorithm)
+
+
+def test_completions_laid_out_in_pairs_on_the_device(x64):
+    """Two completions of a prompt share a row that `paired_rows` makes of padded arrays; the oracle: a row for each."""
+    width, length, rng = 32, 24, np.random.default_rng(3)
+    asked = examples(4, 2, seed=9, completion=(1, length), weights=True)
+    each = [e._replace(completions=[said]) for e in asked for said in e.completions]
+    values = {name: rng.normal(0, 1, (ROWS, length)) for name in PolicyBatch._fields[1:]}
+    alone = lay([[e] for e in each], m=2 * length, width=80, num_rows=ROWS, dtype=np.float64)
+    wide = {name: np.pad(x, ((0, 0), (0, length))) for name, x in values.items()}
+    wanted = result("ppo", PolicyBatch(alone, **wide))
+
+    prompts = prompt_batch([e.prompt for e in asked], width, rows=ROWS)  # half of them are not there
+    rows = repeat_rows(prompts.rows, 2)
+    mask = np.arange(length) < np.array([len(e.completions[0]) for e in each] + [0] * ROWS)[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate([e.completions[0] for e in each])
+    rows, readouts = jax.jit(paired_rows)(rows, Rollout(tokens, mask, 0.0 * mask, mask[:, 0]))
+    pairs = lay([[e] for e in asked], shared=True, m=2 * length, width=80, num_rows=ROWS, dtype=np.float64)
+    batch = Batch(rows, readouts, pairs.completions, pairs.record_ids)
+    assert rows.tokens.shape == alone.rows.tokens.shape and readouts.mask.shape == alone.readouts.mask.shape
+    found = result(
+        "ppo", PolicyBatch(batch, **{n: np.pad(x.reshape(4, -1), ((0, 4), (0, 0))) for n, x in values.items()})
+    )
+    assert found[0]["tokens"] == mask.sum() and found[0]["policy/clipfrac"] > 0.1
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
