@@ -122,7 +122,7 @@ def _common() -> ConfigDict:
                 "weight_decay": 0.0,
                 "decay_mask": "matrices",  # matrices, all
                 "max_grad_norm": 1.0,  # 0: no clipping
-                "state_dtype": none(str),  # of what is kept between steps: bfloat16; default: model.param_dtype
+                "state_dtype": none(str),  # of what is kept between steps: bfloat16, int8; default: model.param_dtype
             },
             "eval": {"every": 0, "num_batches": none(int)},  # every: 0 for the end only
             "checkpoint": {

@@ -20,7 +20,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
     ("optimizer.schedule", ("constant", "linear", "cosine")),
     ("optimizer.decay_mask", ("matrices", "all")),
-    ("optimizer.state_dtype", (None, "float32", "bfloat16")),
+    ("optimizer.state_dtype", (None, "float32", "bfloat16", "int8")),
     ("checkpoint.best_mode", ("min", "max")),
 )
 
