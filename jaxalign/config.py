@@ -92,7 +92,7 @@ def _common() -> ConfigDict:
                 "dtype": "float32",  # of the computation: float32, bfloat16, float16
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
-                "remat": "full",  # none, dots, full
+                "remat": "full",  # none, dots, offload (what dots keeps, in host memory), full
             },
             "data": {
                 "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset

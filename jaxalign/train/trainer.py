@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxalign import config as configuration
 from jaxalign.errors import InputError
 from jaxalign.parallel import processes
+from jaxalign.parallel.host_memory import require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
@@ -89,6 +90,8 @@ class Stage:
 
         c = config
         self.config, self.mesh, self.directory = config, mesh, directory
+        if c.model.remat == "offload":
+            require_host_memory(mesh, "model.remat='offload'", "--config.model.remat=full")
         # The revision is the model's; a tokenizer from elsewhere has its own history.
         revision = None if c.model.tokenizer else c.model.revision
         self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, revision, c.model.chat_template)
