@@ -34,13 +34,19 @@ def require_host_memory(mesh: Mesh, field: str, instead: str) -> None:
 
 
 def in_memory(tree: Any, kind: str) -> Any:
-    """The same arrays on the same devices of the mesh, in memory of a kind: those that are not there are copied.
+    """The same arrays on the same devices of the mesh, in memory of a kind: those that are in another are copied.
 
     Args:
-      tree: arrays.
+      tree: arrays; numpy's, which are on no device, stay as they are.
       kind: `HOST` or `DEVICE`.
     """
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
+
+    def put(x):
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind == kind:
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(put, tree)
 
 
 def bytes_in(tree: Any, kind: str) -> int:
