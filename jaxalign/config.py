@@ -94,7 +94,7 @@ def _common() -> ConfigDict:
                 "dtype": "float32",  # of the computation: float32, bfloat16, float16
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
-                "remat": "full",  # none, dots, full
+                "remat": "full",  # none, dots, offload (what dots keeps, in host memory), full
             },
             "data": {
                 "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset
@@ -124,7 +124,7 @@ def _common() -> ConfigDict:
                 "weight_decay": 0.0,
                 "decay_mask": "matrices",  # matrices, all
                 "max_grad_norm": 1.0,  # 0: no clipping
-                "state_dtype": none(str),  # of what is kept between steps: bfloat16; default: model.param_dtype
+                "state_dtype": none(str),  # of what is kept between steps: bfloat16, int8; default: model.param_dtype
             },
             "eval": {"every": 0, "num_batches": none(int)},  # every: 0 for the end only
             "checkpoint": {
@@ -187,6 +187,7 @@ def _ppo() -> ConfigDict:
             "num_minibatches": 1,
             "whiten_advantages": True,
             "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
+            "offload": False,  # reference and reward weights wait in host memory while they are not used
             "value_path": none(str),  # default: the reward model, or the policy where the reward is a function
         }
     )

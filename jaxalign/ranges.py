@@ -14,13 +14,13 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("model.dtype", ("float32", "bfloat16", "float16", "float64")),
     ("model.param_dtype", ("float32", "bfloat16", "float64")),
     ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
-    ("model.remat", ("none", "dots", "full")),
+    ("model.remat", ("none", "dots", "offload", "full")),
     ("data.truncation", ("drop", "keep_start", "keep_end")),
     ("data.train_on", ("completion", "all")),
     ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
     ("optimizer.schedule", ("constant", "linear", "cosine")),
     ("optimizer.decay_mask", ("matrices", "all")),
-    ("optimizer.state_dtype", (None, "float32", "bfloat16")),
+    ("optimizer.state_dtype", (None, "float32", "bfloat16", "int8")),
     ("checkpoint.best_mode", ("min", "max")),
 )
 

@@ -12,7 +12,7 @@ from jaxalign.errors import InputError
 from jaxalign.ops.rope import KINDS, Rope
 
 HEADS = ("lm", "score")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "offload", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,9 @@ class ModelConfig:
     head: str  # "lm": token logits; "score": one number a token
     dtype: str  # of the computation
     param_dtype: str  # of the parameters
-    remat: str  # what the backward pass keeps: "none": everything; "dots": matrix products; "full": layer inputs
+    # What the backward pass keeps: "none": everything; "dots": matrix products; "offload": these, in the host's memory;
+    # "full": layer inputs.
+    remat: str
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property

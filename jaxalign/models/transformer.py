@@ -19,14 +19,28 @@ from jaxalign.ops.attention_blocked import SAVED
 from jaxalign.ops.linear import linear
 from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.rope import frequencies, rotate, rotations
+from jaxalign.parallel.host_memory import DEVICE, HOST
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
+_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_dots_to_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST)
+_saved_to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=(), names_which_can_be_offloaded=(SAVED,), offload_src=DEVICE, offload_dst=HOST
+)
+
+
+def _to_host(primitive, *args, **params):
+    """Keeps what "dots" keeps, in the host's memory."""
+    policy = _dots_to_host if _dots(primitive, *args, **params) else _saved_to_host
+    return policy(primitive, *args, **params)
+
+
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
+        _dots, jax.checkpoint_policies.save_only_these_names(SAVED)
     ),
+    "offload": _to_host,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

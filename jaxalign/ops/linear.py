@@ -26,12 +26,12 @@ def linear(x, kernel, contracted: int):
     Returns:
       [..., *out], of the dtype of `x`.
     """
-    lead = x.ndim - contracted
-    return _product(x, kernel, range(lead, x.ndim), range(contracted))
+    return _forward(x, kernel, contracted)[0]
 
 
 def _forward(x, kernel, contracted):
-    return linear(x, kernel, contracted), (x, kernel)
+    # The product itself: a rematerialisation policy that keeps products does not look into a call of `linear`.
+    return _product(x, kernel, range(x.ndim - contracted, x.ndim), range(contracted)), (x, kernel)
 
 
 def _backward(contracted, saved, d_y):

@@ -12,7 +12,8 @@ the reward reads text; log-probs of policy and reference and values by the train
 rewards of tokens; advantages; then `num_ppo_epochs` times `num_minibatches` PolicyBatches.  Every result is a function
 of (state, batch, seed); the iteration's number is `state.data_cursor`, whatever it counts.  `state` is read here only,
 before the first step may donate it, and comes back with a new `extra`: KL coefficient, running statistics of scores,
-and the early-stop mark cleared.
+and the early-stop mark cleared.  Frozen weights that wait in the host's memory (`algorithm.offload`) are on the devices
+only while they score.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from jaxalign.ops.advantages import gae
 from jaxalign.ops.kl import adapt_kl_coef, kl_estimate, token_rewards
 from jaxalign.ops.masked import masked_mean, masked_var, whiten
 from jaxalign.ops.readout import scalar_readout, token_logprobs
+from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
@@ -191,9 +193,11 @@ class Prepare:
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)
         if on_device:
-            scores = self._score(frozen["reward"], rows, last_columns(batch.rows, rollout.mask, self._together))
+            scores = self._score(
+                in_memory(frozen["reward"], DEVICE), rows, last_columns(batch.rows, rollout.mask, self._together)
+            )
         forward = self._forward(
-            {role: params[role] for role in ("policy", "value")}, frozen["ref"], rows, readouts
+            {role: params[role] for role in ("policy", "value")}, in_memory(frozen["ref"], DEVICE), rows, readouts
         )  # the devices work on while the host scores
         samples, prompts, used = read_samples(batch, rollout, step, records=self.records, tokenizer=self.tokenizer)
         if on_device:
@@ -213,7 +217,7 @@ class Prepare:
     def _score_on_host(self, frozen, samples: Samples, used: np.ndarray):
         """Scores by a function, or by a model that reads text: on the host, and as rows on the mesh."""
         if isinstance(self.reward, ModelScorer):
-            host = [float(s) for s in self.reward.scores(frozen["reward"], samples, len(used))]
+            host = [float(s) for s in self.reward.scores(in_memory(frozen["reward"], DEVICE), samples, len(used))]
         else:
             host = self.reward(samples) if samples.prompts else []
         scores, applies = np.zeros(len(used), np.float32), np.zeros(len(used), bool)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.ops.chance import chance
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.steps.step import global_norm
+from jaxalign.train.quantised_moments import pack, unpack
 from jaxalign.types import Params
 
 Schedule = Callable[[Any], jax.Array]
@@ -117,12 +119,15 @@ def kept_in(optimizer: optax.GradientTransformation, dtype: Any) -> optax.Gradie
     moments in bfloat16 at b2 = 0.95, without a loss that they could observe.
 
     Chance is a hash of the number itself and of the updates made: the same state gives the same step, on any mesh.
+    int8 takes a quarter of the bytes, see `quantised_moments`.
 
     Args:
       optimizer: with a schedule's count in its state.
       dtype: of the stored moments; counts keep their own.
     """
     dtype = jnp.dtype(dtype)
+    if dtype == jnp.int8:
+        return _packed(optimizer)
 
     def is_moment(x):
         return jnp.issubdtype(x.dtype, jnp.floating)
@@ -140,21 +145,24 @@ def kept_in(optimizer: optax.GradientTransformation, dtype: Any) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
+def _packed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer with its moments in 8 bits."""
+
+    def update(updates, state, params=None):
+        updates, new = optimizer.update(updates, unpack(state), params)
+        return updates, pack(new, updates_made(new))
+
+    return optax.GradientTransformation(lambda params: pack(optimizer.init(params), 0), update)
+
+
 def _round_by_chance(x: jax.Array, count: jax.Array) -> jax.Array:
     """To one of the two bfloat16 numbers around x, the nearer one more often, so that the mean over counts is x."""
     exact = x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
     # The last 16 bits are what bfloat16 drops; a number below 2^16 added to them carries as often as they are large.
-    noise = _scramble(bits ^ _scramble(count.astype(jnp.uint32))) >> 16
+    noise = chance(exact, count) >> 16
     rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(exact), rounded, exact).astype(jnp.bfloat16)
-
-
-def _scramble(bits: jax.Array) -> jax.Array:
-    """A hash of 32 bits to 32 bits in which every bit in flips half the bits out (MurmurHash3's last steps)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return bits ^ (bits >> 16)
 
 
 def decay_mask(params: Params) -> Any:

@@ -21,7 +21,7 @@ from jaxalign.parallel.processes import is_main
 FORMAT = 1
 
 # Fields that may differ between a run and its continuation: they do not change what is computed, or the numbers
-# only by rounding (mesh, remat).
+# only by rounding (mesh, remat, offload).
 _FREE = (
     "workdir",
     "mesh",
@@ -30,6 +30,7 @@ _FREE = (
     "logging",
     "profile",
     "model.remat",
+    "algorithm.offload",
     "data.cache_dir",
     "data.eval_sources",
 )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.ops.readout import token_logprobs
+from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, put_batch
@@ -85,7 +86,7 @@ class Sampler:
         signs = sample_signs(ids, finished=finished[: len(examples)].tolist(), logprobs=spread)
         if "ref" in frozen:
             with memory_errors("sampling"):
-                kl = self._kl(params, frozen["ref"], batch.rows, rollout)
+                kl = self._kl(params, in_memory(frozen["ref"], DEVICE), batch.rows, rollout)
             signs["samples/kl"] = float(np.mean(all_rows(kl)[: len(examples)]))
         return rows, signs
 

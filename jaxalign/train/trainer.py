@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxalign import config as configuration
 from jaxalign.errors import InputError
 from jaxalign.parallel import processes
+from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
@@ -89,6 +90,11 @@ class Stage:
 
         c = config
         self.config, self.mesh, self.directory = config, mesh, directory
+        if c.model.remat == "offload":
+            require_host_memory(mesh, "model.remat='offload'", "--config.model.remat=full")
+        self.offload = c.algorithm.get("offload", False)
+        if self.offload:
+            require_host_memory(mesh, "algorithm.offload", "--config.algorithm.offload=False")
         # The revision is the model's; a tokenizer from elsewhere has its own history.
         revision = None if c.model.tokenizer else c.model.revision
         self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, revision, c.model.chat_template)
@@ -170,8 +176,9 @@ class Stage:
         return TrainState(zero(), params, opt, extra, zero())
 
     def frozen(self) -> dict[str, Any]:
-        """The frozen models' parameters on the mesh."""
-        return {name: role.load() for name, role in self.program.frozen.items()}
+        """The frozen models' parameters on the mesh, with `algorithm.offload` in the host's memory."""
+        kind = HOST if self.offload else DEVICE
+        return {name: in_memory(role.load(), kind) for name, role in self.program.frozen.items()}
 
     def train(self) -> dict[str, Any]:
         """Trains to the end, exports, and says how it went."""

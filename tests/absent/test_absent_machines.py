@@ -9,6 +9,7 @@ from jaxalign import config as configuration
 from jaxalign import plan
 from jaxalign.errors import InputError
 from jaxalign.models import hf
+from jaxalign.train import compiled
 
 # A TPU v5p slice of 16 chips, and eight H200.
 MACHINES = {"tpu:v5p:2x2x4": ("TPU v5", 16), "gpu:h200:1x8x1": ("NVIDIA H200", 8)}
@@ -75,6 +76,21 @@ def test_a_train_step_compiles(algorithm, machine, shared, pairs, completions, t
     assert 0 < found.memory["temporary"] < 2**30
     assert {"all-gather", "all-reduce"} & set(found.collectives)  # it is a program for several devices
     print(found)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_is_kept_for_the_backward_pass_goes_to_the_host(machine, shared, completions, tmp_path, monkeypatch):
+    executables = []
+    monkeypatch.setattr(compiled, "memory_of", lambda x, of=compiled.memory_of: executables.append(x) or of(x))
+    device, host = {}, {}
+    for remat in ("dots", "offload"):
+        c = config_of("sft", shared, completions, completions, tmp_path / remat)
+        c.model.remat, c.data.packing, c.batch_size = remat, False, 256
+        device[remat] = plan.compile_for(machine, c).memory["temporary"]
+        host[remat] = executables[-1].memory_analysis().host_temp_size_in_bytes
+    print(machine, device, host)
+    assert device["offload"] < 0.9 * device["dots"]
+    assert host["dots"] == 0 < host["offload"]
 
 
 def test_accumulation_compiles(shared, pairs, completions, tmp_path):

@@ -107,11 +107,30 @@ def test_remat_changes_nothing(x64):
     tokens = np.random.default_rng(0).integers(0, 64, (1, 100))
     rows, weights = tiny.causal(tokens), np.ones((1, 100))
     results = []
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "offload", "full"):
         model = tiny.model(remat=remat, **WIDE)
         results.append(loss_and_grads(model, params_of(model), rows, weights))
-    assert_close(results[0], results[1])
-    assert_close(results[0], results[2])
+    for result in results[1:]:
+        assert_close(results[0], result)
+
+
+def kept_by(remat):
+    """What layers keep for the backward pass: (shape, whether it lies in the host's memory) of each array."""
+    model, rows = tiny.model(remat=remat), tiny.causal(np.zeros((1, 100), np.int32))
+    loss = lambda params: jnp.sum(model.apply(params, None, rows)[0])  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss))(model.abstract()).jaxpr
+    forward = next(e for e in program.eqns if e.primitive.name == "scan")
+    kept = [x.aval for x in forward.outvars[1:]]
+    return sorted((x.shape[1:], x.memory_space == jax.memory.Space.Host) for x in kept)
+
+
+def test_policies_keep_what_they_say():
+    # Dims D 32, F 48, N 4, K 2, H 8; two blocks of queries in attention.
+    layer_input, products = (1, 100, 32), [(1, 100, 4, 8), *[(1, 100, 2, 8)] * 2, (1, 100, 32), *[(1, 100, 48)] * 2]
+    attention = [(2, 1, 2, 112, 8), (2, 1, 2, 112, 1)]
+    assert kept_by("full") == [(layer_input, False)]
+    assert kept_by("dots") == sorted((x, False) for x in [layer_input, *products, *attention])
+    assert kept_by("offload") == sorted([(layer_input, False), *((x, True) for x in products + attention)])
 
 
 def test_trap_padding_side_amount_and_id(x64):

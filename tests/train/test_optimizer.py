@@ -72,7 +72,7 @@ def test_clip_is_by_the_norm_of_all_leaves():
     np.testing.assert_allclose(updates["layers"]["norm"]["scale"], -1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 def test_every_optimizer_goes_downhill(name, state_dtype):
     cfg = section(name=name, schedule="constant", b1=0.5, max_grad_norm=0.0, state_dtype=state_dtype)

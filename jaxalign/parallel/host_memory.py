@@ -1,0 +1,54 @@
+"""The host's memory as a place for arrays: pinned, so that devices read and write it by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.errors import InputError
+
+HOST, DEVICE = "pinned_host", "device"  # JAX's names
+
+
+def require_host_memory(mesh: Mesh, field: str, instead: str) -> None:
+    """Refuses what keeps arrays in the host's memory where the devices cannot reach it.
+
+    Args:
+      mesh: of the run.
+      field: the configuration's field and value that ask for it.
+      instead: a flag that does without.
+
+    Raises:
+      InputError: naming the memories that there are.
+    """
+    device: Any = mesh.devices.flat[0]
+    found = sorted({memory.kind for memory in device.addressable_memories()})
+    if found and HOST not in found:  # of GPUs that are not there nothing is known
+        raise InputError(
+            f"{field} on {device.device_kind}, whose memories are {', '.join(found)}",
+            f"a platform with {HOST} memory",
+            instead,
+        )
+
+
+def in_memory(tree: Any, kind: str) -> Any:
+    """The same arrays on the same devices of the mesh, in memory of a kind: those that are in another are copied.
+
+    Args:
+      tree: arrays; numpy's, which are on no device, stay as they are.
+      kind: `HOST` or `DEVICE`.
+    """
+
+    def put(x):
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind == kind:
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(put, tree)
+
+
+def bytes_in(tree: Any, kind: str) -> int:
+    """Bytes of a tree of arrays that lie in memory of a kind, one copy of each."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if x.sharding.memory_kind == kind)
