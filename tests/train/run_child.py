@@ -70,7 +70,9 @@ def make_config(spec):
 
 def child(spec, results, options):
     """Runs a stage; `options` say where it is to die, and which process of how many it is."""
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.get('devices', DEVICES)}"
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={options.get('devices', DEVICES)}")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     import jax
 
     # Compiled once for all children: they run the same few programs.
