@@ -18,8 +18,9 @@ def products(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn.params["precision"]
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            yield from products(inner)
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from products(getattr(value, "jaxpr", value))
 
 
 def step_products(algorithm, dtype):

@@ -21,7 +21,7 @@ ROWS = 8
 ALGORITHMS = ("sft", "reward", "dpo", "ipo", "ppo")
 PAIRED = ("reward", "dpo", "ipo")
 # Optimisations change nothing that these tests look at; without them a program compiles in a third of the time.
-COMPILER = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+COMPILER = {"xla_backend_optimization_level": 0}
 SGD = optax.sgd(1.0)  # the update is minus the gradient
 
 

@@ -24,7 +24,7 @@ from jaxalign.types import Rows, TrainState
 
 MANTISSA = {"mu": 3, "nu": 4}
 # Compiles in a third of the time.
-COMPILER = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def there_and_back(moment, x, count=0):
