@@ -108,8 +108,10 @@ def _sees(interval, slot):
 
 
 def _precision_name(dtype) -> str | None:
+    """For the kernels' products, which state none of their own; what a person has chosen stays."""
     precision = product_precision(dtype)
-    return None if precision is None else precision.name.lower()
+    chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return chosen if precision is None else precision.name.lower()
 
 
 def _block_lists(start_RT, end_RT, num_q: int, num_k: int, size_k: int) -> tuple[tuple, tuple]:

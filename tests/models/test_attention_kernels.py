@@ -97,5 +97,11 @@ def test_on_a_mesh_that_does_not_divide(backend):
     check(backend, problem(np.random.default_rng(3), 3, 40, 40, 3, 1, 16, "pair"), mesh=mesh)
 
 
+def test_splash_leaves_a_chosen_precision_alone():
+    assert attention_splash._precision_name("float32") == "highest"
+    with jax.default_matmul_precision("bfloat16"):
+        assert attention_splash._precision_name("float32") == "bfloat16"
+
+
 def test_every_backend_is_checked():
     assert set(BACKENDS) == {"plain", "blocked", *KERNELS}

@@ -12,6 +12,7 @@ from test_optimizer import section
 
 from jaxalign import config as configuration
 from jaxalign.config import defaults
+from jaxalign.errors import InputError
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import make_mesh
@@ -276,3 +277,6 @@ def test_a_configuration_may_ask_for_it():
     c = defaults("sft")
     c.workdir, c.model.path, c.data.sources, c.optimizer.state_dtype = "runs/x", "model", ("data.jsonl",), "int8"
     configuration.validate(c)
+    c.optimizer.state_dtype = "int4"
+    with pytest.raises(InputError, match="int8"):
+        configuration.validate(c)
