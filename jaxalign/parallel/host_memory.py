@@ -47,8 +47,3 @@ def in_memory(tree: Any, kind: str) -> Any:
         return jax.device_put(x, x.sharding.with_memory_kind(kind))
 
     return jax.tree.map(put, tree)
-
-
-def bytes_in(tree: Any, kind: str) -> int:
-    """Bytes of a tree of arrays that lie in memory of a kind, one copy of each."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree) if x.sharding.memory_kind == kind)

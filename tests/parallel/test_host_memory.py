@@ -9,8 +9,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.errors import InputError
-from jaxalign.parallel.host_memory import DEVICE, HOST, bytes_in, in_memory, require_host_memory
+from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import make_mesh
+
+
+def bytes_in(tree, kind):
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if x.sharding.memory_kind == kind)
 
 
 def test_arrays_go_there_and_come_back_as_they_were():
