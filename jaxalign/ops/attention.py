@@ -9,8 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops import attention_splash
+from jaxalign.ops import attention_short, attention_splash
 from jaxalign.ops.attention_blocked import blocked_attention
+from jaxalign.ops.attention_short import short_attention
 from jaxalign.ops.attention_splash import splash_attention
 from jaxalign.ops.attention_triton import triton_attention
 from jaxalign.ops.platform import platform
@@ -55,17 +56,26 @@ def attention(
     return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def choose_backend(num_queries: int, num_keys: int, dtype) -> str:
+def choose_backend(num_queries: int, num_keys: int, dtype, *, causal: bool = False) -> str:
     """The backend for a shape: blocks pay as soon as there are several to skip or to keep out of memory.
 
     A TPU takes JAX's splash kernels, an NVIDIA GPU from Ampere on our Triton kernels, and what they cannot do (64 bits,
-    rows beyond `attention_splash.LIMIT`) goes the way of a CPU, where XLA's products do the blocks.
+    rows beyond `attention_splash.LIMIT`) goes the way of a CPU, where XLA's products do the blocks: one by one, or all
+    at once where rows are short.
 
-    >>> choose_backend(1, 4096, "float32"), choose_backend(1024, 1024, "float32")
-    ('plain', 'blocked')
+    Args:
+      num_queries: T.
+      num_keys: S.
+      dtype: of the queries.
+      causal: whether no token of any row sees a later one.
+
+    >>> choose_backend(1, 4096, "float32"), choose_backend(1024, 1024, "float32"), choose_backend(256, 256, "float32")
+    ('plain', 'blocked', 'short')
     """
     if min(num_queries, num_keys) < 96:
         return "plain"
+    if platform() == "cpu" and num_queries == num_keys <= attention_short.LIMIT:
+        return "causal" if causal else "short"
     kind = platform() if jnp.dtype(dtype).itemsize <= 4 else "any"
     if kind == "tpu" and max(num_queries, num_keys) <= attention_splash.LIMIT:
         return "splash"
@@ -102,6 +112,8 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_attention,
     "blocked": blocked_attention,
+    "short": functools.partial(short_attention, causal=False),
+    "causal": functools.partial(short_attention, causal=True),
     "splash": splash_attention,
     "triton": triton_attention,
 }

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.allocator import keep_freed_memory
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that rows of a batch are split over
@@ -36,7 +37,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     from jax.experimental import mesh_utils
 
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        keep_freed_memory()
+        devices = jax.devices()
+    devices = list(devices)
     shape = mesh_shape(sizes, len(devices))
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:  # several TPU slices: the slow network between them carries the `data` axis alone

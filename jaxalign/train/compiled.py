@@ -14,6 +14,7 @@ import jax
 
 from jaxalign.errors import InputError
 from jaxalign.ops.platform import platform
+from jaxalign.parallel.allocator import return_freed_memory
 
 # What to change, by what helps most for least.
 ADVICE = (
@@ -64,6 +65,7 @@ class Compiled:
             if needed.get("total", 0) >= self.memory.get("total", 0):  # of several programs the largest
                 self.memory = needed
             self._executables[key] = executable
+            return_freed_memory()  # what the compiler had taken would lie in the way of the steps' arrays
         return self._executables[key]
 
     def __call__(self, *args: Any) -> Any:
@@ -131,6 +133,7 @@ def peak_memory() -> int:
 
 def reset_peak_memory() -> None:
     """Lets the process's peak begin anew, so that stages in one process are told apart; Linux only."""
+    return_freed_memory()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")
 

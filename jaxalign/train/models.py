@@ -16,6 +16,7 @@ from jaxalign.models.config import from_hf
 from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.sharding import param_shardings
+from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.types import Params
 
 
@@ -86,7 +87,15 @@ class Loader:
 
         fields = {k: v for k, v in options.items() if k != "revision"}
         directory = locate(path, revision, weights=False)
-        return Role(Model(from_hf(read_json(directory / CONFIG), **fields)), load, learning_rate)
+        described = from_hf(read_json(directory / CONFIG), **fields)
+        return Role(Model(dataclasses.replace(described, causal_rows=causal_rows(self.config))), load, learning_rate)
+
+
+def causal_rows(config: Any) -> bool:
+    """Whether each row of a stage's batches is causal: no two completions share a prompt, which lies between them."""
+    if config.algorithm.name == "ppo":
+        return completions_per_row(config.rollout.num_samples) == 1
+    return not config.data.get("shared_prompt", False)
 
 
 def num_bytes(tree: Any) -> int:

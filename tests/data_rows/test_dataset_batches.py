@@ -12,6 +12,7 @@ from jaxalign.data.loader import Dataset, DataStreamError
 from jaxalign.data.prefetch import prefetch
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
+from jaxalign.train.models import causal_rows
 
 PURPOSES = ("sft", "reward", "dpo", "ppo")
 
@@ -238,6 +239,23 @@ def test_build_reads_sources(tmp_path, tokenizer_of, shared):
     assert train.num_records + held.num_records == 100
     assert train.report["records"]["read"] >= 100 and held.report["overlap"] == {"prompts": 0, "records": 0}
     assert train.record(0).columns is not None and (tmp_path / "cache").is_dir()
+
+
+@pytest.mark.parametrize(
+    "purpose, data",
+    [("sft", {"packing": True}), *((p, {}) for p in PURPOSES), ("dpo", {"shared_prompt": False})],
+)
+def test_rows_are_causal_where_the_models_are_told_so(build, tmp_path, purpose, data):
+    rows = build(purpose, **data).batch(0).rows
+    sees_later = rows.attend_end > np.arange(1, rows.tokens.shape[1] + 1)
+    assert causal_rows(_config(tmp_path, purpose, **data)) == (not sees_later.any())
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
+def test_completions_that_share_a_prompt_are_not_causal(tmp_path, num_samples):
+    config = _config(tmp_path, "ppo")
+    config.rollout.num_samples = num_samples
+    assert causal_rows(config) == bool(num_samples % 2)
 
 
 @pytest.mark.parametrize("depth", [0, 2])

@@ -12,7 +12,7 @@ from jaxalign.ops import attention as attention_module
 from jaxalign.ops import attention_blocked
 from jaxalign.ops.attention import BACKENDS, attention, choose_backend
 
-IN_XLA = ("blocked", "plain")  # those made of XLA's products, in any dtype; the others are kernels
+IN_XLA = ("blocked", "plain", "short")  # those made of XLA's products, in any dtype; the others are kernels
 
 
 def loop(q, k, v, start, end):
@@ -134,7 +134,10 @@ def test_blocked_holds_no_square():
 
 def test_choice_and_errors():
     assert choose_backend(1, 2048, "float32") == "plain"
-    assert choose_backend(512, 512, "float32") == "blocked"
+    assert choose_backend(513, 513, "float32") == "blocked"
+    assert choose_backend(512, 512, "float32") == "short"
+    assert choose_backend(96, 96, "float64", causal=True) == "causal"
+    assert choose_backend(128, 256, "float32", causal=True) == "blocked"  # a cache with earlier tokens
     x = jnp.zeros((1, 2, 3, 4))
     at = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="3 query heads in 2 groups"):

@@ -1,4 +1,5 @@
-"""The attention kernels of accelerators, run step by step on a CPU, against the plain backend: values and gradients."""
+"""Attention that each device does by itself (kernels, run step by step on a CPU, and short rows), against the plain
+backend: values and gradients."""
 
 import functools
 
@@ -12,7 +13,7 @@ from jaxalign.ops import attention_splash
 from jaxalign.ops.attention import BACKENDS, attention
 from jaxalign.parallel.mesh import make_mesh
 
-KERNELS = ("splash", "triton")
+KERNELS = ("splash", "triton", "short")
 ALL_KINDS = ("causal", "window", "packed", "pair", "random")
 
 
@@ -97,6 +98,34 @@ def test_on_a_mesh_that_does_not_divide(backend):
     check(backend, problem(np.random.default_rng(3), 3, 40, 40, 3, 1, 16, "pair"), mesh=mesh)
 
 
+@pytest.mark.parametrize("rows, length, kv_heads", [(5, 300, 2), (8, 193, 1), (3, 100, 4), (2, 9, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_causal_rows(rows, length, kv_heads, dtype):
+    """Two blocks and four, the last shorter; rows and heads in parts, rows that no part divides."""
+    kinds = ("causal", "window", "packed")
+    check("causal", problem(np.random.default_rng(length), rows, length, length, 4, kv_heads, 16, *kinds), dtype)
+
+
+def test_causal_rows_on_a_mesh():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    check("causal", problem(np.random.default_rng(4), 8, 120, 120, 4, 2, 16, "packed", "window"), mesh=mesh)
+
+
+def test_a_row_that_is_not_causal_is_loud():
+    """Keys behind a query are not read: such a query gets NaN, the others what they are due; so do gradients."""
+    *x, start, end = problem(np.random.default_rng(5), 2, 200, 200, 2, 2, 8, "causal")
+    end[1, 30] += 1
+    weight = jnp.ones(x[0].shape)
+    x = [jnp.asarray(a, jnp.float32) for a in x]
+    out, *gradients = both_ways("causal", start, end, weight)(*x)
+    wanted = both_ways("plain", start, end, weight)(*x)[0]
+    assert np.isnan(out[1, 30]).all()
+    others = np.ones(out.shape[:2], bool)
+    others[1, 30] = False
+    np.testing.assert_allclose(np.asarray(out)[others], np.asarray(wanted)[others], atol=1e-5)
+    assert all(np.isnan(g[1]).any() and np.isfinite(g[0]).all() for g in gradients)
+
+
 def test_splash_leaves_a_chosen_precision_alone():
     assert attention_splash._precision_name("float32") == "highest"
     with jax.default_matmul_precision("bfloat16"):
@@ -104,4 +133,4 @@ def test_splash_leaves_a_chosen_precision_alone():
 
 
 def test_every_backend_is_checked():
-    assert set(BACKENDS) == {"plain", "blocked", *KERNELS}
+    assert set(BACKENDS) == {"plain", "blocked", "causal", *KERNELS}
