@@ -68,7 +68,7 @@ def _attend(plan, q, k, v, start, end):
 def _forward(plan, q, k, v, start, end):
     B, T, N, H = q.shape
     num_q = T // plan.size_q
-    firsts, lasts = _seen_blocks(start, end, plan)
+    firsts, lasts = seen_blocks(start, end, plan.size_q, plan.size_k)
     out, log_total = _call(
         functools.partial(_forward_kernel, plan=plan),
         grid=(num_q, B, N),
@@ -86,7 +86,7 @@ def _backward(plan, saved, d_out):
     S, K = k.shape[1:3]
     # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
     delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    firsts, lasts = _seen_blocks(start, end, plan)
+    firsts, lasts = seen_blocks(start, end, plan.size_q, plan.size_k)
     (d_q,) = _call(
         functools.partial(_queries_kernel, plan=plan),
         grid=(T // plan.size_q, B, N),
@@ -101,7 +101,7 @@ def _backward(plan, saved, d_out):
     # Queries that share a key side by side: [B, T, K, G, H], and [B, K, G, T] for the numbers of each.
     q, d_out = (x.reshape(B, T, K, N // K, H) for x in (q, d_out))
     log_total, delta = (x.reshape(B, K, N // K, T) for x in (log_total, delta))
-    firsts, lasts = _seeing_blocks(start, end, S // plan.size_k, plan)
+    firsts, lasts = seeing_blocks(start, end, S, plan.size_q, plan.size_k)
     pl = _pallas()
     of_group = pl.BlockSpec((None, T, None, N // K, H), lambda j, b, h: (b, 0, h, 0, 0))
     numbers = pl.BlockSpec((None, None, N // K, T), lambda j, b, h: (b, h, 0, 0))
@@ -218,19 +218,19 @@ def _visible(start, end, j, plan: _Plan, keys_first: bool = False):
     return (slot[None, :] >= start[:, None]) & (slot[None, :] < end[:, None])
 
 
-def _seen_blocks(start_BT, end_BT, plan: _Plan):
+def seen_blocks(start_BT, end_BT, size_q: int, size_k: int):
     """For each block of queries the first block of keys that any of them sees, and one past the last: [B, Q] each."""
     B = start_BT.shape[0]
-    first = start_BT.reshape(B, -1, plan.size_q).min(axis=-1) // plan.size_k
-    return first, -(-end_BT.reshape(B, -1, plan.size_q).max(axis=-1) // plan.size_k)
+    first = start_BT.reshape(B, -1, size_q).min(axis=-1) // size_k
+    return first, -(-end_BT.reshape(B, -1, size_q).max(axis=-1) // size_k)
 
 
-def _seeing_blocks(start_BT, end_BT, num_k: int, plan: _Plan):
-    """For each block of keys the first block of queries that sees any of them, and one past the last: [B, num_k] each;
-    both 0 where none does."""
-    first, last = _seen_blocks(start_BT, end_BT, plan)
-    block = jnp.arange(num_k, dtype=first.dtype)[:, None]
-    sees = (block >= first[:, None, :]) & (block < last[:, None, :])  # [B, num_k, Q]
+def seeing_blocks(start_BT, end_BT, num_keys: int, size_q: int, size_k: int):
+    """For each block of keys the first block of queries that sees any of them, and one past the last, equal where none
+    does: [B, num_keys / size_k] each."""
+    first, last = seen_blocks(start_BT, end_BT, size_q, size_k)
+    block = jnp.arange(num_keys // size_k, dtype=first.dtype)[:, None]
+    sees = (block >= first[:, None, :]) & (block < last[:, None, :])  # [B, keys' blocks, queries' blocks]
     lead = jnp.argmax(sees, axis=-1).astype(jnp.int32)
     tail = sees.shape[-1] - jnp.argmax(sees[..., ::-1], axis=-1).astype(jnp.int32)
     return lead, jnp.where(sees.any(axis=-1), tail, lead)

@@ -133,8 +133,8 @@ def test_blocked_holds_no_square():
 
 
 def test_choice_and_errors():
-    assert choose_backend(1, 2048, "float32") == "plain"
-    assert choose_backend(512, 512, "float32") == "blocked"
+    assert choose_backend(1, 2048, 64, "float32") == "plain"
+    assert choose_backend(512, 512, 64, "float32") == "blocked"
     x = jnp.zeros((1, 2, 3, 4))
     at = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="3 query heads in 2 groups"):
@@ -151,13 +151,19 @@ def test_choice_and_errors():
         ("tpu", 2**15 + 128, "bfloat16", None, "blocked"),  # more than the kernel's 16 bits
         ("tpu", 2048, "float64", None, "blocked"),
         ("tpu", 64, "bfloat16", None, "plain"),
-        ("gpu", 2048, "bfloat16", "9.0", "triton"),
+        ("gpu", 2048, "bfloat16", "9.0", "mosaic"),
+        ("gpu", 2048, "float16", "9.0", "mosaic"),
+        ("gpu", 2048, "float32", "9.0", "triton"),
+        ("gpu", 2048, "bfloat16", "8.6", "triton"),
+        ("gpu", 2048, "bfloat16", "10.0", "triton"),  # Blackwell has other matrix instructions
         ("gpu", 2048, "float16", "7.5", "blocked"),  # older than Ampere
-        ("gpu", 2048, "bfloat16", None, "triton"),  # not there: compiled for
+        ("gpu", 2048, "bfloat16", None, "mosaic"),  # not there: compiled for
     ],
 )
 def test_choice_by_platform(platform, length, dtype, capability, expected, monkeypatch):
     monkeypatch.setattr(attention_module, "platform", lambda: platform)
     device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert choose_backend(length, length, dtype) == expected
+    assert choose_backend(length, length, 128, dtype) == expected
+    # More than its shared memory and registers hold.
+    assert choose_backend(length, length, 192, dtype) == expected.replace("mosaic", "triton")
