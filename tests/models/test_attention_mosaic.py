@@ -16,7 +16,7 @@ from jaxalign.ops.attention import attention
 @pytest.mark.parametrize(
     "dtype, T, S, N, K, H, kinds",
     [
-        (jnp.bfloat16, 100, 200, 2, 1, 64, ("pair", "random")),  # several blocks of keys, which two heads share
+        (jnp.bfloat16, 100, 300, 2, 1, 64, ("pair", "random")),  # more blocks of keys than stages, two heads to share them
         (jnp.float16, 150, 150, 1, 1, 96, ("packed",)),  # several blocks of queries, a head that is padded
     ],
 )
