@@ -1,14 +1,14 @@
 """Runs Mosaic GPU kernels on a CPU: JAX's own interpreter, with the operands of products that it does not take.
 
-The interpreter has threads, barriers, copies and shared memory of a block as the kernel asks for them; layouts, the
-asynchrony of products and the room in registers it does not see.  A turned operand (before jax 0.11) and one in
-registers are added here, and a thread's program is compiled once, not once a thread and block.
+The interpreter has the threads, barriers, copies and shared memory of a block; layouts and the room in registers it
+does not see. Turned operands (which it has from jax 0.11 on) and those in registers are added here, products are late,
+and a thread's program is compiled once, not once for each thread and block.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,12 +49,8 @@ def _product(**given: Any):
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[Callable[[], bool]]:
-    """Kernels that are traced inside are interpreted; memory holds no number before the kernel writes it.
-
-    Yields:
-      A function that says whether two threads touched the same memory with no barrier between them.
-    """
+def interpreted() -> Iterator[None]:
+    """Kernels that are traced inside are interpreted; memory holds no number before the kernel writes it."""
     programs: dict[int, Any] = {}
     lock = threading.Lock()
 
@@ -68,8 +64,8 @@ def interpreted() -> Iterator[Callable[[], bool]]:
     before = gpu_callbacks.wgmma, thread_map._run_jaxpr
     gpu_callbacks.wgmma, thread_map._run_jaxpr = _product, run
     try:
-        with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
-            yield lambda: gpu_callbacks.get_races().races_found
+        with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+            yield
     finally:
         gpu_callbacks.wgmma, thread_map._run_jaxpr = before
         programs.clear()
