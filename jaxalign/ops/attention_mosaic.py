@@ -259,7 +259,7 @@ def _call(kernel, plan: _Plan, operands, *, shapes, grid, own, some, left=None):
       left: shared memory of results that no other name has room for.
     """
     gpu = _mosaic()
-    body = functools.partial(kernel, plan)
+    body: Any = functools.partial(kernel, plan)
     body.__name__ = kernel.__name__  # as a profile shows it
     run = gpu.kernel(
         body,
