@@ -19,6 +19,8 @@ from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
+_BLOCK_Q, _BLOCK_K = 64, 64  # at most; with the next two what tests/benchmarks/gpu_parts/blocks.py tries on a card
+_WARPS, _STAGES = 4, 2
 _LEAST = -1e30  # a maximum before any key was seen; finite, so that differences of two are numbers
 _LOG2_E = math.log2(math.e)  # the kernels raise 2 to a power, which the hardware does in one instruction
 
@@ -42,7 +44,7 @@ def triton_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
 def _local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     _, T, _, H = q_BTNH.shape
     S = k_BSKH.shape[1]
-    plan = _Plan(_block_size(T), _block_size(S), H**-0.5)
+    plan = _Plan(_block_size(T, _BLOCK_Q), _block_size(S, _BLOCK_K), H**-0.5)
     more_q, more_k, more_h = -T % plan.size_q, -S % plan.size_k, _power_of_two(H) - H
     # A padding query repeats the last interval: no wider, and not empty.
     start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, more_q)), mode="edge") for x in (start_BT, end_BT))
@@ -56,8 +58,8 @@ def _power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _block_size(length: int) -> int:
-    return min(64, _power_of_two(length))
+def _block_size(length: int, most: int) -> int:
+    return min(most, _power_of_two(length))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -280,5 +282,5 @@ def _call(kernel, *, grid, ins, outs, shapes):
         out_specs=list(outs),
         out_shape=list(shapes),
         interpret=platform() == "cpu",
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
     )
