@@ -9,8 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops import attention_short, attention_splash
+from jaxalign.ops import attention_mosaic, attention_short, attention_splash
 from jaxalign.ops.attention_blocked import blocked_attention
+from jaxalign.ops.attention_mosaic import mosaic_attention
 from jaxalign.ops.attention_short import short_attention
 from jaxalign.ops.attention_splash import splash_attention
 from jaxalign.ops.attention_triton import triton_attention
@@ -56,36 +57,43 @@ def attention(
     return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def choose_backend(num_queries: int, num_keys: int, dtype, *, causal: bool = False) -> str:
+def choose_backend(num_queries: int, num_keys: int, head_dim: int, dtype, *, causal: bool = False) -> str:
     """The backend for a shape: blocks pay as soon as there are several to skip or to keep out of memory.
 
-    A TPU takes JAX's splash kernels, an NVIDIA GPU from Ampere on our Triton kernels, and what they cannot do (64 bits,
-    rows beyond `attention_splash.LIMIT`) goes the way of a CPU, where XLA's products do the blocks: one by one, or all
-    at once where rows are short.
+    A TPU takes JAX's splash kernels. An NVIDIA GPU takes our Mosaic kernels if it is a Hopper and numbers have 16 bits,
+    and our Triton kernels from Ampere on. What they cannot do (64 bits, rows beyond `attention_splash.LIMIT`) goes the
+    way of a CPU, where XLA's products do the blocks: one by one, or all at once where rows are short.
 
     Args:
       num_queries: T.
       num_keys: S.
+      head_dim: H.
       dtype: of the queries.
       causal: whether no token of any row sees a later one.
 
-    >>> choose_backend(1, 4096, "float32"), choose_backend(1024, 1024, "float32"), choose_backend(256, 256, "float32")
-    ('plain', 'blocked', 'short')
+    >>> choose_backend(1, 4096, 64, "float32"), choose_backend(1024, 1024, 64, "float32")
+    ('plain', 'blocked')
+    >>> choose_backend(256, 256, 64, "float32"), choose_backend(256, 256, 64, "float32", causal=True)
+    ('short', 'causal')
     """
     if min(num_queries, num_keys) < 96:
         return "plain"
     if platform() == "cpu" and num_queries == num_keys <= attention_short.LIMIT:
         return "causal" if causal else "short"
-    kind = platform() if jnp.dtype(dtype).itemsize <= 4 else "any"
+    size = jnp.dtype(dtype).itemsize
+    kind = platform() if size <= 4 else "any"
     if kind == "tpu" and max(num_queries, num_keys) <= attention_splash.LIMIT:
         return "splash"
-    return "triton" if kind == "gpu" and _has_triton() else "blocked"
+    generation = _generation() if kind == "gpu" else 0
+    if generation == 9 and size == 2 and head_dim <= attention_mosaic.LIMIT:
+        return "mosaic"
+    return "triton" if generation >= 8 else "blocked"
 
 
-def _has_triton() -> bool:
-    """Whether the GPU takes Triton kernels; one that is not there, for which a program is compiled, does."""
-    found = getattr(jax.local_devices()[0], "compute_capability", None)
-    return found is None or float(found) >= 8
+def _generation() -> int:
+    """Of the NVIDIA GPU (8 Ampere, 9 Hopper, 10 and 12 Blackwell); one that is not there, for which a program is
+    compiled, is a Hopper."""
+    return int(float(getattr(jax.local_devices()[0], "compute_capability", None) or 9))
 
 
 def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
@@ -116,4 +124,5 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "causal": functools.partial(short_attention, causal=True),
     "splash": splash_attention,
     "triton": triton_attention,
+    "mosaic": mosaic_attention,
 }

@@ -19,6 +19,8 @@ from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
+_BLOCK_Q, _BLOCK_K = 64, 64  # at most; with the next two what tests/benchmarks/gpu_parts/blocks.py tries on a card
+_WARPS, _STAGES = 4, 2
 _LEAST = -1e30  # a maximum before any key was seen; finite, so that differences of two are numbers
 _LOG2_E = math.log2(math.e)  # the kernels raise 2 to a power, which the hardware does in one instruction
 
@@ -42,7 +44,7 @@ def triton_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
 def _local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     _, T, _, H = q_BTNH.shape
     S = k_BSKH.shape[1]
-    plan = _Plan(_block_size(T), _block_size(S), H**-0.5)
+    plan = _Plan(_block_size(T, _BLOCK_Q), _block_size(S, _BLOCK_K), H**-0.5)
     more_q, more_k, more_h = -T % plan.size_q, -S % plan.size_k, _power_of_two(H) - H
     # A padding query repeats the last interval: no wider, and not empty.
     start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, more_q)), mode="edge") for x in (start_BT, end_BT))
@@ -56,8 +58,8 @@ def _power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _block_size(length: int) -> int:
-    return min(64, _power_of_two(length))
+def _block_size(length: int, most: int) -> int:
+    return min(most, _power_of_two(length))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -68,7 +70,7 @@ def _attend(plan, q, k, v, start, end):
 def _forward(plan, q, k, v, start, end):
     B, T, N, H = q.shape
     num_q = T // plan.size_q
-    firsts, lasts = _seen_blocks(start, end, plan)
+    firsts, lasts = seen_blocks(start, end, plan.size_q, plan.size_k)
     out, log_total = _call(
         functools.partial(_forward_kernel, plan=plan),
         grid=(num_q, B, N),
@@ -86,7 +88,7 @@ def _backward(plan, saved, d_out):
     S, K = k.shape[1:3]
     # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
     delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    firsts, lasts = _seen_blocks(start, end, plan)
+    firsts, lasts = seen_blocks(start, end, plan.size_q, plan.size_k)
     (d_q,) = _call(
         functools.partial(_queries_kernel, plan=plan),
         grid=(T // plan.size_q, B, N),
@@ -101,7 +103,7 @@ def _backward(plan, saved, d_out):
     # Queries that share a key side by side: [B, T, K, G, H], and [B, K, G, T] for the numbers of each.
     q, d_out = (x.reshape(B, T, K, N // K, H) for x in (q, d_out))
     log_total, delta = (x.reshape(B, K, N // K, T) for x in (log_total, delta))
-    firsts, lasts = _seeing_blocks(start, end, S // plan.size_k, plan)
+    firsts, lasts = seeing_blocks(start, end, S, plan.size_q, plan.size_k)
     pl = _pallas()
     of_group = pl.BlockSpec((None, T, None, N // K, H), lambda j, b, h: (b, 0, h, 0, 0))
     numbers = pl.BlockSpec((None, None, N // K, T), lambda j, b, h: (b, h, 0, 0))
@@ -218,19 +220,19 @@ def _visible(start, end, j, plan: _Plan, keys_first: bool = False):
     return (slot[None, :] >= start[:, None]) & (slot[None, :] < end[:, None])
 
 
-def _seen_blocks(start_BT, end_BT, plan: _Plan):
+def seen_blocks(start_BT, end_BT, size_q: int, size_k: int):
     """For each block of queries the first block of keys that any of them sees, and one past the last: [B, Q] each."""
     B = start_BT.shape[0]
-    first = start_BT.reshape(B, -1, plan.size_q).min(axis=-1) // plan.size_k
-    return first, -(-end_BT.reshape(B, -1, plan.size_q).max(axis=-1) // plan.size_k)
+    first = start_BT.reshape(B, -1, size_q).min(axis=-1) // size_k
+    return first, -(-end_BT.reshape(B, -1, size_q).max(axis=-1) // size_k)
 
 
-def _seeing_blocks(start_BT, end_BT, num_k: int, plan: _Plan):
-    """For each block of keys the first block of queries that sees any of them, and one past the last: [B, num_k] each;
-    both 0 where none does."""
-    first, last = _seen_blocks(start_BT, end_BT, plan)
-    block = jnp.arange(num_k, dtype=first.dtype)[:, None]
-    sees = (block >= first[:, None, :]) & (block < last[:, None, :])  # [B, num_k, Q]
+def seeing_blocks(start_BT, end_BT, num_keys: int, size_q: int, size_k: int):
+    """For each block of keys the first block of queries that sees any of them, and one past the last, equal where none
+    does: [B, num_keys / size_k] each."""
+    first, last = seen_blocks(start_BT, end_BT, size_q, size_k)
+    block = jnp.arange(num_keys // size_k, dtype=first.dtype)[:, None]
+    sees = (block >= first[:, None, :]) & (block < last[:, None, :])  # [B, keys' blocks, queries' blocks]
     lead = jnp.argmax(sees, axis=-1).astype(jnp.int32)
     tail = sees.shape[-1] - jnp.argmax(sees[..., ::-1], axis=-1).astype(jnp.int32)
     return lead, jnp.where(sees.any(axis=-1), tail, lead)
@@ -280,5 +282,5 @@ def _call(kernel, *, grid, ins, outs, shapes):
         out_specs=list(outs),
         out_shape=list(shapes),
         interpret=platform() == "cpu",
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
     )

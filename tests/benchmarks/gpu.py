@@ -33,6 +33,7 @@ PARTS: tuple[tuple[str, str, dict[str, Any], float], ...] = (
     ("ceilings", "ceilings", {}, 20),
     ("parity", "parity", {}, 50),
     ("attention", "attention", {}, 65),
+    ("blocks", "blocks", {}, 45),
     ("training-1B", "training", {"model": "1B"}, 110),
     ("training-8B", "training", {"model": "8B"}, 100),
     ("generation-1B", "generation", {"model": "1B"}, 45),

@@ -97,21 +97,34 @@ def test_gradient_equals_differences(x64, monkeypatch):
     assert along == pytest.approx(float(ahead - behind) / 2e-5, rel=1e-7)
 
 
+@pytest.fixture
+def stepped(backend):
+    """Mosaic kernels have an interpreter to themselves."""
+    if backend != "mosaic":
+        yield
+        return
+    from mosaic_interpreter import interpreted  # late: it takes seconds
+
+    with interpreted():
+        yield
+
+
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_trap_empty_interval_is_loud(backend, monkeypatch):
+def test_trap_empty_interval_is_loud(backend, stepped, monkeypatch):
     """TRAPS.md: an empty interval averages all keys without a word. Here it gives NaN, and only there."""
     small_blocks(monkeypatch)
     q, k, v, start, end = problem(np.random.default_rng(0), 1, 12, 12, 2, 2, 4, "causal")
     end = end.copy()
     end[0, 5] = 0
-    args = (*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), start, end)
-    out = np.asarray(jax.jit(functools.partial(attention, backend=backend))(*args))
+    dtype = jnp.bfloat16 if backend == "mosaic" else jnp.float32
+    args = (*(jnp.asarray(x, dtype) for x in (q, k, v)), start, end)
+    out = np.asarray(jax.jit(functools.partial(attention, backend=backend))(*args), np.float32)
     assert np.isnan(out[0, 5]).all()
     assert np.isfinite(np.delete(out, 5, axis=1)).all()
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_softmax_is_float32_for_narrow_inputs(backend, monkeypatch):
+def test_softmax_is_float32_for_narrow_inputs(backend, stepped, monkeypatch):
     """Scores near 300 differ by less than bfloat16 can tell."""
     dtype = jnp.bfloat16
     small_blocks(monkeypatch)
@@ -133,11 +146,11 @@ def test_blocked_holds_no_square():
 
 
 def test_choice_and_errors():
-    assert choose_backend(1, 2048, "float32") == "plain"
-    assert choose_backend(513, 513, "float32") == "blocked"
-    assert choose_backend(512, 512, "float32") == "short"
-    assert choose_backend(96, 96, "float64", causal=True) == "causal"
-    assert choose_backend(128, 256, "float32", causal=True) == "blocked"  # a cache with earlier tokens
+    assert choose_backend(1, 2048, 64, "float32") == "plain"
+    assert choose_backend(513, 513, 64, "float32") == "blocked"
+    assert choose_backend(512, 512, 64, "float32") == "short"
+    assert choose_backend(96, 96, 64, "float64", causal=True) == "causal"
+    assert choose_backend(128, 256, 64, "float32", causal=True) == "blocked"  # a cache with earlier tokens
     x = jnp.zeros((1, 2, 3, 4))
     at = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="3 query heads in 2 groups"):
@@ -154,13 +167,19 @@ def test_choice_and_errors():
         ("tpu", 2**15 + 128, "bfloat16", None, "blocked"),  # more than the kernel's 16 bits
         ("tpu", 2048, "float64", None, "blocked"),
         ("tpu", 64, "bfloat16", None, "plain"),
-        ("gpu", 2048, "bfloat16", "9.0", "triton"),
+        ("gpu", 2048, "bfloat16", "9.0", "mosaic"),
+        ("gpu", 2048, "float16", "9.0", "mosaic"),
+        ("gpu", 2048, "float32", "9.0", "triton"),
+        ("gpu", 2048, "bfloat16", "8.6", "triton"),
+        ("gpu", 2048, "bfloat16", "10.0", "triton"),  # Blackwell has other matrix instructions
         ("gpu", 2048, "float16", "7.5", "blocked"),  # older than Ampere
-        ("gpu", 2048, "bfloat16", None, "triton"),  # not there: compiled for
+        ("gpu", 2048, "bfloat16", None, "mosaic"),  # not there: compiled for
     ],
 )
 def test_choice_by_platform(platform, length, dtype, capability, expected, monkeypatch):
     monkeypatch.setattr(attention_module, "platform", lambda: platform)
     device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert choose_backend(length, length, dtype) == expected
+    assert choose_backend(length, length, 128, dtype) == expected
+    # More than its shared memory and registers hold.
+    assert choose_backend(length, length, 192, dtype) == expected.replace("mosaic", "triton")

@@ -133,4 +133,4 @@ def test_splash_leaves_a_chosen_precision_alone():
 
 
 def test_every_backend_is_checked():
-    assert set(BACKENDS) == {"plain", "blocked", "causal", *KERNELS}
+    assert set(BACKENDS) == {"plain", "blocked", "causal", *KERNELS, "mosaic"}  # in test_attention_mosaic.py

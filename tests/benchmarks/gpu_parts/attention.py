@@ -11,7 +11,7 @@ from batches import pairs, texts  # noqa: E402
 
 from jaxalign.ops.attention import attention  # noqa: E402
 
-BACKENDS = ("plain", "blocked", "triton")
+BACKENDS = ("plain", "blocked", "triton") + (() if SMOKE else ("mosaic",))  # which no CPU steps through in seconds
 LENGTH = 128 if SMOKE else 1024
 HEADS = ((4, 2, 16),) if SMOKE else ((32, 8, 64), (32, 8, 128))  # queries, keys, size: of the 1B and the 8B shape
 
