@@ -95,6 +95,7 @@ def _common() -> ConfigDict:
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
                 "remat": "full",  # none, dots, offload (what dots keeps, in host memory), full
+                "attention": none(str),  # blocked, splash, triton, mosaic; default: what suits the platform
             },
             "data": {
                 "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset

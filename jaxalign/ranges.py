@@ -15,6 +15,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("model.param_dtype", ("float32", "bfloat16", "float64")),
     ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
     ("model.remat", ("none", "dots", "offload", "full")),
+    ("model.attention", (None, "blocked", "splash", "triton", "mosaic")),
     ("data.truncation", ("drop", "keep_start", "keep_end")),
     ("data.train_on", ("completion", "all")),
     ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),

@@ -38,6 +38,7 @@ class ModelConfig:
     # What the backward pass keeps: "none": everything; "dots": matrix products; "offload": these, in the host's memory;
     # "full": layer inputs.
     remat: str
+    attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
     causal_rows: bool = False  # no token of a row sees a later one: true of all rows but those of pairs
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 

@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         self.key = Linear(config, (D,), (K, H), bias, rngs)
         self.value = Linear(config, (D,), (K, H), bias, rngs)
         self.out = Linear(config, (N, H), (D,), bias, rngs)
-        self.causal = config.causal_rows
+        self.causal, self.backend = config.causal_rows, config.attention
 
     def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None):
         q = constrain(rotate(self.query(x), *rotation), "batch", None, "tensor", None)
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         if seen is not None:
             kept = extend(seen, *kept)
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in kept)
-        backend = choose_backend(q.shape[1], k.shape[1], q.shape[3], q.dtype, causal=self.causal)
+        backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=self.causal, asked=self.backend)
         out = attention(q, k, v, rows.attend_start, rows.attend_end, backend=backend)
         return self.out(constrain(out, "batch", None, "tensor", None)), kept
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxalign.errors import InputError
 from jaxalign.ops import attention_mosaic, attention_short, attention_splash
 from jaxalign.ops.attention_blocked import blocked_attention
 from jaxalign.ops.attention_mosaic import mosaic_attention
@@ -57,37 +59,64 @@ def attention(
     return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def choose_backend(num_queries: int, num_keys: int, head_dim: int, dtype, *, causal: bool = False) -> str:
+def choose_backend(num_queries: int, num_keys: int, dtype, *, causal: bool = False, asked: str | None = None) -> str:
     """The backend for a shape: blocks pay as soon as there are several to skip or to keep out of memory.
 
-    A TPU takes JAX's splash kernels. An NVIDIA GPU takes our Mosaic kernels if it is a Hopper and numbers have 16 bits,
-    and our Triton kernels from Ampere on. What they cannot do (64 bits, rows beyond `attention_splash.LIMIT`) goes the
-    way of a CPU, where XLA's products do the blocks: one by one, or all at once where rows are short.
+    A TPU takes JAX's splash kernels, an NVIDIA GPU from Ampere on our Triton kernels. What they cannot do (64 bits,
+    rows beyond `attention_splash.LIMIT`) goes the way of a CPU, where XLA's products do the blocks: one by one, or all
+    at once where rows are short. The Mosaic kernels, for Hopper, wait to be asked for until a card has run them.
 
     Args:
       num_queries: T.
       num_keys: S.
-      head_dim: H.
       dtype: of the queries.
       causal: whether no token of any row sees a later one.
+      asked: the backend for all but the shortest.
 
-    >>> choose_backend(1, 4096, 64, "float32"), choose_backend(1024, 1024, 64, "float32")
+    >>> choose_backend(1, 4096, "float32"), choose_backend(1024, 1024, "float32")
     ('plain', 'blocked')
-    >>> choose_backend(256, 256, 64, "float32"), choose_backend(256, 256, 64, "float32", causal=True)
+    >>> choose_backend(256, 256, "float32"), choose_backend(256, 256, "float32", causal=True)
     ('short', 'causal')
     """
     if min(num_queries, num_keys) < 96:
         return "plain"
+    if asked:
+        return asked
     if platform() == "cpu" and num_queries == num_keys <= attention_short.LIMIT:
         return "causal" if causal else "short"
-    size = jnp.dtype(dtype).itemsize
-    kind = platform() if size <= 4 else "any"
+    kind = platform() if jnp.dtype(dtype).itemsize <= 4 else "any"
     if kind == "tpu" and max(num_queries, num_keys) <= attention_splash.LIMIT:
         return "splash"
-    generation = _generation() if kind == "gpu" else 0
-    if generation == 9 and size == 2 and head_dim <= attention_mosaic.LIMIT:
-        return "mosaic"
-    return "triton" if generation >= 8 else "blocked"
+    return "triton" if kind == "gpu" and _generation() >= 8 else "blocked"
+
+
+def require_backend(asked: str | None, device: Any, dtype, head_dim: int) -> None:
+    """Refuses a backend that a device does not run, before anything is compiled.
+
+    Args:
+      asked: a name in `BACKENDS`; None passes.
+      device: of the run.
+      dtype: of the computation.
+      head_dim: H.
+
+    Raises:
+      InputError: saying what it needs.
+    """
+    needs = _NEEDS.get(asked or "")
+    wide = jnp.dtype(dtype).itemsize > 2 or head_dim > attention_mosaic.LIMIT
+    if needs and (device.platform != needs[0] or (asked == "mosaic" and wide)):
+        raise InputError(
+            f"model.attention={asked} on {device.device_kind} in {dtype} with heads of {head_dim}",
+            needs[1],
+            "--config.model.attention=None, which takes what suits the device",
+        )
+
+
+_NEEDS = {
+    "splash": ("tpu", "a TPU"),
+    "triton": ("gpu", "an NVIDIA GPU"),
+    "mosaic": ("gpu", f"an NVIDIA Hopper GPU, bfloat16 or float16, heads of at most {attention_mosaic.LIMIT}"),
+}
 
 
 def _generation() -> int:

@@ -15,6 +15,7 @@ from jaxalign.models import hf
 from jaxalign.models.config import from_hf
 from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
+from jaxalign.ops.attention import require_backend
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.types import Params
@@ -88,7 +89,9 @@ class Loader:
         fields = {k: v for k, v in options.items() if k != "revision"}
         directory = locate(path, revision, weights=False)
         described = from_hf(read_json(directory / CONFIG), **fields)
-        return Role(Model(dataclasses.replace(described, causal_rows=causal_rows(self.config))), load, learning_rate)
+        require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
+        described = dataclasses.replace(described, attention=c.attention, causal_rows=causal_rows(self.config))
+        return Role(Model(described), load, learning_rate)
 
 
 def causal_rows(config: Any) -> bool:

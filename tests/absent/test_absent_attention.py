@@ -15,8 +15,8 @@ from jaxalign.parallel.mesh import AXES
 CASES = [
     ("tpu:v5e:2x2", "splash"),
     ("tpu:v5p:2x2x1", "splash"),
-    ("gpu:h200:1x4x1", "mosaic"),
-    ("gpu:h200:1x4x1", "triton"),  # what other generations take, compiled for the one that is described here
+    ("gpu:h200:1x4x1", "triton"),
+    ("gpu:h200:1x4x1", "mosaic"),  # where it is asked for
 ]
 NAMES = {"splash": "splash_mha_dkv", "triton": "triton", "mosaic": "mosaic_gpu"}
 
@@ -36,8 +36,8 @@ def test_compiles_without_squares(machine, backend, head_dim):
     start = shape(4, T, dtype=jnp.int32)
 
     def gradients(q, k, v, start, end):
-        chosen = choose_backend(q.shape[1], k.shape[1], head_dim, q.dtype)
-        assert chosen == backend or (backend, chosen) == ("triton", "mosaic")
+        chosen = choose_backend(q.shape[1], k.shape[1], q.dtype)
+        assert chosen == backend or (backend, chosen) == ("mosaic", "triton")
         run = functools.partial(attention, start_BT=start, end_BT=end, backend=backend)
         out, back = jax.vjp(run, q, k, v)
         return out, *back(out)

@@ -47,6 +47,7 @@ def test_trap_bfloat16_weights_that_do_not_move_are_refused():
     [
         ("dpo", "algorithm.loss", "sigmod", "algorithm.loss is 'sigmod'"),
         ("sft", "model.remat", "some", "model.remat is 'some'"),
+        ("sft", "model.attention", "flash", "model.attention is 'flash'"),
         ("sft", "batch_size", 0, "batch_size is 0"),
         ("sft", "grad_accum_steps", 7, "not divisible by grad_accum_steps 7"),
         ("dpo", "data.max_prompt_length", 1024, "data.max_prompt_length is 1024"),

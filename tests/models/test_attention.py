@@ -1,5 +1,6 @@
 """Attention: every backend against a loop over queries, values and gradients."""
 
+import dataclasses
 import functools
 import types
 
@@ -7,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 
+from jaxalign.errors import InputError
+from jaxalign.models.transformer import Model
 from jaxalign.ops import attention as attention_module
 from jaxalign.ops import attention_blocked
 from jaxalign.ops.attention import BACKENDS, attention, choose_backend
@@ -146,11 +150,11 @@ def test_blocked_holds_no_square():
 
 
 def test_choice_and_errors():
-    assert choose_backend(1, 2048, 64, "float32") == "plain"
-    assert choose_backend(513, 513, 64, "float32") == "blocked"
-    assert choose_backend(512, 512, 64, "float32") == "short"
-    assert choose_backend(96, 96, 64, "float64", causal=True) == "causal"
-    assert choose_backend(128, 256, 64, "float32", causal=True) == "blocked"  # a cache with earlier tokens
+    assert choose_backend(1, 2048, "float32") == "plain"
+    assert choose_backend(513, 513, "float32") == "blocked"
+    assert choose_backend(512, 512, "float32") == "short"
+    assert choose_backend(96, 96, "float64", causal=True) == "causal"
+    assert choose_backend(128, 256, "float32", causal=True) == "blocked"  # a cache with earlier tokens
     x = jnp.zeros((1, 2, 3, 4))
     at = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="3 query heads in 2 groups"):
@@ -167,19 +171,48 @@ def test_choice_and_errors():
         ("tpu", 2**15 + 128, "bfloat16", None, "blocked"),  # more than the kernel's 16 bits
         ("tpu", 2048, "float64", None, "blocked"),
         ("tpu", 64, "bfloat16", None, "plain"),
-        ("gpu", 2048, "bfloat16", "9.0", "mosaic"),
-        ("gpu", 2048, "float16", "9.0", "mosaic"),
+        ("gpu", 2048, "bfloat16", "9.0", "triton"),
         ("gpu", 2048, "float32", "9.0", "triton"),
         ("gpu", 2048, "bfloat16", "8.6", "triton"),
-        ("gpu", 2048, "bfloat16", "10.0", "triton"),  # Blackwell has other matrix instructions
         ("gpu", 2048, "float16", "7.5", "blocked"),  # older than Ampere
-        ("gpu", 2048, "bfloat16", None, "mosaic"),  # not there: compiled for
+        ("gpu", 2048, "bfloat16", None, "triton"),  # not there: compiled for
     ],
 )
 def test_choice_by_platform(platform, length, dtype, capability, expected, monkeypatch):
     monkeypatch.setattr(attention_module, "platform", lambda: platform)
     device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert choose_backend(length, length, 128, dtype) == expected
-    # More than its shared memory and registers hold.
-    assert choose_backend(length, length, 192, dtype) == expected.replace("mosaic", "triton")
+    assert choose_backend(length, length, dtype) == expected
+    assert choose_backend(length, length, dtype, asked="mosaic") == ("plain" if expected == "plain" else "mosaic")
+
+
+@pytest.mark.parametrize(
+    "asked, platform, dtype, head_dim, expected",
+    [
+        ("splash", "gpu", "float32", 64, "a TPU"),
+        ("triton", "cpu", "float32", 64, "an NVIDIA GPU"),
+        ("mosaic", "gpu", "float32", 64, "bfloat16 or float16"),
+        ("mosaic", "gpu", "bfloat16", 192, "heads of at most 128"),
+    ],
+)
+def test_a_backend_that_the_device_does_not_run_is_refused(asked, platform, dtype, head_dim, expected):
+    device = types.SimpleNamespace(platform=platform, device_kind="some device")
+    with pytest.raises(InputError, match=expected) as told:
+        attention_module.require_backend(asked, device, dtype, head_dim)
+    assert f"model.attention={asked} on some device in {dtype}" in str(told.value)
+    attention_module.require_backend("blocked", device, dtype, head_dim)
+    attention_module.require_backend(None, device, dtype, head_dim)
+
+
+@pytest.mark.parametrize(
+    "asked, causal, expected", [(None, False, "short"), (None, True, "causal"), ("blocked", True, "blocked")]
+)
+def test_the_model_takes_what_its_config_says(asked, causal, expected, monkeypatch):
+    model = tiny.model()
+    told = Model(dataclasses.replace(model.config, attention=asked, causal_rows=causal))
+    rows = tiny.causal(np.zeros((1, 100), np.int32))
+    taken = []
+    for name, backend in list(BACKENDS.items()):
+        monkeypatch.setitem(BACKENDS, name, lambda *args, n=name, b=backend: (taken.append(n), b(*args))[1])
+    jax.eval_shape(lambda: told.apply(told.init(jax.random.key(0)), None, rows)[0])
+    assert set(taken) == {expected}
