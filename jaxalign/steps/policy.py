@@ -47,17 +47,14 @@ def policy_objective(
       entropy_coef: weight of the entropy bonus.
 
     Returns:
-      The objective of the roles "policy" and "value" on a PolicyBatch.
+      The objective of the roles "policy" and "value" on a PolicyBatch, or of one of them.
     """
 
-    def objective(params, frozen, extra, batch: PolicyBatch) -> Sums:
-        del frozen, extra
+    def of_policy(params, batch: PolicyBatch) -> Terms:
         rows, readouts = batch.batch.rows, batch.batch.readouts
-        hidden, _, _ = apply(params["policy"], None, rows)
-        logprobs, entropy = token_logprobs(
-            hidden, head(params["policy"]), readouts, temperature=temperature, entropy=True
-        )
-        of_policy = policy_loss(
+        hidden, _, _ = apply(params, None, rows)
+        logprobs, entropy = token_logprobs(hidden, head(params), readouts, temperature=temperature, entropy=True)
+        return policy_loss(
             logprobs,
             batch.old_logprobs,
             batch.ref_logprobs,
@@ -67,16 +64,23 @@ def policy_objective(
             entropy=entropy,
             entropy_coef=entropy_coef,
         )
-        hidden, _, _ = value_apply(params["value"], None, rows)
-        values = scalar_readout(hidden, value_kernel(params["value"]), readouts)
-        of_value = value_loss(values, batch.old_values, batch.returns, readouts.mask, clip_range=value_clip_range)
+
+    def of_value(params, batch: PolicyBatch) -> Terms:
+        rows, readouts = batch.batch.rows, batch.batch.readouts
+        hidden, _, _ = value_apply(params, None, rows)
+        values = scalar_readout(hidden, value_kernel(params), readouts)
+        return value_loss(values, batch.old_values, batch.returns, readouts.mask, clip_range=value_clip_range)
+
+    def objective(params, frozen, extra, batch: PolicyBatch) -> Sums:
+        del frozen, extra
         weights = readout_weights(batch.batch)
-        value_sum, value_weight = _weighted(of_value, weights)
-        return Sums(
-            loss={"policy": _weighted(of_policy, weights), "value": (vf_coef * value_sum, value_weight)},
-            metrics=of_policy.metrics | of_value.metrics,
-            counts={"tokens": jnp.sum(readouts.mask)},
-        )
+        loss, metrics = {}, {}
+        for role, terms_of, coef in (("policy", of_policy, 1), ("value", of_value, vf_coef)):
+            if role in params:
+                terms = terms_of(params[role], batch)
+                total, weight = reduce_terms(terms._replace(weight=terms.weight * weights))
+                loss[role], metrics = (coef * total, weight), metrics | terms.metrics
+        return Sums(loss, metrics, counts={"tokens": jnp.sum(batch.batch.readouts.mask)})
 
     return objective
 
@@ -96,8 +100,3 @@ def stop_on_kl(max_approx_kl: float) -> Callable[[dict[str, jax.Array]], jax.Arr
         return metrics["policy/approxkl"] > max_approx_kl
 
     return exceeded
-
-
-def _weighted(terms: Terms, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, weight) of per-token terms, each token weighted by its record too."""
-    return reduce_terms(terms._replace(weight=terms.weight * weights))

@@ -24,7 +24,8 @@ class Sums(NamedTuple):
     counts: dict[str, jax.Array] = {}  # noqa: RUF012  totals that are added up and never divided, such as "tokens"
 
 
-# (params by role, frozen by role, extra, batch) -> Sums.  The loss of a role depends on that role's parameters alone.
+# (params by role, frozen by role, extra, batch) -> Sums of the roles that are given, one or all of them: the loss of a
+# role depends on that role's parameters alone.
 Objective = Callable[[dict[str, Params], dict[str, Params], dict[str, jax.Array], Any], Sums]
 
 
@@ -57,7 +58,8 @@ def make_train_step(
     and while `extra["skip"]` is set.  The step counter advances all the same.
 
     Args:
-      objective: the loss; its loss roles are the keys of `optimizers`.
+      objective: the loss of each of the roles that are the keys of `optimizers`; asked for one after the other, so
+        that no more is kept than the largest of them needs.
       optimizers: an optax transformation per trained role.
       grad_accum_steps: micro-batches A; divides the number of rows.
       loss_scaling: scale each micro-batch's mean loss for float16 gradients; the scale lives in `extra` (see
@@ -77,24 +79,30 @@ def make_train_step(
     def gradients(params, frozen, extra, scale, batch):
         """Sums of one micro-batch and the gradients of its loss sums, in at least float32."""
 
-        def scalar(params):
-            sums = objective(params, frozen, extra, batch)
-            if set(sums.loss) != set(roles):
-                raise ValueError(
-                    f"the objective has losses for {sorted(sums.loss)}, the optimizers are for {list(roles)}"
-                )
-            return sum(sums.loss[role][0] * factor(*sums.loss[role]) for role in roles), sums
-
         def factor(_, weight):
             # float16 holds the gradient of a mean: that of a sum over thousands of tokens overflows by itself.
             return scale / jnp.where(weight == 0, 1, jax.lax.stop_gradient(weight)) if loss_scaling else 1.0
 
-        grads, sums = jax.grad(scalar, has_aux=True)(params)
-        grads = jax.tree.map(at_least_float32, grads)
-        if loss_scaling:
-            factors = {role: factor(*sums.loss[role]) for role in roles}
-            grads = {role: jax.tree.map(lambda g, f=factors[role]: g / f, grads[role]) for role in roles}
-        return grads, sums
+        grads, found = {}, Sums({}, {}, {})
+        for role in roles:
+            own = params[role]
+            if grads:  # what a model keeps for its backward pass is gone before the next model's forward pass
+                own, grads = jax.lax.optimization_barrier((own, grads))
+
+            def scalar(own, role=role):
+                sums = objective({role: own}, frozen, extra, batch)
+                if set(sums.loss) != {role}:
+                    raise ValueError(f"the objective has losses for {sorted(sums.loss)}, the optimizer is for {role!r}")
+                return sums.loss[role][0] * factor(*sums.loss[role]), sums
+
+            grad, sums = jax.grad(scalar, has_aux=True)(own)
+            grad = jax.tree.map(at_least_float32, grad)
+            if loss_scaling:
+                scaled = factor(*sums.loss[role])
+                grad = jax.tree.map(lambda g, f=scaled: g / f, grad)
+            grads = grads | {role: grad}
+            found = Sums(*(there | new for there, new in zip(found, sums, strict=True)))
+        return grads, found
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Any):
         params = {role: state.params[role] for role in roles}

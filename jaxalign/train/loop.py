@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxalign.data.prefetch import prefetch
 from jaxalign.errors import InputError
+from jaxalign.parallel.host_memory import DEVICE, HOST, moved
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
 from jaxalign.train.algorithms import Prepare
 from jaxalign.train.checkpoints import Checkpoints
@@ -56,6 +57,7 @@ class Loop:
     seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     directory: Any = None  # of the run, where a profile's trace goes
+    offload: bool = False  # the optimizer's state waits in the host's memory but while updates are made
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any]]:
         """Trains.
@@ -77,6 +79,7 @@ class Loop:
         self._eval_step = -1
         self._saved = start if start else None
         self._tokens, self._seconds = 0.0, 0.0
+        state = self._optimizer_in(HOST, state)
         if start:
             say(f"{self.name}: goes on from step {start} of {self.num_steps}")
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
@@ -128,15 +131,21 @@ class Loop:
         inner = {name.removeprefix("time/"): value for name, value in prepared.items() if name.startswith("time/")}
         self._profile.split("prepare", inner)
         updates = []
+        state = self._optimizer_in(DEVICE, state)
         for batch in batches:
             with self._profile.phase("update") as updated:
                 batch = jax.device_put(batch, batch_sharding(self.mesh))
                 state, metrics = self.step(state, self.frozen, batch)
                 updates.append(metrics)
                 updated.append(metrics)
+        state = self._optimizer_in(HOST, state)
         cursor = jax.device_put(np.int32(index + 1), replicated(self.mesh))
         state = state._replace(data_cursor=cursor)
         return state, Pending(index + 1, updates, prepared, host, self.step.compile_seconds - before)
+
+    def _optimizer_in(self, kind: str, state: TrainState) -> TrainState:
+        """The state with its optimizer's part where it is wanted; without `offload` as it is."""
+        return state._replace(opt=moved(state.opt, kind)) if self.offload else state
 
     def _due(self, step: int) -> bool:
         """Whether the loop stops at this step to evaluate, sample or save."""

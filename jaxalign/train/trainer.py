@@ -219,6 +219,7 @@ class Stage:
             seconds_per_token=self._seconds_per_token(),
             meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name},
             directory=self.directory,
+            offload=self.offload,
         )
         try:
             state, results = loop.run(state, start)

@@ -2,12 +2,15 @@
 
     python tests/benchmarks/memory.py                      a Llama of 56 million parameters; a few minutes
     python tests/benchmarks/memory.py --markdown           tables for the README
+    python tests/benchmarks/memory.py --cases sft,ppo      some of them
     python tests/benchmarks/memory.py --topology gpu:h200:1x1x1 --dtype bfloat16     for a machine that is not there
     python tests/benchmarks/memory.py --smoke              toy size
 
 Every figure is of a real `trainer.Stage`: bytes of weights, frozen models and optimizer are those of its arrays, those
-of temporary memory the compiler's account of its train step (`Compiled.memory`), those of sampling its account of the
-decode loop. Nothing is trained, so that models that would not fit can be asked about too.
+of temporary memory the compiler's account of its train step (`Compiled.memory`), those of PPO's other phases its
+account of the decode loop and of the forward passes. Nothing is trained, so that models that would not fit can be asked
+about too. A CPU's only memory is the host's: what `model.remat=offload` keeps there shows with --topology alone, and
+what `algorithm.offload` keeps there is left out by its arrays, on any platform.
 """
 
 from __future__ import annotations
@@ -20,28 +23,19 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from harness import data
+from harness.account import STATE, measure
 from harness.cases import Case, Shape
 
 from jaxalign import config as configuration
 from jaxalign.config import defaults
-from jaxalign.parallel.mesh import make_mesh
-from jaxalign.parallel.sharding import param_shardings
-from jaxalign.train.checkpoints import abstract
-from jaxalign.train.compiled import memory_of
-from jaxalign.train.dryrun import abstract_batch
-from jaxalign.train.models import num_bytes
-from jaxalign.train.rundir import RunDir
-from jaxalign.train.trainer import Stage
 
 # (name, algorithm, fields): what is asked about, everything kept and in the full dtype.
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -53,16 +47,27 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 # (name, fields); an option is asked about where the algorithm has its fields and it changes something.
 OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("remat dots", {"model.remat": "dots"}),
-    ("remat full", {"model.remat": "full"}),
-    ("grad_accum_steps 4", {"grad_accum_steps": 4}),
-    ("frozen_dtype bfloat16", {"model.frozen_dtype": "bfloat16"}),
-    ("state_dtype bfloat16", {"optimizer.state_dtype": "bfloat16"}),
-    ("adafactor", {"optimizer.name": "adafactor"}),
+    ("model.remat=dots", {"model.remat": "dots"}),
+    ("model.remat=offload", {"model.remat": "offload"}),
+    ("model.remat=full", {"model.remat": "full"}),
+    ("grad_accum_steps=4", {"grad_accum_steps": 4}),
+    ("model.frozen_dtype=bfloat16", {"model.frozen_dtype": "bfloat16"}),
+    ("algorithm.offload", {"algorithm.offload": True}),
+    ("optimizer.state_dtype=bfloat16", {"optimizer.state_dtype": "bfloat16"}),
+    ("optimizer.state_dtype=int8", {"optimizer.state_dtype": "int8"}),
+    ("optimizer.name=adafactor", {"optimizer.name": "adafactor"}),
 )
-ALL = "all but adafactor"
-STATE = ("weights", "frozen", "optimizer", "gradients")
-ROLES = (*STATE, "state", "activations", "total", "sampling cache", "sampling")
+# All together: what saves most of each kind, and AdamW.
+ALL = "every option"
+TOGETHER = (
+    "model.remat=full",
+    "grad_accum_steps=4",
+    "model.frozen_dtype=bfloat16",
+    "algorithm.offload",
+    "optimizer.state_dtype=int8",
+)
+ROLES = (*STATE, "activations", "cache")
+PHASES = {"total": "update", "sampling": "sampling", "scoring": "scoring", "peak": "most", "host": "on the host"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,12 @@ class Size:
 
 DEFAULT = Size(Shape(hidden=512, layers=8, heads=8, kv_heads=4, ffn=1376, vocab=32_000), 8, 512)
 TOY = Size(Shape(hidden=64, layers=2, heads=2, kv_heads=2, ffn=128, vocab=128), 4, 32)
+
+
+def parameters(s: Shape) -> int:
+    """Of the language model."""
+    layer = 2 * s.hidden * s.hidden * (s.heads + s.kv_heads) // s.heads + 3 * s.hidden * s.ffn + 2 * s.hidden
+    return 2 * s.vocab * s.hidden + s.layers * layer + s.hidden
 
 
 def write_world(size: Size, directory: Path) -> None:
@@ -122,99 +133,26 @@ def make_config(size: Size, world: Path, algorithm: str, dtype: str, fields: dic
     return c
 
 
-def measure(config: Any, devices: Any) -> dict[str, Any]:
-    """Bytes on each device by role, of one stage."""
-    mesh = make_mesh(config.mesh, devices)
-    with tempfile.TemporaryDirectory() as scratch:
-        stage = Stage(config, mesh, RunDir(scratch))
-        models = {name: role.model.abstract() for name, role in stage.program.frozen.items()}
-        frozen = abstract(models, param_shardings(mesh, models))
-        batch, start = abstract_batch(stage), time.monotonic()
-        with jax.set_mesh(mesh):
-            stage.step.compile(stage.like, frozen, batch)
-            found = _parts(stage, frozen, batch)
-            if config.algorithm.name == "ppo":
-                found |= _sampling(stage, found)
-    # What the step does not read (PPO's frozen models) is no argument of its program, and in memory all the same.
-    return found | {"compile_seconds": time.monotonic() - start, "rows": list(batch_shape(batch))}
+def applies(option: str, algorithm: str, fields: dict[str, Any], topology: bool) -> bool:
+    """Whether an option changes anything in a case."""
+    if option == "model.remat=offload":
+        return topology or jax.default_backend() != "cpu"
+    if option == "algorithm.offload":
+        return algorithm == "ppo"
+    has_frozen = algorithm == "ppo" or (algorithm == "dpo" and "algorithm.reference" not in fields)
+    return has_frozen or not option.startswith("model.frozen")
 
 
-def batch_shape(batch: Any) -> tuple[int, int]:
-    """Rows and their length."""
-    return (batch.rows if hasattr(batch, "rows") else batch.batch.rows).tokens.shape
-
-
-def _parts(stage: Any, frozen: Any, batch: Any) -> dict[str, int]:
-    account = stage.step.memory
-    if not account:
-        raise SystemExit("found:    a compiler without a memory account\nexpected: one\nfix:      JAX_PLATFORMS=cpu")
-    one = _on_one_device
-    gradients = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32), sharding=x.sharding),
-        stage.like.params,
-    )
-    temporary = account["temporary"] + account["results"]
-    parts = {
-        "weights": one(stage.like.params),
-        "frozen": one(frozen),
-        "optimizer": one(stage.like.opt),
-        "gradients": one(gradients),
-        "activations": temporary - one(gradients),
-        "batch": one(batch),
-    }
-    return parts | {
-        "state": sum(parts[role] for role in STATE),
-        "total": sum(parts.values()),
-        "temporary": temporary,
-        "models": len(stage.like.params) + len(stage.program.frozen),
-    }
-
-
-def _on_one_device(tree: Any) -> int:
-    return num_bytes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), tree))
-
-
-def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
-    """The cache, and the memory while it is at its widest: weights and optimizer stay where they are."""
-    from jaxalign.rollout.generate import cache_width
-    from jaxalign.rollout.slots import advance, empty_rollout, lay_out, prefill, seat
-
-    c, policy = stage.config, stage.program.trained["policy"].model
-    prompts, new = stage.dataset.batch(0), c.rollout.max_new_tokens
-    widest = (c.batch_size, stage.dataset.shape.length)
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(widest, x.dtype), prompts.rows)
-    ids = jax.ShapeDtypeStruct((c.batch_size * c.rollout.num_samples,), np.int32)
-    params, width = stage.like.params["policy"], cache_width(rows.tokens.shape[1] + new)
-    laid = jax.eval_shape(lambda p: lay_out(policy, p), params)
-    prefilled = jax.eval_shape(lambda p, r: prefill(policy, p, r), params, rows)
-    slots = jax.eval_shape(lambda p, i: seat(p, i, width=width), prefilled, ids)
-    rollout = jax.eval_shape(lambda: empty_rollout(batch=ids.shape[0], length=new, dtype=jnp.float32))
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop_ids": stage.stop_ids or (0,)}
-    numbers = (jax.eval_shape(lambda: jax.random.key(0)), *(np.int32(0) for _ in range(3)))
-    loop = advance.lower(policy, laid, slots, rollout, *numbers, max_new_tokens=new, **options).compile()
-    there = parts["weights"] + parts["frozen"] + parts["optimizer"]
-    read = memory_of(prefill.lower(policy, params, rows).compile())["total"] - _on_one_device(params)
-    return {
-        "sampling cache": num_bytes((slots.cache.keys, slots.cache.values)),
-        "laid out": num_bytes(laid),
-        "sampling": there + max(read, memory_of(loop)["total"]),
-    }
-
-
-def run(size: Size, dtype: str, devices: Any, options: tuple) -> list[dict[str, Any]]:
-    """All cases, each alone and with each option."""
+def run(size: Size, dtype: str, devices: Any, cases: tuple, options: tuple, topology: bool) -> list[dict[str, Any]]:
+    """The cases, each alone, with each option, and with those of `TOGETHER`."""
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         world = Path(scratch)
         write_world(size, world)
-        for name, algorithm, fields in CASES:
-            everything = {
-                k: v for option, fs in OPTIONS if option not in ("adafactor", "remat dots") for k, v in fs.items()
-            }
-            for option, more in (("", {}), *options, (ALL, everything)):
-                has_frozen = algorithm == "ppo" or (algorithm == "dpo" and "algorithm.reference" not in fields)
-                if option.startswith("frozen") and not has_frozen:
-                    continue
+        for name, algorithm, fields in cases:
+            possible = [(o, more) for o, more in OPTIONS if applies(o, algorithm, fields, topology)]
+            everything = {k: v for option, more in possible if option in TOGETHER for k, v in more.items()}
+            for option, more in (("", {}), *(x for x in possible if x in options), (ALL, everything)):
                 config = make_config(size, world, algorithm, dtype, fields | more)
                 found = measure(config, devices)
                 results.append({"case": name, "option": option} | found)
@@ -232,20 +170,29 @@ def problems(results: list[dict[str, Any]]) -> list[str]:
         if abs(there - wanted) > tolerance * max(abs(wanted), 1):
             wrong.append(f"{what}: {there:,.0f} bytes, {wanted:,.0f} due")
 
-    live, cached, ppo = (found[n, ""] for n in ("DPO", "DPO, cached reference", "PPO"))
-    due("a live reference", live["frozen"], live["weights"])
-    due("a cached reference", cached["frozen"], 0)
-    due("Adam's moments", live["optimizer"], 2 * live["weights"])
-    due("frozen models of PPO beside trained ones", ppo["frozen"], ppo["weights"], 0.01)
     for (case, option), r in found.items():
-        if option in ("state_dtype bfloat16", ALL):
-            due(f"{case} with moments in bfloat16", r["optimizer"], found[case, ""]["optimizer"] / 2)
-        if option in ("frozen_dtype bfloat16", ALL):
-            due(f"{case} with frozen models in bfloat16", r["frozen"], found[case, ""]["frozen"] / 2)
+        plain = found[case, ""]
+        if not option:
+            due(f"Adam's moments of {case}", r["optimizer"], 2 * r["weights"])
+            due(f"frozen models of {case}", r["frozen"], 0 if r["models"] == 1 else r["weights"], 0.01)
+        if option == "optimizer.state_dtype=bfloat16":
+            due(f"{case} with moments in bfloat16", r["optimizer"], plain["optimizer"] / 2)
+        if option in ("optimizer.state_dtype=int8", ALL):
+            due(f"{case} with moments in 8.5 bits", r["optimizer"], plain["optimizer"] * 17 / 64, 0.02)
+        if option in ("model.frozen_dtype=bfloat16", ALL):
+            due(f"{case} with frozen models in bfloat16", r["frozen"], plain["frozen"] / 2)
+        if option == "algorithm.offload":
+            due("an update with frozen models on the host", r["total"], plain["total"] - plain["frozen"])
+            due(
+                "sampling with frozen models and moments there",
+                r["sampling"],
+                plain["sampling"] - plain["frozen"] - plain["optimizer"],
+            )
+            due("scoring with moments there", r["scoring"], plain["scoring"] - plain["optimizer"])
         if r["activations"] < 0:
             wrong.append(f"{case} {option}: the compiler's temporary memory does not hold the gradients")
-        if option == ALL and r["total"] >= found[case, ""]["total"]:
-            wrong.append(f"{case}: all options together save nothing")
+        if option == ALL and r["total"] >= plain["total"]:
+            wrong.append(f"{case}: options together save nothing")
     return wrong
 
 
@@ -254,29 +201,29 @@ def _gib(size: int | None) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[list[list[str]]]:
-    """By role, and what each option saves; the first line of each is its head."""
-    plain = {r["case"]: r for r in result["results"] if not r["option"]}
-    names = {
-        "state": "these four",
-        "activations": "activations and rest",
-        "total": "train step",
-        "sampling": "while sampling",
-    }
-    roles = [["case", "models", *(names.get(r, r) for r in ROLES)]]
+    """By role, by PPO's phases, and what each option saves; the first line of each is its head."""
+    found = {(r["case"], r["option"]): r for r in result["results"]}
+    plain = {case: r for (case, option), r in found.items() if not option}
+    first = next(iter(plain.values()))["peak"]
+    roles = [["", "models", *ROLES, "most at once", f"with {ALL}"]]
     for case, r in plain.items():
-        cells = {role: _gib(r[role]) if r.get(role) else "" for role in ROLES}
-        for role in ("state", "total"):
-            cells[role] += f" ({r[role] / plain['SFT'][role]:.2f}x)"
-        roles.append([case, str(r["models"]), *cells.values()])
-    options = [["train step with", *plain]]
-    asked = {r["option"] for r in result["results"]}
-    for option in (name for name in (*(o[0] for o in OPTIONS), ALL) if name in asked):
+        most = (f"{_gib(x['peak'])} ({x['peak'] / first:.2f}x)" for x in (r, found[case, ALL]))
+        roles.append([case, str(r["models"]), *(_gib(r[role]) if r.get(role) else "" for role in ROLES), *most])
+    asked = [o for o in (*(name for name, _ in OPTIONS), ALL) if any(r["option"] == o for r in result["results"])]
+    options = [["an update with", *plain]]
+    for option in asked:
         line = [option]
         for case, base in plain.items():
-            r = next((r for r in result["results"] if (r["case"], r["option"]) == (case, option)), None)
+            r = found.get((case, option))
             line.append("" if r is None else f"{_gib(r['total'])} ({100 * (r['total'] / base['total'] - 1):+.0f} %)")
         options.append(line)
-    return [roles, options]
+    if "PPO" not in plain:
+        return [roles, options]
+    phases = [["PPO while", *PHASES.values()]]
+    for option in ("", *asked):
+        if ("PPO", option) in found:
+            phases.append([option or "as it is", *(_gib(found["PPO", option][phase]) for phase in PHASES)])
+    return [roles, options, phases]
 
 
 def notes(result: dict[str, Any]) -> str:
@@ -289,10 +236,11 @@ def notes(result: dict[str, Any]) -> str:
         f"vocabulary {shape['vocab']:,}), computing in {result['dtype']}; {s['rows']} records of {s['length']} tokens, "
         "half of them the prompt's: "
         + ", ".join(f"{case} {b} x {t}" for case, (b, t) in rows.items())
-        + ".\nWeights, frozen models and optimizer by their arrays; gradients in float32; activations and the rest are "
-        "what the compiler's temporary memory holds beside gradients at its fullest. While sampling: weights, frozen "
-        "models and optimizer, the policy laid out for decoding, the cache, and what the loop needs. In brackets: "
-        "times SFT; in the second table against the same case without the option. Weights stay in float32."
+        + ".\nBytes on each device. Weights, frozen models and optimizer by their arrays; gradients in float32; "
+        "activations and the rest are what the compiler's temporary memory holds beside gradients at its fullest; the "
+        "cache is that of sampling. Most at once: of an update, and in PPO of sampling and scoring too; in brackets "
+        f"times {next(iter(rows))}, in the second table against the same case without the option. Weights stay in "
+        f"float32. {ALL.capitalize()}: {', '.join(TOGETHER)}, where it applies."
     )
 
 
@@ -311,6 +259,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="toy size, all options together")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--cases", default="all", help="names, or their first words, by commas")
+    parser.add_argument("--options", default="all", help="parts of their names, by commas; none: those together alone")
     parser.add_argument("--rows", type=int, help="records of a batch")
     parser.add_argument("--length", type=int, help="tokens of a sequence, half of them the prompt's")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
@@ -326,9 +276,11 @@ def main() -> int:
         devices = absent_devices(args.topology)
     else:
         devices = jax.devices()[:1]
-    options = () if args.smoke else OPTIONS
-    results = run(size, args.dtype, devices, options)
-    sft = next(r for r in results if r["case"] == "SFT")
+    wanted = "none" if args.smoke else args.options
+    options = tuple(o for o in OPTIONS if wanted == "all" or any(part in o[0] for part in wanted.split(",")))
+    asked = args.cases.lower().split(",")
+    cases = tuple(c for c in CASES if "all" in asked or any(c[0].lower().startswith(a) for a in asked))
+    results = run(size, args.dtype, devices, cases, options, bool(args.topology))
     result = {
         "format": 1,
         "date": datetime.date.today().isoformat(),
@@ -337,7 +289,7 @@ def main() -> int:
         "smoke": args.smoke,
         "dtype": args.dtype,
         "size": dataclasses.asdict(size),
-        "parameters": sft["weights"] // 4 * len(devices),
+        "parameters": parameters(size.shape),
         "results": results,
     }
     if args.json:

@@ -1,18 +1,34 @@
-"""Frozen models in host memory between their uses: the same run, with fewer bytes on the devices while it learns."""
+"""What is not in use waits in host memory: the same run, with fewer bytes on the devices in each of its phases."""
 
 import gc
 
 import jax
 import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from jaxalign.config import defaults
 from jaxalign.models import hf
 from jaxalign.train import trainer
+from jaxalign.train.compiled import Compiled
 from jaxalign.train.experience import Prepare
 
 
-def test_a_run_is_bitwise_the_same_and_holds_less_while_it_learns(shared, tmp_path, monkeypatch):
+@pytest.fixture
+def compiled_once(tmp_path):
+    """Programs of two runs that are equal are compiled in the first."""
+    wanted = {"jax_compilation_cache_dir": str(tmp_path / "xla"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: jax.config.values[name] for name in wanted}
+    for values in (wanted, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is wanted:
+            yield
+
+
+def test_a_run_is_bitwise_the_same_and_holds_less(shared, tmp_path, monkeypatch, compiled_once):
     path = shared / "models" / "stories260k-llama"
     options = {"dtype": "float32", "param_dtype": "float32", "remat": "none", "key": jax.random.key(0)}
     model, params = hf.load(path, head="score", **options)
@@ -21,17 +37,25 @@ def test_a_run_is_bitwise_the_same_and_holds_less_while_it_learns(shared, tmp_pa
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "The dog"}\n' * 4)
     held = {}
 
-    def record(self, *args, call=Prepare.__call__):
-        found = call(self, *args)
-        gc.collect()
-        jax.block_until_ready(found)
-        live = [x for x in jax.live_arrays() if not x.is_deleted()]
-        held.setdefault(self.config.algorithm.offload, []).append(
-            [sum(x.nbytes for x in live if x.sharding.memory_kind == kind) for kind in ("device", "pinned_host")]
-        )
-        return found
+    def recorded(kind, name):
+        call = getattr(kind, name)
 
-    monkeypatch.setattr(Prepare, "__call__", record)
+        def record(self, *args):
+            found = call(self, *args)
+            jax.block_until_ready(found)
+            gc.collect()
+            live = [x for x in jax.live_arrays() if not x.is_deleted()]
+            held.setdefault((kind.__name__, c.algorithm.offload), []).append(
+                np.array(
+                    [sum(x.nbytes for x in live if x.sharding.memory_kind == k) for k in ("device", "pinned_host")]
+                )
+            )
+            return found
+
+        monkeypatch.setattr(kind, name, record)
+
+    recorded(Prepare, "__call__")
+    recorded(Compiled, "__call__")
     results = {}
     for offload in (False, True):
         c = defaults("ppo")
@@ -46,7 +70,11 @@ def test_a_run_is_bitwise_the_same_and_holds_less_while_it_learns(shared, tmp_pa
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     same = ("loss", "objective/kl", "objective/scores", "grad_norm")
     assert [results[True]["metrics"].get(m) for m in same] == [results[False]["metrics"].get(m) for m in same]
+    assert results[True]["num_compiles"] == 1
     frozen = sum(results[False]["model_bytes"][role] for role in ("ref", "reward"))
-    print(held, frozen)
-    for without, with_it in zip(held[False], held[True], strict=True):
-        assert without[0] - with_it[0] == frozen and (without[1], with_it[1]) == (0, frozen)
+    moments = results[False]["optimizer_bytes"]
+    for phase, waiting in (("Prepare", frozen + moments), ("Compiled", frozen)):
+        without, with_it = held[phase, False], held[phase, True]
+        assert len(without) == len(with_it) == 2
+        for x, y in zip(without, with_it, strict=True):
+            assert (x - y).tolist() == [waiting, -waiting] and x[1] == 0, phase

@@ -140,9 +140,10 @@ def test_trap_a_batch_without_weight_says_so_and_moves_nothing():
 
 
 def two_roles(params, frozen, extra, data):
-    one = objective({"policy": params["policy"]}, frozen, extra, data)
-    other = objective({"policy": params["value"]}, frozen, extra, data | {"w": 3 * data["w"] ** 2})
-    return Sums({"policy": one.loss["policy"], "value": other.loss["policy"]}, one.metrics, one.counts)
+    datas = {"policy": data, "value": data | {"w": 3 * data["w"] ** 2}}
+    sums = {role: objective({"policy": own}, frozen, extra, datas[role]) for role, own in params.items()}
+    metrics = sums["policy"].metrics if "policy" in sums else {}
+    return Sums({role: x.loss["policy"] for role, x in sums.items()}, metrics, {"tokens": jnp.sum(data["w"] != 0)})
 
 
 def test_each_role_has_its_own_divisor_optimizer_and_metrics(x64):
@@ -158,6 +159,27 @@ def test_each_role_has_its_own_divisor_optimizer_and_metrics(x64):
         expected = jax.tree.map(lambda p, g, r=rate: p - r * g, params[role], gradient)
         chex.assert_trees_all_close(new.params[role], expected, rtol=1e-12)
         assert {f"{m}/{role}" for m in ("grad_norm", "param_norm", "update_norm")} <= set(metrics)
+
+
+def test_what_one_role_keeps_is_gone_before_the_next_begins():
+    """Each role is asked for alone, and the parameters of the next wait for the gradients of those before."""
+    tx, asked = optax.sgd(0.1), []
+
+    def spy(params, *rest):
+        asked.append(set(params))
+        return two_roles(params, *rest)
+
+    one = start(tx, "float32")
+    params = {"policy": one.params["policy"], "value": one.params["policy"]}
+    state = one._replace(params=params, opt={role: tx.init(own) for role, own in params.items()})
+    step = make_train_step(spy, {"policy": tx, "value": tx})
+    equations = jax.make_jaxpr(step)(state, {}, batch(dtype=np.float32)).eqns
+    assert asked == [{"policy"}, {"value"}]
+    leaves = jax.tree.leaves(state.params)
+    wait = next(i for i, e in enumerate(equations) if e.primitive.name == "optimization_barrier")
+    assert len(equations[wait].invars) == len(leaves), "the value's parameters and the policy's gradients"
+    products = [i for i, e in enumerate(equations) if e.primitive.name == "dot_general"]
+    assert sum(i < wait for i in products) == 2 and sum(i > wait for i in products) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -292,7 +314,7 @@ def test_mistakes_are_named():
         make_train_step(objective, {"policy": tx}, grad_accum_steps=3)(
             start(tx, "float32"), {}, batch(dtype=np.float32)
         )
-    with pytest.raises(ValueError, match=r"losses for \['policy'\], the optimizers are for \['reward'\]"):
+    with pytest.raises(ValueError, match=r"losses for \['policy'\], the optimizer is for 'reward'"):
         state = start(tx, "float32")
         state = state._replace(params={"reward": state.params["policy"]}, opt={"reward": state.opt["policy"]})
         make_train_step(lambda p, *rest: objective({"policy": p["reward"]}, *rest), {"reward": tx})(

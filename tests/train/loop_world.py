@@ -60,7 +60,9 @@ def objective(params, frozen, extra, batch):
 class World:
     """A loop in a directory; `run()` goes on from what is there."""
 
-    def __init__(self, workdir, *, num_steps=6, rate=0.1, data=None, prepare=None, evaluate=None, **fields):
+    def __init__(
+        self, workdir, *, num_steps=6, rate=0.1, data=None, prepare=None, evaluate=None, offload=False, **fields
+    ):
         self.config = defaults("dpo")
         self.config.workdir = str(workdir)
         self.config.logging.tensorboard = False
@@ -71,10 +73,10 @@ class World:
         self.mesh = make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
         self.data, self.num_steps = data or Data(), num_steps
         self.prepare = prepare or (lambda state, frozen, batch: (state, [batch], {}))
-        self.evaluate = evaluate
+        self.evaluate, self.offload = evaluate, offload
         self.directory = RunDir(str(workdir))
         self.tx = optax.chain(optax.sgd(rate), optax.scale_by_schedule(lambda _: 1.0))
-        whole = replicated(self.mesh)
+        whole = self.places = replicated(self.mesh)
         self.like = abstract(jax.eval_shape(self.fresh), jax.tree.map(lambda _: whole, jax.eval_shape(self.fresh)))
         self.step = Compiled(
             make_train_step(objective, {"policy": self.tx}), "train step", donate=(0,), out_shardings=whole
@@ -94,8 +96,7 @@ class World:
             best_mode=c.checkpoint.best_mode,
         )
         start = checkpoints.latest() or 0
-        whole = replicated(self.mesh)
-        state = checkpoints.restore(start, self.like)[0] if start else jax.jit(self.fresh, out_shardings=whole)()
+        state = checkpoints.restore(start, self.like)[0] if start else jax.jit(self.fresh, out_shardings=self.places)()
         writer = Writer(self.directory, c.logging, start=start, config={})
         loop = Loop(
             name="test",
@@ -111,6 +112,7 @@ class World:
             directory=self.directory,
             health=Health(),
             evaluate=self.evaluate,
+            offload=self.offload,
         )
         try:
             with jax.set_mesh(self.mesh):
