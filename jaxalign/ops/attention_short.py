@@ -137,7 +137,11 @@ def _unit_forward(q, k, v, visible):
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     out = _product("bkrs,bksh->bkrh", weights.astype(v.dtype).reshape(b, K, G * n, -1), v)
-    return (out.reshape(b, K, G, n, H) / total).astype(q.dtype), top + jnp.log(total)
+    log_total = top + jnp.log(total)
+    # The total's logarithm has its part in the output, so that a pass without gradients, which has no other use for it,
+    # is the same program as one with them, and has the same result to the last bit.
+    out = jnp.where(jnp.isnan(log_total), jnp.nan, out.reshape(b, K, G, n, H) / total)
+    return out.astype(q.dtype), log_total
 
 
 def _backward(causal, saved, d_out):

@@ -111,6 +111,19 @@ def test_causal_rows_on_a_mesh():
     check("causal", problem(np.random.default_rng(4), 8, 120, 120, 4, 2, 16, "packed", "window"), mesh=mesh)
 
 
+@pytest.mark.parametrize("backend", ["short", "causal", "blocked"])
+@pytest.mark.parametrize("shape", [(8, 256, 4, 64), (2, 112, 8, 32), (5, 97, 2, 20)])
+def test_a_pass_without_gradients_gives_the_same_bits(backend, shape):
+    """A frozen reference against the policy that starts as its copy: DPO's first rewards are exactly 0."""
+    B, T, N, H = shape
+    *x, start, end = problem(np.random.default_rng(6), B, T, T, N, N // 2, H, "causal")
+    x = [jnp.asarray(3 * a, jnp.float32) for a in x]
+    run = functools.partial(attention, start_BT=start, end_BT=end, backend=backend)
+    alone = jax.jit(run)(*x)
+    with_gradients = both_ways(backend, start, end, jnp.ones(x[0].shape))(*x)[0]
+    np.testing.assert_array_equal(alone, with_gradients)
+
+
 def test_a_row_that_is_not_causal_is_loud():
     """Keys behind a query are not read: such a query gets NaN, the others what they are due; so do gradients."""
     *x, start, end = problem(np.random.default_rng(5), 2, 200, 200, 2, 2, 8, "causal")

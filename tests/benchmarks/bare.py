@@ -1,0 +1,125 @@
+"""The SFT step against the same step without attention, norms, rotations and activations, in turns in one process.
+
+    python tests/benchmarks/bare.py                     hidden 512, 8 layers, 8 rows of 256 tokens; about two minutes
+    python tests/benchmarks/bare.py --rounds 9 --rows 4 --length 512
+    python tests/benchmarks/bare.py --smoke             toy size
+
+What is left out is replaced by sums, so that every product of the bare step is still due, forward and backward. The
+ratio says what all that is not a product with weights costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from unittest import mock
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.config import defaults
+from jaxalign.models import transformer
+from jaxalign.models.config import from_hf
+from jaxalign.ops.readout import token_logprobs
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.train.compiled import Compiled
+from jaxalign.train.optimizer import make_optimizer
+from jaxalign.types import Readouts, Rows
+
+REPLACED = {
+    "attention": lambda q, k, v, start, end, backend: q + k + v,
+    "rms_norm": lambda x, scale, eps: x,
+    "rotate": lambda x, cos, sin: x,
+    "swiglu": lambda gate, up: gate + up,
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    for name, value in {"hidden": 512, "layers": 8, "heads": 8, "ffn": 1376, "vocab": 2048}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--smoke", action="store_true", help="toy size, one round")
+    args = parser.parse_args()
+    if args.smoke:
+        args.hidden, args.layers, args.heads, args.ffn, args.vocab = 32, 2, 2, 64, 128
+        args.rows, args.length, args.rounds = 2, 128, 1
+    return args
+
+
+def make_step(args: argparse.Namespace):
+    """A compiled step and its state."""
+    described = {
+        "model_type": "llama",
+        "vocab_size": args.vocab,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.ffn,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.heads,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    config = from_hf(described, dtype="float32", param_dtype="float32", remat="none")
+    model = transformer.Model(dataclasses.replace(config, causal_rows=True))
+    params = jax.jit(model.init)(jax.random.key(0))
+    tx = make_optimizer(defaults("sft").optimizer, 1e-4, 1000)
+    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.rows, args.length)).astype(np.int32)
+    at = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
+    rows = Rows(tokens, at, 0 * at, at + 1)
+    readouts = Readouts(at, np.roll(tokens, -1, 1), 0 * at, at < args.length - 1)
+
+    def step(params, moments, rows, readouts):
+        def loss(params):
+            hidden = model.apply(params, None, rows)[0]
+            logprobs = token_logprobs(hidden, model.head(params), readouts)[0]
+            return -jnp.sum(logprobs) / jnp.sum(readouts.mask)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, moments = tx.update(gradients, moments, params)
+        return jax.tree.map(jnp.add, params, updates), moments, value
+
+    compiled = Compiled(step, "step", donate=(0, 1))
+    state = (params, jax.jit(tx.init)(params))
+    data = jax.tree.map(jnp.asarray, (rows, readouts))
+    compiled.compile(*state, *data)
+    return lambda state: compiled(*state, *data)[:2], state
+
+
+def main() -> int:
+    """Prints both times and their ratio."""
+    args = parse()
+    make_mesh({"data": 1, "fsdp": -1, "tensor": 1})  # as a run begins
+    steps, states = {}, {}
+    steps["whole"], states["whole"] = make_step(args)
+    with mock.patch.multiple(transformer, **REPLACED):
+        steps["bare"], states["bare"] = make_step(args)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(args.rounds + 1):
+        for name in list(steps) if turn % 2 else reversed(list(steps)):
+            start = time.perf_counter()
+            states[name] = jax.block_until_ready(steps[name](states[name]))
+            if turn or args.smoke:  # the first is to get warm
+                seconds[name].append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(seconds["whole"], seconds["bare"], strict=True)]
+    whole, bare = (statistics.median(seconds[name]) for name in ("whole", "bare"))
+    print(
+        f"hidden {args.hidden}, {args.layers} layers, {args.rows} x {args.length} tokens: "
+        f"{1000 * whole:.0f} ms a step, {1000 * bare:.0f} without attention, norms, rotations and activations: "
+        f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
