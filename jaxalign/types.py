@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 class Readouts(NamedTuple):
     """The places where something is read from the hidden states: a log-prob, a value, a score."""
 
-    source: Array  # int32 [B, M], row index of the hidden state that is read
+    source: Array | None  # int32 [B, M], row index of the hidden state that is read; None: those are at hand, [B, M, D]
     target: Array  # int32 [B, M], the token it predicts (0 and unused for scores)
     completion: Array  # int32 [B, M], number within the row of the completion it belongs to
     mask: Array  # bool [B, M], False for unused places

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxalign.models.transformer import Model
-from jaxalign.ops.readout import scalar_readout, token_logprobs
+from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.types import Array, Params, Readouts, Rows
@@ -85,13 +85,13 @@ def final_scores(model: Model, params: Params, sequences: Sequence[Tokens], mesh
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logprobs(model: Model, params: Params, rows: Rows, readouts: Readouts) -> Array:
-    hidden, _, _ = model.apply(params, None, rows)
+    hidden, readouts = read_hidden(model.apply, params, rows, readouts)
     return token_logprobs(hidden, model.head(params), readouts)[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(model: Model, params: Params, rows: Rows, readouts: Readouts) -> Array:
-    hidden, _, _ = model.apply(params, None, rows)
+    hidden, readouts = read_hidden(model.apply, params, rows, readouts)
     return scalar_readout(hidden, model.score_kernel(params), readouts)
 
 

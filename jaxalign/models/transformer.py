@@ -18,10 +18,16 @@ from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_blocked import SAVED
 from jaxalign.ops.linear import linear
 from jaxalign.ops.norm import rms_norm
-from jaxalign.ops.rope import frequencies, rotate, rotations
+from jaxalign.ops.platform import platform
+from jaxalign.ops.readout import take_sources
+from jaxalign.ops.rope import computed_once, frequencies, rotate, rotations
 from jaxalign.parallel.host_memory import DEVICE, HOST
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
+
+# Layers that a CPU runs one after the other instead of in a loop, which costs a tenth of a training step: arrays of all
+# layers, filled with zeros, written and read. More of them would take too long to compile.
+_UNROLLED = 8
 
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _dots_to_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST)
@@ -74,7 +80,8 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention over intervals, with rotary positions.
 
-    Returns its output, and the keys and values [B, K, S, H] of all that was seen.
+    `asking` holds x, rotation and rows of the tokens that need an answer; None: all of them do. Returns the answers,
+    and the keys and values [B, K, S, H] of all that was seen.
     """
 
     def __init__(self, config: ModelConfig, rngs):
@@ -86,16 +93,18 @@ class Attention(nnx.Module):
         self.out = Linear(config, (N, H), (D,), bias, rngs)
         self.causal, self.backend = config.causal_rows, config.attention
 
-    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None):
-        q = constrain(rotate(self.query(x), *rotation), "batch", None, "tensor", None)
+    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, asking: Any = None):
+        asking_x, asking_rotation, asking_rows = (x, rotation, rows) if asking is None else asking
+        q = constrain(rotate(self.query(asking_x), *asking_rotation), "batch", None, "tensor", None)
         k = constrain(rotate(self.key(x), *rotation), "batch", None, "tensor", None)
         v = constrain(self.value(x), "batch", None, "tensor", None)
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if seen is not None:
             kept = extend(seen, *kept)
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in kept)
-        backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=self.causal, asked=self.backend)
-        out = attention(q, k, v, rows.attend_start, rows.attend_end, backend=backend)
+        causal = self.causal and asking is None
+        backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=causal, asked=self.backend)
+        out = attention(q, k, v, asking_rows.attend_start, asking_rows.attend_end, backend=backend)
         return self.out(constrain(out, "batch", None, "tensor", None)), kept
 
 
@@ -114,7 +123,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then mlp, each after a norm and added to its input."""
+    """One layer: attention, then mlp, each after a norm and added to its input.
+
+    With `sources` [B, M] all tokens are seen, but only those have a result, [B, M, D].
+    """
 
     def __init__(self, config: ModelConfig, rngs):
         self.attention_norm = Norm(config)
@@ -122,8 +134,12 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None):
-        attended, kept = self.attention(self.attention_norm(x), rotation, rows, seen)
+    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, sources=None):
+        seen_x, asking = self.attention_norm(x), None
+        if sources is not None:
+            x, *at = jax.tree.map(lambda y: take_sources(y, sources), (x, rotation, rows))
+            asking = self.attention_norm(x), *at
+        attended, kept = self.attention(seen_x, rotation, rows, seen, asking)
         x = constrain(x + attended, "batch", None, None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), kept
 
@@ -200,7 +216,13 @@ class Model:
         return params
 
     def apply(
-        self, params: Params, adapters: None, rows: Rows, cache: Cache | None = None
+        self,
+        params: Params,
+        adapters: None,
+        rows: Rows,
+        cache: Cache | None = None,
+        *,
+        sources: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
         """Hidden states of rows of tokens, after the last norm.
 
@@ -210,9 +232,11 @@ class Model:
           rows: [B, T]; with a cache, the intervals refer to its slots and the T tokens are written to the slots
             `index` to `index + T`.
           cache: keys and values of earlier tokens.
+          sources: int32 [B, M], the tokens of each row whose hidden states are read; None: all of them, in order.
 
         Returns:
-          hidden [B, T, D] in the compute dtype, the advanced cache (None without one), auxiliary numbers (none).
+          hidden [B, T, D], of sources [B, M, D], in the compute dtype, the advanced cache (None without one), auxiliary
+          numbers (none).
         """
         if adapters is not None:
             raise ValueError("this model has no adapters")
@@ -222,24 +246,42 @@ class Model:
         if cache is not None:
             # Each layer by itself: its part of the cache is written in place, and neither that nor its parameters
             # are cut out of stacked arrays, which would copy them for every token.
-            layers = params["layers"]
-            if not isinstance(layers, tuple):
-                layers = tuple(jax.tree.map(lambda p, i=i: p[i], layers) for i in range(c.num_layers))
             grown = []
-            for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+            for layer, keys, values in zip(self._layers(params), cache.keys, cache.values, strict=True):
                 x, kept = nnx.merge(graphdef, layer)(x, rotation, rows, Seen(keys, values, cache.index))
                 grown.append(kept)
             all_keys, all_values = zip(*grown, strict=True)
-            return ends.norm(x), Cache(all_keys, all_values, cache.index + rows.tokens.shape[1]), {}
+            cache = Cache(all_keys, all_values, cache.index + rows.tokens.shape[1])
+        elif platform() == "cpu" and c.remat == "none" and c.num_layers <= _UNROLLED:
+            *layers, last = self._layers(params)
+            rotation = computed_once(rotation)
+            for layer in layers:
+                x, _ = nnx.merge(graphdef, layer)(x, rotation, rows)
+            # What the last layer makes of a token is seen by no other: only those that are read go through it.
+            few = sources is not None and 4 * sources.shape[1] <= 3 * rows.tokens.shape[1]
+            x, _ = nnx.merge(graphdef, last)(x, rotation, rows, sources=sources if few else None)
+            sources = None if few else sources
+        else:
 
-        def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, rotation, rows)[0], None
+            def body(x, layer):
+                return nnx.merge(graphdef, layer)(x, rotation, rows)[0], None
 
-        if c.remat != "none":
-            # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
-            body = jax.checkpoint(body, policy=_POLICIES[c.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, params["layers"])
-        return ends.norm(x), None, {}
+            if c.remat != "none":
+                # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
+                body = jax.checkpoint(body, policy=_POLICIES[c.remat], prevent_cse=False)
+            x, _ = jax.lax.scan(body, x, params["layers"])
+        if sources is not None:
+            x = take_sources(x, sources)
+        return ends.norm(x), cache, {}
+
+    def _layers(self, params: Params) -> tuple[Params, ...]:
+        """Each layer's own parameters; the gradient puts theirs side by side in one go."""
+        layers = params["layers"]
+        if isinstance(layers, tuple):
+            return layers
+        leaves, structure = jax.tree.flatten(layers)
+        cut = [[x.squeeze(0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
+        return tuple(jax.tree.unflatten(structure, own) for own in zip(*cut, strict=True))
 
     def read(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states as `apply` gives them, and what a cache needs to go on from these rows.

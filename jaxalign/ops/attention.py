@@ -18,7 +18,7 @@ from jaxalign.ops.attention_short import short_attention
 from jaxalign.ops.attention_splash import splash_attention
 from jaxalign.ops.attention_triton import triton_attention
 from jaxalign.ops.platform import platform
-from jaxalign.ops.precision import product_precision
+from jaxalign.ops.precision import product
 
 
 def attention(
@@ -82,8 +82,8 @@ def choose_backend(num_queries: int, num_keys: int, dtype, *, causal: bool = Fal
         return "plain"
     if asked:
         return asked
-    if platform() == "cpu" and num_queries == num_keys <= attention_short.LIMIT:
-        return "causal" if causal else "short"
+    if platform() == "cpu" and max(num_queries, num_keys) <= attention_short.LIMIT:
+        return "causal" if causal and num_queries == num_keys else "short"
     kind = platform() if jnp.dtype(dtype).itemsize <= 4 else "any"
     if kind == "tpu" and max(num_queries, num_keys) <= attention_splash.LIMIT:
         return "splash"
@@ -130,8 +130,6 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K  # queries that share a key: they become rows of one product, so keys are never repeated in memory
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    product = functools.partial(jnp.einsum, precision=product_precision(q_BTNH.dtype), preferred_element_type=wide)
     q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     scores = product("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * H**-0.5

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.ops.platform import platform
-from jaxalign.ops.precision import product_precision
+from jaxalign.ops.precision import product
 
 # Rows of a block of queries, of keys. A CPU's cache likes small blocks, which also skip more of a short row; an
 # accelerator wants large products and few steps.
@@ -93,11 +93,6 @@ def _visible(start, end, j, size_k: int, rows: int):
     return jnp.tile(visible, (1, rows // start.shape[1], 1))[:, None]
 
 
-def _product(equation: str, a, b):
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(equation, a, b, precision=product_precision(a.dtype), preferred_element_type=wide)
-
-
 def _block(x, j, size: int):
     return jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=2)
 
@@ -117,13 +112,13 @@ def _forward(blocks, q, k, v, start, end):
 
         def add(j, carry):
             top, total, out = carry
-            scores = _product("bkrh,bksh->bkrs", q, _block(k, j, size)) * scale
+            scores = product("bkrh,bksh->bkrs", q, _block(k, j, size)) * scale
             scores = jnp.where(_visible(start, end, j, size, rows), scores, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             v_block = _block(v, j, size)
-            part = _product("bkrs,bksh->bkrh", weights.astype(v.dtype), v_block)
+            part = product("bkrs,bksh->bkrh", weights.astype(v.dtype), v_block)
             return new_top, total, out * shrink + part
 
         zero = jnp.zeros((*q.shape[:-1], 1), wide)
@@ -155,18 +150,18 @@ def _backward(blocks, saved, d_out):
 
         def add(j, carry):
             d_k, d_v, d_q = carry
-            scores = _product("bksh,bkrh->bksr", _block(k, j, size), q) * scale
+            scores = product("bksh,bkrh->bksr", _block(k, j, size), q) * scale
             visible = _visible(start, end, j, size, rows).swapaxes(-1, -2)
             weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
-            d_weights = _product("bksh,bkrh->bksr", _block(v, j, size), d_out)
+            d_weights = product("bksh,bkrh->bksr", _block(v, j, size), d_out)
             d_scores = (weights * (d_weights - delta) * scale).astype(q.dtype)
             d_k = _add_block(d_k, j, d_scores, q)
             d_v = _add_block(d_v, j, weights.astype(v.dtype), d_out)
             k_block = jax.lax.dynamic_slice_in_dim(k_turned, j * size, size, axis=3)
-            return d_k, d_v, d_q + _product("bkhs,bksr->bkhr", k_block, d_scores)
+            return d_k, d_v, d_q + product("bkhs,bksr->bkhr", k_block, d_scores)
 
         def _add_block(x, j, a, b):
-            part = _block(x, j, size) + _product("bksr,bkrh->bksh", a, b)
+            part = _block(x, j, size) + product("bksr,bkrh->bksh", a, b)
             return jax.lax.dynamic_update_slice_in_dim(x, part, j * size, axis=2)
 
         zero = jnp.zeros((*q.shape[:2], q.shape[-1], rows), wide)

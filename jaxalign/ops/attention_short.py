@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.ops.attention_blocked import SAVED
 from jaxalign.ops.attention_shards import on_each_device
-from jaxalign.ops.precision import product_precision
+from jaxalign.ops.precision import product
 
 LIMIT = 512  # tokens of a row; beyond it the loops of `attention_blocked` skip more than is won here
 _UNITS = 8  # at least, where rows and heads are as many: enough for several cores, few enough to compile
@@ -94,11 +94,6 @@ def _visible(start, end, part: _Part, block: _Block):
     return ((slot >= start) & (slot < end))[:, None, None]
 
 
-def _product(equation: str, a, b):
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(equation, a, b, precision=product_precision(a.dtype), preferred_element_type=wide)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(causal, q, k, v, start, end):
     return _forward(causal, q, k, v, start, end)[0]
@@ -131,12 +126,12 @@ def _forward(causal, q, k, v, start, end):
 
 def _unit_forward(q, k, v, visible):
     b, K, G, n, H = q.shape
-    scores = _product("bkrh,bksh->bkrs", q.reshape(b, K, G * n, H), k) * H**-0.5
+    scores = product("bkrh,bksh->bkrs", q.reshape(b, K, G * n, H), k) * H**-0.5
     scores = jnp.where(visible, scores.reshape(b, K, G, n, -1), -jnp.inf)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    out = _product("bkrs,bksh->bkrh", weights.astype(v.dtype).reshape(b, K, G * n, -1), v)
+    out = product("bkrs,bksh->bkrh", weights.astype(v.dtype).reshape(b, K, G * n, -1), v)
     log_total = top + jnp.log(total)
     # The total's logarithm has its part in the output, so that a pass without gradients, which has no other use for it,
     # is the same program as one with them, and has the same result to the last bit.
@@ -179,13 +174,13 @@ def _unit_backward(q, k, v, d_out, log_total, delta, visible):
     q, d_out = (x.reshape(b, K, G * n, H) for x in (q, d_out))
     log_total, delta = (x.reshape(b, K, 1, G * n) for x in (log_total, delta))
     visible = jnp.broadcast_to(visible, (b, 1, G, n, k.shape[2])).reshape(b, 1, G * n, -1).swapaxes(-1, -2)
-    scores = _product("bksh,bkrh->bksr", k, q) * H**-0.5
+    scores = product("bksh,bkrh->bksr", k, q) * H**-0.5
     weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
-    d_weights = _product("bksh,bkrh->bksr", v, d_out)
+    d_weights = product("bksh,bkrh->bksr", v, d_out)
     d_scores = (weights * (d_weights - delta) * H**-0.5).astype(q.dtype)
-    d_q = _product("bkhs,bksr->bkhr", k.swapaxes(-1, -2), d_scores).swapaxes(-1, -2)
-    d_k = _product("bksr,bkrh->bksh", d_scores, q)
-    d_v = _product("bksr,bkrh->bksh", weights.astype(v.dtype), d_out)
+    d_q = product("bkhs,bksr->bkhr", k.swapaxes(-1, -2), d_scores).swapaxes(-1, -2)
+    d_k = product("bksr,bkrh->bksh", d_scores, q)
+    d_v = product("bksr,bkrh->bksh", weights.astype(v.dtype), d_out)
     return d_q.reshape(b, K, G, n, H).astype(q.dtype), d_k, d_v
 
 

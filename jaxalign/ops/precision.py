@@ -24,3 +24,13 @@ def product_precision(dtype) -> jax.lax.Precision | None:
     """
     chosen = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
     return None if chosen or jnp.dtype(dtype) != jnp.float32 else jax.lax.Precision.HIGHEST
+
+
+def product(equation: str, a, b):
+    """`einsum` of two arrays by the rules of this file, summed and given in at least float32.
+
+    >>> product("ij,jk->ik", jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 1), jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, precision=product_precision(a.dtype), preferred_element_type=wide)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import at_least_float32, product_precision
-from jaxalign.types import CHOSEN, REJECTED, Completions, Readouts
+from jaxalign.types import CHOSEN, REJECTED, Completions, Params, Readouts, Rows
 
 # Logits a device holds at one time, in numbers, enough for products at full speed: 64 MiB of float32 on a CPU, half a
 # GiB on an accelerator, which reads the whole head from memory for each chunk.
@@ -22,13 +24,36 @@ _MAX_LOGITS = {"cpu": 2**24}
 _ACCELERATOR_MAX_LOGITS = 2**27
 
 
-def take_sources(hidden: jax.Array, source: jax.Array) -> jax.Array:
-    """Hidden states at the readouts' sources, [B, T, D] and [B, M] -> [B, M, D].
+def take_sources(of_tokens: jax.Array, source: jax.Array) -> jax.Array:
+    """What an array holds of the tokens that are read, [B, T, ...] and [B, M] -> [B, M, ...].
 
     `take_along_axis` keeps the gather and its transpose within each row: no collective on a batch-sharded mesh,
     where `hidden[arange(B)[:, None], source]` all-reduces every hidden state.
     """
-    return jnp.take_along_axis(hidden, source[:, :, None], axis=1, mode="clip")
+    source = source.reshape(*source.shape, *(1,) * (of_tokens.ndim - 2))
+    return jnp.take_along_axis(of_tokens, source, axis=1, mode="clip")
+
+
+def read_hidden(
+    apply: Callable[..., Any], params: Params, rows: Rows, readouts: Readouts
+) -> tuple[jax.Array, Readouts]:
+    """The hidden states that are read, and no others where the model can leave them out.
+
+    Args:
+      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
+      params: of the model.
+      rows: [B, T].
+      readouts: fields [B, M].
+
+    Returns:
+      hidden [B, M, D], and the readouts of these, for `token_logprobs` and `scalar_readout`.
+    """
+    hidden, _, _ = apply(params, None, rows, sources=readouts.source)
+    return hidden, readouts._replace(source=None)
+
+
+def _taken(hidden: jax.Array, readouts: Readouts) -> jax.Array:
+    return hidden if readouts.source is None else take_sources(hidden, readouts.source)
 
 
 def token_logprobs(
@@ -50,7 +75,8 @@ def token_logprobs(
     `tensor`.
 
     Args:
-      hidden: [B, T, D] final hidden states (after the last norm), in the compute dtype.
+      hidden: [B, T, D] final hidden states (after the last norm), in the compute dtype; or [B, M, D], those of the
+        readouts, whose source is then None.
       head: [D, V] in the same dtype.
       readouts: fields [B, M].
       temperature: divides the logits; top-k and top-p never enter log-probs.
@@ -64,7 +90,7 @@ def token_logprobs(
         raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {head.shape}")
     if max_logits is None:
         max_logits = _MAX_LOGITS.get(platform(), _ACCELERATOR_MAX_LOGITS)
-    taken = take_sources(hidden, readouts.source)
+    taken = _taken(hidden, readouts)
     logprobs, entropies = _logprobs(taken, head, readouts.target, float(temperature), entropy, max_logits)
     logprobs = jnp.where(readouts.mask, logprobs, 0)
     return logprobs, (jnp.where(readouts.mask, entropies, 0) if entropy else None)
@@ -246,7 +272,7 @@ def scalar_readout(hidden: jax.Array, kernel: jax.Array, readouts: Readouts) -> 
     """A scalar head (score or value) at each readout's source: w^T hidden[source].
 
     Args:
-      hidden: [B, T, D].
+      hidden: [B, T, D], or [B, M, D] as in `token_logprobs`.
       kernel: [D, 1].
       readouts: fields [B, M].
 
@@ -255,7 +281,7 @@ def scalar_readout(hidden: jax.Array, kernel: jax.Array, readouts: Readouts) -> 
     """
     if hidden.ndim != 3 or kernel.shape != (hidden.shape[-1], 1):
         raise ValueError(f"hidden is [B, T, D] and kernel [D, 1]; got {hidden.shape} and {kernel.shape}")
-    taken = at_least_float32(take_sources(hidden, readouts.source))
+    taken = at_least_float32(_taken(hidden, readouts))
     values = jnp.sum(taken * kernel[:, 0].astype(taken.dtype), axis=-1)
     return jnp.where(readouts.mask, values, 0)
 

@@ -80,6 +80,17 @@ def rotations(positions: jax.Array, freq: np.ndarray, dtype: jnp.dtype) -> tuple
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def computed_once(rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The same, as the result of a loop, which the compiler keeps.
+
+    Where layers are no loop themselves, a CPU's compiler takes sines for cheap and makes them anew in every layer and
+    for every head.
+    """
+    cos, sin = rotation
+    both = jax.lax.map(lambda first: jnp.where(first, cos, sin), jnp.array([True, False]))
+    return both[0], both[1]
+
+
 def rotate(x_BTNH: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Array:
     """Rotates each pair (i, i + H/2) of head dims by its angle, in the precision of `cos`; the halves convention.
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.models.transformer import Model
-from jaxalign.ops.readout import scalar_readout
+from jaxalign.ops.readout import read_hidden, scalar_readout
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.host import local_rows
@@ -40,9 +40,9 @@ def score_rows(model: Model, params: Params, rows: Rows, last: Array) -> Array:
       float32, of the shape of `last`.
     """
     chex.assert_rank([rows.tokens, last], [2, {1, 2}])
-    hidden, _, _ = model.apply(params, None, rows)
     source = last.reshape(len(last), -1)
     readouts = Readouts(source, jnp.zeros_like(source), jnp.zeros_like(source), jnp.ones(source.shape, bool))
+    hidden, readouts = read_hidden(model.apply, params, rows, readouts)
     return scalar_readout(hidden, model.score_kernel(params), readouts).reshape(last.shape)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_policy import policy_loss, value_loss
-from jaxalign.ops.readout import scalar_readout, token_logprobs
+from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.steps.sft import readout_weights
 from jaxalign.steps.step import Objective, Sums, reduce_terms
 from jaxalign.types import Params, PolicyBatch, Terms
@@ -36,7 +36,7 @@ def policy_objective(
     parameters, so `vf_coef` scales the value model's gradient alone.
 
     Args:
-      apply: the policy, (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      apply: the policy, (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: policy parameters -> [D, V].
       value_apply: the value model, as `apply`.
       value_kernel: value parameters -> [D, 1].
@@ -51,8 +51,7 @@ def policy_objective(
     """
 
     def of_policy(params, batch: PolicyBatch) -> Terms:
-        rows, readouts = batch.batch.rows, batch.batch.readouts
-        hidden, _, _ = apply(params, None, rows)
+        hidden, readouts = read_hidden(apply, params, batch.batch.rows, batch.batch.readouts)
         logprobs, entropy = token_logprobs(hidden, head(params), readouts, temperature=temperature, entropy=True)
         return policy_loss(
             logprobs,
@@ -66,8 +65,7 @@ def policy_objective(
         )
 
     def of_value(params, batch: PolicyBatch) -> Terms:
-        rows, readouts = batch.batch.rows, batch.batch.readouts
-        hidden, _, _ = value_apply(params, None, rows)
+        hidden, readouts = read_hidden(value_apply, params, batch.batch.rows, batch.batch.readouts)
         values = scalar_readout(hidden, value_kernel(params), readouts)
         return value_loss(values, batch.old_values, batch.returns, readouts.mask, clip_range=value_clip_range)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxalign.errors import InputError
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
-from jaxalign.ops.readout import completion_sums, pairs, token_logprobs
+from jaxalign.ops.readout import completion_sums, pairs, read_hidden, token_logprobs
 from jaxalign.steps.step import Objective, Sums, reduce_terms
 from jaxalign.types import Batch, Params
 
@@ -23,9 +23,9 @@ def sequence_logprobs(
 
     The one path by which policy and reference, live or cached, get their log-probs.
     """
-    hidden, _, _ = apply(params, None, batch.rows)
-    logprobs, _ = token_logprobs(hidden, head(params), batch.readouts)
-    return completion_sums(logprobs, batch.readouts, batch.completions.mask.shape[1])
+    hidden, readouts = read_hidden(apply, params, batch.rows, batch.readouts)
+    logprobs, _ = token_logprobs(hidden, head(params), readouts)
+    return completion_sums(logprobs, readouts, batch.completions.mask.shape[1])
 
 
 def preference_objective(
@@ -41,7 +41,7 @@ def preference_objective(
     """The mean of a preference loss over the batch's pairs, each weighted by its record.
 
     Args:
-      apply: (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: params -> [D, V].
       loss: a name in `PREFERENCE_LOSSES`.
       beta: strength of the tie to the reference.

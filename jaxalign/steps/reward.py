@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_reward import reward_loss
-from jaxalign.ops.readout import completion_sums, scalar_readout
+from jaxalign.ops.readout import completion_sums, read_hidden, scalar_readout
 from jaxalign.steps.preference import by_pair
 from jaxalign.steps.step import Objective, Sums, reduce_terms
 from jaxalign.types import Batch, Params
@@ -19,9 +19,9 @@ def completion_scores(
     apply: Callable[..., Any], kernel: Callable[[Params], jax.Array], params: Params, batch: Batch
 ) -> jax.Array:
     """Score of each completion, [B, C], read at its one readout: its last real token, wherever the padding is."""
-    hidden, _, _ = apply(params, None, batch.rows)
-    scores = scalar_readout(hidden, kernel(params), batch.readouts)
-    return completion_sums(scores, batch.readouts, batch.completions.mask.shape[1])
+    hidden, readouts = read_hidden(apply, params, batch.rows, batch.readouts)
+    scores = scalar_readout(hidden, kernel(params), readouts)
+    return completion_sums(scores, readouts, batch.completions.mask.shape[1])
 
 
 def reward_objective(
@@ -35,7 +35,7 @@ def reward_objective(
     """The mean Bradley-Terry loss over the batch's pairs, each weighted by its record.
 
     Args:
-      apply: (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       kernel: params -> [D, 1], the scalar head.
       label_smoothing: share of labels taken to be wrong.
       center_coef: weight of the squared sum of a pair's scores.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_language import sft_loss
-from jaxalign.ops.readout import token_logprobs
+from jaxalign.ops.readout import read_hidden, token_logprobs
 from jaxalign.steps.step import Objective, Sums, reduce_terms
 from jaxalign.types import Batch, Params
 
@@ -20,7 +20,7 @@ def sft_objective(
     """The mean negative log-likelihood of the scored tokens, each weighted by its completion.
 
     Args:
-      apply: (params, adapters, rows) -> (hidden [B, T, D], cache, aux).
+      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: params -> [D, V].
       entropy: also log the mean entropy of the predicting distributions.
 
@@ -30,8 +30,8 @@ def sft_objective(
 
     def objective(params, frozen, extra, batch: Batch) -> Sums:
         del frozen, extra
-        hidden, _, _ = apply(params["policy"], None, batch.rows)
-        logprobs, entropies = token_logprobs(hidden, head(params["policy"]), batch.readouts, entropy=entropy)
+        hidden, readouts = read_hidden(apply, params["policy"], batch.rows, batch.readouts)
+        logprobs, entropies = token_logprobs(hidden, head(params["policy"]), readouts, entropy=entropy)
         weights = readout_weights(batch)
         terms = sft_loss(logprobs, weights, entropy=entropies)
         return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": jnp.sum(weights != 0)})

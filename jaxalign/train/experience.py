@@ -33,7 +33,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.ops.advantages import gae
 from jaxalign.ops.kl import adapt_kl_coef, kl_estimate, token_rewards
 from jaxalign.ops.masked import masked_mean, masked_var, whiten
-from jaxalign.ops.readout import scalar_readout, token_logprobs
+from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
@@ -254,16 +254,16 @@ class Prepare:
         temperature = float(self.config.rollout.temperature)
 
         def logprobs(params, rows, readouts):
-            hidden, _, _ = self.policy.apply(params, None, rows)
+            hidden, readouts = read_hidden(self.policy.apply, params, rows, readouts)
             return token_logprobs(hidden, self.policy.head(params), readouts, temperature=temperature)[0]
 
         def micro(part):
             rows, readouts = part
-            hidden, _, _ = self.value.apply(params["value"], None, rows)
+            hidden, at = read_hidden(self.value.apply, params["value"], rows, readouts)
             return Forward(
                 logprobs(params["policy"], rows, readouts),
                 logprobs(ref, rows, readouts),
-                scalar_readout(hidden, self.value.score_kernel(params["value"]), readouts),
+                scalar_readout(hidden, self.value.score_kernel(params["value"]), at),
             )
 
         count = self.config.algorithm.num_minibatches * self.config.grad_accum_steps

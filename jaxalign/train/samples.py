@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.ops.readout import token_logprobs
+from jaxalign.ops.readout import read_hidden, token_logprobs
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.processes import is_main
@@ -100,8 +100,8 @@ class Sampler:
                 rows, readouts = completed_rows(rows, rollout)
 
                 def logprobs(params):
-                    hidden, _, _ = model.apply(params, None, rows)
-                    return token_logprobs(hidden, model.head(params), readouts, temperature=temperature)[0]
+                    hidden, at = read_hidden(model.apply, params, rows, readouts)
+                    return token_logprobs(hidden, model.head(params), at, temperature=temperature)[0]
 
                 return jnp.sum(logprobs(params) - logprobs(ref), axis=1)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.ops.readout import take_sources
 from jaxalign.rewards.model import score_rows
 from jaxalign.steps.preference import preference_objective, sequence_logprobs
 from jaxalign.steps.reward import reward_objective
@@ -47,9 +48,9 @@ def test_trap_no_dropout_in_training_reference_or_scoring(algorithm, x64):
         assert not draws(lambda p: sequence_logprobs(lm.apply, lm.head, p, batch), frozen["ref"])
 
 
-def linear(kernel, _, rows):
+def linear(kernel, _, rows, *, sources):
     """A model of one number: the hidden state of each token is its kernel's row."""
-    return jnp.take(kernel, rows.tokens, axis=0), None, {}
+    return jnp.take(kernel, take_sources(rows.tokens, sources), axis=0), None, {}
 
 
 TABLE = np.random.default_rng(0).normal(size=(32, 32))

@@ -1,8 +1,8 @@
 """The SFT step against the same step without attention, norms, rotations and activations, in turns in one process.
 
-    python tests/benchmarks/bare.py                     hidden 512, 8 layers, 8 rows of 256 tokens; about two minutes
-    python tests/benchmarks/bare.py --rounds 9 --rows 4 --length 512
-    python tests/benchmarks/bare.py --smoke             toy size
+    python tests/benchmarks/bare_step.py            hidden 512, 8 layers, 8 rows of 256 tokens; about two minutes
+    python tests/benchmarks/bare_step.py --rounds 9 --rows 4 --length 512
+    python tests/benchmarks/bare_step.py --smoke    toy size
 
 What is left out is replaced by sums, so that every product of the bare step is still due, forward and backward. The
 ratio says what all that is not a product with weights costs.
@@ -23,6 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxalign.config import defaults
 from jaxalign.models import transformer
@@ -87,7 +88,7 @@ def make_step(args: argparse.Namespace):
 
         value, gradients = jax.value_and_grad(loss)(params)
         updates, moments = tx.update(gradients, moments, params)
-        return jax.tree.map(jnp.add, params, updates), moments, value
+        return optax.apply_updates(params, updates), moments, value
 
     compiled = Compiled(step, "step", donate=(0, 1))
     state = (params, jax.jit(tx.init)(params))
