@@ -16,30 +16,42 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxalign.ops.attention_blocked import SAVED
+from jaxalign.ops.attention_blocked import SAVED, blocked_attention
 from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.precision import product
 
 LIMIT = 512  # tokens of a row; beyond it the loops of `attention_blocked` skip more than is won here
 _UNITS = 8  # at least, where rows and heads are as many: enough for several cores, few enough to compile
+_MOST_WEIGHTS = 2**24  # that are kept for the backward pass of a layer: 64 MiB of float32
 
 
-class _Part(NamedTuple):
-    """Some rows and heads of keys."""
+class _Unit(NamedTuple):
+    """Some queries of some rows and heads, and the keys that they read, the first ones."""
 
     row: slice
     head: slice
-
-    def of(self, x):
-        """Of [B, K, ...]."""
-        return x[self.row, self.head]
-
-
-class _Block(NamedTuple):
-    """Some queries and the keys that they may see."""
-
     queries: slice
     keys: slice
+
+    def of_queries(self, x):
+        """Of [B, K, G, T, ...]."""
+        return x[self.row, self.head, :, self.queries]
+
+    def of_keys(self, x):
+        """Of [B, K, S, H]."""
+        return x[self.row, self.head, self.keys]
+
+    def visible(self, start, end):
+        """bool [b, 1, 1, n, s]: which of the keys each query sees."""
+        slot = jnp.arange(self.keys.stop, dtype=start.dtype)
+        start, end = (x[self.row, self.queries, None] for x in (start, end))
+        return ((slot >= start) & (slot < end))[:, None, None]
+
+    def promised(self, end, causal: bool):
+        """bool [b, 1, 1, n, 1]: whether a query of causal rows sees no key behind it; those are not read."""
+        own = jnp.arange(self.queries.start, self.queries.stop, dtype=end.dtype)
+        promised = (end[self.row, self.queries] <= own + 1) | (not causal)
+        return promised[:, None, None, :, None]
 
 
 def short_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, causal: bool):
@@ -53,45 +65,46 @@ def short_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, causal: bool):
 
 def _local(causal, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    S, K = k_BSKH.shape[1:3]
+    if B * N * T * S > _MOST_WEIGHTS:
+        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
     q = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     out = _attend(causal, q, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), start_BT, end_BT)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _blocks(num_queries: int, num_keys: int, causal: bool) -> list[_Block]:
-    """Queries in blocks, of eights of tokens; in one where all keys are read anyway."""
+def _blocks(num_queries: int, num_keys: int, causal: bool) -> list[tuple[slice, slice]]:
+    """Queries in blocks, of eights of tokens, and their keys; in one where all keys are read anyway."""
     if not causal:
-        return [_Block(slice(0, num_queries), slice(0, num_keys))]
+        return [(slice(0, num_queries), slice(0, num_keys))]
     num = 2 if num_queries < 192 else 4
     edges = sorted({min(-(-num_queries * i // (8 * num)) * 8, num_queries) for i in range(num + 1)})
-    return [_Block(slice(a, b), slice(0, b)) for a, b in itertools.pairwise(edges)]
+    return [(slice(a, b), slice(0, b)) for a, b in itertools.pairwise(edges)]
 
 
-def _parts(B: int, K: int, num_blocks: int) -> list[_Part]:
-    """Rows in parts, and heads where rows are few; four at least with blocks, which are of unequal work."""
-    most = max(_UNITS // num_blocks, 4)
+def _units(q, k, causal: bool) -> list[list[_Unit]]:
+    """By rows and heads, in the order of `_whole`, the units of all their queries."""
+    B, K, _, T, _ = q.shape
+    blocks = _blocks(T, k.shape[2], causal)
+    # Rows in parts, and heads where rows are few; four at least with blocks, which are of unequal work.
+    most = max(_UNITS // len(blocks), 4)
     rows = max(n for n in range(1, most + 1) if B % n == 0)
     heads = max(n for n in range(1, K + 1) if K % n == 0 and n * rows <= most)
     return [
-        _Part(slice(i * B // rows, (i + 1) * B // rows), slice(j * K // heads, (j + 1) * K // heads))
+        [
+            _Unit(slice(i * B // rows, (i + 1) * B // rows), slice(j * K // heads, (j + 1) * K // heads), *b)
+            for b in blocks
+        ]
         for i in range(rows)
         for j in range(heads)
     ]
 
 
-def _whole(of_parts, parts):
-    """The inverse of `_Part.of` for all parts."""
-    across = sum(part.row.start == 0 for part in parts)
+def _whole(of_parts, parts: list[list[_Unit]]):
+    """[B, K, ...] from what each part gives."""
+    across = sum(units[0].row.start == 0 for units in parts)
     lines = [of_parts[i : i + across] for i in range(0, len(parts), across)]
     return jnp.concatenate([jnp.concatenate(line, axis=1) for line in lines], axis=0)
-
-
-def _visible(start, end, part: _Part, block: _Block):
-    """bool [b, 1, 1, n, s]: which keys each query of a block sees."""
-    slot = jnp.arange(block.keys.stop, dtype=start.dtype)
-    start, end = (x[part.row, block.queries, None] for x in (start, end))
-    return ((slot >= start) & (slot < end))[:, None, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,65 +113,46 @@ def _attend(causal, q, k, v, start, end):
 
 
 def _forward(causal, q, k, v, start, end):
-    blocks = _blocks(q.shape[3], k.shape[2], causal)
-    parts = _parts(*k.shape[:2], len(blocks))
-    outs, log_totals = [], []
-    for part in parts:
-        pairs = [
+    parts = _units(q, k, causal)
+    outs, kept = [], []
+    for units in parts:
+        results = [
             _unit_forward(
-                part.of(q)[..., block.queries, :],
-                part.of(k)[:, :, block.keys],
-                part.of(v)[:, :, block.keys],
-                _visible(start, end, part, block),
+                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), u.visible(start, end), u.promised(end, causal)
             )
-            for block in blocks
+            for u in units
         ]
-        out, log_total = (jnp.concatenate(x, axis=3) for x in zip(*pairs, strict=True))
-        outs.append(out)
-        log_totals.append(log_total)
-    out, log_total = _whole(outs, parts), _whole(log_totals, parts)
-    if causal:  # keys behind the query are not read: better no number than a wrong one
-        behind = end > jnp.arange(1, end.shape[1] + 1, dtype=end.dtype)
-        out, log_total = (jnp.where(behind[:, None, None, :, None], jnp.nan, x) for x in (out, log_total))
-    out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
-    return out, (q, k, v, start, end, out, log_total)
+        outs.append(jnp.concatenate([out for out, *_ in results], axis=3))
+        kept.append([weights for _, *weights in results])
+    out = checkpoint_name(_whole(outs, parts), SAVED)
+    return out, (q, k, v, out, kept)
 
 
-def _unit_forward(q, k, v, visible):
+def _unit_forward(q, k, v, visible, promised):
+    """The output, and the softmax's exponentials and their sums: keeping them saves the fifth product backward."""
     b, K, G, n, H = q.shape
     scores = product("bkrh,bksh->bkrs", q.reshape(b, K, G * n, H), k) * H**-0.5
     scores = jnp.where(visible, scores.reshape(b, K, G, n, -1), -jnp.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    out = product("bkrs,bksh->bkrh", weights.astype(v.dtype).reshape(b, K, G * n, -1), v)
-    log_total = top + jnp.log(total)
-    # The total's logarithm has its part in the output, so that a pass without gradients, which has no other use for it,
-    # is the same program as one with them, and has the same result to the last bit.
-    out = jnp.where(jnp.isnan(log_total), jnp.nan, out.reshape(b, K, G, n, H) / total)
-    return out.astype(q.dtype), log_total
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = jnp.where(promised, weights.sum(axis=-1, keepdims=True), jnp.nan)  # better no number than a wrong one
+    weights, total = (x.reshape(b, K, G * n, -1) for x in (weights, total))
+    out = product("bkrs,bksh->bkrh", weights.astype(v.dtype), v) / total
+    return out.reshape(b, K, G, n, H).astype(q.dtype), weights, total
 
 
 def _backward(causal, saved, d_out):
-    q, k, v, start, end, out, log_total = saved
-    blocks = _blocks(q.shape[3], k.shape[2], causal)
-    parts = _parts(*k.shape[:2], len(blocks))
+    q, k, v, out, kept = saved
+    parts = _units(q, k, causal)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
-    delta = jnp.sum(out.astype(log_total.dtype) * d_out.astype(log_total.dtype), axis=-1)
-    log_total = log_total[..., 0]
+    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1, keepdims=True)
     of_queries, of_keys, of_values = [], [], []
-    for part in parts:
+    for units, weights in zip(parts, kept, strict=True):
         triples = [
             _unit_backward(
-                part.of(q)[..., block.queries, :],
-                part.of(k)[:, :, block.keys],
-                part.of(v)[:, :, block.keys],
-                part.of(d_out)[..., block.queries, :],
-                part.of(log_total)[..., block.queries],
-                part.of(delta)[..., block.queries],
-                _visible(start, end, part, block),
+                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), *(u.of_queries(d_out), u.of_queries(delta)), *of_unit
             )
-            for block in blocks
+            for u, of_unit in zip(units, weights, strict=True)
         ]
         d_q, d_k, d_v = zip(*triples, strict=True)
         of_queries.append(jnp.concatenate(d_q, axis=3))
@@ -168,20 +162,17 @@ def _backward(causal, saved, d_out):
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
-def _unit_backward(q, k, v, d_out, log_total, delta, visible):
-    """Everything with keys before queries: each product then reads its first operand along its rows."""
+def _unit_backward(q, k, v, d_out, delta, weights, total):
+    """Each product reads its first operand along its rows; what has to be turned around for that is narrow."""
     b, K, G, n, H = q.shape
-    q, d_out = (x.reshape(b, K, G * n, H) for x in (q, d_out))
-    log_total, delta = (x.reshape(b, K, 1, G * n) for x in (log_total, delta))
-    visible = jnp.broadcast_to(visible, (b, 1, G, n, k.shape[2])).reshape(b, 1, G * n, -1).swapaxes(-1, -2)
-    scores = product("bksh,bkrh->bksr", k, q) * H**-0.5
-    weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
-    d_weights = product("bksh,bkrh->bksr", v, d_out)
-    d_scores = (weights * (d_weights - delta) * H**-0.5).astype(q.dtype)
-    d_q = product("bkhs,bksr->bkhr", k.swapaxes(-1, -2), d_scores).swapaxes(-1, -2)
-    d_k = product("bksr,bkrh->bksh", d_scores, q)
-    d_v = product("bksr,bkrh->bksh", weights.astype(v.dtype), d_out)
-    return d_q.reshape(b, K, G, n, H).astype(q.dtype), d_k, d_v
+    q, d_out, delta = (x.reshape(b, K, G * n, -1) for x in (q, d_out, delta))
+    d_out = d_out / total
+    d_weights = product("bkrh,bkhs->bkrs", d_out.astype(v.dtype), v.swapaxes(-1, -2))
+    d_scores = (weights * (d_weights - delta / total) * H**-0.5).astype(q.dtype)
+    d_q = product("bkrs,bksh->bkrh", d_scores, k)
+    d_k = product("bkhr,bkrs->bkhs", q.swapaxes(-1, -2), d_scores)
+    d_v = product("bkhr,bkrs->bkhs", d_out.astype(v.dtype).swapaxes(-1, -2), weights.astype(v.dtype))
+    return d_q.reshape(b, K, G, n, H).astype(q.dtype), d_k.swapaxes(-1, -2), d_v.swapaxes(-1, -2)
 
 
 def _sum(of_blocks, length: int):

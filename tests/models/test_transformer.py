@@ -127,7 +127,7 @@ def kept_by(remat):
 def test_policies_keep_what_they_say():
     # Dims D 32, F 48, N 4, K 2, H 8, G 2 queries of a key head.
     layer_input, products = (1, 100, 32), [(1, 100, 4, 8), *[(1, 100, 2, 8)] * 2, (1, 100, 32), *[(1, 100, 48)] * 2]
-    attention = [(1, 2, 2, 100, 8), (1, 2, 2, 100, 1)]
+    attention = [(1, 2, 2, 100, 8)]
     assert kept_by("full") == [(layer_input, False)]
     assert kept_by("dots") == sorted((x, False) for x in [layer_input, *products, *attention])
     assert kept_by("offload") == sorted([(layer_input, False), *((x, True) for x in products + attention)])
@@ -266,16 +266,18 @@ def test_heads():
         tied.score_kernel(params)
 
 
-def test_layers_are_traced_once(monkeypatch):
-    """One trace of one block whatever the depth, and none for a second step."""
+@pytest.mark.parametrize("depth, traces", [(3, 3), (9, 1)])
+def test_layers_are_traced_once(depth, traces, monkeypatch):
+    """Few layers one after the other, more of them in a loop: one trace of each, or of one block whatever the depth,
+    and none for a second step."""
     calls = []
     call = Block.__call__
-    monkeypatch.setattr(Block, "__call__", lambda *a: calls.append(1) or call(*a))
-    model = tiny.model(num_hidden_layers=7)
+    monkeypatch.setattr(Block, "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
+    model = tiny.model(num_hidden_layers=depth)
     params, rows = params_of(model), tiny.causal([[1, 2, 3]])
     for _ in range(3):
         forward(model, params, rows)
-    assert len(calls) == 1
-    assert hash(model) == hash(tiny.model(num_hidden_layers=7)) and model == tiny.model(num_hidden_layers=7)
+    assert len(calls) == traces
+    assert hash(model) == hash(tiny.model(num_hidden_layers=depth)) and model == tiny.model(num_hidden_layers=depth)
     with pytest.raises(ValueError, match="no adapters"):
         model.apply(params, {}, rows)

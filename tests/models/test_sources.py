@@ -1,0 +1,107 @@
+"""What a CPU does for speed in the layers: none of it may be seen in the result or its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.models import transformer
+from jaxalign.ops import attention_short
+from jaxalign.ops.attention import attention
+from jaxalign.ops.readout import read_hidden
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.types import Readouts, Rows
+from tests.models import tiny_models as tiny
+from tests.models.test_transformer import WIDE, assert_close, params_of
+
+RNG = np.random.default_rng(0)
+
+
+def pair_rows(length: int) -> Rows:
+    """Two rows of a pair each, `reversed(chosen) + prompt + rejected`, the second with padding."""
+    rows = []
+    for chosen, prompt, rejected in ((length // 4, length // 2, length - length // 4 - length // 2), (2, 3, 4)):
+        i = np.arange(length)
+        start, end = np.where(i < chosen, i, chosen), np.where(i < chosen, chosen + prompt, i + 1)
+        positions = np.where(i < chosen, chosen + prompt - 1 - i, i - chosen)
+        padding = i >= chosen + prompt + rejected
+        rows.append([np.where(padding, a, b) for a, b in ((i, start), (i + 1, end), (0, positions))])
+    start, end, positions = (np.stack(x).astype(np.int32) for x in zip(*rows, strict=True))
+    tokens = RNG.integers(0, 64, (2, length)).astype(np.int32)
+    return Rows(tokens, positions, start, end)
+
+
+def readouts_of(source) -> Readouts:
+    source = np.asarray(source, np.int32)
+    return Readouts(source, source, 0 * source, np.ones(source.shape, bool))
+
+
+def outcome(model, params, rows, source, weight):
+    """What is read, and gradients of a number made from it."""
+
+    def loss(params):
+        hidden, readouts = read_hidden(model.apply, params, rows, readouts_of(source))
+        assert readouts.source is None and hidden.shape[:2] == source.shape
+        return jnp.sum(hidden * weight), hidden
+
+    (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return hidden, gradients
+
+
+@pytest.mark.parametrize("length, count", [(12, 3), (12, 12), (128, 1), (128, 96)])
+def test_what_is_read_is_what_all_tokens_have(length, count, x64):
+    """Few sources or all, in any order and more than once, through short and long ways of attention."""
+    model = tiny.model(**WIDE)
+    params, rows = params_of(model), pair_rows(length)
+    source = RNG.integers(0, length, (2, count))
+    source[:, -1] = source[:, 0]
+    weight = RNG.normal(size=(2, count, 32))
+
+    def plain(params):
+        hidden = model.apply(params, None, rows)[0]
+        hidden = jnp.take_along_axis(hidden, source[:, :, None], axis=1)
+        return jnp.sum(hidden * weight), hidden
+
+    (_, hidden), gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    assert_close((hidden, gradients), outcome(model, params, rows, source, weight))
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_layers_in_a_loop_are_layers_one_by_one(count, monkeypatch, x64):
+    model = tiny.model(**WIDE, num_hidden_layers=3)
+    params, rows = params_of(model), pair_rows(12)
+    source, weight = RNG.integers(0, 12, (2, count)), RNG.normal(size=(2, count, 32))
+    one_by_one = outcome(model, params, rows, source, weight)
+    monkeypatch.setattr(transformer, "_UNROLLED", 0)
+    assert_close(one_by_one, outcome(model, params, rows, source, weight))
+
+
+def test_what_is_read_on_a_mesh(x64):
+    """Rows split over two axes, heads over the third."""
+    model = tiny.model(**WIDE)
+    params, rows = params_of(model), jax.tree.map(lambda x: np.concatenate([x, x]), pair_rows(16))
+    source, weight = RNG.integers(0, 16, (4, 4)), RNG.normal(size=(4, 4, 32))
+    alone = outcome(model, params, rows, source, weight)
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        assert_close(alone, outcome(model, params, rows, source, weight))
+
+
+def test_only_what_is_read_goes_through_the_last_layer():
+    """The products of the last mlp are of the sources alone."""
+    model, rows = tiny.model(), pair_rows(12)
+    apply = lambda params: model.apply(params, None, rows, sources=np.zeros((2, 2), np.int32))[0]  # noqa: E731
+    program = str(jax.make_jaxpr(apply)(model.abstract()))
+    assert program.count("f32[2,2,48]") and program.count("f32[2,12,48]")
+    mlp = [f"f32[2,{n},48] = dot_general" for n in (2, 12)]
+    assert [program.count(product) for product in mlp] == [2, 2 * (model.config.num_layers - 1)]
+
+
+def test_many_weights_are_not_kept(monkeypatch):
+    """Rows too many for their attention's weights to be kept go block by block."""
+    x = [jnp.asarray(RNG.normal(size=(2, 128, 2, 8)), jnp.float32) for _ in range(3)]
+    _, _, start, end = pair_rows(128)
+    kept = attention(*x, start, end, backend="short")
+    monkeypatch.setattr(attention_short, "_MOST_WEIGHTS", 2 * 2 * 128 * 128 - 1)
+    program = str(jax.make_jaxpr(lambda *x: attention(*x, start, end, backend="short"))(*x))
+    assert "128,128]" not in program.replace(" ", "")
+    np.testing.assert_allclose(kept, attention(*x, start, end, backend="short"), atol=1e-5)
