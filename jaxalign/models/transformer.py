@@ -25,8 +25,9 @@ from jaxalign.parallel.host_memory import DEVICE, HOST
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
-# Layers that a CPU runs one after the other instead of in a loop, which costs a tenth of a training step: arrays of all
-# layers, filled with zeros, written and read. More of them would take too long to compile.
+# Layers that a CPU runs one after the other instead of in a loop, whose arrays of all layers, filled with zeros, written
+# and read, cost a tenth of a training step. More of them would take too long to compile; who saves memory by
+# rematerialisation gets the loop.
 _UNROLLED = 8
 
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -22,7 +22,7 @@ from jaxalign.ops.precision import product
 
 LIMIT = 512  # tokens of a row; beyond it the loops of `attention_blocked` skip more than is won here
 _UNITS = 8  # at least, where rows and heads are as many: enough for several cores, few enough to compile
-_MOST_WEIGHTS = 2**24  # that are kept for the backward pass of a layer: 64 MiB of float32
+_MOST_WEIGHTS = 2**23  # that are kept for the backward pass of a layer: 32 MiB of float32
 
 
 class _Unit(NamedTuple):

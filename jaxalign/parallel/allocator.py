@@ -23,8 +23,8 @@ def keep_freed_memory() -> bool:
     To be called before JAX's first array: XLA must compute in the thread that calls it, since memory of other threads
     cannot be kept in pieces so large. Data are made ready in threads all the same.
 
-    Nothing is done on accelerators, for several virtual devices, without the GNU C library, or where the environment
-    says how memory is allocated.
+    Without effect on accelerators; nothing is done for several virtual devices, without the GNU C library, or where the
+    environment says how memory is allocated.
 
     Returns:
       Whether memory is kept.
