@@ -57,7 +57,8 @@ class Case:
         """Model FLOPs of a counted token: 6 N and attention, forward-only passes a third of it.
 
         What a contender need not do is left out: the head where no token is scored, a prompt's second reading where
-        the two answers share a row. What it does beyond that (padding, recomputation) is not counted in its favour.
+        the two answers share a row, the last layer for tokens that nothing is read from. What it does beyond that
+        (padding, recomputation) is not counted in its favour.
 
         Args:
           contender: by name.
@@ -72,19 +73,29 @@ class Case:
         if self.task in ("dpo", "reward"):
             once = forward([(tokens, response)] * 2, self.task == "dpo")
             if shares:
-                once -= forward([(prompt, 0)])
+                row, read = prompt + 2 * response, 2 * response if self.task == "dpo" else 2
+                once -= forward([(prompt, 0)]) + _unread(self.shape, row, read)
             passes = 4 if self.reference == "live" else 3
             return passes * once / (2 * tokens)
         read = forward([(tokens, response)])
         if self.task == "generate":
             return read / response
         value = forward([(tokens, response)], head=False)
+        if contender == "jaxalign":
+            read, value = (x - _unread(self.shape, tokens, response) for x in (read, value))
         # Rollout, reference, value and reward read each sequence; then policy and value model learn from it.
         return (2 * read + 2 * value + self.epochs * 3 * (read + value)) / tokens
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self)
+
+
+def _unread(shape: Shape, tokens: int, read: int) -> float:
+    """FLOPs of the last layer that a row is spared where layers are few and few of its tokens are read, on a CPU
+    (`models/transformer.py`): queries, outputs and mlp of the others."""
+    few = shape.layers <= 8 and 4 * read <= 3 * tokens
+    return 2.0 * shape.hidden * (2 * shape.hidden + 3 * shape.ffn) * (tokens - read) * few
 
 
 def _forward(shape: Shape, sequences: Sequences, head: bool = True) -> float:
