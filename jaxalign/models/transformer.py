@@ -25,8 +25,8 @@ from jaxalign.parallel.host_memory import DEVICE, HOST
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
-# Layers that a CPU runs one after the other instead of in a loop, whose arrays of all layers, filled with zeros, written
-# and read, cost a tenth of a training step. More of them would take too long to compile; who saves memory by
+# Layers that a CPU runs one after the other instead of in a loop, whose arrays of all layers, filled with zeros,
+# written and read, cost a tenth of a training step. More of them would take too long to compile; who saves memory by
 # rematerialisation gets the loop.
 _UNROLLED = 8
 
