@@ -58,7 +58,7 @@ def short_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, causal: bool):
     """`attention` for rows of at most `LIMIT` tokens; see there for the other arguments.
 
     Args:
-      causal: as many keys as queries, and no token sees a later one; one that would gets NaN.
+      causal: as many keys as queries, and no token sees a later one; one that would gets NaN where keys are left out.
     """
     return on_each_device(functools.partial(_local, causal), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.data.rows import Layout, Shape, build_batch
+from jaxalign.data.tokenize import Example
 from jaxalign.models import transformer
 from jaxalign.ops import attention_short
 from jaxalign.ops.attention import attention
@@ -18,17 +20,13 @@ RNG = np.random.default_rng(0)
 
 
 def pair_rows(length: int) -> Rows:
-    """Two rows of a pair each, `reversed(chosen) + prompt + rejected`, the second with padding."""
-    rows = []
-    for chosen, prompt, rejected in ((length // 4, length // 2, length - length // 4 - length // 2), (2, 3, 4)):
-        i = np.arange(length)
-        start, end = np.where(i < chosen, i, chosen), np.where(i < chosen, chosen + prompt, i + 1)
-        positions = np.where(i < chosen, chosen + prompt - 1 - i, i - chosen)
-        padding = i >= chosen + prompt + rejected
-        rows.append([np.where(padding, a, b) for a, b in ((i, start), (i + 1, end), (0, positions))])
-    start, end, positions = (np.stack(x).astype(np.int32) for x in zip(*rows, strict=True))
-    tokens = RNG.integers(0, 64, (2, length)).astype(np.int32)
-    return Rows(tokens, positions, start, end)
+    """Two rows of a pair each, the second with padding."""
+    sizes = (length // 4, length // 2, length - length // 4 - length // 2), (2, 3, 4)
+    examples = [
+        Example(i, RNG.integers(0, 64, p), tuple(RNG.integers(0, 64, n) for n in (c, r)), (), (True,) * 2, 1.0, 0.0)
+        for i, (c, p, r) in enumerate(sizes)
+    ]
+    return build_batch([[x] for x in examples], Shape(2, length, 0, 2), Layout("none"), 0).rows
 
 
 def readouts_of(source) -> Readouts:
