@@ -22,17 +22,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+from gpu_parts.batches import texts
 
 from jaxalign.config import defaults
 from jaxalign.models import transformer
 from jaxalign.models.config import from_hf
-from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import make_mesh
+from jaxalign.steps.sft import sft_objective
+from jaxalign.steps.step import make_train_step
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.optimizer import make_optimizer
-from jaxalign.types import Readouts, Rows
+from jaxalign.types import TrainState
 
 REPLACED = {
     "attention": lambda q, k, v, start, end, backend: q + k + v,
@@ -73,28 +73,14 @@ def make_step(args: argparse.Namespace):
     }
     config = from_hf(described, dtype="float32", param_dtype="float32", remat="none")
     model = transformer.Model(dataclasses.replace(config, causal_rows=True))
-    params = jax.jit(model.init)(jax.random.key(0))
     tx = make_optimizer(defaults("sft").optimizer, 1e-4, 1000)
-    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.rows, args.length)).astype(np.int32)
-    at = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
-    rows = Rows(tokens, at, 0 * at, at + 1)
-    readouts = Readouts(at, np.roll(tokens, -1, 1), 0 * at, at < args.length - 1)
-
-    def step(params, moments, rows, readouts):
-        def loss(params):
-            hidden = model.apply(params, None, rows)[0]
-            logprobs = token_logprobs(hidden, model.head(params), readouts)[0]
-            return -jnp.sum(logprobs) / jnp.sum(readouts.mask)
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, moments = tx.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, value
-
-    compiled = Compiled(step, "step", donate=(0, 1))
-    state = (params, jax.jit(tx.init)(params))
-    data = jax.tree.map(jnp.asarray, (rows, readouts))
-    compiled.compile(*state, *data)
-    return lambda state: compiled(*state, *data)[:2], state
+    step = make_train_step(sft_objective(model.apply, model.head), {"policy": tx})
+    params = jax.jit(model.init)(jax.random.key(0))
+    state = TrainState(jnp.int32(0), {"policy": params}, {"policy": jax.jit(tx.init)(params)}, {}, jnp.int32(0))
+    batch = jax.tree.map(jnp.asarray, texts(args.vocab, rows=args.rows, length=args.length))
+    compiled = Compiled(step, "step", donate=(0,))
+    compiled.compile(state, {}, batch)
+    return lambda state: compiled(state, {}, batch)[0], state
 
 
 def main() -> int:
