@@ -143,14 +143,11 @@ def _unit_forward(q, k, v, visible, promised):
 def _backward(causal, saved, d_out):
     q, k, v, out, kept = saved
     parts = _units(q, k, causal)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
-    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1, keepdims=True)
     of_queries, of_keys, of_values = [], [], []
     for units, weights in zip(parts, kept, strict=True):
         triples = [
             _unit_backward(
-                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), *(u.of_queries(d_out), u.of_queries(delta)), *of_unit
+                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), *(u.of_queries(out), u.of_queries(d_out)), *of_unit
             )
             for u, of_unit in zip(units, weights, strict=True)
         ]
@@ -162,13 +159,14 @@ def _backward(causal, saved, d_out):
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
-def _unit_backward(q, k, v, d_out, delta, weights, total):
+def _unit_backward(q, k, v, out, d_out, weights, total):
     """Each product reads its first operand along its rows; what has to be turned around for that is narrow."""
     b, K, G, n, H = q.shape
-    q, d_out, delta = (x.reshape(b, K, G * n, -1) for x in (q, d_out, delta))
-    d_out = d_out / total
+    q, out, d_out = (x.reshape(b, K, G * n, H) for x in (q, out, d_out))
+    d_out = d_out.astype(total.dtype) / total
+    delta = jnp.sum(out.astype(total.dtype) * d_out, axis=-1, keepdims=True)  # sum_s weight d_weight, of softmax
     d_weights = product("bkrh,bkhs->bkrs", d_out.astype(v.dtype), v.swapaxes(-1, -2))
-    d_scores = (weights * (d_weights - delta / total) * H**-0.5).astype(q.dtype)
+    d_scores = (weights * (d_weights - delta) * H**-0.5).astype(q.dtype)
     d_q = product("bkrs,bksh->bkrh", d_scores, k)
     d_k = product("bkhr,bkrs->bkhs", q.swapaxes(-1, -2), d_scores)
     d_v = product("bkhr,bkrs->bkhs", d_out.astype(v.dtype).swapaxes(-1, -2), weights.astype(v.dtype))

@@ -6,6 +6,7 @@ import functools
 
 import jax
 
+from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
 
@@ -42,6 +43,9 @@ def _backward(contracted, saved, d_y):
     if kernel.size // _size(kernel.shape[contracted:]) <= _size(kernel.shape[contracted:]):
         return d_x, _product(x, d_y, tokens, tokens)
     turned = _product(d_y, x, tokens, tokens)  # [*out, *in]
+    if platform() == "cpu":
+        # Or the compiler would make one product of this and the transpose, with the wider operand first again.
+        turned = jax.lax.optimization_barrier(turned)
     return d_x, turned.transpose(*range(out, kernel.ndim), *range(out))
 
 
