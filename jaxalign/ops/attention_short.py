@@ -68,9 +68,8 @@ def _local(causal, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     S, K = k_BSKH.shape[1:3]
     if B * N * T * S > _MOST_WEIGHTS:
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
-    q = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    out = _attend(causal, q, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), start_BT, end_BT)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    q = q_BTNH.reshape(B, T, K, N // K, H)
+    return _attend(causal, q, k_BSKH, v_BSKH, start_BT, end_BT).reshape(B, T, N, H)
 
 
 def _blocks(num_queries: int, num_keys: int, causal: bool) -> list[tuple[slice, slice]]:
@@ -107,12 +106,23 @@ def _whole(of_parts, parts: list[list[_Unit]]):
     return jnp.concatenate([jnp.concatenate(line, axis=1) for line in lines], axis=0)
 
 
+def _by_head(x):
+    """[B, T, K, ..., H] as [B, K, ..., T, H]."""
+    return jnp.moveaxis(x, 1, -2)
+
+
+def _by_token(x):
+    """[B, K, ..., T, H] as [B, T, K, ..., H]."""
+    return jnp.moveaxis(x, -2, 1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(causal, q, k, v, start, end):
     return _forward(causal, q, k, v, start, end)[0]
 
 
 def _forward(causal, q, k, v, start, end):
+    q, k, v = (_by_head(x) for x in (q, k, v))
     parts = _units(q, k, causal)
     outs, kept = [], []
     for units in parts:
@@ -124,7 +134,7 @@ def _forward(causal, q, k, v, start, end):
         ]
         outs.append(jnp.concatenate([out for out, *_ in results], axis=3))
         kept.append([weights for _, *weights in results])
-    out = checkpoint_name(_whole(outs, parts), SAVED)
+    out = checkpoint_name(_by_token(_whole(outs, parts)), SAVED)
     return out, (q, k, v, out, kept)
 
 
@@ -143,11 +153,15 @@ def _unit_forward(q, k, v, visible, promised):
 def _backward(causal, saved, d_out):
     q, k, v, out, kept = saved
     parts = _units(q, k, causal)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out, both still in one order.
+    delta = _by_head(jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1, keepdims=True))
+    d_out = _by_head(d_out)
     of_queries, of_keys, of_values = [], [], []
     for units, weights in zip(parts, kept, strict=True):
         triples = [
             _unit_backward(
-                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), *(u.of_queries(out), u.of_queries(d_out)), *of_unit
+                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), *(u.of_queries(d_out), u.of_queries(delta)), *of_unit
             )
             for u, of_unit in zip(units, weights, strict=True)
         ]
@@ -155,20 +169,19 @@ def _backward(causal, saved, d_out):
         of_queries.append(jnp.concatenate(d_q, axis=3))
         of_keys.append(_sum(d_k, k.shape[2]))
         of_values.append(_sum(d_v, k.shape[2]))
-    d_q, d_k, d_v = (_whole(x, parts) for x in (of_queries, of_keys, of_values))
+    d_q, d_k, d_v = (_by_token(_whole(x, parts)) for x in (of_queries, of_keys, of_values))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
-def _unit_backward(q, k, v, out, d_out, weights, total):
+def _unit_backward(q, k, v, d_out, delta, weights, total):
     """Each product reads its first operand along its rows; what has to be turned around for that is narrow."""
     b, K, G, n, H = q.shape
-    q, out, d_out = (x.reshape(b, K, G * n, H) for x in (q, out, d_out))
-    d_out = d_out.astype(total.dtype) / total
-    delta = jnp.sum(out.astype(total.dtype) * d_out, axis=-1, keepdims=True)  # sum_s weight d_weight, of softmax
+    q, d_out, delta = (x.reshape(b, K, G * n, -1) for x in (q, d_out, delta))
+    d_out = d_out / total
     d_weights = product("bkrh,bkhs->bkrs", d_out.astype(v.dtype), v.swapaxes(-1, -2))
-    d_scores = (weights * (d_weights - delta) * H**-0.5).astype(q.dtype)
-    d_q = product("bkrs,bksh->bkrh", d_scores, k)
-    d_k = product("bkhr,bkrs->bkhs", q.swapaxes(-1, -2), d_scores)
+    d_scores = (weights * (d_weights - delta / total)).astype(q.dtype)
+    d_q = product("bkrs,bksh->bkrh", d_scores, k) * H**-0.5
+    d_k = product("bkhr,bkrs->bkhs", q.swapaxes(-1, -2), d_scores) * H**-0.5
     d_v = product("bkhr,bkrs->bkhs", d_out.astype(v.dtype).swapaxes(-1, -2), weights.astype(v.dtype))
     return d_q.reshape(b, K, G, n, H).astype(q.dtype), d_k.swapaxes(-1, -2), d_v.swapaxes(-1, -2)
 
