@@ -2,14 +2,20 @@
 
 The host plans and the devices work: prompts are read in batches of like length, each prompt once however many
 completions it gets; then all slots decode, without a word to the host, until some have ended or the cache is full.
+
+What decoding multiplies is too small for more than one core of a CPU: there the slots work in groups, each in a thread
+of its own on prompts of its own, dealt out ahead, so that a run does the same whichever thread is the faster.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +36,7 @@ from jaxalign.types import Params
 _LEAST_WIDTH = 16  # prompt widths are powers of two from here on
 _MOST_STEPS = 128  # between two looks of the host
 _IDLE = 8  # one in so many slots may wait for its next prompt: refilling costs time too
+_GROUP = 8  # slots of a CPU's thread, at least: with fewer, reading the weights takes longer than multiplying
 
 
 class Sampled(NamedTuple):
@@ -39,21 +46,28 @@ class Sampled(NamedTuple):
     logprob: float  # nats, summed, at the sampling temperature (1 where that is 0)
 
 
+class _Wanted(NamedTuple):
+    """A prompt and the numbers of its completions."""
+
+    prompt: np.ndarray
+    samples: list[int]
+
+
+def _by_length(prompts: Sequence[np.ndarray], num_samples: int) -> list[_Wanted]:
+    """What is wanted of each prompt, equal ones together, the shortest first."""
+    wanted: dict[bytes, _Wanted] = {}
+    for i, prompt in enumerate(prompts):
+        own = wanted.setdefault(prompt.tobytes(), _Wanted(prompt, []))
+        own.samples.extend(range(i * num_samples, (i + 1) * num_samples))
+    return sorted(wanted.values(), key=lambda w: len(w.prompt))
+
+
 class _Queue:
     """Completions that are wanted, by the length of their prompts, and the prompts of the next ones, read ahead."""
 
-    def __init__(self, model, params, prompts, num_samples, num_slots, mesh):
+    def __init__(self, model, params, wanted: list[_Wanted], num_slots, mesh):
         self._model, self._params, self._mesh, self._num_slots = model, params, mesh, num_slots
-        unique: dict[bytes, int] = {}
-        self._prompts = []
-        wanted: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            number = unique.setdefault(prompt.tobytes(), len(unique))
-            if number == len(self._prompts):
-                self._prompts.append(prompt)
-            wanted.setdefault(number, []).extend(range(i * num_samples, (i + 1) * num_samples))
-        order = sorted(wanted, key=lambda n: len(self._prompts[n]))
-        self._waiting = deque((n, wanted[n]) for n in order)
+        self._waiting = deque(wanted)
         self.ready: deque[tuple[int, int, int]] = deque()  # (row of `prefilled`, length of the prompt, sample)
         self.prefilled: Prefilled | None = None
         self.seconds = 0.0  # spent in reading
@@ -73,12 +87,11 @@ class _Queue:
             return
         start = time.perf_counter()
         self.prefilled = None  # its memory is free before the next are read
-        numbers = []
+        examples: list[Example] = []
         while self._waiting and len(self.ready) < self._num_slots:
-            number, samples = self._waiting.popleft()
-            self.ready.extend((len(numbers), len(self._prompts[number]), s) for s in samples)
-            numbers.append(number)
-        examples = [Example(n, self._prompts[n], (), (), (), 1.0, 0.0) for n in numbers]
+            prompt, samples = self._waiting.popleft()
+            self.ready.extend((len(examples), len(prompt), s) for s in samples)
+            examples.append(Example(samples[0], prompt, (), (), (), 1.0, 0.0))
         rows = min(power_of_two(len(examples)), self._num_slots)
         width = max(_LEAST_WIDTH, power_of_two(max(len(e.prompt) for e in examples)))
         if self._mesh is None:
@@ -211,24 +224,62 @@ def continue_prompts(
     num_slots = min(power_of_two(total), num_slots)
     if mesh is not None:
         num_slots = whole_shards(num_slots, mesh)
+    wanted, groups = _by_length(prompts, num_samples), _groups(num_slots, mesh)
+    groups = min(groups, len(wanted))
+    num_slots //= groups
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids}
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        queue = _Queue(model, params, prompts, num_samples, num_slots, mesh)
-        batch = _Batch(model, lay_out(model, params), key, num_slots, max_new_tokens, options)
-        while queue or batch.live.any():
-            while queue and not batch.live.all():
-                queue.read()
-                batch.fill(queue)
-            batch.advance(bool(queue))
-    pieces = [batch.said[n] for n in range(total)]
+    over = threading.Event()
+
+    def work(laid: Params, wanted: list[_Wanted]) -> tuple[_Queue, _Batch]:
+        """Completes some of the prompts in slots of their own; where one group fails, the others end early."""
+        try:
+            with _on(mesh):
+                queue = _Queue(model, params, wanted, num_slots, mesh)
+                batch = _Batch(model, laid, key, num_slots, max_new_tokens, options)
+                while (queue or batch.live.any()) and not over.is_set():
+                    while queue and not batch.live.all():
+                        queue.read()
+                        batch.fill(queue)
+                    batch.advance(bool(queue))
+            return queue, batch
+        except BaseException:
+            over.set()
+            raise
+
+    with _on(mesh):
+        laid = lay_out(model, params)
+    if groups == 1:
+        done = [work(laid, wanted)]
+    else:
+        with ThreadPoolExecutor(groups) as threads:
+            try:
+                done = list(threads.map(lambda i: work(laid, wanted[i::groups]), range(groups)))
+            finally:
+                over.set()  # or somebody who interrupts would wait for all
+    said = {number: pieces for _, batch in done for number, pieces in batch.said.items()}
+    pieces = [said[n] for n in range(total)]
     found = [Sampled(np.concatenate([t for t, _ in p]).tolist(), sum(float(x.sum()) for _, x in p)) for p in pieces]
     tokens, seconds = sum(len(s.ids) for s in found), time.perf_counter() - begin
+    reading = sum(queue.seconds for queue, _ in done) / groups
     return found, {
         "tokens_per_second": tokens / seconds,
-        "slot_occupancy": tokens / (batch.steps * num_slots),
-        "time/prefill": queue.seconds,
-        "time/decode": seconds - queue.seconds,
+        "slot_occupancy": tokens / (sum(batch.steps for _, batch in done) * num_slots),
+        "time/prefill": reading,
+        "time/decode": seconds - reading,
     }
+
+
+def _groups(num_slots: int, mesh: Mesh | None) -> int:
+    """How many groups of slots work side by side."""
+    devices = 1 if mesh is None else mesh.size
+    ambient = mesh is None and not jax.sharding.get_abstract_mesh().empty  # that of the caller is not the threads'
+    if devices > 1 or ambient or jax.default_backend() != "cpu":
+        return 1
+    return max(1, min(os.cpu_count() or 1, num_slots // _GROUP))
+
+
+def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def power_of_two(n: int) -> int:

@@ -1,5 +1,7 @@
 """Slots that are refilled: the same samples as of one batch, in fewer steps, each prompt read once."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,46 @@ def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
     assert [s.ids for s in found] == [s.ids for s in repeated]
     assert len({tuple(s.ids) for s in found}) > len(prompts)
     assert len(read) == 2 * len(first)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_groups_of_slots_say_what_one_batch_says(policy, whole, monkeypatch, groups):
+    """Each in a thread of its own, on prompts of its own."""
+    monkeypatch.setattr(batching, "_groups", lambda *_: groups)
+    busy, prefill = set(), batching.prefill
+    monkeypatch.setattr(batching, "prefill", lambda *a: busy.add(threading.get_ident()) or prefill(*a))
+    found, stats = run(policy, num_slots=6)
+    assert [s.ids for s in found] == whole[0]
+    np.testing.assert_allclose([s.logprob for s in found], whole[1], atol=2e-4)
+    assert len(busy) == groups
+    assert 0 < stats["slot_occupancy"] <= 1
+
+
+def test_a_group_that_fails_ends_the_others(policy, monkeypatch):
+    """The second fails; the first, which would go on for long, ends before all its prompts have been read."""
+    monkeypatch.setattr(batching, "_groups", lambda *_: 2)
+    failed, refill, filled = threading.Event(), batching.refill, []
+
+    def failing(slots, prefilled, rows, sources, samples, count):
+        if 1 in samples[:count] or failed.is_set():
+            filled.append(samples[:count])
+        if 1 in samples[:count]:
+            failed.set()
+            raise RuntimeError("no room")
+        assert failed.wait(60)
+        return refill(slots, prefilled, rows, sources, samples, count)
+
+    monkeypatch.setattr(batching, "refill", failing)
+    with pytest.raises(RuntimeError, match="no room"):
+        run(policy, sorted(PROMPTS, key=len), num_slots=2)
+    assert len(filled) <= 2
+
+
+@pytest.mark.parametrize("slots,cores,groups", [(16, 2, 2), (16, 64, 2), (15, 2, 1), (64, 4, 4), (4, 1, 1)])
+def test_groups_are_no_smaller_than_pays(monkeypatch, slots, cores, groups):
+    monkeypatch.setattr(batching.os, "cpu_count", lambda: cores)
+    assert batching._groups(slots, None) == groups
+    assert batching._groups(slots, make_mesh({"data": 2}, jax.devices()[:2])) == 1
 
 
 def test_refilled_slots_on_eight_devices(policy, whole):
