@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 
 import jax
 
@@ -10,14 +10,8 @@ from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x, kernel, contracted: int):
     """Contracts the last `contracted` dims of `x` with the first ones of `kernel`.
-
-    The kernel's gradient sums over all tokens, so one of its operands must be read across its rows, and the compiler
-    copies that one.  By itself it is the first operand of the automatic derivative, which is the gradient of the
-    output: in an mlp the widest array of the layer, recomputed and turned around element by element, at twice the time
-    of the products themselves on a CPU.  Here it is the narrower of the two.
 
     Args:
       x: [..., *in].
@@ -27,34 +21,45 @@ def linear(x, kernel, contracted: int):
     Returns:
       [..., *out], of the dtype of `x`.
     """
-    return _forward(x, kernel, contracted)[0]
+    # As a matrix: in the derivative the compiler would copy a kernel of more dims, turned around, before its product.
+    lead, out = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
+    inputs = math.prod(kernel.shape[:contracted])
+    return _linear(x.reshape(*lead, inputs), kernel.reshape(inputs, -1)).reshape(*lead, *out)
 
 
-def _forward(x, kernel, contracted):
-    # The product itself: a rematerialisation policy that keeps products does not look into a call of `linear`.
-    return _product(x, kernel, range(x.ndim - contracted, x.ndim), range(contracted)), (x, kernel)
+@jax.custom_vjp
+def _linear(x, kernel):
+    """`x kernel`, [..., I] and [I, O].
+
+    The kernel's gradient sums over all tokens, so one of its operands must be read across its rows, and the compiler
+    copies that one.  By itself it is the first operand of the automatic derivative, which is the gradient of the
+    output: in an mlp the widest array of the layer, recomputed and turned around element by element, at twice the time
+    of the products themselves on a CPU.  Here it is the narrower of the two.
+    """
+    return _forward(x, kernel)[0]
 
 
-def _backward(contracted, saved, d_y):
+def _forward(x, kernel):
+    # The product itself: a rematerialisation policy that keeps products does not look into a call of `_linear`.
+    return _product(x, kernel, (x.ndim - 1,), (0,)), (x, kernel)
+
+
+def _backward(saved, d_y):
     x, kernel = saved
-    lead, out = x.ndim - contracted, kernel.ndim - contracted
-    d_x = _product(d_y, kernel, range(lead, d_y.ndim), range(contracted, kernel.ndim))
-    tokens = range(lead)
-    if kernel.size // _size(kernel.shape[contracted:]) <= _size(kernel.shape[contracted:]):
+    inputs, outputs = kernel.shape
+    tokens = tuple(range(x.ndim - 1))
+    d_x = _product(d_y, kernel, (x.ndim - 1,), (1,))
+    if inputs <= outputs:
         return d_x, _product(x, d_y, tokens, tokens)
-    turned = _product(d_y, x, tokens, tokens)  # [*out, *in]
+    turned = _product(d_y, x, tokens, tokens)
     if platform() == "cpu":
         # Or the compiler would make one product of this and the transpose, with the wider operand first again.
         turned = jax.lax.optimization_barrier(turned)
-    return d_x, turned.transpose(*range(out, kernel.ndim), *range(out))
+    return d_x, turned.T
 
 
-linear.defvjp(_forward, _backward)
-
-
-def _size(shape) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
+_linear.defvjp(_forward, _backward)
 
 
 def _product(a, b, of_a, of_b):
-    return jax.lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())), precision=product_precision(a.dtype))
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), precision=product_precision(a.dtype))
