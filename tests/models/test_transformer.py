@@ -126,8 +126,8 @@ def kept_by(remat):
 
 def test_policies_keep_what_they_say():
     # Dims D 32, F 48, N 4, K 2, H 8, G 2 queries of a key head.
-    layer_input, products = (1, 100, 32), [(1, 100, 4, 8), *[(1, 100, 2, 8)] * 2, (1, 100, 32), *[(1, 100, 48)] * 2]
-    attention = [(1, 2, 2, 100, 8)]
+    layer_input, products = (1, 100, 32), [*[(1, 100, 32)] * 2, *[(1, 100, 16)] * 2, *[(1, 100, 48)] * 2]
+    attention = [(1, 100, 2, 2, 8)]
     assert kept_by("full") == [(layer_input, False)]
     assert kept_by("dots") == sorted((x, False) for x in [layer_input, *products, *attention])
     assert kept_by("offload") == sorted([(layer_input, False), *((x, True) for x in products + attention)])

@@ -86,13 +86,14 @@ def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
     assert len(read) == 2 * len(first)
 
 
-@pytest.mark.parametrize("groups", [2, 3])
-def test_groups_of_slots_say_what_one_batch_says(policy, whole, monkeypatch, groups):
-    """Each in a thread of its own, on prompts of its own."""
+@pytest.mark.parametrize("groups,meshed", [(2, False), (3, False), (2, True)])
+def test_groups_of_slots_say_what_one_batch_says(policy, whole, monkeypatch, groups, meshed):
+    """Each in a thread of its own, on prompts of its own; with a mesh of one device as without."""
+    mesh = make_mesh({"data": 1}, jax.devices()[:1]) if meshed else None
     monkeypatch.setattr(batching, "_groups", lambda *_: groups)
     busy, prefill = set(), batching.prefill
     monkeypatch.setattr(batching, "prefill", lambda *a: busy.add(threading.get_ident()) or prefill(*a))
-    found, stats = run(policy, num_slots=6)
+    found, stats = run(policy, num_slots=6, mesh=mesh)
     assert [s.ids for s in found] == whole[0]
     np.testing.assert_allclose([s.logprob for s in found], whole[1], atol=2e-4)
     assert len(busy) == groups
