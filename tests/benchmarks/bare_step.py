@@ -34,11 +34,11 @@ from jaxalign.train.compiled import Compiled
 from jaxalign.train.optimizer import make_optimizer
 from jaxalign.types import TrainState
 
-REPLACED = {
-    "attention": lambda q, k, v, start, end, backend: q + k + v,
+REPLACED = {  # no two terms alike: of equal gradients the compiler would make one product where several are due
+    "attention": lambda q, k, v, start, end, backend: q + 2 * k + 3 * v,
     "rms_norm": lambda x, scale, eps: x,
     "rotate": lambda x, cos, sin: x,
-    "swiglu": lambda gate, up: gate + up,
+    "swiglu": lambda gate, up: gate + 2 * up,
 }
 
 
