@@ -167,8 +167,8 @@ def _backward(causal, saved, d_out):
         ]
         d_q, d_k, d_v = zip(*triples, strict=True)
         of_queries.append(jnp.concatenate(d_q, axis=3))
-        of_keys.append(_sum(d_k, k.shape[2]))
-        of_values.append(_sum(d_v, k.shape[2]))
+        of_keys.append(_sum(d_k))
+        of_values.append(_sum(d_v))
     d_q, d_k, d_v = (_by_token(_whole(x, parts)) for x in (of_queries, of_keys, of_values))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
@@ -186,10 +186,15 @@ def _unit_backward(q, k, v, d_out, delta, weights, total):
     return d_q.reshape(b, K, G, n, H).astype(q.dtype), d_k.swapaxes(-1, -2), d_v.swapaxes(-1, -2)
 
 
-def _sum(of_blocks, length: int):
-    """The sum of what blocks of queries give to the keys that each has read."""
-    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))) for x in of_blocks)
-    return functools.reduce(jnp.add, padded)
+def _sum(of_blocks):
+    """The sum of what blocks of queries give to the keys that each has read, the first ones; the last has read all.
+
+    Added in place: a sum of padded arrays becomes one loop that asks at every number which of them it is in.
+    """
+    *others, total = of_blocks
+    for x in reversed(others):
+        total = total.at[:, :, : x.shape[2]].add(x)
+    return total
 
 
 _attend.defvjp(_forward, _backward)
