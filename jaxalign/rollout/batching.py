@@ -1,7 +1,8 @@
 """Many completions in few slots: a slot whose row has ended takes the next prompt, while the others go on.
 
-The host plans and the devices work: prompts are read in batches of like length, each prompt once however many
-completions it gets; then all slots decode, without a word to the host, until some have ended or the cache is full.
+The host plans and the devices work: prompts are read one behind the other in full rows, the shortest first, each once
+however many completions it gets; then all slots decode, without a word to the host, until some have ended or the cache
+is full.
 
 What decoding multiplies is too small for more than one core of a CPU: there the slots work in groups, each in a thread
 of its own on prompts of its own, dealt out ahead, so that a run does the same whichever thread is the faster.
@@ -23,17 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.data.rows import Shape, build_prompts
+from jaxalign.data.rows import Layout, Shape, build_batch
 from jaxalign.data.tokenize import Example
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import batch_part, put_batch
-from jaxalign.rollout.generate import GROWTH, cache_width
+from jaxalign.rollout.generate import GROWTH, cache_width, few_sizes
 from jaxalign.rollout.host import all_rows
 from jaxalign.rollout.slots import Prefilled, advance, empty_rollout, empty_slots, lay_out, move, prefill, refill
 from jaxalign.types import Params
 
-_LEAST_WIDTH = 16  # prompt widths are powers of two from here on
+_ROW = 256  # columns that prompts are read in, at least where there are so many: shorter rows fill less well
 _MOST_STEPS = 128  # between two looks of the host
 _IDLE = 8  # one in so many slots may wait for its next prompt: refilling costs time too
 _GROUP = 8  # slots of a CPU's thread, at least, since each thread reads all weights: two of 8 are 1.3x one of 16
@@ -62,44 +63,59 @@ def _by_length(prompts: Sequence[np.ndarray], num_samples: int) -> list[_Wanted]
     return sorted(wanted.values(), key=lambda w: len(w.prompt))
 
 
+def _reading(wanted: list[_Wanted], num_slots: int, groups: int, mesh: Mesh | None) -> tuple[int, int]:
+    """Rows and columns that a group reads at a time: one shape for all prompts, about as many as there are slots."""
+    lengths = [len(w.prompt) for w in wanted]
+    width = max(cache_width(lengths[-1]), min(cache_width(sum(lengths)), _ROW))
+    rows, room = 1, width
+    for length in lengths:
+        rows, room = (rows, room - length) if length <= room else (rows + 1, width - length)
+    times = -(-sum(len(w.samples) for w in wanted) // num_slots)
+    height = few_sizes(-(-rows // (times * groups)))
+    return height if mesh is None else whole_shards(height, mesh), width
+
+
 class _Queue:
     """Completions that are wanted, by the length of their prompts, and the prompts of the next ones, read ahead."""
 
-    def __init__(self, model, params, wanted: list[_Wanted], num_slots, mesh):
-        self._model, self._params, self._mesh, self._num_slots = model, params, mesh, num_slots
+    def __init__(self, model, params, wanted: list[_Wanted], shape: tuple[int, int], mesh):
+        self._model, self._params, self._mesh, self._shape = model, params, mesh, shape
         self._waiting = deque(wanted)
-        self.ready: deque[tuple[int, int, int]] = deque()  # (row of `prefilled`, length of the prompt, sample)
+        # Row of `prefilled`, one past the prompt's last column there, its length, the sample.
+        self.ready: deque[tuple[int, int, int, int]] = deque()
         self.prefilled: Prefilled | None = None
+        self.window = 0  # columns that hold each prompt that has been read
         self.seconds = 0.0  # spent in reading
 
     def __bool__(self) -> bool:
         return bool(self._waiting or self.ready)
 
-    @property
-    def width(self) -> int:
-        """Columns of the prompts that have been read."""
-        assert self.prefilled is not None
-        return self.prefilled.keys.shape[3]
-
     def read(self) -> None:
-        """Reads the prompts of about as many completions as there are slots, if none are left that have been read."""
+        """Reads as many prompts as the rows take, if none are left that have been read."""
         if self.ready or not self._waiting:
             return
         start = time.perf_counter()
         self.prefilled = None  # its memory is free before the next are read
-        examples: list[Example] = []
-        while self._waiting and len(self.ready) < self._num_slots:
-            prompt, samples = self._waiting.popleft()
-            self.ready.extend((len(examples), len(prompt), s) for s in samples)
-            examples.append(Example(samples[0], prompt, (), (), (), 1.0, 0.0))
-        rows = min(power_of_two(len(examples)), self._num_slots)
-        width = max(_LEAST_WIDTH, power_of_two(max(len(e.prompt) for e in examples)))
-        if self._mesh is None:
-            given = build_prompts(examples, Shape(rows, width, 0, 1), 0).rows
-        else:
-            part, parts = batch_part(self._mesh)
-            own = whole_shards(rows, self._mesh) // parts
-            given = build_prompts(examples[part * own : (part + 1) * own], Shape(own, width, 0, 1), 0).rows
+        height, width = self._shape
+        rows: list[list[Example]] = [[]]
+        end = 0
+        while self._waiting:
+            prompt, samples = self._waiting[0]
+            if end + len(prompt) > width:
+                if len(rows) == height:
+                    break
+                rows.append([])
+                end = 0
+            self._waiting.popleft()
+            end += len(prompt)
+            self.ready.extend((len(rows) - 1, end, len(prompt), s) for s in samples)
+            rows[-1].append(Example(samples[0], prompt, (), (), (), 1.0, 0.0))
+        self.window = min(cache_width(power_of_two(max(length for _, _, length, _ in self.ready))), width)
+        part, parts = (0, 1) if self._mesh is None else batch_part(self._mesh)
+        own = height // parts
+        layout, shape = Layout("none"), Shape(own, width, 0, width)
+        given = build_batch(rows[part * own : (part + 1) * own], shape, layout, 0).rows
+        if self._mesh is not None:
             given = put_batch(given, self._mesh)
         self.prefilled = jax.block_until_ready(prefill(self._model, self._params, given))
         self.seconds += time.perf_counter() - start
@@ -128,13 +144,14 @@ class _Batch:
         free = np.flatnonzero(~self.live)[: len(queue.ready)]
         if not len(free):
             return
-        self._make_room(queue.width)
-        rows, sources, samples = (np.zeros(len(self._sample), np.int32) for _ in range(3))
+        self._make_room(queue.window)
+        rows, sources, ends, samples = (np.zeros(len(self._sample), np.int32) for _ in range(4))
         rows[: len(free)] = free
         for i, row in enumerate(free):
-            sources[i], length, samples[i] = queue.ready.popleft()
+            sources[i], ends[i], length, samples[i] = queue.ready.popleft()
             self._sample[row], self._start[row], self._place[row] = samples[i], self._column - length, 0
-        self._slots = refill(self._slots, queue.prefilled, rows, sources, samples, np.int32(len(free)))
+        count = np.int32(len(free))
+        self._slots = refill(self._slots, queue.prefilled, rows, sources, ends, samples, count, window=queue.window)
 
     def _make_room(self, prompt: int = 0) -> None:
         """At least one column to write, and `prompt` columns before it; moves the rows where there are not."""
@@ -226,6 +243,7 @@ def continue_prompts(
         num_slots = whole_shards(num_slots, mesh)
     wanted, groups = _by_length(prompts, num_samples), _groups(num_slots, mesh)
     groups = min(groups, len(wanted))
+    shape = _reading(wanted, num_slots, groups, mesh)
     num_slots //= groups
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids}
     with _on(mesh):
@@ -235,7 +253,7 @@ def continue_prompts(
     def work(wanted: list[_Wanted]) -> tuple[_Queue, _Batch]:
         """Completes some of the prompts in slots of their own."""
         with _on(mesh):
-            queue = _Queue(model, params, wanted, num_slots, mesh)
+            queue = _Queue(model, params, wanted, shape, mesh)
             batch = _Batch(model, laid, key, num_slots, max_new_tokens, options)
             while (queue or batch.live.any()) and not over.is_set():
                 while queue and not batch.live.all():

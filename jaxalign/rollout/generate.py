@@ -41,12 +41,12 @@ def decode(
     Returns:
       The completions, and how many tokens the longest has: the steps that were taken.
     """
-    chex.assert_rank([sample_ids, prefilled.hidden], [1, 2])
+    chex.assert_rank([sample_ids, prefilled.hidden], [1, 3])
     batch, column = sample_ids.shape[0], prefilled.keys.shape[3]
     laid = lay_out(model, params)
     done, width = 0, cache_width(column + min(max_new_tokens, GROWTH))
     slots = seat(prefilled, sample_ids, width=width)
-    for x in (prefilled.keys, prefilled.values):
+    for x in (prefilled.keys, prefilled.values, prefilled.hidden):
         x.delete()
     dtype = at_least_float32(slots.hidden).dtype
     rollout = empty_rollout(batch=batch, length=max_new_tokens, dtype=dtype)
@@ -121,14 +121,23 @@ def generate(
     )[0]
 
 
-def cache_width(columns: int) -> int:
-    """The least number of columns that caches are made of and that is enough: 2^n or 3 x 2^n, for few programs.
+def few_sizes(n: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that is enough: few programs for any sizes.
 
-    >>> [cache_width(n) for n in (1, 17, 24, 25, 100, 130, 192)]
-    [16, 24, 24, 32, 128, 192, 192]
+    >>> [few_sizes(n) for n in (1, 3, 5, 7, 9, 13, 100, 130)]
+    [1, 3, 6, 8, 12, 16, 128, 192]
     """
-    power = max(16, 1 << (columns - 1).bit_length())
-    return power * 3 // 4 if power > 16 and columns <= power * 3 // 4 else power
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if power > 2 and n <= power * 3 // 4 else power
+
+
+def cache_width(columns: int) -> int:
+    """The least number of columns that caches are made of and that is enough.
+
+    >>> [cache_width(n) for n in (1, 17, 24, 25, 192)]
+    [16, 24, 24, 32, 192]
+    """
+    return max(few_sizes(columns), 16)
 
 
 def trimmed(rollout: Rollout, longest: int) -> Rollout:

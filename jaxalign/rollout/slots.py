@@ -12,6 +12,7 @@ which the batch stands, wherever that is, and `start` says where its row begins:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -37,13 +38,13 @@ class Rollout(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """Prompts that have been read: what decoding starts from."""
+    """Rows of prompts that have been read: what decoding starts from."""
 
     keys: Array  # [L, B, K, P, H]
     values: Array  # [L, B, K, P, H]
-    hidden: Array  # [B, D], of the last prompt token
-    position: Array  # int32 [B], of the last prompt token
-    start: Array  # int32 [B], column of the first prompt token
+    hidden: Array  # [B, P, D]
+    positions: Array  # int32 [B, P]
+    start: Array  # int32 [B, P], column of the first token of the same prompt
 
 
 class Slots(NamedTuple):
@@ -97,21 +98,23 @@ def _lay_out(model: Model, params: Params, *, whole: bool) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
-    """Reads left-padded prompts.
+    """Reads prompts.
 
     Args:
       model: the policy.
       params: its parameters.
-      rows: prompts [B, P]; the last token of every row is real.
+      rows: prompts [B, P], one of each row, padded on the left, for `seat`; or several, one behind the other, for
+        `refill`.
     """
     chex.assert_rank(list(rows), 2)
-    hidden, keys, values = model.read(params, rows)
+    causal = Model(dataclasses.replace(model.config, causal_rows=True))
+    hidden, keys, values = causal.read(params, rows)
     return Prefilled(
         keys=constrain(keys, None, "batch", "tensor", None, None),
         values=constrain(values, None, "batch", "tensor", None, None),
-        hidden=constrain(hidden[:, -1], "batch", None),
-        position=constrain(rows.positions[:, -1], "batch"),
-        start=constrain(rows.attend_start[:, -1], "batch"),
+        hidden=constrain(hidden, "batch", None, None),
+        positions=constrain(rows.positions, "batch", None),
+        start=constrain(rows.attend_start, "batch", None),
     )
 
 
@@ -125,7 +128,7 @@ def seat(prefilled: Prefilled, sample_ids: Array, *, width: int) -> Slots:
     """Slots for prompts, in their order: one for each, or as many neighbours as it has sample ids.
 
     Args:
-      prefilled: the prompts [B, P].
+      prefilled: the prompts [B, P], one of each row; its last token is real.
       sample_ids: int32 [B * S], S for each prompt; a negative one marks an unused row.
       width: columns of the cache, at least P.
     """
@@ -137,7 +140,8 @@ def seat(prefilled: Prefilled, sample_ids: Array, *, width: int) -> Slots:
         return repeat_rows(jnp.pad(x, room), copies)
 
     keys, values = (tuple(layer(x[i]) for i in range(layers)) for x in (prefilled.keys, prefilled.values))
-    hidden, position, start = repeat_rows((prefilled.hidden, prefilled.position, prefilled.start), copies)
+    last = (x[:, -1] for x in (prefilled.hidden, prefilled.positions, prefilled.start))
+    hidden, position, start = repeat_rows(tuple(last), copies)
     return _on_mesh(
         Slots(
             cache=Cache(keys, values, jnp.int32(columns)),
@@ -177,21 +181,31 @@ def empty_slots(model: Model, index: Array | int, *, batch: int, width: int) -> 
     )
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("window",), donate_argnames=("slots",))
 def refill(
-    slots: Slots, prefilled: Prefilled, rows: Array, sources: Array, sample_ids: Array, count: Array | int
+    slots: Slots,
+    prefilled: Prefilled,
+    rows: Array,
+    sources: Array,
+    ends: Array,
+    sample_ids: Array,
+    count: Array | int,
+    *,
+    window: int,
 ) -> Slots:
     """Puts prompts into some of the slots; the others go on as they were.
 
     Args:
-      slots: at a column no less than P.
-      prefilled: prompts [Q, P].
+      slots: at a column no less than `window`.
+      prefilled: rows of prompts [Q, P].
       rows: int32 [B], the slots to fill.
-      sources: int32 [B], the prompt of each; several may share one.
+      sources: int32 [B], the row of `prefilled` that each slot's prompt is in; several may share one.
+      ends: int32 [B], one past the prompt's last column there.
       sample_ids: int32 [B], of each.
       count: how many of these are meant, the first ones.
+      window: columns that are copied, as many as the longest prompt has and at most P.
     """
-    columns, index = prefilled.keys.shape[3], slots.cache.index
+    index = slots.cache.index
 
     def at(*indices):
         return tuple(jnp.asarray(i, jnp.int32) for i in indices)
@@ -202,19 +216,25 @@ def refill(
 
     def one(i, slots):
         nonlocal row
-        row, source = rows[i], sources[i]
+        row, source, end = rows[i], sources[i], ends[i]
+        first = jnp.maximum(end - window, 0)
 
         def layer(number, old, new):
-            part = jax.lax.dynamic_slice(new, at(number, source, 0, 0, 0), (1, 1, *new.shape[2:]))[0]
-            return jax.lax.dynamic_update_slice(old, part.astype(old.dtype), at(row, 0, index - columns, 0))
+            part = jax.lax.dynamic_slice(
+                new, at(number, source, 0, first, 0), (1, 1, old.shape[1], window, *old.shape[3:])
+            )
+            # The prompt's last column comes last; what is before its first, another prompt's, is never seen.
+            part = jnp.roll(part[0], first + window - end, axis=2)
+            return jax.lax.dynamic_update_slice(old, part.astype(old.dtype), at(row, 0, index - window, 0))
 
         keys = tuple(layer(n, old, prefilled.keys) for n, old in enumerate(slots.cache.keys))
         values = tuple(layer(n, old, prefilled.values) for n, old in enumerate(slots.cache.values))
+        hidden, position, start = (x[source, end - 1] for x in prefilled[2:])
         return Slots(
             cache=Cache(keys, values, index),
-            hidden=put(slots.hidden, prefilled.hidden[source]),
-            position=put(slots.position, prefilled.position[source]),
-            start=put(slots.start, index - columns + prefilled.start[source]),
+            hidden=put(slots.hidden, hidden),
+            position=put(slots.position, position),
+            start=put(slots.start, index - end + start),
             place=put(slots.place, jnp.int32(0)),
             sample_ids=put(slots.sample_ids, sample_ids[i]),
             live=put(slots.live, jnp.bool_(True)),

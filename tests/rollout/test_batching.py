@@ -42,10 +42,11 @@ def run(policy, prompts=PROMPTS, mesh=None, **options):
     return batching.continue_prompts(*policy, prompts, jax.random.key(3), mesh=mesh, **options)
 
 
-@pytest.mark.parametrize("num_slots,growth", [(3, 4), (4, 64), (1, 16)])
-def test_refilled_slots_say_what_one_batch_says(policy, whole, monkeypatch, num_slots, growth):
-    """Whatever the number of slots, and however often the cache is moved."""
+@pytest.mark.parametrize("num_slots,growth,row", [(3, 4, 256), (3, 4, 32), (4, 64, 32), (1, 16, 48)])
+def test_refilled_slots_say_what_one_batch_says(policy, whole, monkeypatch, num_slots, growth, row):
+    """Whatever the number of slots, the rows that prompts are read in, and however often the cache is moved."""
     monkeypatch.setattr(batching, "GROWTH", growth)
+    monkeypatch.setattr(batching, "_ROW", row)
     moves = []
     move = batching.move
     monkeypatch.setattr(batching, "move", lambda slots, shift, **o: moves.append(shift) or move(slots, shift, **o))
@@ -72,18 +73,36 @@ def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
     prefill = batching.prefill
 
     def counted(model, params, rows):
-        read.extend(tuple(t[s:]) for t, s in zip(rows.tokens.tolist(), rows.attend_start[:, -1], strict=True))
+        for tokens, first in zip(rows.tokens, rows.attend_start, strict=True):
+            read.extend(tuple(tokens[first == start].tolist()) for start in np.unique(first[tokens > 0]))
         return prefill(model, params, rows)
 
     monkeypatch.setattr(batching, "prefill", counted)
     prompts = [p for p in PROMPTS if len(p) < 12]
     repeated, _ = run(policy, [p for p in prompts for _ in range(3)])
-    first = [r for r in read if r != (0,)]  # the others are rows that fill a batch up
-    assert sorted(first) == sorted(tuple(p.tolist()) for p in prompts)
+    assert sorted(read) == sorted(tuple(p.tolist()) for p in prompts)
     found, _ = run(policy, prompts, num_samples=3)
     assert [s.ids for s in found] == [s.ids for s in repeated]
     assert len({tuple(s.ids) for s in found}) > len(prompts)
-    assert len(read) == 2 * len(first)
+    assert len(read) == 2 * len(prompts)
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_prompts_are_read_in_full_rows_of_one_shape(policy, monkeypatch, meshed):
+    """Lengths of any kind: one program reads them all, and little of what it reads is padding."""
+    shapes, prefill = [], batching.prefill
+    monkeypatch.setattr(batching, "prefill", lambda *a: shapes.append(a[2].tokens.shape) or prefill(*a))
+    lengths = np.minimum(np.random.default_rng(5).geometric(1 / 20, 400), 90)
+    prompts = [
+        np.r_[1, np.random.default_rng(i).integers(6, 32, n - 1)].astype(np.int32) for i, n in enumerate(lengths)
+    ]
+    mesh = make_mesh({"data": 2}, jax.devices()[:2]) if meshed else None
+    if mesh is not None:
+        model, params = policy
+        policy = model, jax.device_put(params, param_shardings(mesh, params))
+    found, _ = run(policy, prompts, mesh=mesh, num_slots=16, max_new_tokens=1)
+    assert len(found) == len(prompts) and len(set(shapes)) == 1 and len(shapes) > 3
+    assert sum(lengths) / sum(rows * columns for rows, columns in shapes) > 0.85
 
 
 @pytest.mark.parametrize("groups,meshed", [(2, False), (3, False), (2, True)])
@@ -105,14 +124,14 @@ def test_a_group_that_fails_ends_the_others(policy, monkeypatch):
     monkeypatch.setattr(batching, "_groups", lambda *_: 2)
     failed, refill, filled = threading.Event(), batching.refill, []
 
-    def failing(slots, prefilled, rows, sources, samples, count):
+    def failing(slots, prefilled, rows, sources, ends, samples, count, **window):
         if 1 in samples[:count] or failed.is_set():
             filled.append(samples[:count])
         if 1 in samples[:count]:
             failed.set()
             raise RuntimeError("no room")
         assert failed.wait(60)
-        return refill(slots, prefilled, rows, sources, samples, count)
+        return refill(slots, prefilled, rows, sources, ends, samples, count, **window)
 
     monkeypatch.setattr(batching, "refill", failing)
     with pytest.raises(RuntimeError, match="no room"):
