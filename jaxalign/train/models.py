@@ -98,7 +98,7 @@ def causal_rows(config: Any) -> bool:
     """Whether each row of a stage's batches is causal: no two completions share a prompt, which lies between them."""
     if config.algorithm.name == "ppo":
         return completions_per_row(config.rollout.num_samples) == 1
-    return not config.data.get("shared_prompt", False)
+    return config.algorithm.name == "sft" or not config.data.get("shared_prompt", True)  # as the loader reads it
 
 
 def num_bytes(tree: Any) -> int:
