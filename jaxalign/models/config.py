@@ -39,7 +39,9 @@ class ModelConfig:
     # "full": layer inputs.
     remat: str
     attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
-    causal_rows: bool = False  # no token of a row sees a later one: true of all rows but those of pairs
+    # What is promised of all rows: no token sees a later one ("rows"), or none of a later position nor another of its
+    # own ("positions": pairs around the prompt that they share); None: nothing.
+    causal: str | None = None
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property

@@ -13,9 +13,11 @@ from flax import nnx
 
 from jaxalign.models.cache import Cache, Seen, extend
 from jaxalign.models.config import ModelConfig
+from jaxalign.models.order import by_position
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_blocked import SAVED
+from jaxalign.ops.attention_short import fits
 from jaxalign.ops.linear import linear
 from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.platform import platform
@@ -81,8 +83,9 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention over intervals, with rotary positions.
 
-    `asking` holds x, rotation and rows of the tokens that need an answer; None: all of them do. Returns the answers,
-    and the keys and values [B, K, S, H] of all that was seen.
+    `asking` holds x, rotation and rows of the tokens that need an answer; None: all of them do. `slots` [B, S]: where
+    intervals count each token; None: in their order. Returns the answers, and the keys and values [B, K, S, H] of all
+    that was seen.
     """
 
     def __init__(self, config: ModelConfig, rngs):
@@ -92,9 +95,9 @@ class Attention(nnx.Module):
         self.key = Linear(config, (D,), (K, H), bias, rngs)
         self.value = Linear(config, (D,), (K, H), bias, rngs)
         self.out = Linear(config, (N, H), (D,), bias, rngs)
-        self.causal, self.backend = config.causal_rows, config.attention
+        self.causal, self.backend = config.causal == "rows", config.attention
 
-    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, asking: Any = None):
+    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, slots=None, asking: Any = None):
         asking_x, asking_rotation, asking_rows = (x, rotation, rows) if asking is None else asking
         q = constrain(rotate(self.query(asking_x), *asking_rotation), "batch", None, "tensor", None)
         k = constrain(rotate(self.key(x), *rotation), "batch", None, "tensor", None)
@@ -103,9 +106,9 @@ class Attention(nnx.Module):
         if seen is not None:
             kept = extend(seen, *kept)
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in kept)
-        causal = self.causal and asking is None
+        causal = (self.causal or slots is not None) and asking is None
         backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=causal, asked=self.backend)
-        out = attention(q, k, v, asking_rows.attend_start, asking_rows.attend_end, backend=backend)
+        out = attention(q, k, v, asking_rows.attend_start, asking_rows.attend_end, slots_BS=slots, backend=backend)
         return self.out(constrain(out, "batch", None, "tensor", None)), kept
 
 
@@ -135,12 +138,12 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, sources=None):
+    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, slots=None, sources=None):
         seen_x, asking = self.attention_norm(x), None
         if sources is not None:
             x, *at = jax.tree.map(lambda y: take_sources(y, sources), (x, rotation, rows))
             asking = self.attention_norm(x), *at
-        attended, kept = self.attention(seen_x, rotation, rows, seen, asking)
+        attended, kept = self.attention(seen_x, rotation, rows, seen, slots, asking)
         x = constrain(x + attended, "batch", None, None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), kept
 
@@ -243,6 +246,10 @@ class Model:
             raise ValueError("this model has no adapters")
         c = self.config
         graphdef = _graph(Block, c)[0]
+        slots = None
+        if cache is None and self._takes_order(rows):
+            rows, slots, places = by_position(rows)
+            sources = places if sources is None else take_sources(places, sources)
         ends, x, rotation = self._enter(params, rows)
         if cache is not None:
             # Each layer by itself: its part of the cache is written in place, and neither that nor its parameters
@@ -257,15 +264,15 @@ class Model:
             *layers, last = self._layers(params)
             rotation = computed_once(rotation)
             for layer in layers:
-                x, _ = nnx.merge(graphdef, layer)(x, rotation, rows)
+                x, _ = nnx.merge(graphdef, layer)(x, rotation, rows, slots=slots)
             # What the last layer makes of a token is seen by no other: only those that are read go through it.
             few = sources is not None and 4 * sources.shape[1] <= 3 * rows.tokens.shape[1]
-            x, _ = nnx.merge(graphdef, last)(x, rotation, rows, sources=sources if few else None)
+            x, _ = nnx.merge(graphdef, last)(x, rotation, rows, slots=slots, sources=sources if few else None)
             sources = None if few else sources
         else:
 
             def body(x, layer):
-                return nnx.merge(graphdef, layer)(x, rotation, rows)[0], None
+                return nnx.merge(graphdef, layer)(x, rotation, rows, slots=slots)[0], None
 
             if c.remat != "none":
                 # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
@@ -274,6 +281,12 @@ class Model:
         if sources is not None:
             x = take_sources(x, sources)
         return ends.norm(x), cache, {}
+
+    def _takes_order(self, rows: Rows) -> bool:
+        """Whether attention leaves keys out where a promise says that no token sees a later one."""
+        c, (B, T) = self.config, rows.tokens.shape
+        backend = choose_backend(T, T, c.dtype, causal=True, asked=c.attention)
+        return c.causal == "positions" and backend == "causal" and fits(B, T, T, c.num_heads)
 
     def _layers(self, params: Params) -> tuple[Params, ...]:
         """Each layer's own parameters; the gradient puts theirs side by side in one go."""

@@ -28,6 +28,7 @@ def attention(
     start_BT: jax.Array,
     end_BT: jax.Array,
     *,
+    slots_BS: jax.Array | None = None,
     backend: str = "plain",
 ) -> jax.Array:
     """Softmax attention in which query t sees the keys `start[t] <= s < end[t]`.
@@ -43,6 +44,8 @@ def attention(
       v_BSKH: values [B, S, K, H].
       start_BT: int [B, T], first visible key.
       end_BT: int [B, T], one past the last visible key, at most S.
+      slots_BS: int [B, S], the number by which intervals count each key of a row, where that is not its index; for the
+        backends "plain", "short" and "causal".
       backend: a name in `BACKENDS`.
 
     Returns:
@@ -50,13 +53,17 @@ def attention(
 
     Raises:
       KeyError: unknown backend.
+      ValueError: one that takes no `slots_BS`.
     """
     chex.assert_rank([q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT], [4, 4, 4, 2, 2])
     chex.assert_equal_shape([k_BSKH, v_BSKH])
     chex.assert_type([start_BT, end_BT], int)
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"{q_BTNH.shape[2]} query heads in {k_BSKH.shape[2]} groups")
-    return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    order = () if slots_BS is None else (slots_BS,)
+    if order and backend not in ("plain", "short", "causal"):
+        raise ValueError(f"attention {backend!r} takes keys in the order of their numbers")
+    return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *order)
 
 
 def choose_backend(num_queries: int, num_keys: int, dtype, *, causal: bool = False, asked: str | None = None) -> str:
@@ -125,7 +132,7 @@ def _generation() -> int:
     return int(float(getattr(jax.local_devices()[0], "compute_capability", None) or 9))
 
 
-def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS=None):
     """All scores at once, in XLA's own matrix products; the reference for every other backend."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -133,7 +140,7 @@ def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     scores = product("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * H**-0.5
-    slot = jnp.arange(S, dtype=start_BT.dtype)
+    slot = jnp.arange(S, dtype=start_BT.dtype) if slots_BS is None else slots_BS[:, None]
     visible_BTS = (slot >= start_BT[..., None]) & (slot < end_BT[..., None])
     scores = jnp.where(visible_BTS[:, None, None], scores.reshape(B, K, G, T, S), -jnp.inf)
     # The division comes after the sum over keys: T x H numbers instead of T x S. The largest score only shifts.

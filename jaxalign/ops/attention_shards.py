@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 
-def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT) -> jax.Array:
-    """`kernel(q, k, v, start, end)` inside a `shard_map` over the ambient mesh: rows over `data` and `fsdp`, heads over
+def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, *of_tokens) -> jax.Array:
+    """`kernel(q, k, v, *of_tokens)` inside a `shard_map` over the ambient mesh: rows over `data` and `fsdp`, heads over
     `tensor`; without a mesh, or inside another `shard_map`, the call itself.
 
     Rows or heads that their axes do not divide stay whole.  Fewer key heads than `tensor` are repeated, so that each
@@ -21,7 +21,7 @@ def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, sta
     manual = any(t == jax.sharding.AxisType.Manual for t in mesh.axis_types)
     sizes = {} if mesh.empty or manual else {axis: n for axis, n in mesh.shape.items() if n > 1}
     if not sizes:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, *of_tokens)
     rows = tuple(axis for axis in ("data", "fsdp") if axis in sizes)
     if q_BTNH.shape[0] % math.prod(sizes[axis] for axis in rows):
         rows = ()
@@ -31,6 +31,6 @@ def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, sta
     if heads and repeats > 1:
         k_BSKH, v_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
     of_heads, of_rows = P(rows, None, heads, None), P(rows, None)
-    ins = (of_heads, of_heads, of_heads, of_rows, of_rows)
+    ins = (of_heads, of_heads, of_heads, *(of_rows for _ in of_tokens))
     shards = jax.shard_map(kernel, in_specs=ins, out_specs=of_heads, check_vma=False)
-    return shards(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return shards(q_BTNH, k_BSKH, v_BSKH, *of_tokens)

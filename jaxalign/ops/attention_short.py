@@ -41,35 +41,41 @@ class _Unit(NamedTuple):
         """Of [B, K, S, H]."""
         return x[self.row, self.head, self.keys]
 
-    def visible(self, start, end):
+    def visible(self, start, end, slots):
         """bool [b, 1, 1, n, s]: which of the keys each query sees."""
-        slot = jnp.arange(self.keys.stop, dtype=start.dtype)
+        slot = slots[self.row, None, self.keys]
         start, end = (x[self.row, self.queries, None] for x in (start, end))
         return ((slot >= start) & (slot < end))[:, None, None]
 
-    def promised(self, end, causal: bool):
-        """bool [b, 1, 1, n, 1]: whether a query of causal rows sees no key behind it; those are not read."""
-        own = jnp.arange(self.queries.start, self.queries.stop, dtype=end.dtype)
-        promised = (end[self.row, self.queries] <= own + 1) | (not causal)
-        return promised[:, None, None, :, None]
+    def complete(self, start, end, slots):
+        """bool [b, 1, 1, n, 1]: whether what each query sees is among the keys."""
+        seen = self.visible(start, end, slots).sum(axis=-1, keepdims=True, dtype=end.dtype)
+        return seen == (end - start)[self.row, None, None, self.queries, None]
 
 
-def short_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, causal: bool):
+def short_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *slots_BS, causal: bool):
     """`attention` for rows of at most `LIMIT` tokens; see there for the other arguments.
 
     Args:
       causal: as many keys as queries, and no token sees a later one; one that would gets NaN where keys are left out.
     """
-    return on_each_device(functools.partial(_local, causal), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return on_each_device(functools.partial(_local, causal), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *slots_BS)
 
 
-def _local(causal, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def _local(causal, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS=None):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    if B * N * T * S > _MOST_WEIGHTS:
-        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    if slots_BS is None:
+        if not fits(B, T, S, N):
+            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+        slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=start_BT.dtype), (B, S))
     q = q_BTNH.reshape(B, T, K, N // K, H)
-    return _attend(causal, q, k_BSKH, v_BSKH, start_BT, end_BT).reshape(B, T, N, H)
+    return _attend(causal, q, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS).reshape(B, T, N, H)
+
+
+def fits(rows: int, num_queries: int, num_keys: int, heads: int) -> bool:
+    """Whether the weights of a layer may be kept; else the loops of `attention_blocked` take over."""
+    return rows * heads * num_queries * num_keys <= _MOST_WEIGHTS
 
 
 def _blocks(num_queries: int, num_keys: int, causal: bool) -> list[tuple[slice, slice]]:
@@ -117,18 +123,20 @@ def _by_token(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(causal, q, k, v, start, end):
-    return _forward(causal, q, k, v, start, end)[0]
+def _attend(causal, q, k, v, start, end, slots):
+    return _forward(causal, q, k, v, start, end, slots)[0]
 
 
-def _forward(causal, q, k, v, start, end):
+def _forward(causal, q, k, v, start, end, slots):
     q, k, v = (_by_head(x) for x in (q, k, v))
     parts = _units(q, k, causal)
     outs, kept = [], []
     for units in parts:
         results = [
             _unit_forward(
-                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), u.visible(start, end), u.promised(end, causal)
+                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)),
+                u.visible(start, end, slots),
+                u.complete(start, end, slots) if causal else True,
             )
             for u in units
         ]
@@ -138,13 +146,13 @@ def _forward(causal, q, k, v, start, end):
     return out, (q, k, v, out, kept)
 
 
-def _unit_forward(q, k, v, visible, promised):
+def _unit_forward(q, k, v, visible, complete):
     """The output, and the softmax's exponentials and their sums: keeping them saves the fifth product backward."""
     b, K, G, n, H = q.shape
     scores = product("bkrh,bksh->bkrs", q.reshape(b, K, G * n, H), k) * H**-0.5
     scores = jnp.where(visible, scores.reshape(b, K, G, n, -1), -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = jnp.where(promised, weights.sum(axis=-1, keepdims=True), jnp.nan)  # better no number than a wrong one
+    total = jnp.where(complete, weights.sum(axis=-1, keepdims=True), jnp.nan)  # better no number than a wrong one
     weights, total = (x.reshape(b, K, G * n, -1) for x in (weights, total))
     out = product("bkrs,bksh->bkrh", weights.astype(v.dtype), v) / total
     return out.reshape(b, K, G, n, H).astype(q.dtype), weights, total
@@ -170,7 +178,7 @@ def _backward(causal, saved, d_out):
         of_keys.append(_sum(d_k))
         of_values.append(_sum(d_v))
     d_q, d_k, d_v = (_by_token(_whole(x, parts)) for x in (of_queries, of_keys, of_values))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 
 def _unit_backward(q, k, v, d_out, delta, weights, total):

@@ -107,7 +107,7 @@ def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
         `refill`.
     """
     chex.assert_rank(list(rows), 2)
-    causal = Model(dataclasses.replace(model.config, causal_rows=True))
+    causal = Model(dataclasses.replace(model.config, causal="rows"))  # whatever the rows are that it learns from
     hidden, keys, values = causal.read(params, rows)
     return Prefilled(
         keys=constrain(keys, None, "batch", "tensor", None, None),

@@ -90,15 +90,17 @@ class Loader:
         directory = locate(path, revision, weights=False)
         described = from_hf(read_json(directory / CONFIG), **fields)
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
-        described = dataclasses.replace(described, attention=c.attention, causal_rows=causal_rows(self.config))
+        described = dataclasses.replace(described, attention=c.attention, causal=causal(self.config))
         return Role(Model(described), load, learning_rate)
 
 
-def causal_rows(config: Any) -> bool:
-    """Whether each row of a stage's batches is causal: no two completions share a prompt, which lies between them."""
+def causal(config: Any) -> str:
+    """What a stage's batches promise their models: completions that share a prompt lie around it, all others follow."""
     if config.algorithm.name == "ppo":
-        return completions_per_row(config.rollout.num_samples) == 1
-    return config.algorithm.name == "sft" or not config.data.get("shared_prompt", True)  # as the loader reads it
+        shared = completions_per_row(config.rollout.num_samples) > 1
+    else:
+        shared = config.algorithm.name != "sft" and config.data.get("shared_prompt", True)  # as the loader reads it
+    return "positions" if shared else "rows"
 
 
 def num_bytes(tree: Any) -> int:

@@ -36,7 +36,7 @@ from jaxalign.train.optimizer import make_optimizer
 from jaxalign.types import TrainState
 
 REPLACED = {  # no two terms alike: of equal gradients the compiler would make one product where several are due
-    "attention": lambda q, k, v, start, end, backend: q + 2 * k + 3 * v,
+    "attention": lambda q, k, v, start, end, **options: q + 2 * k + 3 * v,
     "rms_norm": lambda x, scale, eps: x,
     "rotate": lambda x, cos, sin: x,
     "swiglu": lambda gate, up: gate + 2 * up,
@@ -73,7 +73,7 @@ def make_step(args: argparse.Namespace):
         "tie_word_embeddings": False,
     }
     config = from_hf(described, dtype="float32", param_dtype="float32", remat="none")
-    model = transformer.Model(dataclasses.replace(config, causal_rows=True))
+    model = transformer.Model(dataclasses.replace(config, causal="rows"))
     tx = make_optimizer(defaults("sft").optimizer, 1e-4, 1000)
     step = make_train_step(sft_objective(model.apply, model.head), {"policy": tx})
     params = jax.jit(model.init)(jax.random.key(0))

@@ -12,7 +12,7 @@ from jaxalign.data.loader import Dataset, DataStreamError
 from jaxalign.data.prefetch import prefetch
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
-from jaxalign.train.models import causal_rows
+from jaxalign.train.models import causal
 
 PURPOSES = ("sft", "reward", "dpo", "ppo")
 
@@ -243,19 +243,30 @@ def test_build_reads_sources(tmp_path, tokenizer_of, shared):
 
 @pytest.mark.parametrize(
     "purpose, data",
-    [("sft", {"packing": True}), *((p, {}) for p in PURPOSES), ("dpo", {"shared_prompt": False})],
+    [
+        ("sft", {"packing": True}),
+        *((p, {}) for p in PURPOSES),
+        ("dpo", {"shared_prompt": False}),
+        ("dpo", {"packing": True}),
+    ],
 )
 def test_rows_are_causal_where_the_models_are_told_so(build, tmp_path, purpose, data):
+    """Indeed "rows" where no token sees a later one; else none sees a later position, nor another of its own."""
     rows = build(purpose, **data).batch(0).rows
-    sees_later = rows.attend_end > np.arange(1, rows.tokens.shape[1] + 1)
-    assert causal_rows(_config(tmp_path, purpose, **data)) == (not sees_later.any())
+    index = np.arange(rows.tokens.shape[1])
+    sees_later = rows.attend_end > index + 1
+    assert causal(_config(tmp_path, purpose, **data)) == ("positions" if sees_later.any() else "rows")
+    visible = (
+        (index >= rows.attend_start[..., None]) & (index < rows.attend_end[..., None]) & ~np.eye(len(index), dtype=bool)
+    )
+    assert (rows.positions[:, None] < rows.positions[..., None])[visible].all()
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
 def test_completions_that_share_a_prompt_are_not_causal(tmp_path, num_samples):
     config = _config(tmp_path, "ppo")
     config.rollout.num_samples = num_samples
-    assert causal_rows(config) == bool(num_samples % 2)
+    assert causal(config) == ("rows" if num_samples % 2 else "positions")
 
 
 @pytest.mark.parametrize("depth", [0, 2])

@@ -205,11 +205,18 @@ def test_a_backend_that_the_device_does_not_run_is_refused(asked, platform, dtyp
 
 
 @pytest.mark.parametrize(
-    "asked, causal, expected", [(None, False, "short"), (None, True, "causal"), ("blocked", True, "blocked")]
+    "asked, causal, expected",
+    [
+        (None, None, "short"),
+        (None, "rows", "causal"),
+        (None, "positions", "causal"),
+        ("blocked", "rows", "blocked"),
+        ("blocked", "positions", "blocked"),
+    ],
 )
 def test_the_model_takes_what_its_config_says(asked, causal, expected, monkeypatch):
     model = tiny.model()
-    told = Model(dataclasses.replace(model.config, attention=asked, causal_rows=causal))
+    told = Model(dataclasses.replace(model.config, attention=asked, causal=causal))
     rows = tiny.causal(np.zeros((1, 100), np.int32))
     taken = []
     for name, backend in list(BACKENDS.items()):

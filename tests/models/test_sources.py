@@ -1,5 +1,7 @@
 """What a CPU does for speed in the layers: none of it may be seen in the result or its gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jaxalign.data.rows import Layout, Shape, build_batch
 from jaxalign.data.tokenize import Example
 from jaxalign.models import transformer
+from jaxalign.models.transformer import Model
 from jaxalign.ops import attention_short
 from jaxalign.ops.attention import attention
 from jaxalign.ops.readout import read_hidden
@@ -46,8 +49,14 @@ def outcome(model, params, rows, source, weight):
     return hidden, gradients
 
 
-@pytest.mark.parametrize("length, count", [(12, 3), (12, 12), (128, 1), (128, 96)])
-def test_what_is_read_is_what_all_tokens_have(length, count, x64):
+def promised(model: Model) -> Model:
+    """Told that its rows are causal by position, and taking them in that order where that pays."""
+    return Model(dataclasses.replace(model.config, causal="positions"))
+
+
+@pytest.mark.parametrize("tell", [lambda model: model, promised])
+@pytest.mark.parametrize("length, count", [(12, 3), (12, 12), (128, 1), (128, 96), (200, 200)])
+def test_what_is_read_is_what_all_tokens_have(length, count, tell, x64):
     """Few sources or all, in any order and more than once, through short and long ways of attention."""
     model = tiny.model(**WIDE)
     params, rows = params_of(model), pair_rows(length)
@@ -61,7 +70,44 @@ def test_what_is_read_is_what_all_tokens_have(length, count, x64):
         return jnp.sum(hidden * weight), hidden
 
     (_, hidden), gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
-    assert_close((hidden, gradients), outcome(model, params, rows, source, weight))
+    assert_close((hidden, gradients), outcome(tell(model), params, rows, source, weight))
+
+
+@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"remat": "dots"}, {"most_weights": 1}])
+def test_the_order_of_tokens_is_not_seen(changes, monkeypatch, x64):
+    """Several pairs in a row, all hidden states and their gradients; weights that are too many take no other order."""
+    monkeypatch.setattr(attention_short, "_MOST_WEIGHTS", changes.pop("most_weights", attention_short._MOST_WEIGHTS))
+    model = tiny.model(**WIDE)
+    rows = Rows(*(x.reshape(1, -1) for x in pair_rows(128)))
+    shift = np.repeat([0, 128], 128)[None]
+    rows = rows._replace(attend_start=rows.attend_start + shift, attend_end=rows.attend_end + shift)
+    params, weight = params_of(model), RNG.normal(size=(1, 256, 32))
+    taken, by_position = [], transformer.by_position
+    monkeypatch.setattr(transformer, "by_position", lambda rows: taken.append(rows) or by_position(rows))
+
+    def run(model):
+        def loss(params):
+            hidden = model.apply(params, None, rows)[0]
+            return jnp.sum(hidden * weight), hidden
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    told = promised(model)
+    assert_close(run(model), run(Model(dataclasses.replace(told.config, **changes))))
+    assert len(taken) == (attention_short._MOST_WEIGHTS > 1)
+
+
+def test_a_broken_promise_is_loud():
+    """A token that sees a later position: it and those who see it get NaN, never a number that is wrong."""
+    model, rows = tiny.model(num_hidden_layers=1), pair_rows(128)
+    prompt = int(np.argmin(rows.positions[0]))
+    end = rows.attend_end.copy()
+    end[0, prompt] += 64
+    hidden = promised(model).apply(params_of(model), None, rows._replace(attend_end=end))[0]
+    bad = np.zeros((2, 128), bool)
+    bad[0, prompt] = True
+    np.testing.assert_array_equal(np.isnan(hidden).all(-1), bad)
+    np.testing.assert_array_equal(np.isnan(hidden).any(-1), bad)
 
 
 @pytest.mark.parametrize("count", [2, 12])
@@ -74,14 +120,15 @@ def test_layers_in_a_loop_are_layers_one_by_one(count, monkeypatch, x64):
     assert_close(one_by_one, outcome(model, params, rows, source, weight))
 
 
-def test_what_is_read_on_a_mesh(x64):
+@pytest.mark.parametrize("length, tell", [(16, lambda model: model), (128, promised)])
+def test_what_is_read_on_a_mesh(length, tell, x64):
     """Rows split over two axes, heads over the third."""
     model = tiny.model(**WIDE)
-    params, rows = params_of(model), jax.tree.map(lambda x: np.concatenate([x, x]), pair_rows(16))
-    source, weight = RNG.integers(0, 16, (4, 4)), RNG.normal(size=(4, 4, 32))
+    params, rows = params_of(model), jax.tree.map(lambda x: np.concatenate([x, x]), pair_rows(length))
+    source, weight = RNG.integers(0, length, (4, 4)), RNG.normal(size=(4, 4, 32))
     alone = outcome(model, params, rows, source, weight)
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
-        assert_close(alone, outcome(model, params, rows, source, weight))
+        assert_close(alone, outcome(tell(model), params, rows, source, weight))
 
 
 def test_only_what_is_read_goes_through_the_last_layer():
