@@ -246,7 +246,7 @@ class Model:
             raise ValueError("this model has no adapters")
         c = self.config
         graphdef = _graph(Block, c)[0]
-        slots = None
+        slots = None  # where each token stood, if not where it is
         if cache is None and self._takes_order(rows):
             rows, slots, places = by_position(rows)
             sources = places if sources is None else take_sources(places, sources)
@@ -283,10 +283,11 @@ class Model:
         return ends.norm(x), cache, {}
 
     def _takes_order(self, rows: Rows) -> bool:
-        """Whether attention leaves keys out where a promise says that no token sees a later one."""
+        """Whether rows go through the layers in the order of positions: their attention leaves keys out then."""
         c, (B, T) = self.config, rows.tokens.shape
-        backend = choose_backend(T, T, c.dtype, causal=True, asked=c.attention)
-        return c.causal == "positions" and backend == "causal" and fits(B, T, T, c.num_heads)
+        if c.causal != "positions" or not fits(B, T, T, c.num_heads):
+            return False
+        return choose_backend(T, T, c.dtype, causal=True, asked=c.attention) == "causal"
 
     def _layers(self, params: Params) -> tuple[Params, ...]:
         """Each layer's own parameters; the gradient puts theirs side by side in one go."""
