@@ -63,24 +63,33 @@ def _by_length(prompts: Sequence[np.ndarray], num_samples: int) -> list[_Wanted]
     return sorted(wanted.values(), key=lambda w: len(w.prompt))
 
 
-def _reading(wanted: list[_Wanted], num_slots: int, groups: int, mesh: Mesh | None) -> tuple[int, int]:
-    """Rows and columns that a group reads at a time: one shape for all prompts, about as many as there are slots."""
+def _in_rows(wanted: list[_Wanted], width: int) -> list[list[_Wanted]]:
+    """Prompts one behind the other, in rows of so many columns."""
+    rows: list[list[_Wanted]] = []
+    room = 0
+    for own in wanted:
+        if len(own.prompt) > room:
+            rows.append([])
+            room = width
+        rows[-1].append(own)
+        room -= len(own.prompt)
+    return rows
+
+
+def _plan(wanted: list[_Wanted], groups: int, times: int) -> tuple[list[list[list[_Wanted]]], int, int]:
+    """Each group's rows of prompts, and in how many rows of how many columns all are read, in about so many times."""
     lengths = [len(w.prompt) for w in wanted]
     width = max(cache_width(lengths[-1]), min(cache_width(sum(lengths)), _ROW))
-    rows, room = 1, width
-    for length in lengths:
-        rows, room = (rows, room - length) if length <= room else (rows + 1, width - length)
-    times = -(-sum(len(w.samples) for w in wanted) // num_slots)
-    height = few_sizes(-(-rows // (times * groups)))
-    return height if mesh is None else whole_shards(height, mesh), width
+    dealt = [_in_rows(wanted[i::groups], width) for i in range(groups)]
+    return dealt, few_sizes(-(-max(len(rows) for rows in dealt) // times)), width
 
 
 class _Queue:
     """Completions that are wanted, by the length of their prompts, and the prompts of the next ones, read ahead."""
 
-    def __init__(self, model, params, wanted: list[_Wanted], shape: tuple[int, int], mesh):
+    def __init__(self, model, params, rows: list[list[_Wanted]], shape: tuple[int, int], mesh):
         self._model, self._params, self._mesh, self._shape = model, params, mesh, shape
-        self._waiting = deque(wanted)
+        self._waiting = deque(rows)
         # Row of `prefilled`, one past the prompt's last column there, its length, the sample.
         self.ready: deque[tuple[int, int, int, int]] = deque()
         self.prefilled: Prefilled | None = None
@@ -91,25 +100,19 @@ class _Queue:
         return bool(self._waiting or self.ready)
 
     def read(self) -> None:
-        """Reads as many prompts as the rows take, if none are left that have been read."""
+        """Reads the next rows of prompts, if none are left that have been read."""
         if self.ready or not self._waiting:
             return
         start = time.perf_counter()
         self.prefilled = None  # its memory is free before the next are read
         height, width = self._shape
-        rows: list[list[Example]] = [[]]
-        end = 0
-        while self._waiting:
-            prompt, samples = self._waiting[0]
-            if end + len(prompt) > width:
-                if len(rows) == height:
-                    break
-                rows.append([])
-                end = 0
-            self._waiting.popleft()
-            end += len(prompt)
-            self.ready.extend((len(rows) - 1, end, len(prompt), s) for s in samples)
-            rows[-1].append(Example(samples[0], prompt, (), (), (), 1.0, 0.0))
+        rows: list[list[Example]] = []
+        while self._waiting and len(rows) < height:
+            end = 0
+            for prompt, samples in self._waiting[0]:
+                end += len(prompt)
+                self.ready.extend((len(rows), end, len(prompt), s) for s in samples)
+            rows.append([Example(own.samples[0], own.prompt, (), (), (), 1.0, 0.0) for own in self._waiting.popleft()])
         self.window = min(cache_width(power_of_two(max(length for _, _, length, _ in self.ready))), width)
         part, parts = (0, 1) if self._mesh is None else batch_part(self._mesh)
         own = height // parts
@@ -243,17 +246,18 @@ def continue_prompts(
         num_slots = whole_shards(num_slots, mesh)
     wanted, groups = _by_length(prompts, num_samples), _groups(num_slots, mesh)
     groups = min(groups, len(wanted))
-    shape = _reading(wanted, num_slots, groups, mesh)
+    dealt, height, width = _plan(wanted, groups, times=-(-total // num_slots))
+    shape = (height if mesh is None else whole_shards(height, mesh), width)
     num_slots //= groups
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids}
     with _on(mesh):
         laid = lay_out(model, params)
     over = threading.Event()
 
-    def work(wanted: list[_Wanted]) -> tuple[_Queue, _Batch]:
+    def work(rows: list[list[_Wanted]]) -> tuple[_Queue, _Batch]:
         """Completes some of the prompts in slots of their own."""
         with _on(mesh):
-            queue = _Queue(model, params, wanted, shape, mesh)
+            queue = _Queue(model, params, rows, shape, mesh)
             batch = _Batch(model, laid, key, num_slots, max_new_tokens, options)
             while (queue or batch.live.any()) and not over.is_set():
                 while queue and not batch.live.all():
@@ -263,10 +267,10 @@ def continue_prompts(
         return queue, batch
 
     if groups == 1:
-        done = [work(wanted)]
+        done = [work(dealt[0])]
     else:
         with ThreadPoolExecutor(groups) as threads:
-            started = [threads.submit(work, wanted[i::groups]) for i in range(groups)]
+            started = [threads.submit(work, rows) for rows in dealt]
             try:
                 wait(started, return_when=FIRST_EXCEPTION)
             finally:

@@ -98,7 +98,7 @@ def test_the_order_of_tokens_is_not_seen(changes, monkeypatch, x64):
 
 
 def test_a_broken_promise_is_loud():
-    """A token that sees a later position: it and those who see it get NaN, never a number that is wrong."""
+    """A token that sees a later position, which is left out, gets NaN, never a number that is wrong."""
     model, rows = tiny.model(num_hidden_layers=1), pair_rows(128)
     prompt = int(np.argmin(rows.positions[0]))
     end = rows.attend_end.copy()
