@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Pending(NamedTuple):
     prepared: dict[str, float]
     batch: Any  # the host's own rows
     compile_seconds: float
+    ended: Callable[[], float]  # when the updates had been made, as `time.monotonic` has it
 
 
 @dataclasses.dataclass
@@ -141,7 +143,8 @@ class Loop:
         state = self._optimizer_in(HOST, state)
         cursor = jax.device_put(np.int32(index + 1), replicated(self.mesh))
         state = state._replace(data_cursor=cursor)
-        return state, Pending(index + 1, updates, prepared, host, self.step.compile_seconds - before)
+        compiling = self.step.compile_seconds - before
+        return state, Pending(index + 1, updates, prepared, host, compiling, note_end(updates))
 
     def _optimizer_in(self, kind: str, state: TrainState) -> TrainState:
         """The state with its optimizer's part where it is wanted; without `offload` as it is."""
@@ -190,8 +193,8 @@ class Loop:
         """Waits for a batch's figures, checks them, writes them."""
         updates = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending.updates)]
         row = merge(updates) | pending.prepared
-        now = time.monotonic()
-        seconds, self._mark = max(now - self._mark - pending.compile_seconds, 1e-9), now
+        ended = pending.ended()
+        seconds, self._mark = max(ended - self._mark - pending.compile_seconds, 1e-9), ended
         tokens = row.pop("processed_tokens", None)  # PPO counts prompts and what was sampled
         if tokens is None:
             tokens = count_tokens(pending.batch.rows) * batch_part(self.mesh)[1]
@@ -238,6 +241,32 @@ class Loop:
     def _elsewhere(self) -> str:
         """Where a run with other fields goes: this directory keeps to those that it was begun with."""
         return f"with --config.workdir=ANOTHER, or remove {self.config.workdir}"
+
+
+def note_end(updates: Any) -> Callable[[], float]:
+    """Notes when arrays are ready; what it returns waits for that moment and tells it.
+
+    The moment at which the loop reads them will not do: by then the next batch may have been prepared, or, where
+    updates are not asynchronous (several processes on CPUs), made.
+    """
+    noted: list[float] = []
+
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # whoever reads the arrays gets it
+            jax.block_until_ready(updates)
+        noted.append(time.monotonic())
+
+    if all(x.is_ready() for x in jax.tree.leaves(updates)):
+        wait()
+        return noted.pop
+    thread = threading.Thread(target=wait, name="end of updates", daemon=True)
+    thread.start()
+
+    def ended() -> float:
+        thread.join()
+        return noted[0]
+
+    return ended
 
 
 def merge(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,24 @@ def test_figures_are_read_one_step_late(tmp_path):
         patch.setattr(jax, "device_get", device_get)
         world.run()
     assert events == ["step", "step", "read", "step", "read", "step", "read", "read"]
+
+
+def test_the_last_step_is_timed_too_where_updates_are_not_asynchronous(tmp_path):
+    """As with several processes on CPUs: when the figures of the last step but one are read, the last is over."""
+    world = World(tmp_path, num_steps=5, checkpoint__every=3)
+    step, seconds = world.step, 0.1
+
+    class Slow:
+        num_compiles, compile_seconds = 0, 0.0
+
+        def __call__(self, *args):
+            time.sleep(seconds)
+            return jax.block_until_ready(step(*args))
+
+    world.step = Slow()
+    world.run()
+    fastest = 8 * 4 / seconds  # tokens that are not padding: at most all
+    assert max(row["tokens_per_second"] for row in rows(world)) <= fastest
 
 
 def test_trap_a_loss_that_is_not_finite_stops_with_step_records_and_checkpoint(tmp_path):
