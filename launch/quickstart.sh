@@ -18,5 +18,5 @@ case ${1:-} in -h | --help) usage && exit 0 ;; esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-bash launch/setup.sh
+bash launch/setup.sh plots
 exec "${JAXALIGN_VENV:-.venv}/bin/python" -m jaxalign.pipeline.quickstart "$@"

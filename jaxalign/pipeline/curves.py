@@ -84,11 +84,25 @@ def gold_over_training(workdir: Path, stage: str) -> tuple[list[int], list[float
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, list[Any]]:
-    """A figure outside of pyplot's global state: it needs no display, and a notebook shows it once."""
-    from matplotlib.figure import Figure
+def need_matplotlib() -> Any:
+    """The class of figures that live outside of pyplot's global state: no display, and a notebook shows them once.
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    Raises:
+      InputError: matplotlib, which training does without, is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            f"pictures need matplotlib: {error}",
+            "the extra plots, which training does without",
+            "pip install 'jaxalign[plots]'   (from a clone: bash launch/setup.sh plots)",
+        ) from error
+    return Figure
+
+
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, list[Any]]:
+    figure = need_matplotlib()(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 

@@ -128,8 +128,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
-    from jaxalign.pipeline.curves import draw
+    from jaxalign.pipeline.curves import draw, need_matplotlib
 
+    need_matplotlib()  # before minutes of training, not after them
     config = load_config(CONFIG, overrides)
     print(f"{CONFIG} leaves the guides' ranges where warnings say so, and gives its reasons: its model is tiny")
     summary = run(config)

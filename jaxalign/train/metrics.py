@@ -104,8 +104,8 @@ def _start_wandb(project: str, run: RunDir, config: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise InputError(
             f"logging.wandb_project is {project!r} and wandb is not installed",
-            "the package wandb, or no project",
-            "pip install wandb, or --config.logging.wandb_project=None",
+            "the extra wandb, or no project",
+            "pip install 'jaxalign[wandb]', or --config.logging.wandb_project=None",
         ) from error
     name = str(run.path)
     ident = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()  # a resumed run goes on with its own curves

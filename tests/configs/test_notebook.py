@@ -1,5 +1,6 @@
 """The notebook runs without a display on what a quickstart leaves, and says what to do where there is none."""
 
+import sys
 from pathlib import Path
 
 import nbclient
@@ -9,6 +10,7 @@ import quickstart_results
 
 from jaxalign.errors import InputError
 from jaxalign.pipeline import curves, findings
+from jaxalign.pipeline import quickstart as quickstart_command
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "dpo_vs_rlhf.ipynb"
 
@@ -43,6 +45,16 @@ def test_missing_results_say_the_command(tmp_path, monkeypatch):
         with pytest.raises(InputError) as error:
             ask()
         assert error.value.fix.startswith("bash launch/quickstart.sh")
+
+
+def test_pictures_without_matplotlib_name_the_extra_before_anything_runs(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import of it fails
+    monkeypatch.setattr(quickstart_command, "run", lambda config: pytest.fail("trained first"))
+    with pytest.raises(InputError) as error:
+        quickstart_command._run_and_show([])
+    assert "jaxalign[plots]" in error.value.fix
 
 
 def test_the_page_of_curves(quickstart):
