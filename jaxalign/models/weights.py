@@ -39,6 +39,7 @@ class Tensor:
     dtype: str  # the file's own code, "F32" and so on
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
+    num_bytes: int
 
     def read(self) -> np.ndarray:
         """A read-only map of it; its pages leave memory when the array does."""
@@ -154,7 +155,7 @@ def _header(file: Path) -> dict[str, Tensor]:
             raise InputError(
                 f"{name} {shape} {dtype} in {end - begin} bytes of {file}", "its size", "download it again"
             )
-        tensors[name] = Tensor(file, dtype, shape, 8 + length + begin)
+        tensors[name] = Tensor(file, dtype, shape, 8 + length + begin, end - begin)
     return tensors
 
 

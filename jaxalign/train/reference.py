@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.cache import digest, digest_tokenizer
 from jaxalign.errors import InputError
+from jaxalign.models.identity import describe, fingerprint
 from jaxalign.parallel.processes import is_main
-from jaxalign.parallel.sharding import batch_part, path_name, put_batch
+from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.host import all_rows
 from jaxalign.steps.preference import sequence_logprobs
 from jaxalign.train.compiled import Compiled
-from jaxalign.types import Batch, Params
+from jaxalign.train.metrics import say
+from jaxalign.types import Batch
 
 _SAVE_SECONDS = 60.0  # between two writes of an unfinished cache
 
@@ -73,9 +75,9 @@ def attach(stage: Any, datasets: list[Any]) -> list[Any]:
             continue
         keys = {
             "model": model_key,
+            "config": describe(role.model.config),  # its dtype among them
             "data": dataset.fingerprint,
             "tokenizer": tokenizer_key,
-            "dtype": str(role.model.config.dtype),
         }
         cache = Cache(folder, keys, dataset.num_records)
         table = cache.read()
@@ -99,8 +101,8 @@ def _compute(dataset: Any, table: np.ndarray, cache: Cache, logprobs: Any, mesh:
         if time.monotonic() - written > _SAVE_SECONDS:
             cache.write(table)
             written = time.monotonic()
-    if np.isnan(table).any():
-        missing = np.flatnonzero(np.isnan(table).any(axis=1))[:8].tolist()
+    if not np.isfinite(table).all():
+        missing = np.flatnonzero(~np.isfinite(table).all(axis=1))[:8].tolist()
         raise InputError(
             f"reference log-probs of records {missing} are not finite",
             "a reference that gives every completion a finite log-prob",
@@ -111,7 +113,7 @@ def _compute(dataset: Any, table: np.ndarray, cache: Cache, logprobs: Any, mesh:
 
 
 class Cache:
-    """A file of reference log-probs, named by and holding the fingerprints of model, data and tokenizer."""
+    """A file of reference log-probs, named by and holding the fingerprints of weights, config, data and tokenizer."""
 
     def __init__(self, folder: Any, keys: dict[str, str], num_records: int):
         """
@@ -126,21 +128,15 @@ class Cache:
     def read(self) -> np.ndarray:
         """The table, float32 [num_records, 2], nan where nothing was computed yet; the same on every process.
 
-        Raises:
-          InputError: the file was made with another model, data or tokenizer than its name says.
+        A file that is damaged, or holds another model's numbers than its name says, is told of and counts as none.
         """
         table = np.full((self._num_records, 2), np.nan, np.float32)
         if is_main() and self.path.exists():
-            with np.load(io.BytesIO(self.path.read_bytes())) as file:
-                found = json.loads(str(file["keys"]))
-                stale = [name for name, value in self.keys.items() if found.get(name) != value]
-                if stale or file["table"].shape != table.shape:
-                    raise InputError(
-                        f"{self.path} was made with another {' and another '.join(stale) or 'number of records'}",
-                        "a cache of this run's model, data and tokenizer",
-                        f"rm {self.path}",
-                    )
-                table = file["table"]
+            found = _parse(self.path.read_bytes(), self.keys)
+            if found is not None and found.shape == table.shape:
+                table = found
+            else:
+                say(f"warning: {self.path} is damaged or of other inputs: its log-probs are computed again")
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -152,36 +148,23 @@ class Cache:
         if not is_main():
             return
         data = io.BytesIO()
-        np.savez(data, keys=json.dumps(self.keys), table=table)
+        np.savez(data, keys=json.dumps(self.keys), table=table, checksum=digest(self.keys, table.tobytes()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = self.path.parent / f".{self.path.name}.tmp"
-        tmp.write_bytes(data.getvalue())
-        tmp.replace(self.path)
+        tmp = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"  # other runs may share the folder
+        try:
+            tmp.write_bytes(data.getvalue())
+            tmp.replace(self.path)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
 
 
-def fingerprint(params: Params) -> str:
-    """A digest of parameters' values, computed where they lie; the same on every mesh.
-
-    Each leaf gives two sums over its bits, modulo 2^32, in which every place has a weight of its own.
-    """
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_bit_sums, tree))(params))
-    leaves = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: isinstance(x, np.ndarray))[0]
-    shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(params)]
-    return digest(
-        [[path_name(path), value.tolist(), shape] for (path, value), shape in zip(leaves, shapes, strict=True)]
-    )
-
-
-def _bit_sums(x: jax.Array) -> jax.Array:
-    """uint32 [2]."""
-    width = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    stride = 1
-    for dim in reversed(range(bits.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[dim]
-    first = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
-    second = jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
-    return jnp.stack([first, second])
+def _parse(data: bytes, keys: dict[str, str]) -> np.ndarray | None:
+    """The table of a file's bytes; None where they are damaged or were made with other keys."""
+    try:
+        with np.load(io.BytesIO(data)) as file:
+            table = file["table"]
+            whole = str(file["checksum"]) == digest(keys, table.tobytes()) and table.dtype == np.float32
+            return table if whole and json.loads(str(file["keys"])) == keys else None
+    except Exception:  # of zipfile, numpy and json: which one depends on the byte that is wrong
+        return None

@@ -1,0 +1,86 @@
+"""Which model something was made with: digests of parameters, of a description, of the files of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.data.cache import digest
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.weights import Tensor, list_tensors
+from jaxalign.parallel.sharding import path_name
+from jaxalign.types import Params
+
+# Fields of a description that leave its numbers what they are, but for rounding.
+_HOW = frozenset({"initializer_range", "param_dtype", "remat", "attention", "causal", "hf_config"})
+_SAMPLE = 4096  # bytes read at each of a tensor's places
+
+
+def fingerprint(params: Params) -> str:
+    """A digest of parameters' values, computed where they lie; the same on every mesh.
+
+    Each leaf gives two sums over its bits, modulo 2^32, in which every place has a weight of its own.
+    """
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_bit_sums, tree))(params))
+    leaves = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: isinstance(x, np.ndarray))[0]
+    shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(params)]
+    return digest(
+        [[path_name(path), value.tolist(), shape] for (path, value), shape in zip(leaves, shapes, strict=True)]
+    )
+
+
+def describe(config: ModelConfig) -> str:
+    """A digest of what a model computes with given parameters: rope, norm epsilon, heads, dtype of the computation."""
+    fields = dataclasses.asdict(config)
+    return digest({name: value for name, value in fields.items() if name not in _HOW})
+
+
+def identify(directory: Path) -> str:
+    """A digest of the weights in a model's directory, from headers and samples of every tensor: none is read whole.
+
+    Files that hold the same tensors are told apart by name, type, shape and the bytes at the start, the middle and the
+    end of each, so that any trained, merged or converted copy differs; how the tensors are split over files is not
+    seen, nor is the place of the directory.
+
+    Args:
+      directory: on this host, see `hub.locate`.
+
+    Raises:
+      InputError: no whole safetensors there.
+    """
+    h = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(list_tensors(directory).items()):
+        h.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+        for part in _samples(tensor):
+            h.update(part)
+    return h.hexdigest()
+
+
+def _samples(tensor: Tensor) -> list[bytes]:
+    with open(tensor.file, "rb") as file:
+        found = []
+        for start in sorted({0, max(0, (tensor.num_bytes - _SAMPLE) // 2), max(0, tensor.num_bytes - _SAMPLE)}):
+            file.seek(tensor.offset + start)
+            found.append(file.read(min(_SAMPLE, tensor.num_bytes - start)))
+        return found
+
+
+def _bit_sums(x: jax.Array) -> jax.Array:
+    """uint32 [2]."""
+    width = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    stride = 1
+    for dim in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[dim]
+    first = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    second = jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+    return jnp.stack([first, second])
