@@ -5,11 +5,12 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bash launch/gpu_node.sh [--processes=one|per-gpu] [--port=PORT] [--] --config=FILE [--config.FIELD=VALUE ...]
+usage: bash launch/gpu_node.sh [--processes=one|per-gpu] [--port=PORT] [--dry_run] [--] --config=FILE [--config.FIELD=VALUE ...]
 
   --processes=one       one process sees every GPU (default)
   --processes=per-gpu   one process for each GPU
   --port                of their meeting point, with per-gpu (default: 8476)
+  --dry_run             say what would be installed and run, and do neither
   the rest              the arguments of `jaxalign train`
 
 CUDA_VISIBLE_DEVICES chooses the GPUs.
@@ -17,8 +18,10 @@ TEXT
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=launch/errors.sh
-source "$root/launch/errors.sh"
+# shellcheck source=launch/say.sh
+source "$root/launch/say.sh"
+take_dry_run "$@"
+set -- "${arguments[@]}"
 processes=one port=8476
 while [ $# -gt 0 ]; do
   case $1 in
@@ -36,8 +39,13 @@ if [ $# -eq 0 ]; then
   fail "no arguments for jaxalign train" "--config=FILE at least" "bash launch/gpu_node.sh --config=configs/dpo.py"
 fi
 
-bash "$root/launch/setup.sh"
+bash "$root/launch/setup.sh" ${dry_run:+--dry_run}
 jaxalign=("${JAXALIGN_VENV:-$root/.venv}/bin/python" -m jaxalign train)
+if [ -n "$dry_run" ]; then
+  if [ "$processes" = per-gpu ]; then echo "once for each GPU of ${CUDA_VISIBLE_DEVICES:-nvidia-smi -L}, joined at localhost:$port:"; fi
+  would "${jaxalign[@]}" "$@"
+  exit 0
+fi
 [ "$processes" = per-gpu ] || exec "${jaxalign[@]}" "$@"
 
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then

@@ -5,9 +5,11 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bash launch/setup.sh [EXTRA ...]
+usage: bash launch/setup.sh [--dry_run | --check] [EXTRA ...]
 
-  EXTRA    test, wandb, ... (pyproject.toml lists them); those of earlier calls are kept
+  EXTRA       test, wandb, ... (pyproject.toml lists them); those of earlier calls are kept
+  --dry_run   say what would be made and installed, and change nothing
+  --check     change nothing, and fail where something would have to be installed: for nodes without internet
 
 environment:
   JAXALIGN_VENV         where the virtual environment goes (default: .venv beside this checkout's README)
@@ -15,12 +17,18 @@ environment:
   JAXALIGN_APT          1: a missing Python may be installed with apt-get (the TPU launchers set it)
   PYTHON                the Python to use (default: the first of python3, python3.11, python3.12, python3.13, python3.14
                         that is new enough)
+
+Without internet: make it beforehand where there is some, for the accelerator of the nodes, on a file system they share,
+  JAXALIGN_ACCELERATOR=cuda bash launch/setup.sh
+or carry the wheels there:
+  python3.11 -m pip wheel --wheel-dir=wheels -c launch/constraints.txt '.[cuda]' 'setuptools>=77'
+  PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels bash launch/setup.sh
 TEXT
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=launch/errors.sh
-source "$root/launch/errors.sh"
+# shellcheck source=launch/say.sh
+source "$root/launch/say.sh"
 venv=${JAXALIGN_VENV:-$root/.venv}
 constraints=$root/launch/constraints.txt
 stamp=$venv/jaxalign-setup.txt
@@ -75,7 +83,11 @@ find_python() {
     "sudo apt-get install python3.11 python3.11-venv   (or: PYTHON=/path/to/python3.11 bash launch/setup.sh)"
 }
 
-case ${1:-} in -h | --help) usage && exit 0 ;; esac
+mode=""
+case ${1:-} in
+  -h | --help) usage && exit 0 ;;
+  --dry_run | --check) mode=$1 && shift ;;
+esac
 for extra in "$@"; do
   grep -Eq "^$extra = \[" "$root/pyproject.toml" || fail "extra '$extra'" \
     "one of $(sed -n '/^\[project.optional-dependencies\]/,/^\[project.scripts\]/s/^\([a-z0-9-]*\) = \[.*/\1/p' "$root/pyproject.toml" | tr '\n' ' ')" "bash launch/setup.sh test"
@@ -89,6 +101,15 @@ esac
 
 python=$venv/bin/python
 if ! { new_enough "$python" && "$python" -m pip --version; } >/dev/null 2>&1; then
+  if [ "$mode" = --check ]; then
+    fail "no environment in $venv that works here" "one made beforehand, where there is internet" \
+      "JAXALIGN_ACCELERATOR=$accelerator bash launch/setup.sh $*"
+  elif [ "$mode" = --dry_run ]; then
+    base=$(JAXALIGN_APT=0 find_python)
+    would "$base" -m venv "$venv"
+    would "$python" -m pip install -c "$constraints" -e "$root${*:+[$(IFS=,; echo "$*")]}"
+    exit 0
+  fi
   base=$(find_python)
   echo "jaxalign: making $venv with $("$base" --version)"
   rm -f "$stamp"
@@ -107,14 +128,22 @@ installed=""
 if [ -f "$stamp" ]; then installed=$(tail -n +2 "$stamp"); fi
 extras=$(printf '%s\n' "$installed" "$@" | sed '/^$/d' | sort -u)
 if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$fingerprint" ] && [ "$extras" = "$installed" ]; then
+  if [ "$mode" = --dry_run ]; then echo "nothing to install: $venv is up to date"; fi
   exit 0
 fi
 
 list=$(printf '%s' "$extras" | tr '\n' ',')
+if [ "$mode" = --check ]; then
+  fail "$venv was made for other extras or versions (now: ${list:-none})" "an environment made for this machine and checkout" \
+    "where there is internet: JAXALIGN_ACCELERATOR=$accelerator bash launch/setup.sh"
+elif [ "$mode" = --dry_run ]; then
+  would "$python" -m pip install -c "$constraints" -e "$root${list:+[$list]}"
+  exit 0
+fi
 echo "jaxalign: installing into $venv (extras: ${list:-none})"
 rm -f "$stamp"
 cd "$root"
 "$python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${list:+[$list]}" ||
   fail "pip could not install jaxalign" "the versions of launch/constraints.txt within pip's reach" \
-    "the lines above say which package; behind a mirror set PIP_INDEX_URL, then run this again"
+    "the lines above say which package; behind a mirror set PIP_INDEX_URL, without internet see --help; then run this again"
 { echo "$fingerprint" && if [ -n "$extras" ]; then printf '%s\n' "$extras"; fi; } >"$stamp"

@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
   cat <<TEXT
-usage: bash launch/${TPU_LAUNCHER:-tpu_pod.sh} --name=NAME --zone=ZONE [--project=P] [--type=TYPE] [--version=V] [--spot] [--detach]
+usage: bash launch/${TPU_LAUNCHER:-tpu_pod.sh} --name=NAME --zone=ZONE [--project=P] [--type=TYPE] [--version=V] [--spot] [--detach] [--dry_run]
        -- --config=FILE [--config.FIELD=VALUE ...]
 
   --name, --zone    the TPU VM, as \`gcloud compute tpus tpu-vm list\` shows it
@@ -14,16 +14,19 @@ usage: bash launch/${TPU_LAUNCHER:-tpu_pod.sh} --name=NAME --zone=ZONE [--projec
   --version         its software (default: the one that suits --type)
   --spot            with --type: a spot VM; run this again after a preemption and training goes on where it was
   --detach          return at once; the log is ~/jaxalign/train.log on each worker
+  --dry_run         say what would be called, and call nothing
   after --          the arguments of \`jaxalign train\`; a slice of several hosts needs --config.workdir=gs://...
 TEXT
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=launch/errors.sh
-source "$root/launch/errors.sh"
+# shellcheck source=launch/say.sh
+source "$root/launch/say.sh"
 self=launch/${TPU_LAUNCHER:-tpu_pod.sh}
 worker=${TPU_WORKER:-all}
 name="" zone="" project="" type="" version="" spot="" detach=""
+take_dry_run "$@"
+set -- "${arguments[@]}"
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage && exit 0 ;;
@@ -44,7 +47,7 @@ if [ -z "$name" ] || [ -z "$zone" ]; then
   fail "--name='$name' --zone='$zone'" "both" "bash $self --name=NAME --zone=us-east5-a -- --config=FILE"
 fi
 [ $# -gt 0 ] || fail "nothing after --" "the arguments of jaxalign train" "bash $self --name=$name --zone=$zone -- --config=configs/dpo.py"
-command -v gcloud >/dev/null || fail "no gcloud on the PATH" "the Google Cloud command line" "install it, then: gcloud auth login"
+[ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "no gcloud on the PATH" "the Google Cloud command line" "install it, then: gcloud auth login"
 if [ "$worker" = all ]; then
   workdir=""
   for argument in "$@"; do
@@ -56,9 +59,18 @@ if [ "$worker" = all ]; then
   esac
 fi
 
-tpu() { gcloud compute tpus tpu-vm "$@" --zone="$zone" ${project:+"--project=$project"}; }
+tpu() { ${dry_run:+would} gcloud compute tpus tpu-vm "$@" --zone="$zone" ${project:+"--project=$project"}; }
 
-if [ -n "$type" ] && ! tpu describe "$name" >/dev/null 2>&1; then
+# A spot VM that was taken away is still listed, and its name is free only once it is deleted.
+create=$dry_run
+if [ -n "$type" ] && [ -z "$dry_run" ]; then
+  state=$(tpu describe "$name" --format="value(state)" 2>/dev/null) || state=none
+  case $state in
+    none) create=1 ;;
+    PREEMPTED | TERMINATED) tpu delete "$name" --quiet && create=1 ;;
+  esac
+fi
+if [ -n "$type" ] && [ -n "$create" ]; then
   if [ -z "$version" ]; then
     case $type in
       v5lite*) version=v2-alpha-tpuv5-lite ;;
@@ -67,13 +79,14 @@ if [ -n "$type" ] && ! tpu describe "$name" >/dev/null 2>&1; then
       *) version=tpu-ubuntu2204-base ;;
     esac
   fi
+  if [ -n "$dry_run" ]; then echo "where $name is not there yet:"; fi
   tpu create "$name" --accelerator-type="$type" --version="$version" ${spot:+--spot}
 fi
 
 # The tracked files and those git does not ignore; their permissions with them.
 archive=$(mktemp -d)/jaxalign.tar.gz
 trap 'rm -rf "$(dirname "$archive")"' EXIT
-(cd "$root" && git ls-files -z --cached --others --exclude-standard |
+[ -n "$dry_run" ] || (cd "$root" && git ls-files -z --cached --others --exclude-standard |
   while IFS= read -r -d '' file; do if [ -e "$file" ]; then printf '%s\0' "$file"; fi; done |
   tar --null --files-from=- -czf "$archive")
 tpu scp "$archive" "$name:jaxalign.tar.gz" --worker="$worker"

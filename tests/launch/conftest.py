@@ -11,10 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Arguments that any careless quoting breaks.
+TRAIN = [
+    "--config=configs/my dpo.py",
+    '--config.model.path=it\'s $HOME `x` $(y) "z"',
+    "--config.data.sources=a.jsonl,b;c",
+]
+KUBERNETES = ["--name=dpo", "--image=images/jaxalign:1"]
+IN_IMAGE = ["--config=/jaxalign/configs/dpo.py", "--config.workdir=gs://bucket/run"]
+
 # Each call appends one JSON line: the command's name, its arguments, the JAX settings it saw, its standard input.
 RECORDER = """
 import json, os, sys
-settings = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "JAXALIGN_", "CUDA_VISIBLE"))}}
+settings = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "JAXALIGN_", "CUDA_VISIBLE", "HF_"))}}
 call = dict(name={name!r}, args=sys.argv[1:], env=settings, cwd=os.getcwd())
 if call["args"][:1] == ["apply"]:
     call["stdin"] = sys.stdin.read()
@@ -28,6 +37,14 @@ TOOLS = [
     *("bash", "cat", "cp", "dirname", "env", "git", "grep", "gzip", "head", "mkdir", "mktemp", "nohup", "rm", "sed"),
     *("seq", "sleep", "sort", "tail", "tar", "tr"),
 ]
+
+
+def parts(result: subprocess.CompletedProcess) -> dict[str, str]:
+    """The three parts of an error."""
+    lines = [
+        line.split(":", 1) for line in result.stderr.splitlines() if line.startswith(("found:", "expected:", "fix:"))
+    ]
+    return {key: value.strip() for key, value in lines}
 
 
 class Checkout:

@@ -6,20 +6,10 @@ import sys
 import time
 
 import pytest
-import yaml
 
-from tests.launch.conftest import ROOT
-
-# Arguments that any careless quoting breaks.
-TRAIN = [
-    "--config=configs/my dpo.py",
-    '--config.model.path=it\'s $HOME `x` $(y) "z"',
-    "--config.data.sources=a.jsonl,b;c",
-]
+from tests.launch.conftest import IN_IMAGE, KUBERNETES, ROOT, TRAIN, parts
 
 TPU = ["--name=my-tpu", "--zone=us-east5-a"]
-KUBERNETES = ["--name=dpo", "--image=images/jaxalign:1"]
-
 # A gcloud that carries out what it is asked on a pretended worker: scp copies, ssh runs the command there.
 GCLOUD = """
 import shutil, subprocess
@@ -34,14 +24,6 @@ if "ssh" in args:
     command = next(a for a in args if a.startswith("--command=")).removeprefix("--command=")
     sys.exit(subprocess.run(["bash", "-c", command], cwd=home).returncode)
 """
-
-
-def parts(result: subprocess.CompletedProcess) -> dict[str, str]:
-    """The three parts of an error."""
-    lines = [
-        line.split(":", 1) for line in result.stderr.splitlines() if line.startswith(("found:", "expected:", "fix:"))
-    ]
-    return {key: value.strip() for key, value in lines}
 
 
 def with_git(checkout):
@@ -168,75 +150,46 @@ time.sleep(100)
     assert marks[3].exists()
 
 
-def test_slurm_sets_up_once_then_trains_on_every_task(checkout):
-    checkout.fake("srun")
-    spool = checkout.root.parent / "spool"
-    spool.mkdir()
-    copy = spool / "slurm_script"  # Slurm runs a copy, far from the checkout
-    copy.write_text((checkout.root / "launch/slurm.sbatch").read_text())
-    result = subprocess.run(
-        ["bash", str(copy), *TRAIN],
-        env=checkout.env | {"SLURM_SUBMIT_DIR": str(checkout.root)},
-        cwd=spool,
-        capture_output=True,
-        text=True,
-    )
+# What each launcher is told, with what it would have to call.
+DRY = {
+    "quickstart.sh": (["--config.seed=1"], "jaxalign.pipeline.quickstart --config.seed=1"),
+    "gpu_node.sh": (["--config=c.py"], "-m jaxalign train --config=c.py"),
+    "tpu_vm.sh": ([*TPU, "--type=v6e-8", "--", "--config=c.py"], "gcloud compute tpus tpu-vm create my-tpu"),
+    "tpu_pod.sh": ([*TPU, "--type=v5p-32", "--spot", "--", "--config=c.py"], "jaxalign train --config=c.py"),
+    "slurm.sbatch": (["--offline", "--config=c.py"], "-u -m jaxalign train --config=c.py"),
+    "kubernetes.sh": (
+        [*KUBERNETES, "--gpus=8", "--", "--config=/jaxalign/c.py", "--config.workdir=gs://b/r"],
+        "kubectl apply",
+    ),
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("script", DRY)
+def test_a_dry_run_starts_nothing_and_says_what_it_would(checkout, script, last):
+    """Wherever the word stands, with an environment that is not there yet, and with every outward command at hand."""
+    arguments, wanted = DRY[script]
+    for command in ("gcloud", "srun", "scontrol", "scancel", "kubectl", "nvidia-smi"):
+        checkout.fake(command)
+    subprocess.run(["rm", "-r", str(checkout.root / ".venv")], check=True)
+    before = sorted(checkout.root.rglob("*"))
+    words = [*arguments, "--dry_run"] if last else ["--dry_run", *arguments]
+    result = checkout.run(f"launch/{script}", *words)
     assert result.returncode == 0, result.stderr
-    setup, train = checkout.calls("srun")
-    assert setup["args"] == ["--nodes=1", "--ntasks=1", "bash", "launch/setup.sh"]
-    assert train["args"] == [
-        "--kill-on-bad-exit=1", "--label", ".venv/bin/python", "-u", "-m", "jaxalign", "train", *TRAIN,
-    ]  # fmt: skip
-    assert {setup["cwd"], train["cwd"]} == {str(checkout.root)}
+    # what it would do is carried out, word for word, but for --dry_run itself
+    assert "would run: " in result.stdout and wanted in result.stdout and "--dry_run" not in result.stdout
+    if script in ("quickstart.sh", "gpu_node.sh"):
+        assert "-m venv" in result.stdout and "pip install" in result.stdout
+    assert [call for call in checkout.calls() if call["name"] != "nvidia-smi"] == []  # asking what is there is no start
+    assert sorted(checkout.root.rglob("*")) == before
 
 
-def test_slurm_header_gives_one_task_for_each_node(checkout):
-    lines = (checkout.root / "launch/slurm.sbatch").read_text().splitlines()
-    header = [line for line in lines if line.startswith("#SBATCH")]
-    assert "#SBATCH --ntasks-per-node=1" in header
-    assert any(line.startswith("#SBATCH --signal=TERM@") for line in header)
-    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < first_command  # sbatch stops there
-
-
-def test_kubernetes_applies_a_jobset_for_gpus(checkout):
-    checkout.fake("kubectl")
-    result = checkout.run(
-        "launch/kubernetes.sh", *KUBERNETES, "--gpus=8", "--nodes=2", "--claim=runs", "--secret=keys", "--", *TRAIN
-    )
+def test_tpu_makes_a_preempted_spot_machine_again(checkout):
+    with_git(checkout)
+    checkout.fake("gcloud", "if 'describe' in call['args']: print('PREEMPTED'); sys.exit(0)\n" + GCLOUD)
+    result = checkout.run("launch/tpu_vm.sh", *TPU, "--type=v6e-8", "--spot", "--", "--config=c.py")
     assert result.returncode == 0, result.stderr
-    (apply,) = checkout.calls("kubectl")
-    assert apply["args"] == ["apply", "--filename=-"]
-    jobset = yaml.safe_load(apply["stdin"])
-    assert (jobset["kind"], jobset["metadata"]) == ("JobSet", {"name": "dpo", "namespace": "default"})
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert (job["parallelism"], job["completions"], job["completionMode"]) == (2, 2, "Indexed")
-    container = job["template"]["spec"]["containers"][0]
-    assert container["image"] == "images/jaxalign:1"
-    assert container["command"][-2:] == ["jaxalign", "train"]
-    # Kubernetes turns $$ into $ and $(NAME) into a variable's value: every $ is doubled.
-    assert [argument.replace("$$", "$") for argument in container["args"]] == TRAIN
-    assert all("$" not in argument.replace("$$", "") for argument in container["args"])
-    env = {item["name"]: item for item in container["env"]}
-    assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "dpo-worker-0-0.dpo:8476"
-    assert env["JAX_NUM_PROCESSES"]["value"] == "2"
-    assert "job-completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
-    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
-    assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
-
-
-def test_kubernetes_prints_a_jobset_for_tpus(checkout):
-    tpu = ["--tpu=tpu-v5p-slice", "--topology=2x2x4", "--chips=4", "--nodes=4"]
-    result = checkout.run("launch/kubernetes.sh", *KUBERNETES, *tpu, "--print", "--", "--config=c.py")
-    assert result.returncode == 0, result.stderr
-    assert not checkout.calls("kubectl")
-    pod = yaml.safe_load(result.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-        "cloud.google.com/gke-tpu-topology": "2x2x4",
-    }
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
+    assert [call["args"][3] for call in checkout.calls("gcloud")] == ["describe", "delete", "create", "scp", "ssh"]
 
 
 @pytest.mark.parametrize(
@@ -250,12 +203,20 @@ def test_kubernetes_prints_a_jobset_for_tpus(checkout):
         ("gpu_node.sh", ["--processes=two", "--config=c"], "--processes=two"),
         ("slurm.sbatch", [], "no arguments for jaxalign train"),
         ("slurm.sbatch", ["--config=c"], "no srun on the PATH"),
+        ("slurm.sbatch", ["--requeues=often", "--config=c"], "--requeues=often"),
+        ("slurm.sbatch", ["--mounts=/data", "--config=c"], "--mounts=/data without --container"),
         ("kubernetes.sh", ["--image=i", "--gpus=8", "--", "--config=c"], "--name=''"),
         ("kubernetes.sh", [*KUBERNETES, "--", "--config=c"], "neither --gpus nor --tpu"),
         ("kubernetes.sh", [*KUBERNETES, "--gpus=x", "--", "--config=c"], "--gpus=x"),
         ("kubernetes.sh", [*KUBERNETES, "--tpu=tpu-v5p-slice", "--", "--config=c"], "--tpu=tpu-v5p-slice"),
         ("kubernetes.sh", ["--name=Bad_Name", "--image=i", "--gpus=8", "--", "--config=c"], "--name=Bad_Name"),
-        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--", "--config=c"], "no kubectl on the PATH"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--", *IN_IMAGE], "no kubectl on the PATH"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--", "--config=c", "--config.workdir=gs://b"], "no file c here"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--", "--config.workdir=gs://b"], "no --config=FILE after --"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--file=r.py", "--", *IN_IMAGE], "no file r.py here"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--claim=x:data", "--", *IN_IMAGE], "--claim=x:data"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--requests=cpu", "--", *IN_IMAGE], "--requests=cpu"),
+        ("kubernetes.sh", [*KUBERNETES, "--gpus=8", "--toleration=a:Never", "--", *IN_IMAGE], "--toleration=a:Never"),
     ],
 )
 def test_a_wrong_call_says_found_expected_and_fix(checkout, script, arguments, found):

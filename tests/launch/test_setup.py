@@ -125,3 +125,30 @@ def test_a_virtual_environment_is_made(checkout):
     assert result.returncode == 0, result.stderr
     assert [call["args"] for call in checkout.calls("python3.12")][-1] == ["-m", "venv", str(venv)]
     assert len(installs(checkout)) == 1
+
+
+def test_a_dry_run_says_what_it_would_install_and_does_not(fresh):
+    result = fresh.run("launch/setup.sh", "--dry_run", "test")
+    assert result.returncode == 0, result.stderr
+    assert "pip install" in result.stdout and "\\[test\\]" in result.stdout  # quoted for a shell
+    assert not installs(fresh)
+    fresh.run("launch/setup.sh", "test")
+    assert "nothing to install" in fresh.run("launch/setup.sh", "--dry_run").stdout
+    assert installs(fresh) == [".[test]"]
+
+
+def test_a_check_fails_where_something_would_have_to_be_installed(fresh):
+    """On a node without internet pip would try for minutes and fail; an environment made elsewhere is as good."""
+    before = fresh.run("launch/setup.sh", "--check", JAXALIGN_ACCELERATOR="cuda")
+    assert before.returncode == 2 and "JAXALIGN_ACCELERATOR=cuda bash launch/setup.sh" in before.stderr
+    assert not installs(fresh)
+    fresh.run("launch/setup.sh", JAXALIGN_ACCELERATOR="cuda")  # on the login node, which has no GPU
+    fresh.fake("nvidia-smi", "print('GPU 0: NVIDIA H200 (UUID: x)')")
+    assert fresh.run("launch/setup.sh", "--check").returncode == 0
+    assert installs(fresh) == [".[cuda]"]
+
+
+def test_a_check_without_an_environment(checkout):
+    result = checkout.run("launch/setup.sh", "--check", JAXALIGN_VENV=str(checkout.root / "none"))
+    assert result.returncode == 2 and "where there is internet" in result.stderr
+    assert not (checkout.root / "none").exists()
