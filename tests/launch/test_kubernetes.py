@@ -114,7 +114,7 @@ def test_kubernetes_prints_a_jobset_for_tpus(checkout):
         (["--claim=runs"], ["--config.workdir=runs/x"]),
         (["--claim=runs"], ["--config.workdir", "/data/../tmp/x"]),
         (["--claim=runs:/shared"], ["--config.workdir=/data/run"]),
-        (["--claim=runs"], ["--config.workdir=file:///tmp/x"]),
+        (["--claim=runs"], ["--config.workdir=file://localhost/tmp/x"]),
     ],
 )
 def test_kubernetes_refuses_a_workdir_that_goes_with_the_pod(checkout, claim, workdir):
