@@ -102,6 +102,8 @@ def _common() -> ConfigDict:
                 "eval_sources": (),
                 "eval_fraction": 0.0,  # share of the training records held out where eval_sources is empty
                 "max_records": none(int),
+                "on_error": "stop",  # at a row that is wrong; or skip: it is counted by reason and left out
+                "max_skipped": 0.01,  # share of the rows of a source that on_error may skip
                 "max_length": 1024,  # prompt + completion, in tokens
                 "max_prompt_length": none(int),
                 "max_completion_length": none(int),

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import re
 from typing import Any, NamedTuple
 
-from jaxalign.data.dialogues import as_messages, is_dialogue, until_request
+from jaxalign.data.dialogues import is_dialogue, until_request
 from jaxalign.data.files import Raw
-from jaxalign.data.forms import FORMS, PROMPT_FIELDS, Dropped, Form, blank, blank_prompt, narrowed, number, truth
-from jaxalign.data.records import Record
+from jaxalign.data.forms import (
+    FORMS,
+    PROMPT_FIELDS,
+    Dropped,
+    Form,
+    blank,
+    blank_prompt,
+    narrowed,
+    number,
+    serves,
+    truth,
+)
+from jaxalign.data.preference import Codes, codes_of, column_name
+from jaxalign.data.records import BadRow, Record
 from jaxalign.data.sources import Source, config_line
+from jaxalign.data.unmapped import (
+    columns_of,
+    guessed_columns,
+    nearest,
+    no_form,
+    only_text,
+    unlabelled,
+    wrong_kind,
+)
 from jaxalign.errors import InputError
 
 # Our names of columns, the keys of a source's `columns`.
@@ -26,7 +46,7 @@ FIELDS: dict[str, str] = {
     "output": "the assistant's turn (Alpaca)",
     "system": "the system message (ShareGPT, Alpaca)",
     "history": "earlier turns, as pairs of strings (Alpaca)",
-    "preference": "1 where `chosen` is the better side, 2 where `rejected` is; else the record is dropped",
+    "preference": "which side is better: a column of 1 and 2, or a dict of it and its codes (see preference.py)",
     "score": "a number for the loss: margin of a pair, label, rating",
     "weight": "weight of the record in the loss",
 }
@@ -34,33 +54,6 @@ FIELDS: dict[str, str] = {
 # Names that data uses for our fields without a mapping.  A `preference` or `weight` in the data may mean anything.
 _ALIASES: tuple[tuple[str, str], ...] = (("conversations", "messages"), ("margin", "score"))
 _ONLY_MAPPED = ("preference", "weight", "score")
-
-_GUESSES: dict[str, tuple[str, ...]] = {
-    "prompt": ("question", "query", "problem", "request", "context", "input", "instruction"),
-    "completion": ("answer", "response", "output", "target", "solution", "reply", "summary"),
-    "chosen": ("chosen_response", "preferred", "winner", "better", "good", "accepted", "positive", "response_0"),
-    "rejected": ("rejected_response", "dispreferred", "loser", "worse", "bad", "negative", "response_1"),
-    "messages": ("dialog", "dialogue", "conversation", "turns", "chat"),
-    "text": ("content", "document", "story", "review", "body"),
-}
-
-
-# The kinds of record that serve each purpose.
-_SERVE: dict[str, tuple[str, ...]] = {
-    "sft": ("text", "messages", "completion", "pair"),
-    "reward": ("pair",),
-    "dpo": ("pair",),
-    "ppo": ("text", "messages", "completion", "pair", "prompt"),
-}
-
-
-def serves(kind: str, purpose: str | None) -> bool:
-    """Whether records of a kind can be used for a purpose; None is any.
-
-    >>> serves("pair", "sft"), serves("prompt", "dpo")
-    (True, False)
-    """
-    return purpose is None or kind in _SERVE[purpose]
 
 
 class Plan(NamedTuple):
@@ -70,16 +63,13 @@ class Plan(NamedTuple):
     format: Form
     names: dict[str, str]  # our name -> the data's
     labelled: bool  # whether `label` says true or false of each completion: unpaired feedback, KTO's form
+    codes: Codes | None = None  # of the column that says which side is better
+    warning: str = ""  # what may be wrong with it, in words
 
     @property
     def kind(self) -> str:
         """The kind of the records."""
         return self.format.kind
-
-
-def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Names of the columns that hold something in at least one row, in order of appearance."""
-    return list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
 
 
 def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
@@ -107,13 +97,14 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
             names[ours] = theirs
     if "score" not in source.columns and "score" in names and not _numeric(sample, names["score"]):
         del names["score"]
+    codes = codes_of(source.columns["preference"]) if "preference" in source.columns else None
     possible = [
         form
         for form in FORMS
         if all(ours in names and (names[ours] in present or ours in source.columns) for ours in form.required)
     ]
     if not possible:
-        raise _no_form(source, sample, listed, purpose)
+        raise no_form(source, sample, listed, purpose)
 
     def rank(form: Form) -> tuple[int, bool]:
         return sum(ours in form.required + form.optional for ours in source.columns), serves(form.kind, purpose)
@@ -130,13 +121,14 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
     labels = [raw.row.get("label") for raw in sample if raw.row.get("label") not in (None, "")]
     labelled = form.kind in ("messages", "completion") and bool(labels) and None not in map(truth, labels)
     if not serves(form.kind, purpose):
-        raise _wrong_kind(source, sample, form, listed, purpose, labelled)
+        raise wrong_kind(source, sample, form, listed, purpose, labelled)
+    asks = form.kind == "pair" and codes is None and purpose != "ppo"
     form = narrowed(form, purpose)
     used = {ours: theirs for ours, theirs in names.items() if ours in form.required + form.optional}
     used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
     if form.kind == "pair" and not any(ours in used for ours in _PROMPTS):
         _check_implicit(source, sample, listed, used)
-    return Plan(source, form, used, labelled)
+    return Plan(source, form, used, labelled, codes, unlabelled(source, sample, names) if asks else "")
 
 
 def widened(plan: Plan, sample: list[Raw], raw: Raw, purpose: str | None) -> Plan:
@@ -174,7 +166,7 @@ def _check_implicit(source: Source, sample: list[Raw], listed: list[str], names:
     if any(side and not (isinstance(side, str) and not is_dialogue(side)) for side in sides):
         return
     rest = [Raw(r.file, r.line, {k: v for k, v in r.row.items() if k not in names.values()}) for r in sample]
-    guess = guessed_columns(rest, ("prompt",)) or dict.fromkeys(("prompt",), _only_text(rest) or "COLUMN")
+    guess = guessed_columns(rest, ("prompt",)) or dict.fromkeys(("prompt",), only_text(rest) or "COLUMN")
     raise InputError(
         f"{sample[0].file}: columns {', '.join(listed)}, none of them a prompt",
         "prompt + chosen + rejected, or whole dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...) in chosen and rejected",
@@ -182,47 +174,25 @@ def _check_implicit(source: Source, sample: list[Raw], listed: list[str], names:
     )
 
 
-def _dialogues(sample: list[Raw]) -> dict[str, str]:
-    """A mapping of messages to the first column that holds lists of them; none where there is none."""
-    for name in columns_of(raw.row for raw in sample):
-        value = next(raw.row[name] for raw in sample if raw.row.get(name) is not None)
-        try:
-            if not isinstance(value, str) and as_messages(value):
-                return {"messages": name}
-        except ValueError:
-            continue
-    return {}
-
-
-def _only_text(sample: list[Raw]) -> str | None:
-    """The one column that holds text, where there is one."""
-    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), str) for r in sample)]
-    return texts[0] if len(texts) == 1 else None
-
-
 def _mapped(source: Source, file: str, listed: list[str]) -> dict[str, str]:
     """The source's mapping, checked against the columns that the data has."""
     for ours, theirs in source.columns.items():
         if ours not in FIELDS:
-            near = _nearest(ours, FIELDS)
+            near = nearest(ours, FIELDS)
             rest = {(near if k == ours else k): v for k, v in source.columns.items()}
             raise InputError(
                 f"columns maps {ours!r}", f"one of our names: {', '.join(FIELDS)}", config_line(source, columns=rest)
             )
-        if theirs not in listed:
-            near = _nearest(theirs, listed)
+        name = column_name(theirs)
+        if name not in listed:
+            near = nearest(name, listed)
+            right = near if isinstance(theirs, str) else {**theirs, "column": near}
             raise InputError(
-                f"{file}: no column {theirs!r}",
+                f"{file}: no column {name!r}",
                 f"one of its columns: {', '.join(listed)}",
-                config_line(source, columns={**source.columns, ours: near}),
+                config_line(source, columns={**source.columns, ours: right}),
             )
-    return dict(source.columns)
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    lowered = {known.lower(): known for known in names}
-    found = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
-    return lowered[found[0]] if found else ""
+    return {ours: column_name(theirs) for ours, theirs in source.columns.items()}
 
 
 def _numeric(sample: list[Raw], name: str) -> bool:
@@ -242,83 +212,13 @@ def _plural(form: Form) -> str:
     return f"records of {', '.join(form.required)}"
 
 
-def guessed_columns(sample: list[Raw], wanted: tuple[str, ...]) -> dict[str, str]:
-    """A mapping of wanted fields to the columns with text that most likely hold them; none where no name is near."""
-    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), (str, list)) for r in sample)]
-    guess: dict[str, str] = {}
-    for ours in wanted:
-        free = {name.lower(): name for name in texts if name not in guess.values()}
-        names = [name for name in (ours, *_GUESSES.get(ours, ())) if name in free]
-        names += [name for name in free if ours in name.replace("-", "_").split("_")]
-        names += difflib.get_close_matches(ours, free, n=1, cutoff=0.7)
-        if names:
-            guess[ours] = free[names[0]]
-    return guess
-
-
-def _forms_for(purpose: str | None) -> str:
-    return "; ".join(" + ".join(form.required) for form in FORMS if serves(form.kind, purpose))
-
-
-def _mapping_line(source: Source, sample: list[Raw], purpose: str | None, kind: str | None = None) -> str:
-    """The config line that maps what the columns most likely are, or what to do where none seems right."""
-    wanted: tuple[str, ...] = ("prompt", "completion")
-    if purpose == "ppo":
-        wanted = ("prompt",)
-    elif not serves("completion", purpose):
-        wanted = ("prompt", "chosen", "rejected")
-    guess = guessed_columns(sample, wanted)
-    if "rejected" not in wanted and not guess:  # one column that holds all?
-        guess, text = _dialogues(sample), _only_text(sample)
-        if not guess and text is not None:
-            guess = {wanted[0] if len(wanted) == 1 else "text": text}
-        if guess:
-            return config_line(source, columns={**source.columns, **guess})
-    missing = [ours for ours in wanted if ours not in guess and ours != "prompt"]
-    if missing and purpose in ("reward", "dpo"):
-        line = f"{config_line(source, path='PAIRS.jsonl', columns={}, preset=None)} with {' and '.join(missing)} in it"
-        others = [f'defaults("{other}")' for other in ("sft", "ppo") if kind and serves(kind, other)]
-        return f"{line}; as it is, the data is for {' or '.join(others)}" if others else line
-    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted if ours in guess or "rejected" not in wanted}
-    return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
-
-
-def _no_form(source: Source, sample: list[Raw], listed: list[str], purpose: str | None) -> InputError:
-    return InputError(
-        f"{sample[0].file}: columns {', '.join(listed) or '(none)'}",
-        f"the columns of one form: {_forms_for(purpose)}",
-        _mapping_line(source, sample, purpose),
-    )
-
-
-_FOUND = {
-    "text": "plain text",
-    "messages": "dialogues",
-    "completion": "prompts with one completion each",
-    "prompt": "prompts only",
-}
-
-
-def _wrong_kind(
-    source: Source, sample: list[Raw], form: Form, listed: list[str], purpose: str | None, labelled: bool
-) -> InputError:
-    found = _FOUND[form.kind]
-    if labelled:
-        found += ", each labelled true or false (unpaired feedback, the form of KTO)"
-    needs = "pairs" if purpose in ("reward", "dpo") else "completions to train on"
-    return InputError(
-        f"{sample[0].file}: {found} (columns {', '.join(listed)})",
-        f"{needs} for {purpose}: {_forms_for(purpose)}",
-        _mapping_line(source, sample, purpose, form.kind),
-    )
-
-
 def to_record(plan: Plan, raw: Raw) -> Record:
     """One row as a record, with index 0 and every unused column in `columns`.
 
     Raises:
       Dropped: with the reason, for a row that holds nothing to train on.
-      InputError: for a row that is wrong, with its file and line.
+      UnknownCode: where the column that says which side is better holds a code of no meaning.
+      BadRow: for a row that is wrong, with its file and line.
     """
     row = {}
     for ours, theirs in plan.names.items():
@@ -332,6 +232,8 @@ def to_record(plan: Plan, raw: Raw) -> Record:
         # The column itself says something.
         if value is not None or ours in ("system", "preference") or (ours == "prompt" and theirs in raw.row):
             row[ours] = value
+    if "preference" in row and plan.codes is not None:
+        row["preference"] = plan.codes.winner(row["preference"])
     try:
         score, weight = number(row, "score", 0.0), number(row, "weight", 1.0)
         if weight < 0:
@@ -345,13 +247,21 @@ def to_record(plan: Plan, raw: Raw) -> Record:
     return Record(0, raw.file, raw.line, plan.kind, weight=weight, score=score, columns=rest, **fields)
 
 
-def _bad(plan: Plan, raw: Raw, problem: str, expected: str) -> InputError:
-    names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else plan.source.columns
-    return InputError(
-        f"{raw.where}: {problem}",
-        expected,
-        f"repair or delete that record, or {config_line(plan.source, columns=names)}",
-    )
+def _bad(plan: Plan, raw: Raw, problem: str, expected: str) -> BadRow:
+    names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else {}
+    line = config_line(plan.source, columns={**names, **plan.source.columns})
+    fix = f"repair or delete that record, or {line}, or --config.data.on_error=skip"
+    return BadRow(raw.where, problem, expected, fix, _reason(problem))
+
+
+def _reason(problem: str) -> str:
+    """A problem without what is the row's own, so that like rows are counted together.
+
+    >>> _reason("message 12 has the role 'wizard'; known are bot, user")
+    'message ... has the role ...'
+    """
+    masked = re.sub(r"'[^']*'|\"[^\"]*\"|-?\d+(\.\d+)?([eE][+-]?\d+)?", "...", problem)
+    return re.split(r"[;(\[]|, ", masked, maxsplit=1)[0].strip()[:80]
 
 
 def _check_text(value: Any) -> None:

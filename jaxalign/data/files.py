@@ -1,20 +1,33 @@
 """Rows of one data file: json, jsonl, csv (each also gzipped), parquet, arrow; on disk or at a URL fsspec knows.
 
-A row comes as a plain dict with the place it stands at.  What cannot be read is an InputError that names the place.
+A row comes as a plain dict with the place it stands at.  A file that cannot be read is an InputError that names it;
+one row that cannot be read is a BadRow, which is raised, or handed to whoever wants to go on without it.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import os
+import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import IO, Any, NamedTuple
 
+from jaxalign.data.records import BadRow
 from jaxalign.errors import InputError
+
+OnBad = Callable[[BadRow], None]
+
+
+def stop(error: BadRow) -> None:
+    """The first row that is wrong ends the reading."""
+    raise error
 
 
 class Raw(NamedTuple):
@@ -53,15 +66,18 @@ def supported(path: str) -> bool:
     return _reader(path) is not None
 
 
-def read_file(path: str) -> Iterator[Raw]:
+def read_file(path: str, on_bad: OnBad = stop) -> Iterator[Raw]:
     """The rows of one file, in order.
 
     Args:
       path: a file whose name ends in one of `SUFFIXES`, or in one of them and `.gz` (text formats).
+      on_bad: is told of a row that is wrong by itself; the reading goes on where it does not raise.
 
     Raises:
       InputError: with the file, the line and what is wrong there.
     """
+    if not is_url(path):
+        _check_regular(path)
     reader = _reader(path)
     if reader is None:
         raise InputError(
@@ -70,7 +86,7 @@ def read_file(path: str) -> Iterator[Raw]:
             'write a JSON object a line, {"text": ...}, into a .jsonl file',
         )
     try:
-        yield from reader(path)
+        yield from reader(path, on_bad)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
             f"{path}: broken gzip ({error})", "a whole gzip file", f"copy it again; gzip -t {path} checks it"
@@ -79,22 +95,66 @@ def read_file(path: str) -> Iterator[Raw]:
         raise InputError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})",
             "UTF-8",
-            f"iconv -f LATIN1 -t UTF-8 {path}",
+            f"iconv -f LATIN1 -t UTF-8 {path} > FILE",
         ) from error
     except OSError as error:
         raise InputError(f"{path}: {error}", "a file that can be read", f"ls -l {path}") from error
 
 
+def _check_regular(path: str) -> None:
+    """Refuses what would be waited for without an end (a pipe, a device), and says where a link leads."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if os.path.islink(path):
+            raise InputError(
+                f"{path}: a symbolic link to {os.readlink(path)}, which cannot be followed ({error.strerror})",
+                "a link to a file",
+                f"ln -sfn /path/to/the/data {path}",
+            ) from error
+        return  # said when it is opened
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
+    for test, kind in (*kinds, (stat.S_ISBLK, "a device")):
+        if test(mode):
+            raise InputError(f"{path}: {kind}", "a file, which can be read again", f"cat {path} > data.jsonl")
+
+
 def _stream(path: str) -> IO[bytes]:
     """The bytes of a text file, decompressed."""
     raw = open_binary(path)
-    return gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw  # type: ignore[return-value]
+    if not path.lower().endswith(".gz"):
+        return raw if hasattr(raw, "peek") else io.BufferedReader(raw)  # type: ignore[type-var]
+    return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
 
 
-def _bad_line(path: str, line: int, problem: str, expected: str) -> InputError:
-    return InputError(
-        f"{path}:{line}: {problem}", expected, f"sed -n {line}p {path} shows the line; repair or delete it"
-    )
+# Marks at the beginning of a file, longer ones first: that of UTF-32-LE begins like that of UTF-16-LE.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def _encoding(path: str, stream: IO[bytes]) -> str:
+    """What a text file is written in, by its mark; UTF-8 where there is none."""
+    head = stream.peek(4)[:4]  # type: ignore[attr-defined]
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    if b"\0" in head:
+        order = "LE" if head[1:2] == b"\0" else "BE"
+        raise InputError(
+            f"{path}: zero bytes at its beginning, as UTF-16 without a mark has them",
+            "UTF-8, or UTF-16 with a mark",
+            f"iconv -f UTF-16{order} -t UTF-8 {path} > FILE",
+        )
+    return "utf-8-sig"
+
+
+def _bad_line(path: str, line: int, problem: str, expected: str, reason: str) -> BadRow:
+    fix = f"sed -n {line}p {path} shows the line; repair or delete it, or --config.data.on_error=skip"
+    return BadRow(f"{path}:{line}", problem, expected, fix, reason)
 
 
 def _json(text: str) -> Any:
@@ -105,14 +165,27 @@ def _json(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _read_jsonl(path: str) -> Iterator[Raw]:
+def _read_jsonl(path: str, on_bad: OnBad) -> Iterator[Raw]:
     with _stream(path) as stream:
+        encoding = _encoding(path, stream)
         # Lines end at \n alone: U+2028 and its kin are legal inside a JSON string.
-        yield from _json_lines(path, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"))
+        lines: Iterable[bytes | str] = stream
+        if encoding != "utf-8-sig":
+            lines = io.TextIOWrapper(stream, encoding=encoding, newline="\n")
+        yield from _json_lines(path, lines, on_bad)
 
 
-def _json_lines(path: str, lines) -> Iterator[Raw]:
+def _json_lines(path: str, lines: Iterable[bytes | str], on_bad: OnBad) -> Iterator[Raw]:
+    """Rows of lines; bytes are UTF-8, decoded line by line, so that one that is not spoils no other."""
     for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes):
+            try:
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+                fix = f"iconv -f LATIN1 -t UTF-8 {path} > FILE, or repair the line, or --config.data.on_error=skip"
+                on_bad(BadRow(f"{path}:{number}", problem, "UTF-8", fix, "not UTF-8"))
+                continue
         if not line.strip():
             continue
         try:
@@ -121,11 +194,13 @@ def _json_lines(path: str, lines) -> Iterator[Raw]:
             if line.strip() == "[" and number == 1:
                 raise _array(path) from error
             problem = _cut_off(line, error) or f"not JSON ({error}): {_shown(line)}"
-            raise _bad_line(path, number, problem, "one JSON object a line") from error
+            on_bad(_bad_line(path, number, problem, "one JSON object a line", "not JSON"))
+            continue
         if isinstance(row, list) and number == 1 and row and isinstance(row[0], dict):
             raise _array(path)
         if not isinstance(row, dict):
-            raise _bad_line(path, number, f"{_kind(row)}: {_shown(line)}", "a JSON object")
+            on_bad(_bad_line(path, number, f"{_kind(row)}: {_shown(line)}", "a JSON object", "no JSON object"))
+            continue
         yield Raw(path, number, row)
 
 
@@ -148,10 +223,11 @@ def _array(path: str) -> InputError:
     )
 
 
-def _read_json(path: str) -> Iterator[Raw]:
+def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
     """An array of objects, an object of equally long columns, an object around one array, or JSON lines."""
     with _stream(path) as stream:
-        text = stream.read().decode("utf-8-sig")
+        encoding = _encoding(path, stream)
+        text = stream.read().decode(encoding)
     try:
         whole = _json(text)
     except ValueError as error:
@@ -163,12 +239,13 @@ def _read_json(path: str) -> Iterator[Raw]:
         except ValueError:
             is_lines = False
         if is_lines:
-            yield from _json_lines(path, lines)
+            yield from _json_lines(path, lines, on_bad)
             return
         if not text.strip():
             return
         line = getattr(error, "lineno", 1)
-        raise _bad_line(path, line, f"not JSON ({error})", "an array of objects, or JSON lines") from error
+        problem = f"not JSON ({error})"
+        raise _bad_line(path, line, problem, "an array of objects, or JSON lines", "not JSON") from error
     rows = _rows_of(whole)
     if rows is None:
         raise InputError(
@@ -179,7 +256,9 @@ def _read_json(path: str) -> Iterator[Raw]:
         )
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: record {number} is {_kind(row)}", "an object", f"repair it in {path}")
+            fix = f"repair it in {path}, or --config.data.on_error=skip"
+            on_bad(BadRow(f"{path}:{number}", f"record {number} is {_kind(row)}", "an object", fix, "no JSON object"))
+            continue
         yield Raw(path, number, row)
 
 
@@ -198,13 +277,18 @@ def _rows_of(whole: Any) -> list | None:
     return None
 
 
-def _read_csv(path: str, delimiter: str = ",") -> Iterator[Raw]:
-    """Rows under a header line; a cell that holds a JSON list of messages is parsed."""
+def _read_csv(path: str, on_bad: OnBad, delimiter: str | None = None) -> Iterator[Raw]:
+    """Rows under a header line; a cell that holds a JSON list of messages is parsed.
+
+    Without a delimiter it is the comma, or, where the header has none, the semicolon or the tab that it has.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
     with _stream(path) as stream:
-        reader = csv.reader(
-            io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
-        )
+        text = io.TextIOWrapper(stream, encoding=_encoding(path, stream), newline="")
+        head, lines = _first_line(text)
+        if delimiter is None:
+            delimiter = "," if "," in head else next((d for d in ";\t" if d in head), ",")
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         start = 1
         try:
@@ -216,15 +300,27 @@ def _read_csv(path: str, delimiter: str = ",") -> Iterator[Raw]:
                     header = cells
                     repeated = {name for name in header if header.count(name) > 1}
                     if repeated:
-                        raise _bad_line(path, line, f"repeated column {', '.join(sorted(repeated))}", "different names")
+                        shown = ", ".join(map(repr, sorted(repeated)))
+                        raise _bad_line(path, line, f"repeated column {shown}", "different names", "")
                     continue
                 if len(cells) != len(header):
-                    raise _bad_line(
-                        path, line, f"{len(cells)} cells", f"{len(header)}, as in the header ({_names(header)})"
-                    )
+                    wanted = f"{len(header)}, as in the header ({_names(header)})"
+                    on_bad(_bad_line(path, line, f"{len(cells)} cells", wanted, "another number of cells"))
+                    continue
                 yield Raw(path, line, dict(zip(header, map(_cell, cells), strict=True)))
         except csv.Error as error:
-            raise _bad_line(path, start, f"not CSV ({error})", "cells, quoted where they hold commas") from error
+            wanted = "cells, quoted where they hold delimiters or quotes (doubled)"
+            raise _bad_line(path, start, f"not CSV ({error})", wanted, "") from error
+
+
+def _first_line(text: io.TextIOWrapper) -> tuple[str, Iterator[str]]:
+    """The first line that is not blank, and all lines."""
+    begin = []
+    for line in text:
+        begin.append(line)
+        if line.strip():
+            break
+    return (begin[-1] if begin else ""), chain(begin, text)
 
 
 def _cell(text: str) -> Any:
@@ -239,7 +335,7 @@ def _cell(text: str) -> Any:
     return text
 
 
-def _read_parquet(path: str) -> Iterator[Raw]:
+def _read_parquet(path: str, on_bad: OnBad) -> Iterator[Raw]:
     import pyarrow
     import pyarrow.parquet
 
@@ -251,7 +347,7 @@ def _read_parquet(path: str) -> Iterator[Raw]:
             raise _broken(path, "parquet", error) from error
 
 
-def _read_arrow(path: str) -> Iterator[Raw]:
+def _read_arrow(path: str, on_bad: OnBad) -> Iterator[Raw]:
     import pyarrow
     import pyarrow.ipc
 
@@ -301,19 +397,19 @@ def _shown(text: str) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-_READERS: tuple[tuple[str, Callable[[str], Iterator[Raw]]], ...] = (
+_READERS: tuple[tuple[str, Callable[[str, OnBad], Iterator[Raw]]], ...] = (
     (".jsonl", _read_jsonl),
     (".ndjson", _read_jsonl),
     (".json", _read_json),
     (".csv", _read_csv),
-    (".tsv", lambda path: _read_csv(path, "\t")),
+    (".tsv", lambda path, on_bad: _read_csv(path, on_bad, "\t")),
     (".parquet", _read_parquet),
     (".arrow", _read_arrow),
 )
 SUFFIXES = tuple(suffix for suffix, _ in _READERS)
 
 
-def _reader(path: str) -> Callable[[str], Iterator[Raw]] | None:
+def _reader(path: str) -> Callable[[str, OnBad], Iterator[Raw]] | None:
     name = path.lower()
     gzipped = name.endswith(".gz")
     name = name.removesuffix(".gz")

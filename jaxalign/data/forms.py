@@ -273,15 +273,14 @@ def _repeats(prompt: Any, sides: Mapping[str, Any]) -> bool:
 
 
 def _ordered(row: dict[str, Any]) -> dict[str, Any]:
-    """Chosen and rejected in the order that a `preference` column states."""
+    """Chosen and rejected in the order that `preference` states: 1, 2, or None where it states none."""
     if "preference" not in row:
         return row
-    preference = 0.0 if row["preference"] is None else number(row, "preference", 0.0)
-    if preference == 2:
+    if row["preference"] == 2:
         if "rejected" not in row:
             raise Dropped("rejected is null")
         return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-    if preference != 1:
+    if row["preference"] != 1:
         raise Dropped("no preference between the sides")
     return row
 
@@ -343,3 +342,21 @@ _NARROWED: dict[tuple[str, tuple[str, ...]], Form] = {
 def narrowed(form: Form, purpose: str | None) -> Form:
     """The form under which a purpose reads the rows: sft the better side of pairs, ppo the prompts."""
     return _NARROWED.get((purpose or "", form.required), form)
+
+
+# The kinds of record that serve each purpose.
+_SERVE: dict[str, tuple[str, ...]] = {
+    "sft": ("text", "messages", "completion", "pair"),
+    "reward": ("pair",),
+    "dpo": ("pair",),
+    "ppo": ("text", "messages", "completion", "pair", "prompt"),
+}
+
+
+def serves(kind: str, purpose: str | None) -> bool:
+    """Whether records of a kind can be used for a purpose; None is any.
+
+    >>> serves("pair", "sft"), serves("prompt", "dpo")
+    (True, False)
+    """
+    return purpose is None or kind in _SERVE[purpose]

@@ -131,6 +131,8 @@ class Dataset:
             seed=config.seed,
             max_records=None if own_sources else data.max_records,
             field="data.eval_sources" if own_sources else "data.sources",
+            on_error=data.on_error,
+            max_skipped=data.max_skipped,
         )
         return cls.from_records(
             records, config, tokenizer, purpose, split, eos_ids=eos_ids, like=like, tally=tally.to_dict()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from jaxalign.data.columns import Plan, columns_of, fit, make_plan, to_record, widened
+from jaxalign.data.columns import Plan, fit, make_plan, to_record, widened
 from jaxalign.data.files import Raw
 from jaxalign.data.forms import Dropped
+from jaxalign.data.preference import Codes, UnknownCode, canonical
 from jaxalign.data.presets import apply_preset
-from jaxalign.data.records import PURPOSES, Record, Tally
+from jaxalign.data.records import PURPOSES, BadRow, Record, Tally, check_skipped
 from jaxalign.data.sources import Source, parse_sources, read
+from jaxalign.data.unmapped import columns_of, unknown_code
 from jaxalign.errors import InputError
 
 _SAMPLE = 256  # rows of a file that decide what its columns mean
@@ -26,6 +29,8 @@ def load_records(
     seed: int = 0,
     max_records: int | None = None,
     field: str = "",
+    on_error: str = "stop",
+    max_skipped: float = 1.0,
 ) -> tuple[list[Record], Tally]:
     """Reads, converts and mixes sources.
 
@@ -40,6 +45,8 @@ def load_records(
       seed: of the draw where weights have fractions.
       max_records: the first so many of the mixture are kept; a single source of weight 1 is read no further.
       field: the config field that holds the sources, for messages; default: no configuration is at hand.
+      on_error: "stop" at the first row that is wrong, or "skip" such rows and count them by reason.
+      max_skipped: the share of a source's rows that may be skipped.
 
     Returns:
       The records, `index` counting from 0, and what was read, dropped and why.
@@ -54,8 +61,9 @@ def load_records(
     alone = len(parsed) == 1 and parsed[0].weight == 1
     loaded, tallies = [], []
     for source in parsed:
-        tally = Tally()
+        tally = Tally(on_error)
         records = list(islice(_records(source, purpose, tally), max_records if alone else None))
+        check_skipped(tally.skipped, tally.read, max_skipped, source.path, tally.examples)
         if not records:
             raise _empty(source, tally, purpose)
         loaded.append(records)
@@ -74,6 +82,7 @@ def load_records(
                 "kept": tally.kept,
                 "used": sum(1 for of, _ in mixed if of == number),
                 "dropped": dict(tally.dropped),
+                "skipped": dict(tally.skipped),
             }
         )
     return [loaded[of][at]._replace(index=index) for index, (of, at) in enumerate(mixed)], total
@@ -81,15 +90,35 @@ def load_records(
 
 def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Record]:
     """The usable records of one source, counted as they pass."""
-    rows = apply_preset(source, _counted(read(source), tally), purpose, tally)
+
+    def on_bad(error: BadRow) -> None:
+        tally.read += 1
+        tally.bad(error)
+
+    rows = apply_preset(source, _counted(read(source, on_bad), tally), purpose, tally)
     for plan, raw in _planned(source, rows, purpose):
+        if plan.warning and plan.warning not in tally.warnings:
+            tally.warnings.append(plan.warning)
         try:
             record = fit(to_record(plan, raw), purpose, raw, plan)
         except Dropped as reason:
             tally.drop(str(reason), raw.where)
             continue
+        except UnknownCode as code:
+            counts = _all_codes(source, plan, purpose)
+            raise unknown_code(source, plan.codes or Codes("", {}), plan.names, raw, str(code), counts) from None
+        except BadRow as error:
+            tally.bad(error)
+            continue
         tally.kept += 1
         yield record
+
+
+def _all_codes(source: Source, plan: Plan, purpose: str | None) -> Counter[str]:
+    """How often each code of the preference column occurs, the whole source read again."""
+    rows = apply_preset(source, read(source, lambda error: None), purpose, Tally("skip"))
+    column = plan.names["preference"]
+    return Counter(canonical(raw.row[column]) for raw in rows if column in raw.row)
 
 
 def _counted(rows: Iterable[Raw], tally: Tally) -> Iterator[Raw]:
@@ -145,6 +174,7 @@ def _empty(source: Source, tally: Tally, purpose: str | None) -> InputError:
     reasons = "; ".join(
         f"{count} {reason} (first at {tally.examples[reason][0]})" for reason, count in tally.dropped.items()
     )
+    reasons += "; ".join(f"{count} {reason}, skipped" for reason, count in tally.skipped.items())
     first = min((places[0] for places in tally.examples.values()), default=source.path)
     return InputError(
         f"{source.path}: {tally.read} records, none usable" + (f": {reasons}" if reasons else ""),

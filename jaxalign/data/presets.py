@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from jaxalign.data.files import Raw
-from jaxalign.data.records import Message, Tally
+from jaxalign.data.records import BadRow, Message, Tally
 from jaxalign.data.sources import Source, config_line
 from jaxalign.errors import InputError
 
@@ -111,10 +111,7 @@ def _by_shape(rows: Rows) -> tuple[list[Raw], list[Raw]]:
 
 def _trees(flat: list[Raw], tally: Tally) -> Iterator[Raw]:
     """Nests single messages under their parents; each tree stands where its first message stood."""
-    for raw in flat:
-        for name in ("message_id", "parent_id"):
-            if not isinstance(raw.row.get(name), (str, int, type(None))):
-                raise _broken_tree(raw, f"{name} {raw.row[name]!r}", f"a string for {name}")
+    flat = [raw for raw in flat if _named(raw, tally)]
     nodes = {raw.row.get("message_id"): {**raw.row, "replies": []} for raw in flat}
     roots = []
     for raw in flat:
@@ -127,6 +124,15 @@ def _trees(flat: list[Raw], tally: Tally) -> Iterator[Raw]:
             tally.drop("reply to a message that is not there", raw.where)
     for raw in roots:
         yield raw._replace(row=nodes[raw.row.get("message_id")])
+
+
+def _named(raw: Raw, tally: Tally) -> bool:
+    """Whether a single message has names that can be looked up; told where it has none."""
+    for name in ("message_id", "parent_id"):
+        if not isinstance(raw.row.get(name), (str, int, type(None))):
+            tally.bad(_broken_tree(raw, f"{name} {raw.row[name]!r}", f"a string for {name}", f"broken {name}"))
+            return False
+    return True
 
 
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -143,13 +149,17 @@ def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally:
         role, text = _OASST_ROLES.get(str(node.get("role"))), node.get("text")
         if role is None or not isinstance(text, str):
             problem = f"message {node.get('message_id')} with role {node.get('role')!r} and text {text!r}"
-            raise _broken_tree(raw, problem, "role prompter or assistant, and a string for text")
+            wanted = "role prompter or assistant, and a string for text"
+            tally.bad(_broken_tree(raw, problem, wanted, "message with a broken role or text"))
+            continue
         path = [*path, {"role": role, "content": text}]
-        replies = [reply for reply in node.get("replies") or () if isinstance(reply, dict)]
-        for reply in replies:
-            if not isinstance(reply.get("rank"), (int, float, type(None))):
+        replies = []
+        for reply in node.get("replies") or ():
+            if isinstance(reply, dict) and not isinstance(reply.get("rank"), (int, float, type(None))):
                 problem = f"message {reply.get('message_id')} with rank {reply['rank']!r}"
-                raise _broken_tree(raw, problem, "a number for rank, or null")
+                tally.bad(_broken_tree(raw, problem, "a number for rank, or null", "message with a broken rank"))
+            elif isinstance(reply, dict):
+                replies.append(reply)
         if role == "user":
             known = {"message_tree_id": tree, "parent_id": node.get("message_id"), "lang": node.get("lang")}
             for row in _ranked(path, [reply for reply in replies if _usable(reply)], purpose):
@@ -157,8 +167,9 @@ def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally:
         stack.extend((reply, path) for reply in reversed(replies))
 
 
-def _broken_tree(raw: Raw, problem: str, expected: str) -> InputError:
-    return InputError(f"{raw.where}: {problem}"[:300], expected, "repair or delete that tree")
+def _broken_tree(raw: Raw, problem: str, expected: str, reason: str) -> BadRow:
+    fix = "repair or delete that tree, or --config.data.on_error=skip"
+    return BadRow(raw.where, problem[:300], expected, fix, reason)
 
 
 def _usable(node: dict[str, Any]) -> bool:

@@ -23,6 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxalign.errors import InputError
+
 PURPOSES = ("sft", "reward", "dpo", "ppo")
 KINDS = ("text", "messages", "completion", "pair", "prompt")
 
@@ -62,20 +64,50 @@ class Record(NamedTuple):
         return self.source, self.line
 
 
+class BadRow(InputError):
+    """One row that is wrong, where others may be right: `data.on_error` says whether it ends the run.
+
+    Args:
+      where: its place, as file:line.
+      problem: what is wrong with it.
+      expected: what it should be.
+      fix: the line that repairs it.
+      reason: under which it is counted where it is skipped.
+    """
+
+    def __init__(self, where: str, problem: str, expected: str, fix: str, reason: str):
+        super().__init__(f"{where}: {problem}", expected, fix)
+        self.where, self.reason = where, reason
+
+
 @dataclass
 class Tally:
-    """What was read, kept and dropped, and why."""
+    """What was read, kept, dropped and skipped, and why."""
+
+    on_error: str = "stop"  # or skip: a row that is wrong is counted and left out
 
     read: int = 0  # records that the sources hold, as far as they were read
     kept: int = 0  # records that can be used, before weights and max_records
     used: int = 0  # records in the returned list
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
+    skipped: dict[str, int] = field(default_factory=dict)  # what is wrong with a row -> such rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places, as file:line
+    warnings: list[str] = field(default_factory=list)  # sentences about how the sources are read
     sources: list[dict[str, Any]] = field(default_factory=list)  # of each: path, weight, read, kept, dropped, used
 
     def drop(self, reason: str, where: str) -> None:
         """Counts one record that cannot be used."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self._place(reason, where)
+
+    def bad(self, error: BadRow) -> None:
+        """Raises the error of a row that is wrong, or counts the row as one that is skipped."""
+        if self.on_error != "skip":
+            raise error
+        self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
+        self._place(error.reason, error.where)
+
+    def _place(self, reason: str, where: str) -> None:
         places = self.examples.setdefault(reason, [])
         if len(places) < 3:
             places.append(where)
@@ -84,9 +116,12 @@ class Tally:
         """Adds the counts of another tally."""
         self.read += other.read
         self.kept += other.kept
-        for reason, count in other.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
-            self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:3]
+        self.warnings += other.warnings
+        for counts, others in ((self.dropped, other.dropped), (self.skipped, other.skipped)):
+            for reason, count in others.items():
+                counts[reason] = counts.get(reason, 0) + count
+        for reason, places in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + places)[:3]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values for the data report."""
@@ -95,6 +130,33 @@ class Tally:
             "kept": self.kept,
             "used": self.used,
             "dropped": dict(self.dropped),
+            "skipped": dict(self.skipped),
             "examples": {reason: list(places) for reason, places in self.examples.items()},
             "sources": [dict(source) for source in self.sources],
+            "warnings": list(self.warnings),
         }
+
+
+def check_skipped(skipped: dict[str, int], read: int, most: float, where: str, places: dict[str, list[str]]) -> None:
+    """Stops where more rows are wrong than a configuration lets pass.
+
+    Args:
+      skipped: reason -> rows.
+      read: rows, those that are skipped among them.
+      most: the share of rows that may be skipped, `data.max_skipped`.
+      where: the source.
+      places: reason -> the first places.
+
+    Raises:
+      InputError: with the reasons, their counts and where each came first.
+    """
+    count = sum(skipped.values())
+    if count <= most * read:
+        return
+    ranked = sorted(skipped.items(), key=lambda item: -item[1])
+    said = "; ".join(f"{n} {reason} (first at {places[reason][0]})" for reason, n in ranked[:6])
+    raise InputError(
+        f"{where}: {count} of {read} rows are wrong: {said}",
+        f"at most {most:.2%} of the rows (data.max_skipped)",
+        f"repair or delete them, or --config.data.max_skipped={-(-1000 * count // read) / 1000:g}",
+    )

@@ -53,6 +53,7 @@ def data_report(
             "read": int(tally.get("read", 0)),
             "used": dataset.num_records,
             "dropped": dropped,
+            "skipped": dict(tally.get("skipped", {})),
             "examples": dict(tally.get("examples", {})),
             "sources": list(tally.get("sources", [])),
         },
@@ -94,7 +95,7 @@ def data_report(
             "prompts": int(np.isin(dataset.keys("prompt_key"), train.keys("prompt_key")).sum()),
             "records": int(np.isin(dataset.keys("digest"), train.keys("digest")).sum()),
         }
-    report["warnings"] = _warnings(report)
+    report["warnings"] = [*tally.get("warnings", ()), *_warnings(report)]
     return report
 
 
@@ -168,6 +169,10 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             " as plain text (\\n\\nHuman: ... \\n\\nAssistant: ..., Alpaca columns as ### Instruction:); with"
             " config.model.chat_template=FILE.jinja a template is used, and goes with the export"
         )
+    if skipped := records["skipped"]:
+        found.append(
+            f"{sum(skipped.values())} of {records['read']} rows are wrong and skipped: {_placed(skipped, records)}"
+        )
     lost = sum(records["dropped"].values())
     if lost > 0.05 * (records["used"] + lost):
         found.append(f"{lost} of {records['used'] + lost} records are left out: {_counts(records['dropped'])}")
@@ -213,12 +218,20 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {n}" for reason, n in ranked) or "none"
 
 
+def _placed(counts: dict[str, int], records: dict[str, Any]) -> str:
+    """Counts by reason, each with the places of a few."""
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    shown = [f"{reason} {n} ({', '.join(records['examples'].get(reason, ()))})" for reason, n in ranked]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more reasons" if len(shown) > 8 else "")
+
+
 def as_text(report: dict[str, Any]) -> str:
     """A report as lines of plain text."""
     records, rows, tokens = report["records"], report["rows"], report["tokens"]
     lines = [
         ("records", f"{records['read']:,} read, {records['used']:,} used"),
         ("dropped", _counts(records["dropped"])),
+        *([("skipped", _placed(records["skipped"], records))] if records["skipped"] else []),
         (
             "truncated",
             f"{report['truncated']['prompts']:,} prompts, {report['truncated']['completions']:,} completions",

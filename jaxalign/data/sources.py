@@ -12,7 +12,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxalign.data.files import SUFFIXES, Raw, is_url, read_file, supported
+from jaxalign.data.files import SUFFIXES, OnBad, Raw, is_url, read_file, stop, supported
+from jaxalign.data.preference import codes_of
 from jaxalign.errors import InputError
 
 # Hub sets whose subsets are folders, not named configurations.
@@ -39,7 +40,7 @@ class Source(NamedTuple):
     name: str | None = None  # subset of a hub set
     revision: str | None = None  # of a hub set
     weight: float = 1.0  # how often each record is drawn
-    columns: dict[str, str] = {}  # noqa: RUF012  our name -> the data's name
+    columns: dict[str, Any] = {}  # noqa: RUF012  our name -> the data's name, or a dict of it and its codes
     preset: str | None = None
     field: str = ""  # the config field it was given in, for messages; "": no configuration is at hand
 
@@ -106,14 +107,34 @@ def _parse(item: Any, field: str) -> Source:
             "a positive number: 1 draws each record once, 2 twice, 0.5 every other",
             config_line(source, weight=1.0),
         )
-    columns = item.get("columns") or {}
-    if not _is_dict(columns) or not all(isinstance(k, str) and isinstance(v, str) for k, v in columns.items()):
-        raise InputError(
-            f"{source.path}: columns {columns!r}",
-            "a dict of our name to the data's name",
-            config_line(source, columns={"prompt": "question", "completion": "answer"}),
-        )
-    return source._replace(weight=float(weight), columns=dict(columns.items()), preset=item.get("preset"))
+    columns = _columns(source, item.get("columns") or {})
+    return source._replace(weight=float(weight), columns=columns, preset=item.get("preset"))
+
+
+def _columns(source: Source, columns: Any) -> dict[str, Any]:
+    """A source's mapping, as plain dicts."""
+    plain: dict[str, Any] = {}
+    for ours, theirs in columns.items() if _is_dict(columns) else ((None, None),):
+        if ours == "preference" and _is_dict(theirs):
+            plain[ours] = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in theirs.items()}
+            try:
+                codes_of(plain[ours])
+            except ValueError as error:
+                right = {"column": "label", "first": 1, "second": 2, "tie": 0}
+                raise InputError(
+                    f"{source.path}: columns maps preference to {plain[ours]!r}: {error}",
+                    "a column, and which of its codes mean the first answer, the second, or a tie",
+                    config_line(source, columns={"prompt": "q", "chosen": "a", "rejected": "b", "preference": right}),
+                ) from None
+        elif isinstance(ours, str) and isinstance(theirs, str):
+            plain[ours] = theirs
+        else:
+            raise InputError(
+                f"{source.path}: columns {columns!r}",
+                "a dict of our name to the data's name",
+                config_line(source, columns={"prompt": "question", "completion": "answer"}),
+            )
+    return plain
 
 
 def config_line(source: Source, **changes: Any) -> str:
@@ -138,8 +159,12 @@ def config_line(source: Source, **changes: Any) -> str:
     return f"{line} (as a flag: --config.{source.field}={value})"
 
 
-def read(source: Source) -> Iterator[Raw]:
+def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
     """The rows of a source, in order; nothing is read before the first is asked for.
+
+    Args:
+      source: what is read.
+      on_bad: is told of a row that is wrong by itself, as in `read_file`.
 
     Raises:
       InputError: where nothing is at the path, a split is missing, or a row cannot be read.
@@ -162,7 +187,7 @@ def read(source: Source) -> Iterator[Raw]:
                 config_line(source, **{option: None}),
             )
     for file in files:
-        yield from read_file(file)
+        yield from read_file(file, on_bad)
 
 
 def _needs_datasets(source: Source) -> bool:

@@ -92,7 +92,7 @@ def fingerprint(path: str) -> str | None:
     """
     path = os.path.expanduser(path)
     if not os.path.exists(path):  # False also for what cannot be a path, such as the text of a template
-        found = sorted(glob.glob(path)) if len(path) < 4096 and "://" not in path else []
+        found = sorted(filter(os.path.exists, glob.glob(path))) if len(path) < 4096 and "://" not in path else []
         return hashlib.sha256(json.dumps([(p, fingerprint(p)) for p in found]).encode()).hexdigest() if found else None
     root = Path(path)
     if root.is_dir():

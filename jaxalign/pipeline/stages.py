@@ -278,7 +278,7 @@ def _agree(action: int) -> int:
 
 def _check_inputs(stages: list[Stage]) -> None:
     """The first record of local data and the reward function of every stage, before the first stage starts."""
-    from jaxalign.data.files import is_url
+    from jaxalign.data.files import is_url, stop
     from jaxalign.data.sources import parse_sources, read
     from jaxalign.rewards.function import load_function
 
@@ -287,7 +287,8 @@ def _check_inputs(stages: list[Stage]) -> None:
             for field in ("data.sources", "data.eval_sources"):
                 for source in parse_sources(get(stage.config, field), field) if get(stage.config, field) else ():
                     if not is_url(source.path) and (os.path.exists(source.path) or _looks_local(source.path)):
-                        next(iter(read(source)), None)
+                        skips = get(stage.config, "data.on_error") == "skip"
+                        next(iter(read(source, (lambda error: None) if skips else stop)), None)
             if function := get(stage.config, "rewards.function"):
                 load_function(function)
         except InputError as error:

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -71,6 +72,12 @@ FORMATS = {
     "bom.csv": b"\xef\xbb\xbf" + as_csv(ROWS),
     "a.csv.gz": gzip.compress(as_csv(ROWS)),
     "a.tsv": as_csv(ROWS, "\t"),
+    "semicolon.csv": as_csv(ROWS, ";"),
+    "tab.csv": b"\xef\xbb\xbf" + as_csv(ROWS, "\t"),
+    "excel.csv": as_csv(ROWS, "\t").decode().encode("utf-16"),  # what Excel calls Unicode text
+    "utf16.jsonl": lines(ROWS).decode().encode("utf-16"),
+    "utf16.jsonl.gz": gzip.compress(lines(ROWS).decode().encode("utf-16")),
+    "utf32.json": json.dumps(ROWS).encode("utf-32"),
     "a.parquet": as_parquet(ROWS),
     "file.arrow": as_arrow(ROWS, pa.ipc.new_file),
     "stream.arrow": as_arrow(ROWS, pa.ipc.new_stream),
@@ -111,9 +118,10 @@ BROKEN = {
     "null.jsonl": (b"null\n", "null.jsonl:1: null"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not JSON (nested too deeply)"),
     "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}", "digits.jsonl:1: not JSON"),
-    "latin.jsonl": ('{"text": "é"}\n'.encode("latin-1"), "latin.jsonl: not UTF-8"),
-    "utf16.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "utf16.jsonl: not UTF-8"),
-    "utf16.json": ('[{"text": "a"}]'.encode("utf-16"), "utf16.json: not UTF-8"),
+    "latin.jsonl": ('{"text": "é"}\n'.encode("latin-1"), "latin.jsonl:1: not UTF-8"),
+    "latin.json": ('[{"text": "é"}]'.encode("latin-1"), "latin.json: not UTF-8"),
+    "unmarked.jsonl": ('{"text": "a"}\n'.encode("utf-16-le"), "unmarked.jsonl: zero bytes at its beginning, as UTF-16"),
+    "unmarked.csv": ("text\na\n".encode("utf-16-be"), "unmarked.csv: zero bytes at its beginning, as UTF-16"),
     "cut.jsonl.gz": (gzip.compress(lines(ROWS * 500))[:-20], "cut.jsonl.gz: broken gzip"),
     "plain.jsonl.gz": (lines(ROWS), "plain.jsonl.gz: broken gzip"),
     "crc.jsonl.gz": (gzip.compress(lines(ROWS))[:-8] + b"12345678", "crc.jsonl.gz: broken gzip"),
@@ -122,7 +130,7 @@ BROKEN = {
     "string.json": (b'"a"', "string.json: a string that holds no records"),
     "one.json": (b'{"prompt": "a", "n": 3}', "one.json: an object that holds no records, keys prompt, n"),
     "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv:3: 3 cells"),
-    "twice.csv": (b"a,a\n1,2\n", "twice.csv:1: repeated column a"),
+    "twice.csv": (b"a,a\n1,2\n", "twice.csv:1: repeated column 'a'"),
     "quote.csv": (b'a\n"x\n', "quote.csv:2: not CSV"),
     "bad.parquet": (b"PAR1 no parquet", "bad.parquet: broken parquet"),
     "bad.arrow": (b"ARROW1 no arrow", "bad.arrow: broken arrow"),
@@ -186,3 +194,21 @@ def test_no_bytes_break_the_reader(tmp_path_factory, content, name):
     path.write_bytes(content)
     with contextlib.suppress(InputError):
         assert all(isinstance(row, dict) for row in rows(path))
+
+
+def test_what_cannot_be_read_twice_is_refused_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="a named pipe"):
+        rows(tmp_path / "pipe.jsonl")
+    (tmp_path / "null.jsonl").symlink_to("/dev/null")
+    with pytest.raises(InputError, match="a device"):
+        rows(tmp_path / "null.jsonl")
+
+
+def test_links_that_lead_nowhere_or_round_are_named(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "not_there.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for name, word in (("gone", "not_there.jsonl"), ("loop", "symbolic link")):
+        with pytest.raises(InputError, match="symbolic link") as error:
+            rows(tmp_path / f"{name}.jsonl")
+        assert word in error.value.found

@@ -281,7 +281,8 @@ def test_instruction_and_output_make_a_dialogue_of_any_two_columns(load):
 
 def test_preference_orders_the_sides(load):
     rows = [{"q": "Q", "a": "A", "b": "B", "p": p} for p in (1, 2, 1.0, "2", 0, 1.5, None)]
-    mapping = {"prompt": "q", "chosen": "a", "rejected": "b", "preference": "p"}
+    codes = {"column": "p", "first": 1, "second": 2, "tie": [0, 1.5]}
+    mapping = {"prompt": "q", "chosen": "a", "rejected": "b", "preference": codes}
     records, tally = load(rows, "dpo", columns=mapping)
     assert [record.chosen for record in records] == ["A", "B", "A", "B"]
     assert [record.rejected for record in records] == ["B", "A", "B", "A"]

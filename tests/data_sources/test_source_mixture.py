@@ -32,7 +32,7 @@ def test_one_source_keeps_its_order(sets):
     assert [(r.text, r.index, r.line) for r in records] == [(f"a{i}", i, i + 1) for i in range(5)]
     assert {r.source for r in records} == {path}
     assert tally.sources == [
-        {"path": path, "split": None, "weight": 1.0, "read": 5, "kept": 5, "used": 5, "dropped": {}}
+        {"path": path, "split": None, "weight": 1.0, "read": 5, "kept": 5, "used": 5, "dropped": {}, "skipped": {}}
     ]
 
 

@@ -97,7 +97,12 @@ def test_oasst_forms_agree(data):
         (
             "alpaca_eval-gpt4-pairs",
             "reward",
-            {"prompt": "instruction", "chosen": "output_1", "rejected": "output_2", "preference": "preference"},
+            {
+                "prompt": "instruction",
+                "chosen": "output_1",
+                "rejected": "output_2",
+                "preference": {"column": "preference", "first": 1, "second": 2, "tie": [0, 1.5]},
+            },
             "pair",
             11155,
             {"no preference between the sides": 111, "empty completion": 4},

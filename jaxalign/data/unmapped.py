@@ -1,0 +1,208 @@
+"""What to say of columns that make no records for a purpose, with the mapping that is most likely meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxalign.data.dialogues import as_messages
+from jaxalign.data.files import Raw
+from jaxalign.data.forms import FORMS, Form, serves
+from jaxalign.data.preference import SIDES, Codes, counter, guessed_map, label_columns, shown, twins
+from jaxalign.data.sources import Source, config_line
+from jaxalign.errors import InputError
+
+_GUESSES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "query", "problem", "request", "context", "input", "instruction"),
+    "completion": ("answer", "response", "output", "target", "solution", "reply", "summary"),
+    "chosen": ("chosen_response", "preferred", "winner", "better", "good", "accepted", "positive"),
+    "rejected": ("rejected_response", "dispreferred", "loser", "worse", "bad", "negative"),
+    "messages": ("dialog", "dialogue", "conversation", "turns", "chat"),
+    "text": ("content", "document", "story", "review", "body"),
+}
+
+
+def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Names of the columns that hold something in at least one row, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+
+
+_CHECK = "; which code means which answer, the data's description says"
+
+
+def unlabelled(source: Source, sample: list[Raw], names: dict[str, str]) -> str:
+    """Refuses two answers whose names do not say which is better, where a column does; else a warning, or nothing."""
+    sides = names.get("chosen", ""), names.get("rejected", "")
+    if not twins(*sides):
+        return ""
+    file, labels = sample[0].file, label_columns((raw.row for raw in sample), names.values())
+    if not labels:
+        return (
+            f"{file}: {sides[0]} counts as better than {sides[1]} in every record; if a column says which is better,"
+            ' map it: "preference": {"column": ..., "first": ..., "second": ...}'
+        )
+    column = next(iter(labels))
+    held = " and ".join(f"{name!r} holds {shown(codes)}" for name, codes in labels.items())
+    mapped = {**source.columns, "preference": guessed_map(column, labels[column], sides)}
+    raise InputError(
+        f"{file}: {sides[0]!r} as chosen and {sides[1]!r} as rejected in every record, but {held}"
+        f" in the first {len(sample)} records",
+        "the column that says which answer is better, mapped to preference with the meaning of its codes",
+        config_line(source, columns=mapped) + _CHECK,
+    )
+
+
+def unknown_code(
+    source: Source, codes: Codes, names: Mapping[str, str], raw: Raw, code: str, counts: Mapping[str, int]
+) -> InputError:
+    """What to say of a code that means neither side nor a tie.
+
+    Args:
+      source: with its mapping.
+      codes: what is known of them.
+      names: our name -> the data's.
+      raw: the first row with such a code.
+      code: it.
+      counts: how often each code occurs in the source.
+    """
+    known = {side: [c for c, s in codes.sides.items() if s == side] for side in SIDES}
+    said = ", ".join(f"{side} {' or '.join(own)}" for side, own in known.items() if own)
+    sides = names.get("chosen", ""), names.get("rejected", "")
+    guess = guessed_map(codes.column, [c for c in counts if c], sides)
+    return InputError(
+        f"{raw.where}: {codes.column!r} is {code}, which no code of the preference map means ({said});"
+        f" in all the column holds {shown(counts)}",
+        "a map in which every code is first, second or tie",
+        config_line(source, columns={**source.columns, "preference": guess}) + _CHECK,
+    )
+
+
+def _two_answers(source: Source, sample: list[Raw]) -> tuple[str, str] | None:
+    """Found and fix where the data has two answers and a label in place of chosen and rejected; else None."""
+    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), (str, list)) for r in sample)]
+    labels = label_columns((raw.row for raw in sample), source.columns)
+    texts = [name for name in texts if name not in labels]
+    pairs = [(a, b) for i, a in enumerate(texts) for b in texts[i + 1 :] if twins(a, b)]
+    # Of several pairs that whose cells are longest: answers, not the names of models.
+    size = {pair: sum(len(str(raw.row.get(name) or "")) for raw in sample for name in pair) for pair in pairs}
+    if not pairs or not labels:
+        return None
+    one, two = sides = max(pairs, key=lambda pair: size[pair])
+    if counter(one)[1] > counter(two)[1]:
+        one, two = sides = two, one
+    column = next(iter(labels))
+    rest = [Raw(r.file, r.line, {k: v for k, v in r.row.items() if k not in (*sides, *labels)}) for r in sample]
+    mapped: dict[str, Any] = {**guessed_columns(rest, ("prompt",)), "chosen": one, "rejected": two}
+    mapped["preference"] = guessed_map(column, labels[column], sides)
+    held = " and ".join(f"{name!r} ({shown(codes)})" for name, codes in labels.items())
+    return f"two answers {one!r} and {two!r}, and {held} to say which is better", (
+        config_line(source, columns={**source.columns, **mapped}) + _CHECK
+    )
+
+
+def _dialogues(sample: list[Raw]) -> dict[str, str]:
+    """A mapping of messages to the first column that holds lists of them; none where there is none."""
+    for name in columns_of(raw.row for raw in sample):
+        value = next(raw.row[name] for raw in sample if raw.row.get(name) is not None)
+        try:
+            if not isinstance(value, str) and as_messages(value):
+                return {"messages": name}
+        except ValueError:
+            continue
+    return {}
+
+
+def only_text(sample: list[Raw]) -> str | None:
+    """The one column that holds text, where there is one."""
+    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), str) for r in sample)]
+    return texts[0] if len(texts) == 1 else None
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    lowered = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
+    return lowered[found[0]] if found else ""
+
+
+def guessed_columns(sample: list[Raw], wanted: tuple[str, ...]) -> dict[str, str]:
+    """A mapping of wanted fields to the columns with text that most likely hold them; none where no name is near."""
+    texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), (str, list)) for r in sample)]
+    guess: dict[str, str] = {}
+    for ours in wanted:
+        free = {name.lower(): name for name in texts if name not in guess.values()}
+        names = [name for name in (ours, *_GUESSES.get(ours, ())) if name in free]
+        names += [name for name in free if ours in name.replace("-", "_").split("_")]
+        names += difflib.get_close_matches(ours, free, n=1, cutoff=0.7)
+        if names:
+            guess[ours] = free[names[0]]
+    return guess
+
+
+def _forms_for(purpose: str | None) -> str:
+    return "; ".join(" + ".join(form.required) for form in FORMS if serves(form.kind, purpose))
+
+
+def _mapping_line(source: Source, sample: list[Raw], purpose: str | None, kind: str | None = None) -> str:
+    """The config line that maps what the columns most likely are, or what to do where none seems right."""
+    wanted: tuple[str, ...] = ("prompt", "completion")
+    if purpose == "ppo":
+        wanted = ("prompt",)
+    elif not serves("completion", purpose):
+        wanted = ("prompt", "chosen", "rejected")
+    guess = guessed_columns(sample, wanted)
+    if "rejected" not in wanted and not guess:  # one column that holds all?
+        guess, text = _dialogues(sample), only_text(sample)
+        if not guess and text is not None:
+            guess = {wanted[0] if len(wanted) == 1 else "text": text}
+        if guess:
+            return config_line(source, columns={**source.columns, **guess})
+    missing = [ours for ours in wanted if ours not in guess and ours != "prompt"]
+    if missing and purpose in ("reward", "dpo"):
+        line = f"{config_line(source, path='PAIRS.jsonl', columns={}, preset=None)} with {' and '.join(missing)} in it"
+        others = [f'defaults("{other}")' for other in ("sft", "ppo") if kind and serves(kind, other)]
+        return f"{line}; as it is, the data is for {' or '.join(others)}" if others else line
+    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted if ours in guess or "rejected" not in wanted}
+    return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
+
+
+def _nulls(sample: list[Raw], listed: list[str]) -> str:
+    """A word about columns that hold nothing."""
+    null = [name for name in listed if all(raw.row.get(name) is None for raw in sample)]
+    return f"; {', '.join(null)}: null in the first {len(sample)} records" if null else ""
+
+
+def no_form(source: Source, sample: list[Raw], listed: list[str], purpose: str | None) -> InputError:
+    if (two := _two_answers(source, sample)) and purpose in ("reward", "dpo"):
+        found = f"{sample[0].file}: {two[0]} (columns {', '.join(listed)})"
+        return InputError(found, f"pairs for {purpose}: {_forms_for(purpose)}", two[1])
+    return InputError(
+        f"{sample[0].file}: columns {', '.join(listed) or '(none)'}{_nulls(sample, listed)}",
+        f"the columns of one form: {_forms_for(purpose)}",
+        _mapping_line(source, sample, purpose),
+    )
+
+
+_FOUND = {
+    "text": "plain text",
+    "messages": "dialogues",
+    "completion": "prompts with one completion each",
+    "prompt": "prompts only",
+}
+
+
+def wrong_kind(
+    source: Source, sample: list[Raw], form: Form, listed: list[str], purpose: str | None, labelled: bool
+) -> InputError:
+    found = _FOUND[form.kind]
+    if labelled:
+        found += ", each labelled true or false (unpaired feedback, the form of KTO)"
+    needs = "pairs" if purpose in ("reward", "dpo") else "completions to train on"
+    fix = _mapping_line(source, sample, purpose, form.kind)
+    if (two := _two_answers(source, sample)) and purpose in ("reward", "dpo"):
+        found, fix = f"{found}, with {two[0]}", two[1]
+    return InputError(
+        f"{sample[0].file}: {found} (columns {', '.join(listed)}{_nulls(sample, listed)})",
+        f"{needs} for {purpose}: {_forms_for(purpose)}",
+        fix,
+    )
