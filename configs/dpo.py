@@ -13,7 +13,8 @@ time      about 25 min on 8 H100, 50 min on v5p-16 (an estimate: 61 k pairs of a
           8 N FLOPs a token, the reference included, at an assumed MFU of 30 %)
 numbers   literature, Llama-3-8B, UltraFeedback, beta 0.01: AlpacaEval 2 length-controlled 18.2 % from 6.2 % of its SFT
           model, Arena-Hard 15.9 from 3.3 (github.com/princeton-nlp/SimPO); of this config: not yet measured
-see       rewards/accuracies from 0.5 up; `jaxalign compare` with a reward that training has not seen
+see       rewards/accuracies from 0.5 up (0 at step 1, where all pairs tie: rewards/ties); `jaxalign compare` with a
+          reward that training has not seen
 """
 
 from jaxalign.config import defaults

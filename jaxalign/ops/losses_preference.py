@@ -105,7 +105,8 @@ def _metrics(policy, chosen, rejected, weights, beta) -> dict[str, tuple[jax.Arr
     """What is logged of every preference loss, means over the pairs.
 
     `rewards/{chosen,rejected}` the implicit rewards beta a and beta b, `rewards/margins` their difference,
-    `rewards/accuracies` the share of pairs with a positive margin, `logps/{chosen,rejected}` the policy's log-probs
+    `rewards/accuracies` the share of pairs with a positive margin, `rewards/ties` the share with none (all
+    before the first update, where policy and reference are one), `logps/{chosen,rejected}` the policy's log-probs
     (nats a completion), `dpo/gradient_weight` beta s(-beta D): how hard DPO's gradient pulls at a pair (arXiv
     2305.18290, section 4); near beta where the policy ranks a pair wrongly, near 0 where it is sure and right.
     """
@@ -115,6 +116,7 @@ def _metrics(policy, chosen, rejected, weights, beta) -> dict[str, tuple[jax.Arr
         "rewards/rejected": beta * rejected,
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0).astype(margins.dtype),
+        "rewards/ties": (margins == 0).astype(margins.dtype),
         "logps/chosen": policy["chosen"],
         "logps/rejected": policy["rejected"],
         "dpo/gradient_weight": beta * jax.nn.sigmoid(-margins),

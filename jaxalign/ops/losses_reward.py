@@ -37,7 +37,7 @@ def reward_loss(
 
     Returns:
       Terms with loss [N]; metrics, means over the pairs: `rewards/chosen`, `rewards/rejected`, `rewards/margins`
-      (without the stated margin), `rewards/accuracies`.
+      (without the stated margin), `rewards/accuracies` (chosen above rejected), `rewards/ties` (neither is above).
 
     >>> two, one = jnp.array([2.0]), jnp.array([1.0])
     >>> print(reward_loss(two, one, jnp.array([True])).loss)
@@ -58,6 +58,7 @@ def reward_loss(
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": (chosen > rejected).astype(chosen.dtype),
+        "rewards/ties": (chosen == rejected).astype(chosen.dtype),
     }
     total = jnp.sum(weights)
     metrics = {name: (masked_sum(value, weights), total) for name, value in values.items()}

@@ -161,8 +161,8 @@ def seconds(found: Results) -> Any:
 # (stage, [(metric, label)], title)
 _TRAINING: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     ("sft", (("loss", ""),), "SFT: loss (nats a token)"),
-    ("reward", (("rewards/accuracies", ""),), "reward model: pairs ranked rightly"),
-    ("dpo", (("rewards/accuracies", ""),), "DPO: pairs ranked rightly by its implicit reward"),
+    ("reward", (("rewards/accuracies", ""),), "reward model: pairs ranked rightly (a tie is half)"),
+    ("dpo", (("rewards/accuracies", ""),), "DPO: pairs its reward ranks rightly (a tie is half)"),
     ("dpo", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), "DPO: implicit rewards"),
     ("ppo", (("objective/scores", ""),), "PPO: score by the reward model"),
     ("ppo", (("objective/kl", ""),), "PPO: KL to SFT (nats a completion)"),
@@ -173,7 +173,7 @@ _SHADES = ("-", "--")
 
 def _lines(axis: Any, found: Results, stage: str, metrics: Sequence[tuple[str, str]], title: str) -> None:
     for (metric, label), style in zip(metrics, _SHADES, strict=False):
-        axis.plot(*series(found.metrics[stage], metric), style, color=_COLOURS[stage], label=label or None)
+        axis.plot(*_of(found.metrics[stage], metric), style, color=_COLOURS[stage], label=label or None)
     if any(label for _, label in metrics):
         axis.legend()
     if metrics[0][0] == "rewards/accuracies":
@@ -181,6 +181,15 @@ def _lines(axis: Any, found: Results, stage: str, metrics: Sequence[tuple[str, s
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
+
+
+def _of(rows: list[dict[str, Any]], metric: str) -> tuple[list[float], list[float]]:
+    """A metric's curve. A tie counts half: before an update DPO's model is its reference, and every pair a tie."""
+    if metric != "rewards/accuracies":
+        return series(rows, metric)
+    ties = dict(zip(*series(rows, "rewards/ties"), strict=True))
+    steps, right = series(rows, metric)
+    return steps, [value + ties.get(step, 0) / 2 for step, value in zip(steps, right, strict=True)]
 
 
 def _win_rate(axis: Any, found: Results) -> None:

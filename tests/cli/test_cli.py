@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -168,9 +167,7 @@ def test_fixes_speak_of_the_commands_own_flags(monkeypatch, capsys):
 
 def fresh(*argv, **env):
     """A process of its own."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
-    return done, time.perf_counter() - start
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def test_help_and_import_load_nothing_heavy():
@@ -179,13 +176,12 @@ def test_help_and_import_load_nothing_heavy():
         "heavy = {'jax', 'flax', 'transformers', 'orbax', 'datasets', 'numpy', 'optax'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done, seconds = fresh("-c", code)
+    done = fresh("-c", code)
     assert done.returncode == 0, done.stderr
-    assert seconds < 3  # about 0.1 s on an idle machine; the tests share it
 
 
 def test_a_misspelt_field_in_a_process_of_its_own(config):
-    done, _ = fresh("-m", "jaxalign", "train", config, "--config.algorithm.bета=1".replace("ета", "eta_"))
+    done = fresh("-m", "jaxalign", "train", config, "--config.algorithm.bета=1".replace("ета", "eta_"))
     assert done.returncode == 2
     assert "--config.algorithm.beta=..." in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""

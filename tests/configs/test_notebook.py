@@ -24,7 +24,8 @@ def test_the_notebook_runs_and_shows_its_pictures(quickstart, monkeypatch):
     monkeypatch.setenv("QUICKSTART_DIR", str(quickstart))
     monkeypatch.delenv("DISPLAY", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=200, startup_timeout=200, resources=where).execute()
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     assert not [out for out in outputs if out.output_type in ("stream", "error")]
     kinds = [kind for out in outputs for kind in out.data]
@@ -59,6 +60,15 @@ def test_pictures_without_matplotlib_name_the_extra_before_anything_runs(monkeyp
 
 def test_the_page_of_curves(quickstart):
     assert curves.draw(quickstart).stat().st_size > 20_000
+
+
+def test_ties_are_drawn_as_neither_right_nor_wrong(tmp_path):
+    """DPO's first logged step is taken before any update: TRL's accuracy is 0 there, and no pair is ranked wrongly."""
+    found = curves.results(quickstart_results.write(tmp_path))
+    found.metrics["dpo"][0] |= {"rewards/accuracies": 0.0, "rewards/ties": 1.0}
+    found.metrics["dpo"][1] |= {"rewards/accuracies": 0.5, "rewards/ties": 0.25}
+    axis = next(axis for axis in curves.training(found).axes if "DPO: pairs" in axis.get_title())
+    assert list(axis.lines[0].get_ydata()[:2]) == [0.5, 0.625]
 
 
 def test_lines_and_figures_say_what_they_are(tmp_path):

@@ -72,7 +72,7 @@ def test_tpu_detached_returns_and_logs(checkout):
     with_git(checkout)
     result = checkout.run("launch/tpu_vm.sh", *TPU, "--detach", "--", *TRAIN)
     assert result.returncode == 0, result.stderr
-    for _ in range(100):
+    for _ in range(600):
         if checkout.calls("jaxalign"):
             break
         time.sleep(0.1)
@@ -113,12 +113,11 @@ def test_gpu_node_one_process_per_gpu(checkout, visible):
 
 def test_gpu_node_a_failed_process_ends_the_others(checkout):
     checkout.fake_setup()
-    body = "import time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit(7)\ntime.sleep(100)\n"
+    body = "import time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit(7)\ntime.sleep(300)\n"
     checkout.fake(checkout.root / ".venv" / "bin" / "python", body)
-    start = time.monotonic()
     result = checkout.run("launch/gpu_node.sh", "--processes=per-gpu", "--config=c.py", CUDA_VISIBLE_DEVICES="0,1,2")
     assert result.returncode == 7
-    assert time.monotonic() - start < 30
+    # ... and it has come back before `run` gives up on it, which is long before the others' sleep ends
 
 
 def test_gpu_node_passes_sigterm_on_and_waits_for_the_checkpoints(checkout):
@@ -140,7 +139,7 @@ time.sleep(100)
         cwd=checkout.root,
     )
     marks = [checkout.record.with_name(f"calls.jsonl.{kind}{i}") for kind in ("ready", "saved") for i in (0, 1)]
-    for _ in range(200):
+    for _ in range(600):
         if marks[0].exists() and marks[1].exists():
             break
         time.sleep(0.1)

@@ -99,6 +99,7 @@ def test_equals_a_loop(name, options, case):
             "rewards/rejected": lambda i: beta * (pr[i] - rr[i]),
             "rewards/margins": lambda i: beta * ((pc[i] - rc[i]) - (pr[i] - rr[i])),
             "rewards/accuracies": lambda i: float((pc[i] - rc[i]) - (pr[i] - rr[i]) > 0),
+            "rewards/ties": lambda i: float((pc[i] - rc[i]) - (pr[i] - rr[i]) == 0),
             "logps/chosen": lambda i: pc[i],
             "logps/rejected": lambda i: pr[i],
             "dpo/gradient_weight": lambda i: beta * logistic(-beta * ((pc[i] - rc[i]) - (pr[i] - rr[i]))),
@@ -118,6 +119,7 @@ def test_loss_where_policy_equals_reference(name, at_start):
     np.testing.assert_allclose(terms.loss, [at_start] * 2, rtol=1e-6)
     for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert terms.metrics[metric][0] == 0
+    assert terms.metrics["rewards/ties"][0] == 2  # nothing is ranked yet, rightly or wrongly
     np.testing.assert_allclose(terms.metrics["dpo/gradient_weight"][0] / 2, 0.05, rtol=1e-6)
 
 

@@ -55,6 +55,7 @@ def test_equals_a_loop(options, chosen, rejected, margin, mask):
             "rewards/rejected": lambda c, r: r,
             "rewards/margins": lambda c, r: c - r,
             "rewards/accuracies": lambda c, r: float(c > r),
+            "rewards/ties": lambda c, r: float(c == r),
         }.items():
             total, weight = terms.metrics[name]
             assert weight == len(kept)
@@ -65,6 +66,7 @@ def test_by_hand():
     _, terms = evaluate(jnp.array([0.0, 2.0]), jnp.array([0.0, 1.0]), jnp.ones(2, bool), jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(terms.loss, [math.log(2)] * 2, rtol=1e-6)  # a margin of 1 makes a lead of 1 a tie
     assert terms.metrics["rewards/accuracies"][0] == 1  # a tie is no success; the margin plays no part
+    assert terms.metrics["rewards/ties"][0] == 1  # but no failure either
 
 
 def test_trap_centring_pulls_at_the_constant():
