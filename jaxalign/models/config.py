@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import InputError
+from jaxalign.models.hub import CONFIG, read_json
 from jaxalign.ops.rope import KINDS, Rope
 
 HEADS = ("lm", "score")
@@ -82,6 +84,38 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+# Beyond these a number is a mistake: the shapes of such a model alone would take hours.
+_MOST: Mapping[str, int] = {
+    "vocab_size": 1 << 28,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 40,
+}
+_MOST_NUMBERS = 10**14  # of a whole model
+
+
+def read_config(directory: Path, **settings: Any) -> ModelConfig:
+    """Reads and checks the `config.json` in a model's directory; it comes before anything else there is read.
+
+    Args:
+      directory: on this host, see `hub.locate`.
+      settings: `dtype`, `param_dtype`, `remat` and `head`, as `from_hf` takes them.
+
+    Raises:
+      InputError: naming the file, and the field that is missing or wrong.
+    """
+    hf = read_json(directory / CONFIG)
+    try:
+        return from_hf(hf, **settings)
+    except InputError as error:
+        raise InputError(
+            error.found.replace("in config.json", f"in {directory / CONFIG}"), error.expected, error.fix
+        ) from error
+
 
 def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, head: str | None = None) -> ModelConfig:
     """Reads a Hugging Face config of the Llama family.
@@ -100,13 +134,20 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
       InputError: naming a field that changes the mathematics and is not honoured, or that is missing or wrong.
     """
     if hf.get("model_type") != "llama":
-        raise InputError(f"model_type {hf.get('model_type')!r}", "'llama'", "--config.model.path=a Llama checkpoint")
+        raise InputError(
+            f"model_type {_shown(hf.get('model_type'))} in config.json",
+            "'llama'",
+            "--config.model.path=a Llama checkpoint",
+        )
     for name, value in hf.items():
         _check_field(name, value)
     architectures = hf.get("architectures") or ["LlamaForCausalLM"]
-    if architectures[0] not in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
+    if not isinstance(architectures, list) or architectures[0] not in (
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+    ):
         raise InputError(
-            f"architectures {architectures} in config.json",
+            f"architectures {_shown(architectures)} in config.json",
             "LlamaForCausalLM or LlamaForSequenceClassification",
             "--config.model.path=such a checkpoint",
         )
@@ -115,6 +156,11 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
     _one_of("head", head, HEADS)
     _one_of("remat", remat, REMAT)
     labels = hf.get("id2label")
+    if not isinstance(labels, (Mapping, type(None))):
+        raise _wrong("id2label", labels, "an object of names by number, or no such field")
+    if "max_position_embeddings" in hf:
+        _integer(hf, "max_position_embeddings")
+    token_ids(hf, "eos_token_id")
     if architectures[0] == "LlamaForSequenceClassification" and labels is not None and len(labels) != 1:
         raise InputError(
             f"id2label with {len(labels)} labels in config.json",
@@ -130,7 +176,7 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
         raise _wrong("hidden_size", embed, f"a multiple of num_attention_heads {heads}, or a head_dim")
     if head_dim % 2:
         raise _wrong("head_dim", head_dim, "an even number: rotary embeddings turn pairs")
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=_integer(hf, "vocab_size"),
         num_layers=_integer(hf, "num_hidden_layers"),
         embed_dim=embed,
@@ -150,6 +196,38 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
         remat=remat,
         hf_config=json.dumps(dict(hf)),
     )
+    if (count := _count(config)) > _MOST_NUMBERS:
+        raise InputError(
+            f"the sizes in config.json make {count:.0e} parameters",
+            f"at most {_MOST_NUMBERS:.0e}",
+            "the checkpoint's own config.json",
+        )
+    return config
+
+
+def _count(c: ModelConfig) -> int:
+    """Parameters, but for norms and biases."""
+    attention = 2 * c.embed_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
+    layer = attention + 3 * c.embed_dim * c.mlp_dim
+    return c.num_layers * layer + c.vocab_size * c.embed_dim * (1 if c.tied else 2)
+
+
+def token_ids(hf: Mapping[str, Any], name: str, file: str = CONFIG) -> list[int]:
+    """The ids in a field that holds one, several, or null.
+
+    Raises:
+      InputError: something else is there.
+    """
+    value = hf.get(name)
+    found = value if isinstance(value, list) else [value]
+    ids = [i for i in found if i is not None]
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+        raise InputError(
+            f"{name} is {_shown(value)} in {file}",
+            "a token id, a list of them, or null",
+            f"the checkpoint's own {file}",
+        )
+    return [i for i in ids if i >= 0]  # files of old say -1 for none
 
 
 def _check_field(name: str, value: Any) -> None:
@@ -167,11 +245,23 @@ def _check_field(name: str, value: Any) -> None:
 
 
 def _wrong(name: str, value: Any, expected: str) -> InputError:
+    required = name in _MOST
     return InputError(
-        f"{name} is {value!r} in config.json",
+        f"{name} is {_shown(value)} in config.json",
         expected,
-        f"another checkpoint, or config.json without {name} if it is wrong",
+        "the checkpoint's own config.json"
+        if required
+        else f"another checkpoint, or config.json without {name} if it is wrong",
     )
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -184,12 +274,14 @@ def _integer(hf: Mapping[str, Any], name: str, default: int | None = None) -> in
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _wrong(name, value, "a positive whole number")
+    if value > _MOST[name]:
+        raise _wrong(name, value, f"at most {_MOST[name]:,}")
     return value
 
 
-def _number(name: str, value: Any, default: float) -> float:
+def _number(name: str, value: Any, default: float | None) -> float:
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise _wrong(name, value, "a positive number")
     return float(value)
 
@@ -208,7 +300,7 @@ def _rope(hf: Mapping[str, Any]) -> Rope:
         if not isinstance(value, (Mapping, type(None))):
             raise _wrong(name, value, "an object with a rope_type, or null")
     if new and old and _rope_type(new) != _rope_type(old):
-        raise _wrong("rope_scaling", old, f"the same as rope_parameters {new}")
+        raise _wrong("rope_scaling", old, f"the same as rope_parameters {_shown(new)}")
     fields = dict(new or old or {})
     theta = fields.pop("rope_theta", None)
     theta = _number("rope_theta", hf.get("rope_theta") if theta is None else theta, 10_000.0)
@@ -221,9 +313,7 @@ def _rope(hf: Mapping[str, Any]) -> Rope:
     if kind == "llama3" and fields.get("original_max_position_embeddings") is None:
         fields["original_max_position_embeddings"] = hf.get("max_position_embeddings")
     for name in _ROPE_FIELDS[kind]:
-        value = fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise _wrong(f"rope_parameters.{name}", value, f"a positive number, for rope_type {kind!r}")
+        _number(f"rope_parameters.{name}", fields.get(name), None)
     for name, value in fields.items():
         if name in _ROPE_FIELDS[kind] or value is None or (name == "partial_rotary_factor" and value == 1):
             continue

@@ -15,13 +15,14 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxalign.errors import InputError
 from jaxalign.models import names
-from jaxalign.models.config import ModelConfig, from_hf
+from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
-from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.hub import locate
 from jaxalign.models.transformer import Model
-from jaxalign.models.weights import DTYPES, Tensor, list_tensors
+from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
 from jaxalign.types import Params
 
+_EMBEDDING = "model.embed_tokens.weight"
 _READERS = min(8, os.cpu_count() or 1)  # layers copied at once: transposing them is what loading waits for
 
 Shardings = Callable[[Params], Any] | None
@@ -58,7 +59,7 @@ def load(
       InputError: a config field that is not honoured, a key that is unknown, missing, twice or of another shape.
     """
     directory = locate(path, revision)
-    config = from_hf(read_json(directory / CONFIG), dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
+    config = read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
     model = Model(config)
     abstract = model.abstract()
     sources = match(config, abstract, list_tensors(directory))
@@ -94,7 +95,7 @@ def from_scratch(
     Args and returns are `load`'s; each parameter is made on the devices that hold it.
     """
     directory = locate(path, revision, weights=False)
-    config = from_hf(read_json(directory / CONFIG), dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
+    config = read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
     model = Model(config)
     out: Params = {}
     for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
@@ -117,6 +118,7 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
       InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
     """
     sizes = names.sizes(config)
+    tensors = _tied_under_its_own_name(config, tensors)
     leaves = {leaf_path: leaf for leaf_path, leaf, _ in _leaves(abstract, None)}
     found: dict[str, dict[int, Tensor]] = {leaf_path: {} for leaf_path in leaves}
     for name, tensor in tensors.items():
@@ -161,17 +163,24 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
     return complete
 
 
+def _tied_under_its_own_name(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A model whose head is its embedding may store the one matrix under the head's name."""
+    if not config.tied or "lm_head.weight" not in tensors or _EMBEDDING in tensors:
+        return tensors
+    return {_EMBEDDING if name == "lm_head.weight" else name: tensor for name, tensor in tensors.items()}
+
+
 def _headless(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a token head may be left unread: a scalar head takes its place, or it repeats the embedding."""
     if config.head == "score":
         return True
-    head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+    head, embedding = tensors["lm_head.weight"], tensors.get(_EMBEDDING)
     if embedding is None or not config.tied:
         return True  # the missing embedding is reported by its own name
     if head.shape == embedding.shape and np.array_equal(head.read(), embedding.read()):
         return True
     raise InputError(
-        f"lm_head.weight in {head.file} differs from model.embed_tokens.weight",
+        f"lm_head.weight in {head.file} differs from {_EMBEDDING}",
         "the same numbers, since tie_word_embeddings is true",
         '"tie_word_embeddings": false in config.json',
     )
@@ -188,11 +197,16 @@ def _read_leaf(
         out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         within = tuple(slice(*b) for b in (bounds[1:] if row.stacked else bounds))
         if not row.stacked:
-            out[...] = row.to_ours(tensors[0].read(), sizes)[within]
+            with np.errstate(over="ignore"):
+                out[...] = row.to_ours(tensors[0].read(), sizes)[within]
+            _check_finite(out, tensors[0], row.name)
             return out
 
         def copy(i: int) -> None:
-            out[i] = row.to_ours(tensors[bounds[0][0] + i].read(), sizes)[within]
+            layer = bounds[0][0] + i
+            with np.errstate(over="ignore"):  # told in words
+                out[i] = row.to_ours(tensors[layer].read(), sizes)[within]
+            _check_finite(out[i], tensors[layer], row.name.format(layer=layer))
 
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(copy, range(len(out))))
@@ -203,6 +217,25 @@ def _read_leaf(
 
     # Waits, so that the host's copy of this parameter is gone before the next one is read.
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
+
+
+def _check_finite(array: np.ndarray, tensor: Tensor, name: str) -> None:
+    """Refuses weights that are no numbers, while they are at hand; training on them fails late and elsewhere."""
+    if all_finite(array):
+        return
+    source = np.asarray(tensor.read()).astype(np.float64)
+    nan, infinite = int(np.isnan(source).sum()), int(np.isinf(source).sum())
+    if nan or infinite:
+        raise InputError(
+            f"{name} in {tensor.file} holds {nan} NaN and {infinite} infinite of {source.size} numbers",
+            "finite weights",
+            "an earlier or another checkpoint of this model; download it again if the hub's is whole",
+        )
+    raise InputError(
+        f"{name} in {tensor.file} holds numbers as large as {np.abs(source).max():.3g}, beyond {array.dtype}",
+        f"weights that {array.dtype} can hold",
+        "--config.model.param_dtype=float32",
+    )
 
 
 def _leaves(abstract: Params, shardings: Shardings) -> list[tuple[str, jax.ShapeDtypeStruct, Sharding]]:

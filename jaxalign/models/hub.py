@@ -48,6 +48,7 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
         return store.fetch(os.fspath(path), lambda name: any(fnmatch.fnmatchcase(name, p) for p in patterns))
     directory = Path(path).expanduser()
     if directory.is_dir():
+        _check_links(directory, patterns)
         return directory.resolve()
     if not _HUB_ID.fullmatch(str(path)) or directory.exists():
         made = directory.name == "export"  # as a run writes it
@@ -74,6 +75,18 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     return Path(found)
 
 
+def _check_links(directory: Path, patterns: list[str]) -> None:
+    """Refuses links to nothing among a model's files: one that is passed over would be another model."""
+    for name in sorted(os.listdir(directory)):
+        file = directory / name
+        if file.is_symlink() and not file.exists() and any(fnmatch.fnmatchcase(name, p) for p in patterns):
+            raise InputError(
+                f"{file} is a link to {os.readlink(file)}, and there is nothing",
+                "a file, or a link to one",
+                "copy the model whole (cp -rL), or hf download it again: --config.model.path=DIR",
+            )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -84,8 +97,10 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"no {file.name} in {file.parent}", "a model in Hugging Face form", "--config.model.path=DIR")
     try:
         value = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}", "a JSON object", f"a whole {file.name}") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}", "a readable file", f"chmod u+r {file}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} holds a {type(value).__name__}", "a JSON object", f"a whole {file.name}")
     return value

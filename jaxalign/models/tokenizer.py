@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import InputError
+from jaxalign.models.config import token_ids
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
 
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
@@ -35,6 +36,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
         raise InputError(
             f"no tokenizer in {directory}", " or ".join(TOKENIZER_FILES[:2]), "--config.model.tokenizer=DIR"
         )
+    if (directory / CONFIG).is_file():
+        read_json(directory / CONFIG)  # transformers reads it too, and would blame the tokenizer
     only = directory / "tokenizer.model"
     if only.is_file() and not (directory / "tokenizer.json").is_file():
         from jaxalign.models.sentencepiece import from_sentencepiece
@@ -44,9 +47,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # transformers raises whatever its back end raised
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"the tokenizer in {directory} cannot be read: {reason}",
+                f"the tokenizer in {directory} cannot be read: {reason[:400]}",
                 "a whole tokenizer.json",
                 "--config.model.tokenizer=a directory with one",
             ) from error
@@ -95,22 +98,30 @@ def choose_pad(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Makes sure that the model has a vector for every token.
+def check_vocabulary(
+    tokenizer: Any,
+    vocab_size: int,
+    path: str = "the model",
+    fix: str = "--config.model.tokenizer=the model's own directory",
+) -> None:
+    """Makes sure that the model has a vector for every token; a model may have more vectors than there are tokens.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: of transformers; its added tokens count, since any text may hold them.
       vocab_size: V of the model.
+      path: of the model, for messages.
+      fix: what to do where the tokenizer has more.
 
     Raises:
-      InputError: naming a token whose id is V or more.
+      InputError: naming the tokens whose id is V or more.
     """
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= vocab_size:
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    if beyond:
+        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3])
         raise InputError(
-            f"token {token!r} has id {highest}, the model has a vocabulary of {vocab_size}",
+            f"{len(beyond)} tokens without a vector in {path} of vocabulary {vocab_size}, such as {named}",
             f"ids below {vocab_size}: a tokenizer that belongs to the model",
-            "--config.model.tokenizer=the model's own directory",
+            f"{fix}, or without these tokens",
         )
 
 
@@ -124,14 +135,15 @@ def stop_ids(source: str | Path | Mapping[str, Any], tokenizer: Any, revision: s
 
     Returns:
       Ids in ascending order; none where nothing names one.
+
+    Raises:
+      InputError: a file that cannot be read, or names something else.
     """
-    configs: list[Mapping[str, Any]] = []
+    found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     if isinstance(source, Mapping):
-        configs.append(source)
-    else:
-        directory = locate(source, revision, weights=False)
-        configs += [read_json(directory / f) for f in (GENERATION_CONFIG, CONFIG) if (directory / f).is_file()]
-    found: set[int] = set()
-    for value in [*(c.get("eos_token_id") for c in configs), tokenizer.eos_token_id]:
-        found |= set(value) if isinstance(value, (list, tuple)) else {value}
-    return tuple(sorted(int(i) for i in found if i is not None))
+        return tuple(sorted(found | set(token_ids(source, "eos_token_id", GENERATION_CONFIG))))
+    directory = locate(source, revision, weights=False)
+    for file in (GENERATION_CONFIG, CONFIG):
+        if (directory / file).is_file():
+            found |= set(token_ids(read_json(directory / file), "eos_token_id", str(directory / file)))
+    return tuple(sorted(found))

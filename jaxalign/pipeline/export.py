@@ -38,10 +38,10 @@ def export(
 
     import jax
 
-    from jaxalign.models.config import from_hf
+    from jaxalign.models.config import read_config
     from jaxalign.models.export import check_target, save
-    from jaxalign.models.hub import CONFIG, locate, read_json
-    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.models.hub import CONFIG, locate
+    from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
     from jaxalign.models.transformer import Model
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
@@ -58,8 +58,8 @@ def export(
         source, revision = os.fspath(run / "export"), None  # the start has moved; the end describes the same model
     directory = locate(source, revision, weights=False)
     role, head = ("reward", "score") if config["algorithm"]["name"] == "reward" else ("policy", "lm")
-    description = from_hf(
-        read_json(directory / CONFIG), dtype=given["dtype"], param_dtype=given["param_dtype"], remat="none", head=head
+    description = read_config(
+        directory, dtype=given["dtype"], param_dtype=given["param_dtype"], remat="none", head=head
     )
     model = Model(description)
     mesh = make_mesh(defaults("sft").mesh)  # this machine's, not the run's
@@ -67,8 +67,11 @@ def export(
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, param_shardings(mesh, abstract)
     )
+    tokenizer = load_tokenizer(
+        given["tokenizer"] or source, None if given["tokenizer"] else revision, given["chat_template"]
+    )
+    check_vocabulary(tokenizer, description.vocab_size, source)
     params = _restore(run / "checkpoints" / str(step) / "state", role, like)
-    tokenizer = load_tokenizer(given["tokenizer"] or source, revision, given["chat_template"])
     return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype)
 
 

@@ -12,8 +12,9 @@ import jax
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
 from jaxalign.evaluate.sequences import Tokens
+from jaxalign.models.config import read_config
 from jaxalign.models.hf import load
-from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.hub import locate
 from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import make_mesh
@@ -59,7 +60,7 @@ def load_model(
     Raises:
       InputError: no such model, or one of the other kind.
     """
-    file = require_head(path, head, flag)
+    file, tokenizer = require_head(path, head, flag)
     common = defaults("sft")
     dtype = dtype or common.model.dtype
     if dtype not in _DTYPES:
@@ -74,9 +75,6 @@ def load_model(
             head=head,
             shardings=lambda tree: param_shardings(mesh, tree),
         )
-    tokenizer = read_tokenizer(path, flag)
-    with _without_config(path, flag):
-        check_vocabulary(tokenizer, model.config.vocab_size)
     return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
 
 
@@ -104,8 +102,8 @@ def read_tokenizer(path: str, flag: str = "") -> Any:
         return load_tokenizer(path)
 
 
-def require_head(path: str, head: str, flag: str = "") -> dict[str, Any]:
-    """The `config.json` of a model, once it is known to be of the right kind.
+def require_head(path: str, head: str, flag: str = "") -> tuple[dict[str, Any], Any]:
+    """The `config.json` and the tokenizer of a model, once they are known to be of the right kind and to agree.
 
     Args:
       path: a directory in Hugging Face form, or a hub id.
@@ -113,11 +111,11 @@ def require_head(path: str, head: str, flag: str = "") -> dict[str, Any]:
       flag: of the command line that gave the path, for messages.
 
     Raises:
-      InputError: no such model, or one of the other kind.
+      InputError: no such model, a broken one, or one of the other kind.
     """
     with _without_config(path, flag):
-        file = read_json(locate(path, weights=False) / CONFIG)
-    scalar = "SequenceClassification" in (file.get("architectures") or [""])[0]
+        config = read_config(locate(path, weights=False), dtype="float32", param_dtype="float32", remat="none")
+    scalar = config.head == "score"
     if scalar and head == "lm":
         raise InputError(
             f"{path} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
@@ -128,7 +126,10 @@ def require_head(path: str, head: str, flag: str = "") -> dict[str, Any]:
             "a reward model, or a reference for DPO's implicit reward",
             "jaxalign score --model DIR --ref DIR --beta B",
         )
-    return file
+    tokenizer = read_tokenizer(path, flag)
+    fix = f"{flag or '--model'} DIR, a model with a tokenizer of its own"
+    check_vocabulary(tokenizer, config.vocab_size, path, fix)
+    return config.hf, tokenizer
 
 
 def tokenize(tokenizer: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Tokens]:

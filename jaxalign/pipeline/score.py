@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from jaxalign.errors import InputError
 from jaxalign.pipeline.lines import read_lines
@@ -49,12 +49,11 @@ def score(
         )
     lines = read_lines(data)
     from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
-    from jaxalign.pipeline.loaded import load_model, read_tokenizer, require_head, tokenize, warn_of_context
+    from jaxalign.pipeline.loaded import load_model, require_head, tokenize, warn_of_context
 
     places = [line.where for line in lines]
 
-    def read(path: str, flag: str) -> list[Tokens]:
-        tokenizer = read_tokenizer(path, flag)
+    def read(path: str, tokenizer: Any) -> list[Tokens]:
         sequences = tokenize(tokenizer, [(line.prompt, line.completion) for line in lines], places)
         if not append_eos:
             return sequences
@@ -64,10 +63,9 @@ def score(
 
     paths = {"--model": model} if ref is None else {"--model": model, "--ref": ref}
     head = "score" if ref is None else "lm"
-    for flag, path in paths.items():
-        require_head(path, head, flag)
-    sequences = read(model, "--model")
-    if ref is not None and (other := read(ref, "--ref")) != sequences:
+    tokenizers = {flag: require_head(path, head, flag)[1] for flag, path in paths.items()}
+    sequences = read(model, tokenizers["--model"])
+    if ref is not None and (other := read(ref, tokenizers["--ref"])) != sequences:
         place = next(p for p, a, b in zip(places, sequences, other, strict=True) if a != b)
         raise InputError(
             f"{place}: the tokenizers of {model} and {ref} give different tokens",

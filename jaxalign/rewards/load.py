@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.files import is_url
 from jaxalign.models import hf
-from jaxalign.models.tokenizer import load_tokenizer
+from jaxalign.models.config import read_config
+from jaxalign.models.hub import locate
+from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.function import FunctionScorer, load_function
 from jaxalign.rewards.model import ModelScorer
@@ -34,5 +37,9 @@ def load_scorer(name: str, *, dtype: str, mesh: Mesh | None = None, batch_size: 
     if ":" in name and not is_url(name) and not Path(name).is_dir():
         return FunctionScorer(load_function(name), name)
     shardings = None if mesh is None else lambda tree: param_shardings(mesh, tree)
-    model, params = hf.load(name, dtype=dtype, param_dtype=dtype, remat="none", head="score", shardings=shardings)
-    return ModelScorer(model, load_tokenizer(name), params, mesh=mesh, batch_size=batch_size, plain=render_plain)
+    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "remat": "none", "head": "score"}
+    described = read_config(locate(name, weights=False), **settings)
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(tokenizer, described.vocab_size, name, "a reward model with a tokenizer of its own")
+    model, params = hf.load(name, shardings=shardings, **settings)
+    return ModelScorer(model, tokenizer, params, mesh=mesh, batch_size=batch_size, plain=render_plain)

@@ -139,6 +139,7 @@ def _shapes(role: Role) -> Any:
 
 
 def _ppo(config, loader, context) -> Program:
+    from jaxalign.models.tokenizer import check_vocabulary
     from jaxalign.train import experience
 
     cfg = config.algorithm
@@ -146,6 +147,8 @@ def _ppo(config, loader, context) -> Program:
     reward, reward_role = _reward_of(config, loader, context)
     value_path = cfg.value_path or config.rewards.model or config.model.path
     value = loader.scorer(value_path, None, config.optimizer.value_learning_rate)
+    fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
+    check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)
     prepare = experience.make_prepare(
         config,
         policy=policy.model,
@@ -184,7 +187,7 @@ def _ppo(config, loader, context) -> Program:
 def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
     """What scores completions, and the frozen role that it reads its parameters from."""
     from jaxalign.data.dialogues import render_plain
-    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
     from jaxalign.rewards.function import FunctionScorer, load_function
     from jaxalign.rewards.model import ModelScorer, same_tokenizer
 
@@ -192,6 +195,8 @@ def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
         return FunctionScorer(load_function(config.rewards.function), config.rewards.function), None
     role = loader.scorer(config.rewards.model)
     tokenizer = load_tokenizer(config.rewards.model)
+    fix = "a reward model with a tokenizer of its own: --config.rewards.model=DIR"
+    check_vocabulary(tokenizer, role.model.config.vocab_size, config.rewards.model, fix)
     if same_tokenizer(tokenizer, context.tokenizer):
         return role.model, role
     return ModelScorer(role.model, tokenizer, mesh=context.mesh, plain=render_plain), role

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from jaxalign.errors import InputError
 from jaxalign.models import hf
-from jaxalign.models.config import from_hf
-from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.config import read_config
+from jaxalign.models.hub import locate
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.parallel.sharding import param_shardings
@@ -61,7 +61,7 @@ class Loader:
     def _check_scores(self, path: str, revision: str | None) -> None:
         """Refuses a frozen scorer whose head would be a fresh one: its scores would be noise."""
         c = self.config.model
-        found = from_hf(read_json(locate(path, revision) / CONFIG), dtype=c.dtype, param_dtype=c.dtype, remat="none")
+        found = read_config(locate(path, revision, weights=False), dtype=c.dtype, param_dtype=c.dtype, remat="none")
         if found.head != "score":
             raise InputError(
                 f"{path} is no reward model: it has no scalar head",
@@ -88,7 +88,7 @@ class Loader:
 
         fields = {k: v for k, v in options.items() if k != "revision"}
         directory = locate(path, revision, weights=False)
-        described = from_hf(read_json(directory / CONFIG), **fields)
+        described = read_config(directory, **fields)
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
         described = dataclasses.replace(described, attention=c.attention, causal=causal(self.config))
         return Role(Model(described), load, learning_rate)

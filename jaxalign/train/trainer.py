@@ -86,7 +86,9 @@ class Stage:
 
     def __init__(self, config: Any, mesh: Mesh, directory: RunDir):
         from jaxalign.data.loader import Dataset
-        from jaxalign.models.tokenizer import load_tokenizer, stop_ids
+        from jaxalign.models.config import read_config
+        from jaxalign.models.hub import locate
+        from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
         c = config
         self.config, self.mesh, self.directory = config, mesh, directory
@@ -95,9 +97,13 @@ class Stage:
         self.offload = c.algorithm.get("offload", False)
         if self.offload:
             require_host_memory(mesh, "algorithm.offload", "--config.algorithm.offload=False")
+        described = read_config(
+            locate(c.model.path, c.model.revision, weights=False), dtype="float32", param_dtype="float32", remat="none"
+        )
         # The revision is the model's; a tokenizer from elsewhere has its own history.
         revision = None if c.model.tokenizer else c.model.revision
         self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, revision, c.model.chat_template)
+        check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
         purpose = c.algorithm.name
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
         self.dataset = Dataset.build(c, self.tokenizer, purpose, "train", eos_ids=ends)

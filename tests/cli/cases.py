@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -45,6 +46,27 @@ def with_context(model: Path, directory: Path, tokens: int) -> str:
     config = json.loads((model / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))
     return str(directory)
+
+
+def copied(model: Path, directory: Path, **config) -> Path:
+    """A copy of a model that may be written, with other fields in its `config.json`."""
+    shutil.copytree(model, directory)
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    old = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(old | config))
+    return directory
+
+
+def with_token(directory: Path, token: str = "<|extra|>") -> Path:
+    """Gives the tokenizer of a model one token more, behind all others."""
+    file = directory / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    last = max(tree["model"]["vocab"].values())
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    tree["added_tokens"].append({"id": last + 1, "content": token, "special": True, **flags})
+    file.write_text(json.dumps(tree))
+    return directory
 
 
 def run(*argv: str) -> list[dict]:

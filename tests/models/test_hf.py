@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import InputError
 from jaxalign.models import export, hf, weights
+from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from tests.models import tiny_models as tiny
 
@@ -208,7 +209,7 @@ def test_trap_reward_pooled_one_token_early(tmp_path, checkpoint, shared):
     """TRAPS.md, pad token = EOS token: transformers takes the last token that is not padding, so an exported reward
     model never names EOS as padding; where no other id can serve, it names none and transformers refuses batches."""
     config = tiny.hf_config(**FULL, pad_token_id=2, vocab_size=512)
-    model = Model(hf.from_hf(config, head="score", **tiny.SETTINGS))
+    model = Model(from_hf(config, head="score", **tiny.SETTINGS))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), model.abstract())
 
     def exported_pad(**options):
@@ -336,7 +337,6 @@ def test_no_second_copy_in_host_memory(tmp_path):
 def _shapes(config):
     """Shapes by Hugging Face name."""
     from jaxalign.models import names
-    from jaxalign.models.config import from_hf
 
     described = from_hf(config, **tiny.SETTINGS)
     have = {"/".join(k.key for k in p) for p, _ in jax.tree_util.tree_flatten_with_path(Model(described).abstract())[0]}

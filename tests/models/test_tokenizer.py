@@ -28,7 +28,7 @@ def test_real_tokenizers(shared, name, pad, stops):
     text = "Once upon a time, there was a café.\n"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     check_vocabulary(tokenizer, max(tokenizer.get_vocab().values()) + 1)
-    with pytest.raises(InputError, match="vocabulary of 100"):
+    with pytest.raises(InputError, match="vocabulary 100"):
         check_vocabulary(tokenizer, 100)
 
 
