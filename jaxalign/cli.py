@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxalign import __version__
 from jaxalign.errors import InputError
+from jaxalign.ranges import check_flags
 
 HELP = """\
 jaxalign teaches a language model preferences, in JAX and Flax.
@@ -156,6 +157,11 @@ _REQUIRED = object()
 
 class _Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input, in the same three lines as any other."""
+
+    def parse_args(self, *args, **named):  # type: ignore[override]
+        found = super().parse_args(*args, **named)
+        check_flags(**vars(found))
+        return found
 
     def error(self, message: str):
         raise InputError(message, " ".join(self.format_usage().removeprefix("usage: ").split()), f"{self.prog} --help")

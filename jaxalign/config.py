@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from jaxalign import relations
 from jaxalign.errors import InputError
-from jaxalign.ranges import ALGORITHMS, BOUNDS, CHOICES, GUIDE_RANGES, REQUIRED
+from jaxalign.ranges import ALGORITHMS, BOUNDS, CHOICES, GUIDE_RANGES, REQUIRED, misfit, shown
 
 
 def defaults(algorithm: str) -> ConfigDict:
@@ -104,7 +105,7 @@ def _common() -> ConfigDict:
                 "max_records": none(int),
                 "on_error": "stop",  # at a row that is wrong; or skip: it is counted by reason and left out
                 "max_skipped": 0.01,  # share of the rows of a source that on_error may skip
-                "max_length": 1024,  # prompt + completion, in tokens
+                "max_length": none(int),  # prompt + completion, in tokens; default: see `max_length`
                 "max_prompt_length": none(int),
                 "max_completion_length": none(int),
                 "row_length": none(int),  # default: what the data needs, at most max_length (pairs: twice that)
@@ -264,18 +265,6 @@ def _nearest(name: str, names) -> str:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), "")
 
 
-def nearest_field(config: ConfigDict, name: str) -> str:
-    """The existing dotted field most like `name`.
-
-    >>> nearest_field(defaults("dpo"), "optimizer.learnin_rate")
-    'optimizer.learning_rate'
-    """
-    names = list(leaves(config))
-    tail = name.rsplit(".", 1)[-1]
-    same_tail = [n for n in names if n.rsplit(".", 1)[-1] == _nearest(tail, {n.rsplit(".", 1)[-1] for n in names})]
-    return _nearest(name, same_tail or names)
-
-
 def get(config: ConfigDict, field: str, default: Any = None) -> Any:
     """The value of a dotted field, or `default` where the tree does not have it."""
     node: Any = config
@@ -284,6 +273,16 @@ def get(config: ConfigDict, field: str, default: Any = None) -> Any:
             return default
         node = node[key]
     return node
+
+
+def max_length(config: ConfigDict, positions: int | None = None) -> int:
+    """How long prompt and completion may be together: `data.max_length`, or 1,024, or what the models were made for.
+
+    Args:
+      config: one stage's configuration.
+      positions: `max_position_embeddings` of the models, the least of them; None where it is not known.
+    """
+    return config.data.max_length or min(1024, positions or 1024)
 
 
 def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
@@ -299,6 +298,8 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
     Raises:
       InputError: naming the field, what it may be, and the flag that sets it.
     """
+    name = _algorithm(config)
+    _check_fields(config, defaults(name))
     if inputs:
         for field in REQUIRED:
             if not get(config, field):
@@ -310,14 +311,8 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
             raise InputError(
                 f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}"
             )
-    for field, low, high in BOUNDS:
-        value = get(config, field)
-        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
-            span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise InputError(f"{field} is {value!r}", span, f"--config.{field}={_proposed(config, field, low, high)}")
-    _validate_relations(config, inputs)
-    name = config.algorithm.name
-    return [
+    relations.check(config, inputs, max_length(config))
+    return relations.without_effect(config, defaults(name), max_length(config)) + [
         f"{field} is {get(config, field):g}; guides for {name} give "
         + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
         for algorithm, field, low, high in GUIDE_RANGES
@@ -328,87 +323,78 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
 
 
 _ABSENT = object()
+_FAR = 1e30  # in place of bounds
 
 
-def _proposed(config: ConfigDict, field: str, low: float | None, high: float | None) -> Any:
-    """In place of a value out of bounds: the default, or the bound that was passed where there is none."""
-    default = get(defaults(config.algorithm.name), field)
-    return default if default is not None else low if low is not None and get(config, field) < low else high
-
-
-def _validate_relations(c: ConfigDict, inputs: bool) -> None:
-    """Checks between fields."""
-    if c.batch_size % c.grad_accum_steps:
+def _algorithm(config: Any) -> str:
+    """The algorithm of a tree, whose fields are that algorithm's."""
+    name = get(config, "algorithm.name")
+    if name not in ALGORITHMS:
+        near = _nearest(str(name), ALGORITHMS)
         raise InputError(
-            f"batch_size {c.batch_size} is not divisible by grad_accum_steps {c.grad_accum_steps}",
-            "equal micro-batches",
-            f"--config.batch_size={-(-c.batch_size // c.grad_accum_steps) * c.grad_accum_steps}",
+            f"algorithm.name is {name!r}",
+            f"one of {', '.join(ALGORITHMS)}, in a tree that starts from defaults(...)",
+            f"--config.algorithm.name={near}" if get(config, "algorithm") else f"config = defaults({near!r})",
         )
-    if c.model.param_dtype == "bfloat16":
-        low = min(c.optimizer.learning_rate, get(c, "optimizer.value_learning_rate", 1.0))
-        if low < 1e-4:
-            raise InputError(
-                f"bfloat16 weights at a learning rate of {low:g}",
-                "float32 weights below 1e-4: at 5e-7 one percent of bfloat16 weights move in a step",
-                "--config.model.param_dtype=float32 (the computation may stay in bfloat16)",
-            )
-    if c.optimizer.state_dtype and c.optimizer.name == "sgd" and not c.optimizer.b1:
+    found = set(leaves(config))
+    apart = {other: len(found ^ set(leaves(defaults(other)))) for other in ALGORITHMS}
+    nearest = min(ALGORITHMS, key=lambda other: apart[other])
+    if apart[nearest] < apart[name]:
         raise InputError(
-            f"optimizer.state_dtype {c.optimizer.state_dtype!r} with sgd without momentum",
-            "an optimizer that keeps something between steps",
-            "--config.optimizer.state_dtype=None, or --config.optimizer.b1=0.9 for momentum",
+            f"algorithm.name is {name!r}, and the fields are those of {nearest}",
+            f"{nearest}, or a config of defaults({name!r})",
+            f"--config.algorithm.name={nearest}",
         )
-    for field in ("max_prompt_length", "max_completion_length"):
-        value = get(c, f"data.{field}")
-        if value is not None and value >= c.data.max_length:
-            raise InputError(
-                f"data.{field} is {value}, data.max_length {c.data.max_length}",
-                "room for the other part",
-                f"--config.data.{field}={c.data.max_length // 2}",
-            )
-    if c.checkpoint.best_metric and not c.eval.every:
-        raise InputError(
-            f"checkpoint.best_metric is {c.checkpoint.best_metric!r} but eval.every is 0",
-            "evaluations to choose by",
-            "--config.eval.every=100",
-        )
-    if c.algorithm.name == "dpo" and c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
-        raise InputError(
-            "label_smoothing with the ipo loss",
-            "0: IPO has no smoothed form",
-            "--config.algorithm.label_smoothing=0",
-        )
-    if c.algorithm.name == "ppo":
-        if c.batch_size % c.algorithm.num_minibatches:
-            raise InputError(
-                f"batch_size {c.batch_size} is not divisible by num_minibatches {c.algorithm.num_minibatches}",
-                "equal minibatches",
-                f"--config.algorithm.num_minibatches={_divisor(c.batch_size, c.algorithm.num_minibatches)}",
-            )
-        if c.rollout.temperature <= 0:
-            raise InputError(
-                "rollout.temperature is 0",
-                "a positive temperature: PPO learns from samples",
-                "--config.rollout.temperature=1.0",
-            )
-        if inputs and not (c.rewards.model or c.rewards.function):
-            raise InputError(
-                "PPO without a reward",
-                "a reward model or a function",
-                "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME",
-            )
-        if c.rewards.model and c.rewards.function:
-            raise InputError("both rewards.model and rewards.function", "one of them", "--config.rewards.function=None")
-        if c.rollout.max_new_tokens >= c.data.max_length:
-            raise InputError(
-                f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {c.data.max_length}",
-                "room for a prompt: max_length limits prompt + completion",
-                f"--config.data.max_length={c.rollout.max_new_tokens * 2}",
-            )
+    return name
 
 
-def _divisor(n: int, at_most: int) -> int:
-    return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
+def _check_fields(config: Any, usual: ConfigDict, prefix: str = "") -> None:
+    """Each field is there, and holds a value of its type, a number one within its bounds.
+
+    Args:
+      config: the tree, or one section of it.
+      usual: the same of the algorithm's defaults.
+      prefix: the section's name and a dot.
+    """
+    for key in usual:
+        field, default = f"{prefix}{key}", usual[key]
+        if key not in config:
+            raise InputError(f"there is no field {field}", "all fields of defaults(...)", f"leave {field} as it is")
+        value, kind = config[key], usual.get_type(key)
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, (ConfigDict, Mapping)):
+                names = ", ".join(default)
+                raise InputError(
+                    f"{field} is {shown(value)}",
+                    f"a section with the fields {names}",
+                    f"leave {field} as it is and set {field}.{next(iter(default))} and the others one by one",
+                )
+            _check_fields(value, default, f"{field}.")
+        elif value is not None:
+            _check_value(field, value, default, kind)
+        elif default is not None:
+            raise InputError(f"{field} is None", f"a value of type {kind.__name__}", f"--config.{field}={default}")
+    extra = [key for key in config if key not in usual]
+    if extra:
+        near = _nearest(str(extra[0]), usual)
+        raise InputError(
+            f"there is no field {prefix}{extra[0]}",
+            f"the nearest name is {prefix}{near}",
+            f"--config.{prefix}{near}=...",
+        )
+
+
+def _check_value(field: str, value: Any, default: Any, kind: type) -> None:
+    expected, proposed = "", default
+    if kind in (int, float):
+        low, high = next(((low, high) for name, low, high in BOUNDS if name == field), (-_FAR, _FAR))
+        expected = misfit(value, low, high, whole=kind is int)
+        if default is None:
+            proposed = high if isinstance(value, (int, float)) and value > high else low
+    elif not isinstance(value, (tuple, list) if kind is tuple else kind):
+        expected = f"a value of type {kind.__name__}"
+    if expected:
+        raise InputError(f"{field} is {shown(value)}", expected, f"--config.{field}={proposed}")
 
 
 if __name__ == "__main__":  # python -m jaxalign.config dpo: the fields of an algorithm and their defaults

@@ -154,9 +154,11 @@ def compile_for(topology: str, config: Any) -> Plan:
     from jaxalign.train.checkpoints import abstract
     from jaxalign.train.compiled import memory_of, out_of_memory
     from jaxalign.train.dryrun import abstract_batch
+    from jaxalign.train.models import fit_length
     from jaxalign.train.rundir import RunDir
     from jaxalign.train.trainer import Stage
 
+    config, _ = fit_length(config)
     devices = absent_devices(topology)
     kind = devices[0].device_kind
     mesh = make_mesh(config.mesh, devices)

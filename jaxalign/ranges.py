@@ -1,6 +1,11 @@
-"""What each field of a configuration may hold: tables that `jaxalign.config.validate` reads."""
+"""What each field of a configuration may hold: tables that `config.validate` reads, and one rule for numbers."""
 
 from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from jaxalign.errors import InputError
 
 ALGORITHMS = ("sft", "reward", "dpo", "ppo")
 REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
@@ -26,53 +31,134 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("checkpoint.best_mode", ("min", "max")),
 )
 
-# (field, least, greatest); a bound of None is open, and None values pass
-BOUNDS: tuple[tuple[str, float | None, float | None], ...] = (
-    ("batch_size", 1, None),
-    ("grad_accum_steps", 1, None),
-    ("profile", 0, None),
-    ("num_train_steps", 1, None),
-    ("num_epochs", 1, None),
-    ("data.max_length", 2, None),
-    ("data.max_prompt_length", 1, None),
-    ("data.max_completion_length", 1, None),
-    ("data.row_length", 2, None),
-    ("data.max_records", 1, None),
+# (field, least, greatest), both within the range: each field that holds a number has its line.  Far bounds are no
+# advice; they keep out what would overflow a counter or a memory before anything else says so.
+_MANY = 1_000_000_000  # steps, records: well within 32 bits
+_BIG = 1e6  # coefficients
+_TOKENS = 1 << 24  # of a sequence
+BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("seed", 0, (1 << 31) - 1),
+    ("batch_size", 1, 1 << 20),
+    ("grad_accum_steps", 1, 1 << 20),
+    ("profile", 0, _MANY),
+    ("num_train_steps", 1, _MANY),
+    ("num_epochs", 1, _MANY),
+    ("data.max_length", 2, _TOKENS),
+    ("data.max_prompt_length", 1, _TOKENS),
+    ("data.max_completion_length", 1, _TOKENS),
+    ("data.row_length", 2, 2 * _TOKENS),
+    ("data.max_records", 1, _MANY),
     ("data.max_skipped", 0, 1),
     ("data.eval_fraction", 0, 0.9),
-    ("optimizer.learning_rate", 0, None),
-    ("optimizer.value_learning_rate", 0, None),
-    ("optimizer.warmup_steps", 0, None),
-    ("optimizer.max_grad_norm", 0, None),
-    ("optimizer.weight_decay", 0, None),
+    ("mesh.data", -1, 1 << 20),
+    ("mesh.fsdp", -1, 1 << 20),
+    ("mesh.tensor", -1, 1 << 20),
+    ("optimizer.learning_rate", 0, _BIG),
+    ("optimizer.value_learning_rate", 0, _BIG),
+    ("optimizer.warmup_steps", 0, _MANY),
+    ("optimizer.b1", 0, 0.999999),
+    ("optimizer.b2", 0, 0.999999),
+    ("optimizer.eps", 1e-20, 1),
+    ("optimizer.max_grad_norm", 0, 1e9),
+    ("optimizer.weight_decay", 0, _BIG),
     ("optimizer.final_fraction", 0, 1),
-    ("algorithm.beta", 1e-9, None),
+    ("algorithm.beta", 1e-9, _BIG),
     ("algorithm.label_smoothing", 0, 0.4999),
-    ("algorithm.center_coef", 0, None),
-    ("algorithm.kl_coef", 0, None),
-    ("algorithm.kl_target", 1e-9, None),
-    ("algorithm.kl_horizon", 1, None),
+    ("algorithm.center_coef", 0, _BIG),
+    ("algorithm.kl_coef", 0, _BIG),
+    ("algorithm.kl_target", 1e-9, _BIG),
+    ("algorithm.kl_horizon", 1, _MANY),
+    ("algorithm.entropy_coef", 0, _BIG),
+    ("algorithm.vf_coef", 0, _BIG),
     ("algorithm.gamma", 0, 1),
     ("algorithm.gae_lambda", 0, 1),
-    ("algorithm.clip_range", 1e-9, None),
-    ("algorithm.value_clip_range", 1e-9, None),
-    ("algorithm.num_ppo_epochs", 1, None),
-    ("algorithm.num_minibatches", 1, None),
-    ("algorithm.max_approx_kl", 1e-9, None),
-    ("rollout.max_new_tokens", 1, None),
-    ("rollout.num_samples", 1, None),
-    ("rollout.temperature", 0, None),
-    ("rollout.top_k", 0, None),
+    ("algorithm.clip_range", 1e-9, _BIG),
+    ("algorithm.value_clip_range", 1e-9, _BIG),
+    ("algorithm.num_ppo_epochs", 1, 10_000),
+    ("algorithm.num_minibatches", 1, 1 << 20),
+    ("algorithm.max_approx_kl", 1e-9, _BIG),
+    ("rollout.max_new_tokens", 1, _TOKENS),
+    ("rollout.num_samples", 1, 1 << 16),
+    ("rollout.temperature", 0, 1000),  # see LEAST_TEMPERATURE
+    ("rollout.top_k", 0, _MANY),
     ("rollout.top_p", 1e-9, 1),
-    ("rewards.clip", 1e-9, None),
-    ("eval.every", 0, None),
-    ("eval.num_batches", 1, None),
-    ("checkpoint.every", 0, None),
-    ("checkpoint.keep", 1, None),
-    ("logging.every", 1, None),
-    ("logging.samples_every", 0, None),
-    ("logging.num_samples", 1, None),
+    ("rewards.scale", -_BIG, _BIG),
+    ("rewards.clip", 1e-9, 1e9),
+    ("rewards.missing_eos_penalty", 0, 1e9),
+    ("eval.every", 0, _MANY),
+    ("eval.num_batches", 1, _MANY),
+    ("checkpoint.every", 0, _MANY),
+    ("checkpoint.keep", 1, _MANY),
+    ("logging.every", 1, _MANY),
+    ("logging.samples_every", 0, _MANY),
+    ("logging.num_samples", 1, 1 << 16),
 )
+LEAST_TEMPERATURE = 1e-3  # but for 0: logits divided by less overflow
+SOURCE_WEIGHT = (1e-6, 10_000)  # of a source in data.sources
+
+# (flag of a command, least, greatest, a value that fits); those that a field stands behind have the field's bounds
+_BOUND = {field: (low, high) for field, low, high in BOUNDS}
+FLAG_BOUNDS: tuple[tuple[str, float, float, float], ...] = (
+    ("seed", *_BOUND["seed"], 0),
+    ("temperature", *_BOUND["rollout.temperature"], 1.0),
+    ("max_new_tokens", *_BOUND["rollout.max_new_tokens"], 128),
+    ("top_k", *_BOUND["rollout.top_k"], 0),
+    ("top_p", *_BOUND["rollout.top_p"], 1.0),
+    ("beta", *_BOUND["algorithm.beta"], 0.1),
+    ("num_prompts", 1, _MANY, 100),
+    ("show", 0, _MANY, 5),
+    ("confidence", 0.01, 0.9999, 0.95),
+)
+
+
+def misfit(value: Any, low: float, high: float, *, whole: bool = False) -> str:
+    """The one rule for numbers, wherever they come from: what would fit in the place of a value that does not.
+
+    Args:
+      value: anything.
+      low: the least that fits; finite.
+      high: the greatest.
+      whole: whether it must be a whole number.
+
+    Returns:
+      What was expected, in words; "" for a number that fits.  NaN fits nothing, truth values are no numbers.
+
+    >>> misfit(0.5, 0, 1), misfit(float("nan"), 0, 1), misfit(True, 0, 1, whole=True)
+    ('', 'a number from 0 to 1', 'a whole number from 0 to 1')
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:  # type: ignore[operator]
+        return ""
+    return f"a {'whole ' if whole else ''}number from {shown(low)} to {shown(high)}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: thousands apart, and never thousands of digits.
+
+    >>> shown(1048576), shown(1e6), shown("x"), shown(10**400)
+    ('1,048,576', '1e+06', "'x'", 'a number of 1,329 bits')
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) < 10**30 else f"a number of {value.bit_length():,} bits"
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def check_flags(**values: Any) -> None:
+    """Numbers that are given to a command, by their flags; None for one that was not given.
+
+    Raises:
+      InputError: one that is not a number within its bounds.
+    """
+    for flag, low, high, example in FLAG_BOUNDS:
+        value = values.get(flag)
+        if value is None:
+            continue
+        expected = misfit(value, low, high, whole=isinstance(example, int))
+        if flag == "temperature" and not expected and 0 < value < LEAST_TEMPERATURE:
+            expected = f"0 for the likeliest token, or {LEAST_TEMPERATURE} and more"
+        if expected:
+            raise InputError(f"--{flag} {shown(value)}", expected, f"--{flag} {example}")
+
 
 # (algorithm, field, least, greatest): what practitioners' guides give; outside it is a warning, not an error
 GUIDE_RANGES: tuple[tuple[str, str, float, float], ...] = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.config import max_length
 from jaxalign.data import packing, report
 from jaxalign.data.cache import TokenStore, digest, digest_records, digest_tokenizer, open_or_write
 from jaxalign.data.dialogues import render_plain
@@ -350,12 +351,10 @@ def _is_dialogue(record: Record) -> bool:
 
 
 def _limits(config, purpose: str, encoder: Encoder) -> Limits:
-    data = config.data
+    data, longest = config.data, max_length(config)
     if purpose != "ppo":
-        return Limits(
-            data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation, encoder.bos_id
-        )
-    room = data.max_length - config.rollout.max_new_tokens
+        return Limits(longest, data.max_prompt_length, data.max_completion_length, data.truncation, encoder.bos_id)
+    room = longest - config.rollout.max_new_tokens
     return Limits(room, data.max_prompt_length, None, data.truncation, encoder.bos_id)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-import math
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from jaxalign.data.files import SUFFIXES, OnBad, Raw, is_url, read_file, stop, supported
 from jaxalign.data.preference import codes_of
 from jaxalign.errors import InputError
+from jaxalign.ranges import SOURCE_WEIGHT, misfit, shown
 
 # Hub sets whose subsets are folders, not named configurations.
 _SUBSET_IS_FOLDER = ("anthropic/hh-rlhf",)
@@ -101,10 +101,10 @@ def _parse(item: Any, field: str) -> Source:
             )
     source = Source(item["path"], item.get("split"), item.get("name"), item.get("revision"), field=field)
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
+    if expected := misfit(weight, *SOURCE_WEIGHT):
         raise InputError(
-            f"{source.path}: weight {weight!r}",
-            "a positive number: 1 draws each record once, 2 twice, 0.5 every other",
+            f"{source.path}: weight {shown(weight)}",
+            f"{expected}: 1 draws each record once, 2 twice, 0.5 every other",
             config_line(source, weight=1.0),
         )
     columns = _columns(source, item.get("columns") or {})

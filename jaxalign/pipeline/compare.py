@@ -22,8 +22,8 @@ from jaxalign.evaluate.perplexity import perplexity
 from jaxalign.evaluate.sequences import Tokens, completion_logprobs
 from jaxalign.evaluate.winrate import GOOD, HARM, win_rate
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.pipeline.generate import check_sampling
 from jaxalign.pipeline.loaded import Loaded, load_model, require_head
+from jaxalign.ranges import check_flags
 from jaxalign.rewards.model import same_tokenizer
 from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.engine import Completion
@@ -70,12 +70,8 @@ def compare(
     Raises:
       InputError: models, data, reward or a value that cannot be used.
     """
-    check_sampling(temperature, max_new_tokens, top_k, top_p)
     sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_k": top_k, "top_p": top_p}
-    if not 0 < confidence < 1:
-        raise InputError(f"--confidence {confidence}", "between 0 and 1", "--confidence 0.95")
-    if num_prompts is not None and num_prompts < 1:
-        raise InputError(f"--num_prompts {num_prompts}", "1 or more", "--num_prompts 100")
+    check_flags(**sampling, seed=seed, confidence=confidence, num_prompts=num_prompts)
     for flag, path in (("--base", base), ("--aligned", aligned)):
         require_head(path, "lm", flag)
     scorer = None if reward is None else _scorer(reward, dtype)

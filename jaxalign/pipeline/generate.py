@@ -6,6 +6,7 @@ import sys
 
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
+from jaxalign.ranges import check_flags
 
 
 def generate(
@@ -41,7 +42,7 @@ def generate(
       InputError: a model that cannot be used, a value out of its range.
     """
     most = defaults("ppo").rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
-    check_sampling(temperature, most, top_k, top_p)
+    check_flags(temperature=temperature, max_new_tokens=most, top_k=top_k, top_p=top_p, seed=seed)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 come as halves of pairs
@@ -75,19 +76,3 @@ def _warn(model: str, prompt: int, asked: int | None, context: int) -> None:
     given = f"the prompt's {prompt} tokens" + ("" if asked is None else f" and --max_new_tokens {asked}")
     advice = f"; --max_new_tokens {context - prompt} stays within" if prompt < context else ""
     print(f"warning: {given}: longer than the {context} tokens that {model} was made for{advice}", file=sys.stderr)
-
-
-def check_sampling(temperature: float, max_new_tokens: int, top_k: int, top_p: float) -> None:
-    """Refuses values that mean nothing.
-
-    Raises:
-      InputError: naming the flag.
-    """
-    for flag, value, good, expected in (
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1 (off)"),
-    ):
-        if not good:
-            raise InputError(f"--{flag} {value}", expected, f"--{flag} 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import traceback
@@ -10,11 +11,106 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import defaults, get, nearest_field
+from jaxalign.config import defaults, get, leaves
 from jaxalign.errors import InputError
 from jaxalign.ranges import ALGORITHMS
 
 _NONE = object()
+
+# What other programs call a field, TRL and transformers before all; a name with a dot is meant within that section.
+# Of several fields the first that the tree has.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    alias: tuple(fields.split())
+    for aliases, fields in (
+        ("output_dir save_dir logdir", "workdir"),
+        ("per_device_train_batch_size train_batch_size global_batch_size bs", "batch_size"),
+        ("gradient_accumulation_steps accumulation_steps accumulate_grad_batches", "grad_accum_steps"),
+        ("num_train_epochs epochs max_epochs n_epochs", "num_epochs"),
+        ("max_steps num_steps total_steps total_episodes", "num_train_steps"),
+        ("model_name_or_path model_name pretrained_model_name_or_path sft_model_path base_model", "model.path"),
+        ("model.name model.model model.dir model.directory model.id", "model.path"),
+        ("tokenizer_name tokenizer_name_or_path", "model.tokenizer"),
+        ("bf16 fp16 torch_dtype precision mixed_precision compute_dtype", "model.dtype"),
+        ("gradient_checkpointing activation_checkpointing", "model.remat"),
+        ("attn_implementation flash_attention", "model.attention"),
+        ("dataset_name dataset datasets train_file train_files train_dataset data_path", "data.sources"),
+        ("data.path data.paths data.file data.files data.train data.source data.train_sources", "data.sources"),
+        ("eval_dataset eval_file data.eval data.eval_path data.validation", "data.eval_sources"),
+        ("test_size val_size eval_split validation_split", "data.eval_fraction"),
+        ("max_seq_length max_seq_len seq_len seq_length sequence_length context_length cutoff_len", "data.max_length"),
+        ("max_completion_length max_target_length", "data.max_completion_length rollout.max_new_tokens"),
+        ("response_length max_response_length max_tokens", "rollout.max_new_tokens data.max_completion_length"),
+        ("max_prompt_length max_input_length", "data.max_prompt_length"),
+        ("truncation_mode", "data.truncation"),
+        ("lr optimizer.lr peak_lr policy_lr actor_lr", "optimizer.learning_rate"),
+        ("critic_lr value_lr", "optimizer.value_learning_rate"),
+        ("lr_scheduler_type lr_scheduler scheduler lr_schedule", "optimizer.schedule"),
+        ("warmup_ratio warmup num_warmup_steps", "optimizer.warmup_steps"),
+        ("min_lr min_lr_ratio", "optimizer.final_fraction"),
+        ("optim optimizer.type", "optimizer.name"),
+        ("adam_beta1 beta1", "optimizer.b1"),
+        ("adam_beta2 beta2", "optimizer.b2"),
+        ("adam_epsilon epsilon", "optimizer.eps"),
+        ("gradient_clipping grad_clip max_norm gradient_clip_val", "optimizer.max_grad_norm"),
+        ("wd", "optimizer.weight_decay"),
+        ("loss_type", "algorithm.loss"),
+        ("dpo_beta", "algorithm.beta"),
+        ("precompute_ref_log_probs", "algorithm.reference"),
+        ("ref_model ref_model_path ref_model_name_or_path reference_model", "algorithm.reference_path"),
+        ("kl_penalty init_kl_coef kl_beta kl_coeff", "algorithm.kl_coef"),
+        ("target_kl", "algorithm.max_approx_kl"),
+        ("cliprange clip_eps clip_epsilon clip_ratio", "algorithm.clip_range"),
+        ("cliprange_value value_clip vf_clip", "algorithm.value_clip_range"),
+        ("lam lambda gae", "algorithm.gae_lambda"),
+        ("ppo_epochs noptepochs num_policy_updates", "algorithm.num_ppo_epochs"),
+        ("num_mini_batches mini_batch_size", "algorithm.num_minibatches"),
+        ("center_rewards_coefficient", "algorithm.center_coef"),
+        ("value_model value_model_path critic critic_path", "algorithm.value_path"),
+        ("reward_model reward_model_path rewards.path", "rewards.model"),
+        ("reward_funcs reward_fn reward_function", "rewards.function"),
+        ("whiten_rewards", "rewards.whiten"),
+        ("stop_token stop_sequences stop_strings eos", "rollout.stop"),
+        ("num_generations num_return_sequences n_samples group_size", "rollout.num_samples"),
+        ("eval_steps evaluation_strategy eval_strategy eval_every eval_interval", "eval.every"),
+        ("save_steps save_strategy save_every save_interval checkpoint_every", "checkpoint.every"),
+        ("save_total_limit", "checkpoint.keep"),
+        ("metric_for_best_model load_best_model_at_end", "checkpoint.best_metric"),
+        ("greater_is_better", "checkpoint.best_mode"),
+        ("resume_from_checkpoint", "checkpoint.resume"),
+        ("logging_steps log_every log_interval", "logging.every"),
+        ("report_to wandb run_name wandb_name", "logging.wandb_project"),
+        ("num_sample_generations sample_every", "logging.samples_every"),
+        ("tp tensor_parallel tensor_parallel_size", "mesh.tensor"),
+        ("dp data_parallel data_parallel_size", "mesh.data"),
+    )
+    for alias in aliases.split()
+}
+
+
+def nearest_field(config: ConfigDict, name: str) -> str:
+    """The existing dotted field that was most likely meant: what others call so, else the name most like it.
+
+    A field of the same section counts as nearer than one of another.
+
+    >>> nearest_field(defaults("dpo"), "optimizer.learnin_rate"), nearest_field(defaults("sft"), "lr")
+    ('optimizer.learning_rate', 'optimizer.learning_rate')
+    """
+    names = list(leaves(config))
+    section, _, tail = name.rpartition(".")
+    stage = name.partition(".")[0]
+    own = name.removeprefix(f"{stage}.") if stage in config.get("stages", ()) else name
+    if tail not in {n.rpartition(".")[2] for n in names}:
+        for alias in _ALIASES.get(own.lower(), _ALIASES.get(tail.lower(), ())):
+            meant = [n for n in names if f".{n}".endswith(f".{alias}")]
+            if meant:
+                return next((n for n in meant if n.startswith(f"{stage}.")), meant[0])
+
+    def likeness(other: str) -> float:
+        there, _, its_tail = other.rpartition(".")
+        alike = difflib.SequenceMatcher(None, tail, its_tail).ratio()
+        return alike + 0.25 * (there == section) + 0.1 * difflib.SequenceMatcher(None, name, other).ratio()
+
+    return max(names, key=likeness, default="")
 
 
 def no_field(config: ConfigDict, field: str, found: str, where: str = "") -> InputError:

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from jaxalign.errors import InputError
 from jaxalign.pipeline.lines import read_lines
+from jaxalign.ranges import check_flags
 
 
 def score(
@@ -47,6 +48,7 @@ def score(
             "both, for DPO's implicit reward, or neither, for a reward model",
             "--ref DIR --beta 0.1",
         )
+    check_flags(beta=beta)
     lines = read_lines(data)
     from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
     from jaxalign.pipeline.loaded import load_model, require_head, tokenize, warn_of_context

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.errors import InputError
+from jaxalign.config import max_length
+from jaxalign.errors import InputError, named
 from jaxalign.models import hf
 from jaxalign.models.config import read_config
 from jaxalign.models.hub import locate
@@ -92,6 +93,44 @@ class Loader:
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
         described = dataclasses.replace(described, attention=c.attention, causal=causal(self.config))
         return Role(Model(described), load, learning_rate)
+
+
+def fit_length(config: Any) -> tuple[Any, list[str]]:
+    """A stage's configuration with its `data.max_length` settled by what its models were made for.
+
+    Args:
+      config: one stage's; not changed.
+
+    Returns:
+      The configuration in which `data.max_length` is a number, and warnings: a longer one that was asked for.
+
+    Raises:
+      InputError: no model at one of the paths.
+    """
+    c = config.copy_and_resolve_references()
+    paths = {"model.path": c.model.path}
+    for section, leaf in (("algorithm", "reference_path"), ("algorithm", "value_path"), ("rewards", "model")):
+        if path := c.get(section, {}).get(leaf):
+            paths[f"{section}.{leaf}"] = path
+    positions = {}
+    for field, path in paths.items():
+        with named(field):
+            file = read_json(locate(path, c.model.revision if path == c.model.path else None, weights=False) / CONFIG)
+        limit = file.get("max_position_embeddings")
+        if isinstance(limit, int) and limit > 0:
+            positions[path] = limit
+    shortest = min(positions, key=lambda path: positions[path], default=None)
+    limit = None if shortest is None else positions[shortest]
+    longest = max_length(c, limit)
+    told = []
+    if limit is not None and longest > limit:
+        told.append(
+            f"data.max_length is {longest:,}, and {shortest} was made for {limit:,} tokens: what it reads beyond them "
+            f"is like nothing that it has seen (--config.data.max_length={limit})"
+        )
+    with c.unlocked():
+        c.data.max_length = longest
+    return c, told
 
 
 def causal(config: Any) -> str:

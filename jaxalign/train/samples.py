@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.config import max_length
 from jaxalign.ops.readout import read_hidden, token_logprobs
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
@@ -64,7 +65,7 @@ class Sampler:
                 batch.rows,
                 jax.random.key(c.seed),
                 batch.record_ids[:, 0],
-                max_new_tokens=c.rollout.max_new_tokens,
+                max_new_tokens=min(c.rollout.max_new_tokens, max_length(c)),
                 temperature=float(c.rollout.temperature),
                 top_k=int(c.rollout.top_k),
                 top_p=float(c.rollout.top_p),

@@ -28,7 +28,7 @@ from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
-from jaxalign.train.models import Loader, num_bytes
+from jaxalign.train.models import Loader, fit_length, num_bytes
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir, require_shared
 from jaxalign.types import TrainState
@@ -54,7 +54,9 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     """
     started = time.monotonic()
     reset_peak_memory()
-    for warning in configuration.validate(config):
+    configuration.validate(config)
+    config, told = fit_length(config)
+    for warning in [*configuration.validate(config), *told]:
         warnings.warn(warning, stacklevel=2)
     processes.initialize()
     use_compilation_cache()

@@ -3,8 +3,9 @@
 import pytest
 
 from jaxalign import config as configuration
-from jaxalign.config import defaults, nearest_field, stages, to_dict, validate
+from jaxalign.config import defaults, stages, to_dict, validate
 from jaxalign.errors import InputError
+from jaxalign.pipeline.mistakes import nearest_field
 
 
 def ready(algorithm):
@@ -126,3 +127,92 @@ def test_an_algorithm_has_only_fields_that_it_reads():
 def test_stages_keep_their_order():
     c = stages("runs/x", seed=3, sft=defaults("sft"), dpo=defaults("dpo"), again=defaults("sft"))
     assert c.stages == ("sft", "dpo", "again") and c.seed == 3
+
+
+@pytest.mark.parametrize("section", ["data", "optimizer", "from", "checkpoint"])
+@pytest.mark.parametrize("value", [None, 3, "x", (1,)])
+def test_a_section_that_is_none_or_something_else(section, value):
+    c = ready("sft")
+    with c.ignore_type():
+        c[section] = value
+    with pytest.raises(InputError, match=f"{section} is ") as raised:
+        validate(c)
+    assert "section" in raised.value.expected
+
+
+def test_fields_that_are_missing_or_of_another_section():
+    c = ready("sft")
+    with c.unlocked():
+        del c.optimizer.b1
+    with pytest.raises(InputError, match=r"no field optimizer\.b1"):
+        validate(c)
+    c = ready("sft")
+    with c.unlocked():
+        c.data.maxlength = 3
+    with pytest.raises(InputError, match=r"no field data\.maxlength") as raised:
+        validate(c)
+    assert "data.max_length" in raised.value.expected
+    c = ready("sft")
+    c.batch_size = None
+    with pytest.raises(InputError, match="batch_size is None"):
+        validate(c)
+    c = ready("sft")
+    with c.ignore_type():
+        c.data = {"sources": ("a",)}
+    with pytest.raises(InputError, match=r"no field data\."):
+        validate(c)
+
+
+@pytest.mark.parametrize("algorithm", configuration.ALGORITHMS)
+def test_the_name_of_another_algorithm_on_this_ones_fields(algorithm):
+    for other in set(configuration.ALGORITHMS) - {algorithm}:
+        c = ready(algorithm)
+        c.algorithm.name = other
+        with pytest.raises(InputError, match=f"fields are those of {algorithm}"):
+            validate(c)
+
+
+@pytest.mark.parametrize("stop", [(1.5,), (-1,), (True,), ("",), (None,), ([1],), (2**40,)])
+def test_stop_tokens_are_ids_or_strings(stop):
+    c = ready("dpo")
+    c.rollout.stop = stop
+    with pytest.raises(InputError, match=r"rollout\.stop"):
+        validate(c)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "field", "value"),
+    [
+        ("sft", "eval.every", 5),
+        ("sft", "optimizer.decay_mask", "all"),
+        ("sft", "checkpoint.best_mode", "max"),
+        ("sft", "model.frozen_dtype", "bfloat16"),
+        ("ppo", "optimizer.final_fraction", 0.5),
+        ("ppo", "algorithm.kl_horizon", 5),
+        ("ppo", "data.packing", True),
+        ("ppo", "data.row_length", 64),
+    ],
+)
+def test_fields_that_nothing_reads_are_told(algorithm, field, value):
+    c = ready(algorithm)
+    c.update_from_flattened_dict({field: value})
+    assert any(w.startswith(field) and "without effect" in w for w in validate(c))
+
+
+def test_a_share_held_out_is_told_to_be_without_effect_beside_held_out_sources():
+    c = ready("sft")
+    c.data.eval_sources, c.data.eval_fraction = ("e.jsonl",), 0.1
+    assert [w for w in validate(c) if "data.eval_fraction" in w]
+
+
+def test_an_adaptive_kl_coefficient_cannot_start_at_zero():
+    c = ready("ppo")
+    c.algorithm.kl_target, c.algorithm.kl_coef = 1.0, 0.0
+    with pytest.raises(InputError, match="kl_target"):
+        validate(c)
+
+
+def test_samples_longer_than_max_length_are_told():
+    c = ready("dpo")
+    c.rollout.max_new_tokens = 5000
+    assert [w for w in validate(c) if "rollout.max_new_tokens" in w]

@@ -1,0 +1,184 @@
+"""What fields of a configuration must be to each other, and which have no effect beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.ranges import LEAST_TEMPERATURE, misfit, shown
+
+
+def check(c: Any, inputs: bool, max_length: int) -> None:
+    """Checks between fields.
+
+    Args:
+      c: one stage's configuration, each field of which is as it may be by itself.
+      inputs: whether required inputs must be set.
+      max_length: tokens of prompt + completion.
+
+    Raises:
+      InputError: naming the fields and a flag that would do.
+    """
+    if c.batch_size % c.grad_accum_steps:
+        raise InputError(
+            f"batch_size {c.batch_size} is not divisible by grad_accum_steps {c.grad_accum_steps}",
+            "equal micro-batches",
+            f"--config.batch_size={-(-c.batch_size // c.grad_accum_steps) * c.grad_accum_steps}",
+        )
+    if c.model.param_dtype == "bfloat16":
+        low = min(c.optimizer.learning_rate, c.optimizer.get("value_learning_rate", 1.0))
+        if low < 1e-4:
+            raise InputError(
+                f"bfloat16 weights at a learning rate of {low:g}",
+                "float32 weights below 1e-4: at 5e-7 one percent of bfloat16 weights move in a step",
+                "--config.model.param_dtype=float32 (the computation may stay in bfloat16)",
+            )
+    if c.optimizer.state_dtype and c.optimizer.name == "sgd" and not c.optimizer.b1:
+        raise InputError(
+            f"optimizer.state_dtype {c.optimizer.state_dtype!r} with sgd without momentum",
+            "an optimizer that keeps something between steps",
+            "--config.optimizer.state_dtype=None, or --config.optimizer.b1=0.9 for momentum",
+        )
+    for field in ("max_prompt_length", "max_completion_length"):
+        value = c.data.get(field)
+        if value is not None and value >= max_length:
+            raise InputError(
+                f"data.{field} is {value}, data.max_length {max_length}",
+                "room for the other part",
+                f"--config.data.{field}={max_length // 2}",
+            )
+    if c.checkpoint.best_metric and not c.eval.every:
+        raise InputError(
+            f"checkpoint.best_metric is {c.checkpoint.best_metric!r} but eval.every is 0",
+            "evaluations to choose by",
+            "--config.eval.every=100",
+        )
+    _check_mesh(c.mesh)
+    if "rollout" in c:
+        _check_stop(c.rollout.stop)
+        if 0 < c.rollout.temperature < LEAST_TEMPERATURE:
+            raise InputError(
+                f"rollout.temperature is {c.rollout.temperature:g}",
+                f"{LEAST_TEMPERATURE} and more, or (dpo) 0 for the likeliest token",
+                "--config.rollout.temperature=1.0",
+            )
+    if c.algorithm.name == "dpo":
+        _check_dpo(c)
+    if c.algorithm.name == "ppo":
+        _check_ppo(c, inputs, max_length)
+
+
+def _check_mesh(sizes: Any) -> None:
+    for axis, size in sizes.items():
+        if size == 0:
+            raise InputError(f"mesh.{axis} is 0", "a positive number, or -1 for the rest", f"--config.mesh.{axis}=1")
+    rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise InputError(f"{' and '.join(rest)} are -1", "at most one -1", f"--config.{rest[0]}=1")
+
+
+def _check_stop(stop: Any) -> None:
+    """`rollout.stop`: whether there is such a token is known when the tokenizer is."""
+    for item in stop:
+        if not (isinstance(item, str) and item) and misfit(item, 0, (1 << 31) - 1, whole=True):
+            raise InputError(
+                f"rollout.stop holds {shown(item)}",
+                "tokens: ids, which are whole numbers from 0 on, or strings",
+                "--config.rollout.stop=\"('</s>',)\"",
+            )
+
+
+def _check_dpo(c: Any) -> None:
+    if c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
+        raise InputError(
+            "label_smoothing with the ipo loss",
+            "0: IPO has no smoothed form",
+            "--config.algorithm.label_smoothing=0",
+        )
+
+
+def _check_ppo(c: Any, inputs: bool, max_length: int) -> None:
+    if c.batch_size % c.algorithm.num_minibatches:
+        raise InputError(
+            f"batch_size {c.batch_size} is not divisible by num_minibatches {c.algorithm.num_minibatches}",
+            "equal minibatches",
+            f"--config.algorithm.num_minibatches={_divisor(c.batch_size, c.algorithm.num_minibatches)}",
+        )
+    if c.algorithm.kl_target is not None and not c.algorithm.kl_coef:
+        raise InputError(
+            "algorithm.kl_target with a kl_coef of 0",
+            "a positive start: the adaptive coefficient is multiplied",
+            "--config.algorithm.kl_coef=0.05, or --config.algorithm.kl_target=None",
+        )
+    if c.rollout.temperature <= 0:
+        raise InputError(
+            "rollout.temperature is 0",
+            "a positive temperature: PPO learns from samples",
+            "--config.rollout.temperature=1.0",
+        )
+    if inputs and not (c.rewards.model or c.rewards.function):
+        raise InputError(
+            "PPO without a reward",
+            "a reward model or a function",
+            "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME",
+        )
+    if c.rewards.model and c.rewards.function:
+        raise InputError("both rewards.model and rewards.function", "one of them", "--config.rewards.function=None")
+    if c.rollout.max_new_tokens >= max_length:
+        raise InputError(
+            f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {max_length}",
+            "room for a prompt: max_length limits prompt + completion",
+            f"--config.rollout.max_new_tokens={max_length // 2}"
+            if c.data.max_length is None
+            else f"--config.data.max_length={c.rollout.max_new_tokens * 2}",
+        )
+
+
+def _divisor(n: int, at_most: int) -> int:
+    return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
+
+
+# (field, whether the others let it be read, where it would be)
+_READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    ("optimizer.b1", lambda c: c.optimizer.name != "adafactor", "adamw, lion and sgd"),
+    ("optimizer.b2", lambda c: c.optimizer.name in ("adamw", "lion"), "adamw and lion"),
+    ("optimizer.eps", lambda c: c.optimizer.name == "adamw", "adamw"),
+    ("optimizer.final_fraction", lambda c: c.optimizer.schedule != "constant", "linear and cosine schedules"),
+    ("optimizer.decay_mask", lambda c: c.optimizer.weight_decay, "a positive optimizer.weight_decay"),
+    ("checkpoint.best_mode", lambda c: c.checkpoint.best_metric, "a checkpoint.best_metric"),
+    ("eval.every", lambda c: _is_evaluated(c), "data.eval_sources or data.eval_fraction"),
+    ("eval.num_batches", lambda c: _is_evaluated(c), "data.eval_sources or data.eval_fraction"),
+    ("data.eval_fraction", lambda c: not c.data.eval_sources, "runs without data.eval_sources"),
+    ("data.max_skipped", lambda c: c.data.on_error == "skip", "data.on_error=skip"),
+    ("data.row_length", lambda c: c.algorithm.name != "ppo", "sft, reward and dpo"),
+    ("data.packing", lambda c: c.algorithm.name != "ppo", "sft, reward and dpo"),
+    ("model.frozen_dtype", lambda c: c.algorithm.name in ("dpo", "ppo"), "dpo and ppo"),
+    ("algorithm.kl_horizon", lambda c: c.algorithm.kl_target is not None, "an algorithm.kl_target"),
+    ("logging.num_samples", lambda c: c.logging.samples_every, "a positive logging.samples_every"),
+)
+
+
+def without_effect(c: Any, usual: Any, max_length: int) -> list[str]:
+    """Fields that were set and that nothing reads, or not in full, a sentence each.
+
+    Args:
+      c: one stage's configuration.
+      usual: its algorithm's defaults.
+      max_length: tokens of prompt + completion.
+    """
+    found = []
+    if c.algorithm.name == "dpo" and c.logging.samples_every:
+        asked = c.rollout.max_new_tokens
+        if asked > max_length and asked != usual.rollout.max_new_tokens:
+            found.append(f"rollout.max_new_tokens is {asked:,}: samples end at data.max_length, {max_length:,} tokens")
+    for field, is_read, where in _READ_WHERE:
+        section, leaf = field.split(".")
+        value = c[section].get(leaf)
+        if value != usual[section].get(leaf) and not is_read(c):
+            found.append(f"{field} is {shown(value)} without effect: it is for {where}")
+    return found
+
+
+def _is_evaluated(c: Any) -> bool:
+    return bool(c.data.eval_sources or c.data.eval_fraction)
