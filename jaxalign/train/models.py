@@ -14,7 +14,7 @@ from jaxalign.config import max_length
 from jaxalign.errors import InputError, named
 from jaxalign.models import hf
 from jaxalign.models.config import read_config
-from jaxalign.models.hub import locate
+from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.parallel.sharding import param_shardings
