@@ -191,6 +191,7 @@ def _parser(name: str, text: str, *flags: tuple[str, type, Any, str]) -> _Parser
 
 _MODEL = ("--model", str, _REQUIRED, "directory in Hugging Face form, or a hub id")
 _LINES = ("--data", str, _REQUIRED, 'JSON lines, each with strings "prompt" and "completion"')
+_SEPARATE = ("--separate", bool, None, "tokenise prompt and completion apart; default: as one text, as in training")
 _DTYPE = ("--dtype", str, None, "of weights and computation: float32 (default), bfloat16, float16")
 
 
@@ -257,16 +258,16 @@ def _logprobs(argv: list[str]) -> int:
     parser = _parser(
         "logprobs",
         'Prints {"sum_logprob": nats, "num_tokens": n} for each line, in order: the completion given the prompt.\n'
-        "The prompt is tokenised with the tokenizer's own special tokens, the completion without; EOS counts only\n"
-        "where the completion holds it.",
+        "Both are tokenised as one text, as in training; EOS counts only where the completion holds it.",
         _MODEL,
         _LINES,
+        _SEPARATE,
         _DTYPE,
     )
     args = parser.parse_args(argv)
     from jaxalign.pipeline.logprobs import logprobs
 
-    logprobs(args.model, args.data, dtype=args.dtype)
+    logprobs(args.model, args.data, separate=args.separate, dtype=args.dtype)
     return 0
 
 
@@ -280,12 +281,21 @@ def _score(argv: list[str]) -> int:
         ("--ref", str, None, "reference policy: what the model was before DPO"),
         ("--beta", float, None, "of the DPO run"),
         ("--append_eos", bool, None, "end each completion by EOS, as in training; default: as it stands"),
+        _SEPARATE,
         _DTYPE,
     )
     args = parser.parse_args(argv)
     from jaxalign.pipeline.score import score
 
-    score(args.model, args.data, ref=args.ref, beta=args.beta, append_eos=args.append_eos, dtype=args.dtype)
+    score(
+        args.model,
+        args.data,
+        ref=args.ref,
+        beta=args.beta,
+        append_eos=args.append_eos,
+        separate=args.separate,
+        dtype=args.dtype,
+    )
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxalign.config import defaults
+from jaxalign.data.tokenize import Encoder
 from jaxalign.errors import InputError
 from jaxalign.evaluate.sequences import Tokens
 from jaxalign.models.config import read_config
@@ -132,36 +133,44 @@ def require_head(path: str, head: str, flag: str = "") -> tuple[dict[str, Any], 
     return config.hf, tokenizer
 
 
-def tokenize(tokenizer: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Tokens]:
-    """Plain strings to tokens: the prompt with the tokenizer's own special tokens, the completion without.
+def tokenize(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str], *, separate: bool = False
+) -> list[Tokens]:
+    """Plain strings to tokens, prompt and completion as one text as in training; nothing is added at the end.
 
-    The two are tokenised apart, so no token crosses the boundary; nothing is added at the end.  A prompt that brings
-    its BOS, as one that a chat template wrote does, gets no second one.
+    The prompt has the tokenizer's own special tokens, one BOS at most. Its tokens are those that end at or before its
+    end: a token that merges over the boundary is the completion's.
 
     Args:
       tokenizer: of transformers.
       pairs: (prompt, completion).
       places: where each stands, for messages.
+      separate: tokenise the two apart, so that no token crosses the boundary; the completion's first token is then
+        seldom the one that the model would write.
 
     Raises:
       InputError: a prompt that gives no token, so that nothing predicts the completion's first one.
     """
-    if not pairs:
-        return []
-    prompts, completions = zip(*pairs, strict=True)
-    before = tokenizer(list(prompts), verbose=False)["input_ids"]
-    for ids in before:
-        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-            del ids[0]
-    after = tokenizer(list(completions), add_special_tokens=False, verbose=False)["input_ids"]
-    for place, ids in zip(places, before, strict=True):
-        if not ids:
+    encoder = Encoder(tokenizer)
+    texts = [prompt if separate else prompt + completion for prompt, completion in pairs]
+    found = []
+    if separate:
+        after = [e.ids.tolist() for e in encoder.encode([c for _, c in pairs], [True] * len(pairs))]
+    for i, (place, (prompt, _), encoded) in enumerate(
+        zip(places, pairs, encoder.encode(texts, [False] * len(pairs)), strict=True)
+    ):
+        ids = encoded.ids.tolist()
+        split = len(ids) if separate else encoded.before(len(prompt))
+        if not split and encoder.bos_id is not None:  # an empty prompt, or one that merged into the completion
+            ids, split = ([] if ids[:1] == [encoder.bos_id] else [encoder.bos_id]) + ids, 1
+        if not split:
             raise InputError(
                 f"{place}: the prompt gives no token",
                 "at least one: the completion's first token is predicted from it",
                 f"start the prompt with {tokenizer.bos_token or tokenizer.eos_token or 'a token'}",
             )
-    return [Tokens(p, c) for p, c in zip(before, after, strict=True)]
+        found.append(Tokens(ids[:split], after[i] if separate else ids[split:]))
+    return found
 
 
 def warn_of_context(loaded: Loaded, lengths: Sequence[int], places: Sequence[str]) -> None:

@@ -9,15 +9,18 @@ from typing import TextIO
 from jaxalign.pipeline.lines import read_lines
 
 
-def logprobs(model: str, data: str, *, dtype: str | None = None, out: TextIO | None = None) -> None:
+def logprobs(
+    model: str, data: str, *, separate: bool = False, dtype: str | None = None, out: TextIO | None = None
+) -> None:
     """Prints {"sum_logprob", "num_tokens"} for each line of a file, in order.
 
-    The prompt is tokenised with the tokenizer's own special tokens, the completion without; an end-of-sequence token
-    counts only where the completion holds it.
+    Prompt and completion are tokenised as one text, as in training; an end-of-sequence token counts only where the
+    completion holds it.
 
     Args:
       model: directory or hub id of a language model.
       data: a file of lines with strings `prompt` and `completion`.
+      separate: tokenise the two apart.
       dtype: of weights and computation; None: the configuration's default.
       out: default: standard output.
 
@@ -30,7 +33,9 @@ def logprobs(model: str, data: str, *, dtype: str | None = None, out: TextIO | N
 
     loaded = load_model(model, head="lm", dtype=dtype, flag="--model")
     places = [line.where for line in lines]
-    sequences = tokenize(loaded.tokenizer, [(line.prompt, line.completion) for line in lines], places)
+    sequences = tokenize(
+        loaded.tokenizer, [(line.prompt, line.completion) for line in lines], places, separate=separate
+    )
     warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)
     sums = completion_logprobs(loaded.model, loaded.params, sequences, loaded.mesh)
     for total, tokens in zip(sums, sequences, strict=True):

@@ -18,6 +18,7 @@ def score(
     ref: str | None = None,
     beta: float | None = None,
     append_eos: bool = False,
+    separate: bool = False,
     dtype: str | None = None,
     out: TextIO | None = None,
 ) -> None:
@@ -36,6 +37,7 @@ def score(
       ref: the reference policy, a directory or hub id.
       beta: of the DPO run; needed with `ref`.
       append_eos: end each completion by the tokenizer's EOS, as a finished answer; default: as it stands.
+      separate: tokenise prompt and completion apart; default: as one text, as in training.
       dtype: of weights and computation; None: the configuration's default.
       out: default: standard output.
 
@@ -56,7 +58,8 @@ def score(
     places = [line.where for line in lines]
 
     def read(path: str, tokenizer: Any) -> list[Tokens]:
-        sequences = tokenize(tokenizer, [(line.prompt, line.completion) for line in lines], places)
+        pairs = [(line.prompt, line.completion) for line in lines]
+        sequences = tokenize(tokenizer, pairs, places, separate=separate)
         if not append_eos:
             return sequences
         if tokenizer.eos_token_id is None:

@@ -32,6 +32,32 @@ def test_logprobs(model, data):
     assert set(ours[0]) == {"sum_logprob", "num_tokens"}
 
 
+def test_trap_tokens_are_those_of_training(model, shared, tmp_path):
+    """TRAPS.md, prompt boundary: one text, the prompt's tokens end at or before its end."""
+    from jaxalign.data.records import Record
+    from jaxalign.data.tokenize import Encoder, tokenize_records
+    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.pipeline.loaded import tokenize
+
+    lines = [*LINES, ("Once upon", "a time"), ("Once upon a ti", "me."), ("The cat ", " sat"), ("<s>One", " day")]
+    lines = [line for line in lines if line[1]]
+    for path in (model, shared / "models" / "stories3m-llama", shared / "tokenizers" / "gpt2"):
+        tokenizer = load_tokenizer(path)
+        records = [Record(i, "d", i + 1, "completion", prompt=p, completion=c) for i, (p, c) in enumerate(lines)]
+        trained = list(tokenize_records(records, Encoder(tokenizer), "sft", append_eos=False))
+        found = tokenize(tokenizer, lines, [""] * len(lines))
+        for one, other in zip(found, trained, strict=True):
+            assert list(one.prompt) == other.prompt.tolist()
+            assert list(one.completion)[: len(other.completions[0])] == other.completions[0].tolist()
+
+
+def test_a_likely_text_is_likely_and_apart_it_is_not(shared, tmp_path):
+    big = str(shared / "models" / "stories3m-llama")
+    data = write_lines(tmp_path / "d.jsonl", [("Once upon a time", ", there was a cat.")])
+    (joint,), (apart,) = (run("logprobs", "--model", big, "--data", data, *flag) for flag in ((), ("--separate",)))
+    assert joint["sum_logprob"] > -12 > -25 > apart["sum_logprob"]
+
+
 def test_trap_eos_counts_only_where_the_completion_holds_it(model, tmp_path):
     lines = [("The end", "."), ("The end", ".</s>")]
     without, with_eos = run("logprobs", "--model", model, "--data", write_lines(tmp_path / "d.jsonl", lines))

@@ -23,18 +23,23 @@ def keep(name, values):
         GOLDEN.write_text(json.dumps({**golden, name: values}, indent=1, sort_keys=True) + "\n")
 
 
-def ids(tokenizer, prompt, completion):
-    return tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
+def ids(tokenizer, prompt, completion, separate=False):
+    """Prompt and completion as tokens: of one text, cut where the last token ends that lies within the prompt."""
+    if separate:
+        return tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt + completion, return_offsets_mapping=True)
+    cut = sum(1 for _, end in whole["offset_mapping"] if end <= len(prompt))
+    return whole["input_ids"][:cut], whole["input_ids"][cut:]
 
 
 @torch.no_grad()
-def torch_logprobs(path):
+def torch_logprobs(path, separate=False):
     """Each line alone, in eager attention, float32."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     sums, counts = [], []
     for prompt, completion in LINES:
-        before, after = ids(tokenizer, prompt, completion)
+        before, after = ids(tokenizer, prompt, completion, separate)
         logits = model(torch.tensor([before + after])).logits[0].double()
         logp = torch.log_softmax(logits, -1)
         sums.append(float(sum(logp[len(before) - 1 + k, t] for k, t in enumerate(after))))
@@ -48,6 +53,14 @@ def test_logprobs_equal_transformers(shared, tmp_path, name):
     sums, counts = torch_logprobs(path)
     keep(name, {"sums": sums, "counts": counts})
     ours = run("logprobs", "--model", str(path), "--data", write_lines(tmp_path / "d.jsonl"))
+    assert [line["num_tokens"] for line in ours] == counts
+    np.testing.assert_allclose([line["sum_logprob"] for line in ours], sums, rtol=1e-5, atol=1e-4)
+
+
+def test_tokenised_apart(shared, tmp_path):
+    path = shared / "models" / "stories3m-llama"
+    sums, counts = torch_logprobs(path, separate=True)
+    ours = run("logprobs", "--model", str(path), "--separate", "--data", write_lines(tmp_path / "d.jsonl"))
     assert [line["num_tokens"] for line in ours] == counts
     np.testing.assert_allclose([line["sum_logprob"] for line in ours], sums, rtol=1e-5, atol=1e-4)
 
