@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from jaxalign import relations
 from jaxalign.errors import InputError
@@ -136,7 +136,7 @@ def _common() -> ConfigDict:
                 "keep": 1,
                 "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
                 "best_mode": "min",
-                "resume": True,
+                "resume": FieldReference(True, field_type=object),  # False; "whole": the newest that is not damaged
             },
             "logging": {
                 "every": 1,
@@ -307,7 +307,7 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
     for field, allowed in CHOICES:
         value = get(config, field, _ABSENT)
         if value is not _ABSENT and value not in allowed:
-            near = _nearest(str(value), [a for a in allowed if a])
+            near = _nearest(str(value), [str(a) for a in allowed if a])
             raise InputError(
                 f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}"
             )

@@ -29,6 +29,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("optimizer.decay_mask", ("matrices", "all")),
     ("optimizer.state_dtype", (None, "float32", "bfloat16", "int8")),
     ("checkpoint.best_mode", ("min", "max")),
+    ("checkpoint.resume", (True, False, "whole")),
 )
 
 # (field, least, greatest), both within the range: each field that holds a number has its line.  Far bounds are no

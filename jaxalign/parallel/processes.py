@@ -114,3 +114,23 @@ def _half(found: str) -> InputError:
 def is_main() -> bool:
     """Whether this process is the one that writes text."""
     return jax.process_index() == 0
+
+
+def first_problem(problem: str) -> str:
+    """The same on every process: its own problem, or that of the first process that has one; "" where none has.
+
+    Every process calls it; what only one of them sees (a file, a model on its disk) stops all together.
+
+    Args:
+      problem: in words.
+    """
+    if jax.process_count() == 1:
+        return problem
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    room = np.zeros(1024, np.uint8)
+    text = np.frombuffer(problem.encode()[: len(room)], np.uint8)
+    room[: len(text)] = text
+    found = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(room)]
+    return next((f"process {i}: {text}" for i, text in enumerate(found) if text), "")

@@ -147,12 +147,14 @@ def override(config: ConfigDict, field: str, text: str | None, *, extend: bool =
 
 def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now: Any) -> Any:
     """The text as a value of the field's type; the scalars are read by absl's own parsers.  `now` is its value."""
-    if kind is bool:
+    if kind in (bool, object):  # object: a truth value or one of the field's words
         if text is None:
             return True
         try:
             return flags.BooleanParser().parse(text)
         except ValueError:
+            if kind is object:
+                return text
             raise _unfit(field, text, "true or false", "true") from None
     if text is None:
         raise _unfit(field, text, f"a value of type {kind.__name__}", "...")

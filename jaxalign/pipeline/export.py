@@ -31,7 +31,8 @@ def export(
       The directory.
 
     Raises:
-      InputError: no such run, stage or checkpoint, or something else lies at `out`.
+      InputError: no such run, stage or checkpoint, one that is damaged or holds numbers that are not finite, or
+        something else lies at `out`.
     """
     run = find_run(workdir, stage)
     config = _read_config(run)
@@ -49,7 +50,7 @@ def export(
 
     with usable(out, "--out exported/NAME"):
         check_target(out)
-    step = _choose(run, config, checkpoint)
+    step, steps = _choose(run, config, checkpoint)
     with usable(out, "--out exported/NAME"):
         _probe(out)
     given = config["model"]
@@ -71,7 +72,7 @@ def export(
         given["tokenizer"] or source, None if given["tokenizer"] else revision, given["chat_template"]
     )
     check_vocabulary(tokenizer, description.vocab_size, source)
-    params = _restore(run / "checkpoints" / str(step) / "state", role, like)
+    params = _checked(run / "checkpoints", step, steps, role, like)
     return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype)
 
 
@@ -140,18 +141,21 @@ def _read_config(run: Any) -> dict[str, Any]:
     return written["config"]
 
 
-def _choose(run: Any, config: dict[str, Any], checkpoint: str) -> int:
-    """The checkpoint's number; the run may be writing others meanwhile, so nothing is cleaned up."""
+def _choose(run: Any, config: dict[str, Any], checkpoint: str) -> tuple[int, list[int]]:
+    """The checkpoint's number, and all there are; the run may be writing others meanwhile: nothing is cleaned up."""
     import orbax.checkpoint as ocp
+
+    from jaxalign.train.checkpoints import best_by
 
     folder = run / "checkpoints"
     metric = config["checkpoint"]["best_metric"]
+    mode = config["checkpoint"]["best_mode"]
     options = ocp.CheckpointManagerOptions(
         read_only=True,
         create=False,
         save_interval_steps=0,
-        best_fn=(lambda metrics: metrics[metric]) if metric else None,
-        best_mode=config["checkpoint"]["best_mode"],
+        best_fn=best_by(metric, mode) if metric else None,
+        best_mode=mode,
     )
     steps: list[int] = []
     if folder.exists():
@@ -162,18 +166,44 @@ def _choose(run: Any, config: dict[str, Any], checkpoint: str) -> int:
             f"no checkpoint in {folder}", "a run that has saved one", "--config.checkpoint.every=100 in training"
         )
     if checkpoint == "last":
-        return steps[-1]
+        return steps[-1], steps
     if checkpoint == "best":
         if not metric:
             raise InputError(
                 f"{run} was trained without checkpoint.best_metric", "a metric to choose by", "--checkpoint last"
             )
         best = manager.best_step()
-        return steps[-1] if best is None else best
+        return steps[-1] if best is None else best, steps
     if not checkpoint.isdigit() or int(checkpoint) not in steps:
         known = ", ".join(map(str, steps))
         raise InputError(f"checkpoint {checkpoint!r}", f"last, best or one of {known}", f"--checkpoint {steps[-1]}")
-    return int(checkpoint)
+    return int(checkpoint), steps
+
+
+def _checked(folder: Any, step: int, others: list[int], role: str, like: Any) -> Any:
+    """One role's parameters out of a checkpoint, once they are known to be what was saved, and finite."""
+    params, problem = _attempt(folder / str(step), role, like)
+    if not problem:
+        return params
+    del params
+    whole = next((n for n in reversed(others) if n != step and not _attempt(folder / str(n), role, like)[1]), None)
+    raise InputError(
+        f"checkpoint {step} of {folder} is damaged: {problem}",
+        "a whole checkpoint" + ("; there is no other" if whole is None else f"; {whole} is one"),
+        f"put the files of checkpoint {step} back" + ("" if whole is None else f", or --checkpoint {whole}"),
+    )
+
+
+def _attempt(folder: Any, role: str, like: Any) -> tuple[Any, str]:
+    """(a role's parameters, what is wrong with them or "")."""
+    from jaxalign.train.checkpoints import check, read_meta, reading_problem
+
+    try:
+        meta = read_meta(folder)
+        params = _restore(folder / "state", role, like)
+    except Exception as error:  # whatever a reader says of bytes that it does not understand
+        return None, reading_problem(error)
+    return params, check(params, meta, f"checkpoint {folder.name}", f"params/{role}/")
 
 
 def _restore(state: Any, role: str, like: Any) -> Any:

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     reference: Role | None = None  # whose log-probs are computed ahead and attached to each batch
     # (state, frozen, a batch on the mesh) -> {name: (sum, weight)}; None: the objective's own metrics
     evaluate: Callable[[TrainState, dict[str, Params], Any], dict[str, Any]] | None = None
+    eval_metrics: Callable[[], list[str]] | None = None  # names of what `evaluate` measures
     samples: Callable[[int], list[dict[str, Any]]] | None = None  # completions that `prepare` has made anyway
     passes: float = 3.0  # forward passes' worth of work of one token, for MFU
 
@@ -180,6 +181,7 @@ def _ppo(config, loader, context) -> Program:
         early_stop=None if cfg.max_approx_kl is None else stop_on_kl(cfg.max_approx_kl),
         prepare=prepare,
         evaluate=prepare.evaluate,
+        eval_metrics=experience.eval_metrics,
         samples=prepare.samples,
     )
 

@@ -1,15 +1,30 @@
-"""Checkpoints of a run's whole state: asynchronous, atomic, the last n and the best one kept."""
+"""Checkpoints of a run's whole state: asynchronous, atomic, the last n and the best one kept, none taken unchecked.
+
+With each checkpoint lies a checksum of every array of the state, computed where the arrays lie, just before they are
+copied; what is read back must give the same.  So a file that was cut, emptied, deleted or changed by a single bit is
+found whatever stores it, on any mesh and with any number of processes.  It costs a pass over the state: 0.1 s for 100 MB
+on a core of a CPU, where writing them takes a second.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from jaxalign.data.cache import digest
 from jaxalign.errors import InputError
+from jaxalign.ops.checksum import checksum
+from jaxalign.parallel.host_memory import DEVICE, in_memory
+from jaxalign.parallel.processes import first_problem
 from jaxalign.parallel.sharding import path_name
+from jaxalign.train.metrics import say
 from jaxalign.types import TrainState
+
+_OWN = ("checksums", "digest")  # of a checkpoint's meta: what `save` adds
 
 
 class Checkpoints:
@@ -34,44 +49,66 @@ class Checkpoints:
         if "://" not in os.fspath(directory):  # Orbax takes no relative path
             directory = os.path.abspath(os.fspath(directory))
         policies: list[Any] = [LatestN(keep)]
-        if best_metric:
+        value = best_by(best_metric, best_mode) if best_metric else None
+        if value:
             policies.append(
-                BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
-                    reverse=best_mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
+                BestN(get_metric_fn=value, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False)
             )
-        self._best_metric, self._best_mode = best_metric, best_mode
         self._manager = ocp.CheckpointManager(
             directory,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+                best_fn=value,
                 best_mode=best_mode,
                 enable_async_checkpointing=True,
             ),
         )
+        self._best_metric = best_metric
 
-    def save(self, step: int, state: TrainState, meta: dict, metrics: dict[str, float]) -> None:
+    def checked(self, step: int, state: TrainState) -> dict[str, Any]:
+        """The checksums of a state that is to be saved.
+
+        Args:
+          step: batches done.
+          state: the whole training state.
+
+        Raises:
+          InputError: a number of it is not finite.
+        """
+        sums = checksums(state)
+        if wrong := _not_finite(sums):
+            good = self.latest()
+            raise InputError(
+                f"after step {step} {wrong}",
+                "finite numbers; " + (f"the last checkpoint is {good}" if good else "there is no checkpoint yet"),
+                "--config.optimizer.learning_rate smaller, or warmup_steps larger, with --config.workdir=ANOTHER",
+            )
+        return sums
+
+    def save(
+        self, step: int, state: TrainState, meta: dict, metrics: Mapping[str, float], sums: Mapping[str, Any]
+    ) -> None:
         """Starts writing checkpoint `step`; the state may be donated as soon as this returns.
 
         Args:
           step: batches done.
           state: the whole training state.
           meta: JSON values kept beside it.
-          metrics: of this step, with the best metric where one is named.
+          metrics: of this step, with the best metric where one is named; those that are not finite are left out.
+          sums: of the state, from `checked`.
         """
         if step in self.steps():
             return
+        meta = {**meta, "checksums": _described(state, sums)}
+        meta["digest"] = digest(meta)
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         args = self._ocp.args
         self._manager.save(
             step,
             args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)),
-            metrics=metrics if self._best_metric else None,
+            metrics=metrics if self._best_metric and metrics else None,
             force=True,
         )
 
@@ -83,29 +120,50 @@ class Checkpoints:
           like: the state's shapes, dtypes and shardings; the mesh may be another one than at saving.
 
         Raises:
-          InputError: the checkpoint is of another model or optimizer.
+          InputError: the checkpoint is damaged, or of another model or optimizer.
         """
-        there, wanted = _shapes(self._manager.item_metadata(step).state), _shapes(like)
-        wrong = [n for n in sorted(there.keys() | wanted.keys()) if there.get(n) != wanted.get(n)]
-        if wrong:
-            first = f"{wrong[0]} is {there.get(wrong[0], 'not there')}, wanted {wanted.get(wrong[0], 'nothing')}"
-            raise InputError(
-                f"checkpoint {step} does not fit this run: {len(wrong)} arrays differ; {first}",
-                "the model and optimizer that the run was started with",
-                "--config.workdir=ANOTHER",
-            )
-        args = self._ocp.args
-        found = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(like), meta=args.JsonRestore())
-        )
-        return found.state, found.meta
+        state, meta, problem = self._read(step, like)
+        if problem:
+            raise self._damaged({step: problem}, [s for s in self.steps() if s != step])
+        return state, meta
+
+    def resume(self, like: TrainState, *, whole: bool = False) -> tuple[int, TrainState, dict] | None:
+        """The last checkpoint, read and checked: (step, state, meta); None where there is none.
+
+        Args:
+          like: as `restore` takes it.
+          whole: where the last is damaged, take the newest that is not; those after it are put aside as
+            `damaged-N`, so that the run writes them anew.
+
+        Raises:
+          InputError: the last checkpoint is damaged; the newest whole one is named.
+        """
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            state, meta, problem = self._read(step, like)
+            if not problem:
+                break
+            problems[step] = problem
+            state = None
+        else:
+            if problems:
+                raise self._damaged(problems, [])
+            return None
+        if problems and not whole:
+            raise self._damaged(problems, [step])
+        for damaged, problem in sorted(problems.items()):
+            aside = self._put_aside(damaged)
+            say(f"warning: checkpoint {damaged} is damaged ({problem}), kept as {aside}; {step} is whole")
+        if problems:
+            self._manager.reload()
+        return step, state, meta
 
     def steps(self) -> list[int]:
-        """Checkpoints that are whole, or being written."""
+        """Checkpoints that were written to their end, or are being written."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The last whole checkpoint."""
+        """The last checkpoint that was written to its end."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
@@ -122,6 +180,163 @@ class Checkpoints:
         """Waits and lets go."""
         self.wait()
         self._manager.close()
+
+    def _read(self, step: int, like: TrainState) -> tuple[Any, dict, str]:
+        """(state, meta, what is wrong with them or ""), on every process alike.
+
+        Reading asks nothing of other processes, so that one that cannot leaves none waiting.
+        """
+        folder = self._manager.directory / str(step)
+        state, meta, problem = None, {}, ""
+        mismatch: InputError | None = None
+        try:
+            meta = read_meta(folder)
+            handler = self._ocp.StandardCheckpointHandler()
+            known = meta.get("checksums")
+            saved = {n: tuple(v[1]) for n, v in known.items()} if known else _shapes(handler.metadata(folder / "state"))
+            mismatch = _mismatch(step, saved, _shapes(like))
+            if mismatch is None:
+                state = handler.restore(folder / "state", args=self._ocp.args.StandardRestore(like))
+                jax.block_until_ready(state)
+        except Exception as error:  # whatever a reader says of bytes that it does not understand
+            problem = reading_problem(error)
+        problem = first_problem(problem)
+        if not problem and mismatch is not None:
+            raise mismatch
+        if not problem:
+            problem = check(state, meta, f"checkpoint {step}")
+        return (None, {}, problem) if problem else (state, {k: v for k, v in meta.items() if k not in _OWN}, "")
+
+    def _damaged(self, problems: Mapping[int, str], whole: list[int]) -> InputError:
+        step, problem = max(problems.items())
+        others = [f"{n} too" for n in sorted(problems) if n != step]
+        found = f"checkpoint {step} of {self._manager.directory} is damaged: {problem}"
+        if not whole:
+            return InputError(
+                "; ".join([found, *others]),
+                "a whole checkpoint; there is no other",
+                "put its files back, or begin anew with --config.workdir=ANOTHER",
+            )
+        return InputError(
+            "; ".join([found, *others]),
+            f"a whole checkpoint; the newest is {max(whole)}",
+            f"--config.checkpoint.resume=whole goes on from {max(whole)}; or put the files of {step} back",
+        )
+
+    def _put_aside(self, step: int) -> Any:
+        folder = self._manager.directory
+        n = 1
+        while (aside := folder / f"damaged-{step}{f'-{n}' if n > 1 else ''}").exists():
+            n += 1
+        if jax.process_index() == 0:
+            (folder / str(step)).rename(aside)
+        first_problem("")  # nobody goes on before it is there
+        return aside
+
+
+def read_meta(folder: Any) -> dict:
+    """What lies beside a checkpoint's state.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
+    import orbax.checkpoint as ocp
+
+    meta = ocp.JsonCheckpointHandler().restore(folder / "meta", ocp.args.JsonRestore())
+    if "digest" in meta and meta["digest"] != digest({k: v for k, v in meta.items() if k != "digest"}):
+        raise ValueError("its meta is not what was written")
+    return meta
+
+
+def reading_problem(error: Exception) -> str:
+    """What kept a checkpoint from being read, in a line.
+
+    Raises:
+      Exception: the error itself, where it says nothing about the checkpoint: no memory, no permission.
+    """
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EXHAUSTED" in text:
+        raise error
+    return f"it cannot be read ({' '.join(text.split())[:200]})"
+
+
+def checksums(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`ops.checksum` of each leaf by its path, one leaf after the other, as numpy arrays.
+
+    Args:
+      tree: arrays on a mesh; those that wait in the host's memory are copied to the devices one at a time.
+      prefix: of the paths.
+    """
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        found[prefix + path_name(path)] = _checksum(in_memory(leaf, DEVICE))
+    return jax.device_get(found)
+
+
+_checksum = jax.jit(checksum)
+
+
+def check(tree: Any, meta: Mapping[str, Any], name: str, prefix: str = "") -> str:
+    """What is wrong with arrays that were read from a checkpoint; "" where they are what was saved, and finite.
+
+    Args:
+      tree: the state, or a part of it.
+      meta: from `read_meta`.
+      name: of the checkpoint, for the warning where an earlier version kept no checksums.
+      prefix: of the part's paths in the state.
+    """
+    sums, known = checksums(tree, prefix), meta.get("checksums")
+    if known is None:
+        say(f"warning: {name} has no checksums, as earlier versions wrote it: it is taken as it is")
+    else:
+        wrong = [path for path, value in _described(tree, sums, prefix).items() if known.get(path) != value]
+        if wrong:
+            more = f" and {len(wrong) - 1} more arrays are" if len(wrong) > 1 else " is"
+            return f"{wrong[0]}{more} not what was saved"
+    return _not_finite(sums)
+
+
+def best_by(metric: str, mode: str) -> Callable[[Mapping[str, float]], float]:
+    """How good a checkpoint is, from the metrics saved with it: one without this metric is never the best.
+
+    Args:
+      metric: with or without "eval/" before it.
+      mode: "min" or "max".
+
+    >>> value = best_by("loss", "min")
+    >>> value({"eval/loss": 2.0}), value({"accuracy": 0.5})
+    (2.0, inf)
+    """
+    bare = metric.removeprefix("eval/")
+    worst = math.inf if mode == "min" else -math.inf
+    return lambda metrics: metrics.get(f"eval/{bare}", metrics.get(bare, worst))
+
+
+def _not_finite(sums: Mapping[str, Any]) -> str:
+    wrong = {path: int(value[2]) for path, value in sums.items() if value[2]}
+    if not wrong:
+        return ""
+    path = next((p for p in wrong if p.startswith("params/")), next(iter(wrong)))
+    arrays = "1 array" if len(wrong) == 1 else f"{len(wrong)} arrays"
+    return f"numbers that are not finite in {arrays}: {wrong[path]:,} of {path}"
+
+
+def _described(tree: Any, sums: Mapping[str, Any], prefix: str = "") -> dict[str, list]:
+    """What a checkpoint's meta says of each array: dtype, shape, the two sums."""
+    leaves = {prefix + path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {name: [str(x.dtype), list(x.shape), "%08x%08x" % tuple(sums[name][:2])] for name, x in leaves.items()}
+
+
+def _mismatch(step: int, there: dict, wanted: dict) -> InputError | None:
+    wrong = [n for n in sorted(there.keys() | wanted.keys()) if there.get(n) != wanted.get(n)]
+    if not wrong:
+        return None
+    first = f"{wrong[0]} is {there.get(wrong[0], 'not there')}, wanted {wanted.get(wrong[0], 'nothing')}"
+    return InputError(
+        f"checkpoint {step} does not fit this run: {len(wrong)} arrays differ; {first}",
+        "the model and optimizer that the run was started with",
+        "--config.workdir=ANOTHER",
+    )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

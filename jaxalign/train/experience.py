@@ -364,3 +364,11 @@ def _eval_sums(used, mask, finished, forward: Forward, scores, applies) -> dict[
     sums = {name: (jnp.sum(jnp.where(used, x, 0)).astype(jnp.float32), count) for name, x in of_each.items()}
     sums["objective/scores"] = jnp.sum(jnp.where(applies, scores, 0)), jnp.sum(applies).astype(jnp.float32)
     return sums
+
+
+def eval_metrics() -> list[str]:
+    """The names of what `Prepare.evaluate` measures, whatever the batch."""
+    number, truth = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    one = jax.ShapeDtypeStruct((1,), jnp.bool_)
+    forward = Forward(number, number, number)
+    return sorted(jax.eval_shape(_eval_sums, one, truth, one, forward, jax.ShapeDtypeStruct((1,), jnp.float32), one))

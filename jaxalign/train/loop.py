@@ -73,7 +73,8 @@ class Loop:
           `warnings`, sentences about what went wrong on the way.
 
         Raises:
-          InputError: a loss that is not finite, or a batch without weight: with the step and the records.
+          InputError: a loss that is not finite, or a batch without weight: with the step and the records; a state
+            that is to be saved and is not finite.
           Interrupted: asked to stop; the state is saved.
         """
         self._last: dict[str, float] = {}
@@ -157,12 +158,15 @@ class Loop:
         return step == self.num_steps or any(n and step % n == 0 for n in every)
 
     def _pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
-        """What happens between two steps: evaluation, samples, a checkpoint."""
+        """What happens between two steps: evaluation, samples, a checkpoint; to choose the best, one by evaluation."""
         c, last = self.config, step == self.num_steps
-        save = last or stopping or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
-        row: dict[str, float] = {}
         due = last or bool(c.eval.every and step % c.eval.every == 0)
-        if self.evaluate and (due or (save and c.checkpoint.best_metric)):
+        best = bool(self.evaluate and c.checkpoint.best_metric)
+        save = last or stopping or (best and due) or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
+        save = save and self._saved != step
+        sums = self.checkpoints.checked(step, state) if save else {}  # before anything is asked of such a model
+        row: dict[str, float] = {}
+        if self.evaluate and (due or (save and best)):
             row |= {f"eval/{name}": value for name, value in self.evaluate(state).items()}
             self._last_eval, self._eval_step = dict(row), step
         every = c.logging.get("samples_every", 0)
@@ -170,24 +174,11 @@ class Loop:
             row |= self.sample(state, self.frozen, step)
         if row:
             self.writer.write(step, row)
-        if save and self._saved != step:
-            self._save(state, step)
-
-    def _save(self, state: TrainState, step: int) -> None:
-        name = self.config.checkpoint.best_metric
-        metrics = {}
-        if name and self._eval_step == step:
-            wanted = name if name.startswith("eval/") else f"eval/{name}"
-            if wanted not in self._last_eval:
-                raise InputError(
-                    f"checkpoint.best_metric is {name!r}",
-                    f"one of {', '.join(self._last_eval)}",
-                    f"--config.checkpoint.best_metric={next(iter(self._last_eval), 'eval/loss')}",
-                )
-            metrics = {name: self._last_eval[wanted]}
-        self.writer.flush()
-        self.checkpoints.save(step, state, {**self.meta, "step": step}, metrics)
-        self._saved = step
+        if save:
+            self.writer.flush()
+            metrics = self._last_eval if self._eval_step == step else {}
+            self.checkpoints.save(step, state, {**self.meta, "step": step}, metrics, sums)
+            self._saved = step
 
     def _read(self, pending: Pending, progress: Progress) -> None:
         """Waits for a batch's figures, checks them, writes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import platform
@@ -18,7 +19,7 @@ from jaxalign.errors import InputError
 from jaxalign.parallel import processes
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
-from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
+from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
@@ -191,6 +192,7 @@ class Stage:
     def train(self) -> dict[str, Any]:
         """Trains to the end, exports, and says how it went."""
         c, program = self.config, self.program
+        self.check_best_metric()
         for sentence in unsplit(self.mesh, self.like.params):
             warnings.warn(sentence, stacklevel=2)
         for sentence in data_warnings(self.dataset, self.eval_dataset):
@@ -201,8 +203,8 @@ class Stage:
             best_metric=c.checkpoint.best_metric,
             best_mode=c.checkpoint.best_mode,
         )
-        start = checkpoints.latest() or 0
-        state = checkpoints.restore(start, self.like)[0] if start else self.start()
+        found = checkpoints.resume(self.like, whole=c.checkpoint.resume == "whole")
+        start, state, _ = found or (0, self.start(), {})
         dataset, eval_dataset = self.dataset, self.eval_dataset
         if program.reference is not None:
             from jaxalign.train.reference import attach
@@ -244,6 +246,44 @@ class Stage:
             "optimizer_bytes": num_bytes(state.opt),
         }
         return results
+
+    def check_best_metric(self) -> None:
+        """Refuses a `checkpoint.best_metric` that evaluations will not have; nothing is computed.
+
+        Raises:
+          InputError: naming those that they will have.
+        """
+        name = self.config.checkpoint.best_metric
+        if not name:
+            return
+        if self.eval_dataset is None:
+            raise InputError(
+                f"checkpoint.best_metric is {name!r} and there is nothing to evaluate on",
+                "held-out data",
+                "--config.data.eval_fraction=0.05, or --config.data.eval_sources=FILE",
+            )
+        known = [f"eval/{metric}" for metric in self._eval_metrics()]
+        wanted = f"eval/{name.removeprefix('eval/')}"
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"checkpoint.best_metric is {name!r}",
+                f"one of {', '.join(known)}",
+                f"--config.checkpoint.best_metric={near}",
+            )
+
+    def _eval_metrics(self) -> list[str]:
+        """What evaluations measure, by the shapes of a batch alone."""
+        program, rows, part = self.program, batch_sharding(self.mesh), batch_part(self.mesh)
+        if program.eval_metrics is not None:
+            return program.eval_metrics()
+        frozen = {name: role.model.abstract() for name, role in program.frozen.items()}
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] * part[1], *x.shape[1:]), x.dtype, sharding=rows),
+            self.eval_dataset.batch(0, *part),
+        )
+        step = make_eval_step(program.objective)
+        return sorted(jax.eval_shape(step, self.like.params, frozen, self.like.extra, batch))
 
     def _evaluate(self, frozen, dataset):
         if dataset is None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from jaxalign.cli import main
 from jaxalign.config import defaults, stages
 from jaxalign.pipeline import stages as pipeline
+from jaxalign.train import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,35 @@ def test_a_rerun_keeps_the_stage(run):
     pipeline.run(stages(str(run), sft=c), log=lines.append)
     assert "done before" in lines[-1]  # behind a warning about its learning rate
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
+    copy, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, copy)
+    for file in (copy / "sft" / "checkpoints" / "3" / "state").rglob("d/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    assert main(["export", "--workdir", str(copy), "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert "checkpoint 3" in err and "damaged" in err and "--checkpoint 2" in err and not out.exists()
+    assert main(["export", "--workdir", str(copy), "--out", str(out), "--checkpoint", "2"]) == 0
+
+
+def test_numbers_that_are_not_finite_are_not_exported(run, tmp_path, capsys, monkeypatch):
+    from jaxalign.pipeline import export
+
+    read = export._restore
+
+    def spoiled(state, role, like):
+        params = read(state, role, like)
+        return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), params) if "/3/" in str(state) else params
+
+    monkeypatch.setattr(export, "_restore", spoiled)
+    monkeypatch.setattr(checkpoints, "read_meta", lambda folder: {})  # as an earlier version left it
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "not finite" in err and "--checkpoint 2" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ class World:
             best_metric=c.checkpoint.best_metric,
             best_mode=c.checkpoint.best_mode,
         )
-        start = checkpoints.latest() or 0
-        state = checkpoints.restore(start, self.like)[0] if start else jax.jit(self.fresh, out_shardings=self.places)()
+        found = checkpoints.resume(self.like, whole=c.checkpoint.resume == "whole")
+        start, state, _ = found or (0, jax.jit(self.fresh, out_shardings=self.places)(), {})
         writer = Writer(self.directory, c.logging, start=start, config={})
         loop = Loop(
             name="test",

@@ -164,18 +164,6 @@ def test_evaluation_and_checkpoints_come_when_asked_and_at_the_end(tmp_path):
     assert [r["step"] for r in rows(world) if "eval/loss" in r] == [2, 4, 6, 7]
 
 
-def test_an_unknown_best_metric_is_refused_with_the_names_there_are(tmp_path):
-    world = World(
-        tmp_path,
-        evaluate=lambda state: {"loss": 1.0},
-        eval__every=2,
-        checkpoint__every=2,
-        checkpoint__best_metric="acc",
-    )
-    with pytest.raises(InputError, match="one of eval/loss"):
-        world.run()
-
-
 def test_a_saved_state_is_not_touched_by_later_donated_steps(tmp_path):
     world = World(tmp_path, num_steps=6, checkpoint__every=1, checkpoint__keep=6)
     world.run()

@@ -120,3 +120,30 @@ def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):
     with pytest.raises(InputError, match="batch_size=8"):
         train(shared, tmp_path / "run", "sft", devices=8, batch_size=4)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "ppo"])
+def test_the_best_metric_is_checked_before_anything_is_trained(algorithm, shared, tmp_path, monkeypatch):
+    from jaxalign.train.trainer import Stage
+
+    monkeypatch.setattr(Stage, "start", None)  # weights are not even loaded
+    fields = {"data.eval_fraction": 0.2, "eval.every": 2, "checkpoint.best_metric": "eval/bogus"}
+    with pytest.raises(InputError, match="checkpoint.best_metric is 'eval/bogus'") as error:
+        train(shared, tmp_path / "run", algorithm, **fields)
+    known = {"sft": "eval/loss", "dpo": "eval/rewards/accuracies", "ppo": "eval/objective/scores"}[algorithm]
+    assert known in error.value.expected and "eval/" in error.value.fix
+    with pytest.raises(InputError, match="nothing to evaluate on"):
+        train(shared, tmp_path / "none", algorithm, **fields | {"data.eval_fraction": 0.0})
+    with pytest.raises(TypeError):  # a name that is right goes on, to the weights
+        train(shared, tmp_path / "right", algorithm, **fields | {"checkpoint.best_metric": known.removeprefix("eval/")})
+
+
+def test_evaluations_measure_what_the_check_of_names_expects(shared, tmp_path):
+    fields = {"data.eval_fraction": 0.2, "eval.every": 1, "num_train_steps": 1}
+    for algorithm in ("sft", "dpo", "ppo", "reward"):
+        found = train(shared, tmp_path / algorithm, algorithm, **fields)["eval"]
+        config = make_config(stories(shared, tmp_path / algorithm, algorithm, **fields))
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            stage = trainer.Stage(config, mesh, trainer.RunDir(config.workdir))
+            assert set(found) == {f"eval/{name}" for name in stage._eval_metrics()}
