@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.cache import digest
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.weights import Tensor, list_tensors
+from jaxalign.ops.checksum import checksum
 from jaxalign.parallel.sharding import path_name
 from jaxalign.types import Params
 
@@ -25,9 +25,9 @@ _SAMPLE = 4096  # bytes read at each of a tensor's places
 def fingerprint(params: Params) -> str:
     """A digest of parameters' values, computed where they lie; the same on every mesh.
 
-    Each leaf gives two sums over its bits, modulo 2^32, in which every place has a weight of its own.
+    Each leaf gives two sums over its bits, see `ops.checksum`.
     """
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_bit_sums, tree))(params))
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: checksum(x)[:2], tree))(params))
     leaves = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: isinstance(x, np.ndarray))[0]
     shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(params)]
     return digest(
@@ -69,18 +69,3 @@ def _samples(tensor: Tensor) -> list[bytes]:
             file.seek(tensor.offset + start)
             found.append(file.read(min(_SAMPLE, tensor.num_bytes - start)))
         return found
-
-
-def _bit_sums(x: jax.Array) -> jax.Array:
-    """uint32 [2]."""
-    width = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    stride = 1
-    for dim in reversed(range(bits.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[dim]
-    first = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
-    second = jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
-    return jnp.stack([first, second])

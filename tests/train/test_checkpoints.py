@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loop_world import Data, World, host_batch, objective
+from loop_world import World, objective
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
