@@ -21,8 +21,8 @@ environment:
 Without internet: make it beforehand where there is some, for the accelerator of the nodes, on a file system they share,
   JAXALIGN_ACCELERATOR=cuda bash launch/setup.sh
 or carry the wheels there:
-  python3.11 -m pip wheel --wheel-dir=wheels -c launch/constraints.txt '.[cuda]' 'setuptools>=77'
-  PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels bash launch/setup.sh
+  python3.11 -m pip wheel --wheel-dir=/shared/wheels -c launch/constraints.txt '.[cuda]' 'setuptools>=77'
+  PIP_NO_INDEX=1 PIP_FIND_LINKS=/shared/wheels bash launch/setup.sh
 TEXT
 }
 

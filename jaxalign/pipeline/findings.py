@@ -91,7 +91,7 @@ def _verdict(s: dict[str, Any]) -> str:
         judged = "worse than SFT: training did harm"
     else:
         judged = f"not told apart from SFT: the interval holds {HARM:.0%}"
-    return f"{rate:.1%}, with 95 % confidence between {low:.1%} and {high:.1%}: {judged}."
+    return f"{rate:.1%}, with 95 % confidence over prompts between {low:.1%} and {high:.1%}: {judged}."
 
 
 def _between(dpo: dict[str, Any], ppo: dict[str, Any]) -> str:
