@@ -46,7 +46,8 @@ def defaults(algorithm: str) -> ConfigDict:
     if algorithm == "sft":
         c.algorithm = ConfigDict({"name": "sft"})
         c.optimizer.learning_rate = 2e-5
-        c.data.train_on = "completion"  # or "all": prompts are trained on too
+        c.data.train_on = "completion"  # last: its last turn; all: prompts too; or roles: "assistant,tool"
+        c.data.train_on_eos = "turn"  # the ends of turns that are trained on: of each turn, last, none
         c.data.packing = True
     elif algorithm == "reward":
         c.algorithm = _reward()
@@ -110,6 +111,7 @@ def _common() -> ConfigDict:
                 "max_completion_length": none(int),
                 "row_length": none(int),  # default: what the data needs, at most max_length (pairs: twice that)
                 "truncation": "drop",  # drop, keep_start, keep_end
+                "system_turns": "keep",  # fold: into the user's turn that follows; drop
                 "append_eos": True,  # to a completion that lacks it and was not truncated
                 "packing": False,
                 "shuffle": True,

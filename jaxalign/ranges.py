@@ -10,6 +10,9 @@ from jaxalign.errors import InputError
 ALGORITHMS = ("sft", "reward", "dpo", "ppo")
 REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
 
+TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
+TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
+
 # (field, allowed values)
 CHOICES: tuple[tuple[str, tuple], ...] = (
     ("algorithm.name", ALGORITHMS),
@@ -23,7 +26,8 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("model.attention", (None, "blocked", "splash", "triton", "mosaic")),
     ("data.on_error", ("stop", "skip")),
     ("data.truncation", ("drop", "keep_start", "keep_end")),
-    ("data.train_on", ("completion", "all")),
+    ("data.train_on_eos", ("turn", "last", "none")),
+    ("data.system_turns", ("keep", "fold", "drop")),
     ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
     ("optimizer.schedule", ("constant", "linear", "cosine")),
     ("optimizer.decay_mask", ("matrices", "all")),

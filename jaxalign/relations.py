@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.ranges import LEAST_TEMPERATURE, misfit, shown
+from jaxalign.ranges import LEAST_TEMPERATURE, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
 
 
 def check(c: Any, inputs: bool, max_length: int) -> None:
@@ -54,6 +55,7 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
             "evaluations to choose by",
             "--config.eval.every=100",
         )
+    _check_train_on(c.data.get("train_on"))
     _check_mesh(c.mesh)
     if "rollout" in c:
         _check_stop(c.rollout.stop)
@@ -67,6 +69,20 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
         _check_dpo(c)
     if c.algorithm.name == "ppo":
         _check_ppo(c, inputs, max_length)
+
+
+def _check_train_on(train_on: str | None) -> None:
+    """`data.train_on`: a word, or roles joined by commas."""
+    roles = (train_on or "").replace(" ", "").split(",")
+    if train_on is None or train_on in TRAIN_ON or set(roles) <= set(TRAIN_ON_ROLES):
+        return
+    strange = next(role for role in roles if role not in TRAIN_ON_ROLES)
+    near = difflib.get_close_matches(strange, (*TRAIN_ON, *TRAIN_ON_ROLES), n=1, cutoff=0.0)
+    raise InputError(
+        f"data.train_on is {train_on!r}",
+        f"one of {', '.join(TRAIN_ON)}, or roles joined by commas, of {', '.join(TRAIN_ON_ROLES)}",
+        f"--config.data.train_on={near[0] if near else TRAIN_ON[0]}",
+    )
 
 
 def _check_mesh(sizes: Any) -> None:

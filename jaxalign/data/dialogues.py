@@ -6,6 +6,8 @@ Text in the form of Anthropic's sets, `"\n\nHuman: ...\n\nAssistant: ..."`, beco
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +47,8 @@ def as_messages(value: Any) -> list[Message]:
 
     Roles may stand under `role` or `from` and bear ShareGPT's names; content may stand under `content`, `value` or
     `text`, as a string or as a list of text parts; a single message and a dict of lists are taken too.  What else a
-    message carries stays where it is not null; an assistant's `weight` or `loss_weight` of 0 stays as `"weight": 0`.
+    message carries stays where it is not null; a `weight` or `loss_weight` of 0 stays as `"weight": 0`.
+    ShareGPT's turn `function_call` is the assistant's: its content stays JSON, `function_call` holds it as tool calls.
 
     Raises:
       ValueError: saying which message is wrong and how.
@@ -83,9 +86,33 @@ def _message(item: Any, number: int) -> Message:
     message: Message = {"role": role, "content": _text(content, number)}
     known = _ROLE_KEYS + _CONTENT_KEYS + _WEIGHT_KEYS
     message |= {key: extra for key, extra in item.items() if key not in known and extra is not None}
-    if role == "assistant" and _get(item, _WEIGHT_KEYS) == 0:
+    weight = _get(item, _WEIGHT_KEYS)
+    if weight not in (None, 0, 1):
+        raise ValueError(f"message {number} has the weight {weight!r}; a message counts (1) or does not (0)")
+    if weight == 0:
         message["weight"] = 0
+    if role == "assistant" and str(name).strip().lower() == "function_call" and (calls := _calls(message["content"])):
+        message["function_call"] = calls
     return message
+
+
+def _calls(text: str) -> list[dict[str, Any]]:
+    """ShareGPT's turn `function_call`, JSON of a call or of several, as tool calls; none where it is something else."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    found = []
+    for call in calls:
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        found.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return found
 
 
 def _text(content: Any, number: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from jaxalign.data import packing, report
 from jaxalign.data.cache import TokenStore, digest, digest_records, digest_tokenizer, open_or_write
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.limits import Limits
+from jaxalign.data.omissions import with_system_turns
 from jaxalign.data.prefetch import prefetch
-from jaxalign.data.records import Record
+from jaxalign.data.records import Notes, Record, check_skipped
 from jaxalign.data.rows import Layout, Shape, Sizes, build_batch, build_prompts, round_up, segment_tokens
 from jaxalign.data.split import held_out
-from jaxalign.data.tokenize import Dropped, Encoder, Example, tokenize_records
+from jaxalign.data.tokenize import LOST, Dropped, Encoder, Example, tokenize_records
 from jaxalign.data.widths import prompt_widths, width_of
 from jaxalign.errors import InputError
 from jaxalign.types import Batch
@@ -31,6 +31,7 @@ _TOKEN_MULTIPLE = 64  # rows of training tokens are a multiple of this, unless m
 _PROMPT_MULTIPLE = 8  # rows of prompts, which completions are added to
 _READOUT_MULTIPLE = 8
 _NEEDS = "needs: "  # counts: before the name of a limit, what the longest record needs of it
+_SKIPPED = "skipped: "  # counts: before the reason why records cannot be rendered
 
 
 class DataStreamError(RuntimeError):
@@ -155,25 +156,31 @@ class Dataset:
         """As `build`, from records that are already there."""
         data = config.data
         encoder = Encoder(tokenizer, eos_ids, render_plain)
+        records = _without_system_turns(records, data.system_turns)
         limits = _limits(config, purpose, encoder)
         options = {
             "train_on": data.get("train_on", "completion"),
+            "train_on_eos": data.get("train_on_eos", "turn"),
             "append_eos": bool(data.get("append_eos", False)),
+            "on_error": data.on_error,
         }
         shared_prompt = bool(data.get("shared_prompt", True))
         row_length = data.row_length if purpose != "ppo" else None
         pairs = purpose in ("reward", "dpo")
         max_row_length = row_length or limits.max_length * (2 if pairs else 1)
 
-        def examples(counts: Counter) -> Iterator[tuple[Record, Example]]:
-            for record, example in zip(records, tokenize_records(records, encoder, purpose, **options), strict=True):
+        def examples(counts: Notes) -> Iterator[tuple[Record, Example]]:
+            made = tokenize_records(records, encoder, purpose, **options, notes=counts)
+            for record, example in zip(records, made, strict=True):
                 result = example if isinstance(example, Dropped) else limits.apply(example, counts)
                 if not isinstance(result, Dropped):
                     lengths: list[np.ndarray | int] = [len(c) for c in result.completions]
                     needed = segment_tokens(len(result.prompt), lengths, shared_prompt)
                     if purpose != "ppo" and needed > max_row_length:
                         result = Dropped(record.index, "longer than row_length", (("row_length", int(needed)),))
-                if isinstance(result, Dropped):
+                if isinstance(result, Dropped) and result.wrong:
+                    counts.add(_SKIPPED + result.reason, record)
+                elif isinstance(result, Dropped):
                     counts[f"dropped: {result.reason}"] += 1
                     for field, length in result.needs:
                         counts[_NEEDS + field] = max(counts[_NEEDS + field], length)
@@ -189,6 +196,14 @@ class Dataset:
             [shared_prompt, max_row_length],
         )
         store = open_or_write(_cache_dir(config), key, examples)
+        tally = _completed(tally or {"read": len(records), "dropped": {}}, store, encoder)
+        check_skipped(
+            {name.removeprefix(_SKIPPED): n for name, n in store.meta["counts"].items() if name.startswith(_SKIPPED)},
+            len(records),
+            data.max_skipped,
+            "data.sources",
+            tally["examples"],
+        )
         if not len(store):
             raise _nothing_left(len(records), store.meta["counts"], config)
         fraction = 0.0 if data.eval_sources else data.eval_fraction
@@ -209,7 +224,7 @@ class Dataset:
         )
         train = like if split == "eval" else None
         plain = sum(map(_is_dialogue, records)) if encoder.template.is_plain else 0
-        dataset.report = report.data_report(dataset, tally or {"read": len(records), "dropped": {}}, train, plain)
+        dataset.report = report.data_report(dataset, tally, train, plain)
         return dataset
 
     def _example_sizes(self) -> Sizes:
@@ -343,6 +358,40 @@ class Dataset:
           DataStreamError: in place of a batch that cannot be made, with the record and the reason.
         """
         return prefetch(lambda i: self.batch(i, process_index, process_count), start, stop, depth=depth)
+
+
+def _without_system_turns(records: Sequence[Record], how: str) -> Sequence[Record]:
+    """Records whose system turns are folded into the user's or dropped, as `data.system_turns` says."""
+    if how == "keep":
+        return records
+
+    def changed(record: Record) -> Record:
+        fields = ("messages", "prompt", "completion", "chosen", "rejected")
+        lists = {name: value for name in fields if isinstance(value := getattr(record, name), list)}
+        parts: dict[str, Any] = {name: with_system_turns(value, how) for name, value in lists.items()}
+        return record._replace(**parts)
+
+    return [changed(record) for record in records]
+
+
+def _completed(tally: dict[str, Any], store: TokenStore, encoder: Encoder) -> dict[str, Any]:
+    """The sources' tally with what tokenisation found: records skipped, words lost, markers, damage."""
+    counts, places = store.meta["counts"], store.meta["places"]
+    named = {name: n for name, n in counts.items() if name.startswith((_SKIPPED, LOST))}
+    skipped = {name.removeprefix(_SKIPPED): n for name, n in named.items() if name.startswith(_SKIPPED)}
+    lost = {name.removeprefix(LOST): n for name, n in named.items() if name.startswith(LOST)}
+    examples = {name.removeprefix(_SKIPPED).removeprefix(LOST): found for name, found in places.items()}
+    warnings = list(tally.get("warnings", ()))
+    if store.damage:
+        warnings.append(f"the cache of tokens in {store.directory} was damaged ({store.damage}) and is made again")
+    return {
+        **tally,
+        "skipped": {**tally.get("skipped", {}), **skipped},
+        "examples": {**tally.get("examples", {}), **examples},
+        "warnings": warnings,
+        "lost": lost,
+        "markers": encoder.template.split_markers() if any(map(_is_dialogue, store.sample())) else {},
+    }
 
 
 def _is_dialogue(record: Record) -> bool:

@@ -20,6 +20,7 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -135,6 +136,21 @@ class Tally:
             "sources": [dict(source) for source in self.sources],
             "warnings": list(self.warnings),
         }
+
+
+class Notes(Counter[str]):
+    """Counts of what became of records, with the first places of what is to be looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, name: str, record: Record) -> None:
+        """Counts a record under a name."""
+        self[name] += 1
+        places = self.places.setdefault(name, [])
+        if len(places) < 3:
+            places.append(f"{record.source}:{record.line}")
 
 
 def check_skipped(skipped: dict[str, int], read: int, most: float, where: str, places: dict[str, list[str]]) -> None:

@@ -57,6 +57,9 @@ def data_report(
             "examples": dict(tally.get("examples", {})),
             "sources": list(tally.get("sources", [])),
         },
+        # What the chat template leaves out, in records that hold it, and its markers that are several tokens.
+        "lost": dict(tally.get("lost", {})),
+        "split_markers": dict(tally.get("markers", {})),
         "truncated": {
             "prompts": int(counts.get("prompts truncated", 0)),
             "completions": int(counts.get("completions truncated", 0)),
@@ -169,6 +172,21 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             " as plain text (\\n\\nHuman: ... \\n\\nAssistant: ..., Alpaca columns as ### Instruction:); with"
             " config.model.chat_template=FILE.jinja a template is used, and goes with the export"
         )
+    if report["lost"] and "overlap" not in report:
+        fold = ", --config.data.system_turns=fold writes system turns into the user's"
+        found.append(
+            f"left out by the chat template: {_placed(report['lost'], records)}; what is not rendered is not learned:"
+            " --config.model.chat_template=FILE.jinja gives a template that writes it"
+            + fold
+            * ("system turns" in report["lost"])
+        )
+    if (split := report["split_markers"]) and "overlap" not in report:
+        found.append(
+            f"the chat template's markers {', '.join(f'{m} ({n} tokens)' for m, n in split.items())} are no tokens of"
+            " this tokenizer: they merge with the text beside them, so that the loss mask is off by a character, and no"
+            " stop token ends a turn; take a template whose markers the tokenizer has"
+            " (--config.model.chat_template=FILE.jinja) or a tokenizer that has them"
+        )
     if skipped := records["skipped"]:
         found.append(
             f"{sum(skipped.values())} of {records['read']} rows are wrong and skipped: {_placed(skipped, records)}"
@@ -245,6 +263,8 @@ def as_text(report: dict[str, Any]) -> str:
         )
     size = f"{rows['per_batch']} x {' or '.join(map(str, rows['widths']))} tokens, {rows['readouts']} readouts"
     lines.append(("rows", f"{rows['per_epoch']:,} an epoch, {size}, padding {rows['padding_share']:.1%}"))
+    if report["lost"]:
+        lines.append(("left out", _placed(report["lost"], records)))
     if report.get("finished_share") is not None:
         lines.append(("finished", f"{report['finished_share']:.1%} of completions end by EOS"))
     if pairs := report.get("pairs"):

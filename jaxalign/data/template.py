@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxalign.data.omissions import left_out, split_markers, with_system_turns
 from jaxalign.data.records import Message
 from jaxalign.errors import InputError
 
@@ -53,6 +54,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._plain = plain
         self.source: str | dict | None = getattr(tokenizer, "chat_template", None)
+        self.writes_calls = "tool_calls" in str(self.source)
 
     @property
     def is_plain(self) -> bool:
@@ -65,10 +67,43 @@ class ChatTemplate:
         Raises:
           InputError: where the template refuses the conversation.
         """
-        return _Conversation(self, messages, tools).render(len(messages), True)
+        return _with_calls(self, messages, lambda said: _Conversation(self, said, tools).render(len(said), True))
 
-    def conversation(self, messages: Sequence[Message], first: int = 0, *, tools=None) -> Rendered:
-        """Renders a conversation and finds what the assistant says from message `first` on.
+    def left_out(self, messages: Sequence[Message], text: str, *, tools=None, prompt: bool = False) -> tuple[str, ...]:
+        """What of a conversation is not in its rendered text, in words that a report counts.
+
+        Args:
+          messages: the whole conversation.
+          text: as `conversation` or, with `prompt`, `prompt` rendered it.
+          tools: tool schemas that were given to the template.
+          prompt: whether the text opens the assistant's turn at its end.
+        """
+        if self.is_plain:
+            return ("tools",) if tools else ()
+        bare = [m for m in messages if "function_call" in m]
+        lost = left_out([m for m in messages if "function_call" not in m], text)
+        if bare and not (self.writes_calls and _rendered_calls(self, messages, text, tools, prompt)):
+            lost += ("the tags of function calls (written as their JSON)",)
+        if tools and not _shows(tools, text):
+
+            def without(said: Sequence[Message]) -> str:
+                return _Conversation(self, said, None).render(len(said), prompt)
+
+            lost += ("tools",) if _with_calls(self, messages, without) == text else ()
+        return lost
+
+    def split_markers(self) -> dict[str, int]:
+        """The template's markers that are several tokens here, with their numbers; of a short conversation."""
+        if self.is_plain:
+            return {}
+        said = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        text = _Conversation(self, said, None).render_or_none(2)
+        return split_markers(str(self.source) if text is None else text, self._tokenizer)
+
+    def conversation(
+        self, messages: Sequence[Message], first: int = 0, *, tools=None, roles: tuple[str, ...] = ("assistant",)
+    ) -> Rendered:
+        """Renders a conversation and finds what the assistant, or who else is asked for, says from message `first` on.
 
         Generation marks in the template are followed.  Without them a turn is what `messages[:i + 1]` adds to
         `messages[:i]` with the generation prompt, where both really are prefixes of the whole.  Templates that
@@ -76,9 +111,10 @@ class ChatTemplate:
         is replaced, and the end-of-turn text that follows.
 
         Args:
-          messages: the whole conversation; an assistant message with `"weight": 0` is not among the spans.
+          messages: the whole conversation; a message with `"weight": 0` is not among the spans.
           first: messages before this index are the prompt, whoever speaks.
           tools: tool schemas for templates that show them.
+          roles: whose turns are the spans.
 
         Returns:
           The text, the assistant's spans, and the boundary of the prompt: the start of message `first`, or of the
@@ -87,7 +123,37 @@ class ChatTemplate:
         Raises:
           InputError: where the template refuses the conversation or leaves a message out.
         """
-        return _Conversation(self, messages, tools).rendered(first)
+        return _with_calls(self, messages, lambda said: _Conversation(self, said, tools).rendered(first, roles))
+
+
+def _with_calls(template: ChatTemplate, messages: Sequence[Message], render: Callable[[Sequence[Message]], Any]) -> Any:
+    """Renders function calls as the template writes tool calls, or as their JSON where it writes none or refuses."""
+    if not any("function_call" in message for message in messages):
+        return render(messages)
+    bare = [{k: v for k, v in message.items() if k != "function_call"} for message in messages]
+    if template.writes_calls and not template.is_plain:
+        calls = [
+            {**said, "content": "", "tool_calls": message["function_call"]} if "function_call" in message else said
+            for said, message in zip(bare, messages, strict=True)
+        ]
+        try:
+            return render(calls)
+        except InputError:
+            pass
+    return render(bare)
+
+
+def _rendered_calls(template: ChatTemplate, messages: Sequence[Message], text: str, tools: Any, prompt: bool) -> bool:
+    """Whether the text has function calls as the template writes tool calls: it is another than with their JSON."""
+    bare = [{k: v for k, v in message.items() if k != "function_call"} for message in messages]
+    return _Conversation(template, bare, tools).render_or_none(len(bare), prompt) != text
+
+
+def _shows(tools: list, text: str) -> bool:
+    """Whether a text surely shows tools: the words that describe each."""
+    described = [tool.get("function", tool) for tool in tools]
+    words = [tool.get("description") for tool in described if isinstance(tool, dict)]
+    return len(words) == len(tools) and all(isinstance(said, str) and said and said in text for said in words)
 
 
 class _Conversation:
@@ -97,9 +163,12 @@ class _Conversation:
         self._template, self._tools = template, tools
         self._messages = [{k: v for k, v in m.items() if v is not None and k != "weight"} for m in messages]
         self._said = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
-        self._scored = [i for i in self._said if messages[i].get("weight") != 0]
+        self._weighted = [i for i, m in enumerate(messages) if m.get("weight") != 0]
+        self._scored = [i for i in self._said if i in self._weighted]
 
-    def rendered(self, first: int) -> Rendered:
+    def rendered(self, first: int, roles: tuple[str, ...] = ("assistant",)) -> Rendered:
+        if roles != ("assistant",):
+            return self._rendered_roles(first, roles)
         wanted = [i for i in self._scored if i >= first]
         marked = self._marked()
         if marked is None:
@@ -125,39 +194,77 @@ class _Conversation:
             boundary = common_prefix(self.render(first), text)
         return Rendered(text, tuple(spans), boundary, tuple(ends))
 
+    def _rendered_roles(self, first: int, roles: tuple[str, ...]) -> Rendered:
+        """With the turns of chosen roles; a turn that is not the assistant's begins with its words."""
+        text = self.render(len(self._messages))
+        own = {i: span for i, span in zip(self._scored, self.rendered(0).spans, strict=False)}
+        if len(own) != len(self._scored) or "assistant" not in roles:
+            own = {}
+        turns = []
+        for i in self._weighted:
+            role = self._messages[i]["role"]
+            if i < first or role not in roles or not (self._messages[i].get("content") or role == "assistant"):
+                continue
+            span = own.get(i) or (self._turn(i, text) if role == "assistant" else self._words(i, text))
+            turns.append((span, self._words_end(i, span, text)))
+        turns = [(span, end) for span, end in turns if span[1] > span[0]]
+        boundary = turns[0][0][0] if turns else len(text)
+        return Rendered(text, tuple(span for span, _ in turns), boundary, tuple(end for _, end in turns))
+
+    def _words(self, i: int, text: str) -> Span:
+        """The words of message `i`, whoever speaks, with the end of the turn that is written behind them."""
+        before = self.render_or_none(i) if i else ""
+        through = text if i == len(self._messages) - 1 else self.render_or_none(i + 1)
+        if before is not None and through is not None and text.startswith(before) and text.startswith(through):
+            at = text.find(self._messages[i]["content"].strip(), len(before), len(through))
+            if at >= 0:
+                return at, len(through)
+        return self._turn_by_replacement(i, text)
+
     def render(self, count: int, add_generation_prompt: bool = False, messages=None) -> str:
         """The text of the first `count` messages."""
         messages = (self._messages if messages is None else messages)[:count]
-        template = self._template
-        if template.is_plain:
-            if template._plain is None:
-                raise InputError(
-                    "messages, but the tokenizer has no chat template",
-                    "a template that turns messages into text",
-                    "--config.model.chat_template=FILE.jinja",
-                )
-            return template._plain(messages, add_generation_prompt)
-        try:
-            return template._tokenizer.apply_chat_template(
-                messages, tools=self._tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        if self._template.is_plain and self._template._plain is None:
+            raise InputError(
+                "messages, but the tokenizer has no chat template",
+                "a template that turns messages into text",
+                "--config.model.chat_template=FILE.jinja",
             )
+        try:
+            return self._render(messages, add_generation_prompt)
         except Exception as error:  # templates raise what they like; either they or the record are at fault
             raise self._refused(messages, error) from error
 
+    def render_or_none(self, count: int, add_generation_prompt: bool = False, messages=None) -> str | None:
+        """Templates may refuse a part of a conversation that they take as a whole."""
+        try:
+            return self._render((self._messages if messages is None else messages)[:count], add_generation_prompt)
+        except Exception:
+            return None
+
+    def _render(self, messages, add_generation_prompt: bool) -> str:
+        template = self._template
+        if template.is_plain:
+            assert template._plain is not None
+            return template._plain(messages, add_generation_prompt)
+        return template._tokenizer.apply_chat_template(
+            messages, tools=self._tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
     def _refused(self, messages, error) -> InputError:
+        fix = "the record, or --config.model.chat_template=FILE.jinja"
+        folded = with_system_turns(list(messages), "fold")
+        if folded != messages and self.render_or_none(len(folded), messages=folded) is not None:
+            fix = (
+                "--config.data.system_turns=fold writes system turns into the user's, =drop leaves them out;"
+                " or --config.model.chat_template=FILE.jinja"
+            )
         roles = " ".join(str(m.get("role")) for m in messages)
         return InputError(
             f"the chat template refuses a conversation ({roles}): {error}",
             "messages that the template takes",
-            "the record, or --config.model.chat_template=FILE.jinja",
+            fix,
         )
-
-    def _render_or_none(self, count: int, add_generation_prompt: bool = False, messages=None) -> str | None:
-        """Templates may refuse a part of a conversation that they take as a whole."""
-        try:
-            return self.render(count, add_generation_prompt, messages)
-        except InputError:
-            return None
 
     def _marked(self) -> tuple[str, list[Span]] | None:
         """Text and spans by the template's own generation marks, or None where it has none."""
@@ -216,15 +323,15 @@ class _Conversation:
 
     def _start(self, i: int, text: str) -> int:
         """Where the words of message `i`, the assistant's, begin in `text`; -1 where prefixes do not tell."""
-        before = self._render_or_none(i) if i else None
-        opened = self._render_or_none(i, True) if i else None
+        before = self.render_or_none(i) if i else None
+        opened = self.render_or_none(i, True) if i else None
         if before is None or opened is None or not text.startswith(before):
             return -1
         return max(len(before), common_prefix(opened, text))
 
     def _turn(self, i: int, text: str) -> Span:
         start = self._start(i, text)
-        through = text if i == len(self._messages) - 1 else self._render_or_none(i + 1)
+        through = text if i == len(self._messages) - 1 else self.render_or_none(i + 1)
         if through is not None and 0 <= start <= len(through) and text.startswith(through):
             return start, len(through)
         return self._turn_by_replacement(i, text)
@@ -235,8 +342,9 @@ class _Conversation:
         other = self.render(len(replaced), messages=replaced)
         if _SENTINEL not in other:
             raise InputError(
-                f"the chat template leaves out message {i} (assistant: {str(self._messages[i].get('content'))[:60]!r})",
-                "a template that renders every assistant message",
+                f"the chat template leaves out message {i} ({replaced[i]['role']}:"
+                f" {str(self._messages[i].get('content'))[:60]!r})",
+                "a template that renders every message that is trained on",
                 "--config.model.chat_template=FILE.jinja",
             )
         start = common_prefix(text, other)
@@ -245,11 +353,11 @@ class _Conversation:
         return start, end
 
     def _end_of_turn(self, i: int, replaced: list[Message]) -> str:
-        """What the template writes behind the content of message `i`, the assistant's, before anything else."""
-        alone = self._render_or_none(i + 1, messages=replaced)
-        if alone is None and self._said[-1] == len(replaced) - 1:  # then as behind the last message
+        """What the template writes behind the content of message `i`, before anything else."""
+        alone = self.render_or_none(i + 1, messages=replaced)
+        if alone is None and i in self._said and self._said[-1] == len(replaced) - 1:  # then as behind the last message
             last = [*self._messages[:-1], {**self._messages[-1], "content": _SENTINEL}]
-            alone = self._render_or_none(len(last), messages=last)
+            alone = self.render_or_none(len(last), messages=last)
         if alone is not None and _SENTINEL in alone:
             return alone[alone.rindex(_SENTINEL) + 1 :]
         return self._template._tokenizer.eos_token or ""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxalign.data.records import Message, Record
+from jaxalign.data.omissions import unread_tools
+from jaxalign.data.records import Message, Notes, Record
 from jaxalign.data.template import ChatTemplate, Rendered, common_prefix, tools_of
 from jaxalign.errors import InputError
 
 _CHUNK = 512  # records tokenised in one call
+LOST = "lost: "  # notes: before what the chat template leaves out
 
 
 class Example(NamedTuple):
@@ -33,6 +36,7 @@ class Dropped(NamedTuple):
     record: int
     reason: str
     needs: tuple[tuple[str, int], ...] = ()  # (limit, how large it must be for the whole record)
+    wrong: bool = False  # skipped because it cannot be rendered, not for what it holds
 
 
 class Encoded(NamedTuple):
@@ -42,6 +46,18 @@ class Encoded(NamedTuple):
     ids: np.ndarray  # int32 [N]
     before: Callable[[int], int]  # number of leading tokens that end at or before a character
     after: Callable[[int], int]  # number of leading tokens that start before a character
+
+
+class TrainOn(NamedTuple):
+    """What of a record is scored: `data.train_on` and `data.train_on_eos`, of sft."""
+
+    what: str = "completion"  # completion, last, all, or roles joined by commas
+    eos: str = "turn"  # the ends of turns that are scored: turn (of each), last, none
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles whose every turn is scored; none where the completion, its last turn or all is."""
+        return () if self.what in ("completion", "last", "all") else tuple(self.what.replace(" ", "").split(","))
 
 
 class Encoder:
@@ -136,21 +152,32 @@ class _Part(NamedTuple):
 
     rendered: Rendered
     templated: bool
+    messages: Sequence[Message] = ()  # that were rendered
 
 
-def _conversation(encoder: Encoder, record: Record, messages, first: int = 0) -> _Part:
-    template = encoder.template
+def _conversation(encoder: Encoder, record: Record, messages, train_on: TrainOn, first: int = 0) -> _Part:
+    template, roles = encoder.template, train_on.roles
     tools = tools_of(record.columns)
-    return _Part(template.conversation(messages, first, tools=tools), not template.is_plain)
+    if roles:
+        rendered = template.conversation(messages, 0, tools=tools, roles=roles)
+    else:
+        rendered = template.conversation(messages, first, tools=tools)
+    if train_on.what == "last" and rendered.spans:
+        start = rendered.spans[-1][0]
+        rendered = Rendered(rendered.text, rendered.spans[-1:], start, rendered.words_end[-1:])
+    return _Part(rendered, not template.is_plain, messages)
 
 
-def _sequence(encoder: Encoder, record: Record, prompt, completion) -> _Part:
+def _sequence(encoder: Encoder, record: Record, prompt, completion, train_on: TrainOn) -> _Part:
     """Prompt and completion as one text; strings stay as they are, messages go through the template."""
     if isinstance(completion, str):
         start, text = len(prompt or ""), (prompt or "") + completion
-        return _Part(Rendered(text, ((start, len(text)),) if completion else (), start), False)
+        roles = train_on.roles if prompt else ()
+        spans = [(0, start)] * ("user" in roles) + [(start, len(text))] * (not roles or "assistant" in roles)
+        spans = [(a, b) for a, b in spans if a < b]
+        return _Part(Rendered(text, tuple(spans), spans[0][0] if spans else start), False)
     before = list(prompt or [])
-    return _conversation(encoder, record, before + list(completion), len(before))
+    return _conversation(encoder, record, before + list(completion), train_on, len(before))
 
 
 def _prompt(encoder: Encoder, record: Record) -> _Part:
@@ -159,22 +186,23 @@ def _prompt(encoder: Encoder, record: Record) -> _Part:
         return _Part(Rendered(prompt, (), len(prompt)), False)
     template = encoder.template
     text = template.prompt(prompt, tools=tools_of(record.columns))
-    return _Part(Rendered(text, (), len(text)), not template.is_plain)
+    return _Part(Rendered(text, (), len(text)), not template.is_plain, prompt)
 
 
-def _parts(encoder: Encoder, record: Record, purpose: str) -> list[_Part]:
+def _parts(encoder: Encoder, record: Record, purpose: str, train_on: TrainOn) -> list[_Part]:
     """The sequences of a record: one for a prompt or a single completion, two for a pair."""
     if purpose == "ppo" and record.kind != "text":
         return [_prompt(encoder, record)]
     if purpose == "sft" and record.kind == "text":
-        return [_sequence(encoder, record, None, record.text)]
+        return [_sequence(encoder, record, None, record.text, train_on)]
     if purpose == "sft" and record.kind == "messages":
-        return [_conversation(encoder, record, record.messages)]
+        return [_conversation(encoder, record, record.messages, train_on)]
     if purpose == "sft" and record.kind in ("completion", "pair"):
         said = record.completion if record.kind == "completion" else record.chosen
-        return [_sequence(encoder, record, record.prompt, said)]
+        return [_sequence(encoder, record, record.prompt, said, train_on)]
     if purpose in ("reward", "dpo") and record.kind == "pair":
-        return [_sequence(encoder, record, record.prompt, said) for said in (record.chosen, record.rejected)]
+        both = (record.chosen, record.rejected)
+        return [_sequence(encoder, record, record.prompt, said, train_on) for said in both]
     raise InputError(
         f"a record of kind {record.kind!r} for {purpose}",
         "text, messages or completions for sft, pairs for reward and dpo, prompts for ppo",
@@ -219,7 +247,7 @@ def _without_prompt(encoder: Encoder, sequences: list[np.ndarray], masks: list[n
 
 
 def _example(
-    encoder: Encoder, record: Record, parts, encoded: list[Encoded], purpose: str, train_on: str, append_eos: bool
+    encoder: Encoder, record: Record, parts, encoded: list[Encoded], purpose: str, train_on: TrainOn, append_eos: bool
 ):
     """One record's example, or why it gives none."""
     weight, score = float(record.weight), float(record.score)
@@ -240,11 +268,14 @@ def _example(
     shared = min(stated)
     if len(sequences) == 2:
         shared = min(shared, common_prefix(*(s[:shared].tolist() for s in sequences)))
-    if train_on == "all":
+    if train_on.what == "all":
         shared = min(shared, int(bool(encoder.prefix) and sequences[0][0] == encoder.bos_id))
         masks = [np.ones(len(s), bool) for s in sequences]
-    for mask, end in zip(masks, stated, strict=True):
+    for tokens, mask, end in zip(sequences, masks, stated, strict=True):
         mask[shared:end] = True  # tokens that the other side's merge moved out of the prompt
+        if train_on.eos != "turn":
+            ends = np.flatnonzero(mask & np.isin(tokens, list(encoder.eos_ids)))
+            mask[ends[:-1] if train_on.eos == "last" else ends] = False
     sequences, masks, shared = _without_prompt(encoder, sequences, masks, shared)
     if not shared:
         return Dropped(record.index, "no prompt, and the tokenizer has no BOS token")
@@ -267,7 +298,15 @@ def _example(
 
 
 def tokenize_records(
-    records: Iterable[Record], encoder: Encoder, purpose: str, *, train_on: str = "completion", append_eos: bool
+    records: Iterable[Record],
+    encoder: Encoder,
+    purpose: str,
+    *,
+    append_eos: bool,
+    train_on: str = "completion",
+    train_on_eos: str = "turn",
+    on_error: str = "stop",
+    notes: Notes | None = None,
 ) -> Iterator[Example | Dropped]:
     """Turns records into examples, in order, a few hundred at a time.
 
@@ -279,8 +318,13 @@ def tokenize_records(
       records: `Record`s.
       encoder: the tokenizer.
       purpose: "sft", "reward", "dpo" or "ppo".
-      train_on: "completion", or "all" to score prompts too (sft).
       append_eos: whether a completion that lacks an EOS gets one.
+      train_on: what is scored (sft): "completion", of messages all that the assistant says; "last", its last turn;
+        "all", prompts too; or roles joined by commas, "assistant,tool": all their turns, those of a prompt too.
+      train_on_eos: which ends of scored turns are (sft): "turn", each; "last", the last one's; "none", and none is
+        appended.
+      on_error: "stop" at a record that cannot be rendered, or "skip" it.
+      notes: counts what the chat template leaves out, under `LOST` and its name; None: nobody asks.
 
     Yields:
       An Example, or Dropped with the reason.
@@ -290,20 +334,53 @@ def tokenize_records(
     """
     if append_eos and purpose != "ppo" and encoder.eos_id is None:
         raise InputError("a tokenizer without an EOS token", "an EOS to append", "--config.data.append_eos=False")
+    scoring = TrainOn(train_on, train_on_eos)
+    append_eos = append_eos and train_on_eos != "none"
     stream = iter(records)
     while chunk := list(islice(stream, _CHUNK)):
         parts: list[list[_Part]] = []
-        for record in chunk:
+        wrong: dict[int, str] = {}
+        for number, record in enumerate(chunk):
             try:
-                parts.append(_parts(encoder, record, purpose))
+                parts.append(_parts(encoder, record, purpose, scoring))
+                if notes is not None:
+                    _note(encoder, record, parts[-1], purpose, notes)
             except InputError as error:
+                if on_error == "skip":
+                    parts.append([])
+                    wrong[number] = _reason(error)
+                    continue
                 where = f"record {record.index} (line {record.line} of {record.source})"
                 raise InputError(f"{where}: {error.found}", error.expected, error.fix) from error
         flat = [part for record_parts in parts for part in record_parts]
         encoded = iter(encoder.encode([p.rendered.text for p in flat], [p.templated for p in flat]))
-        for record, record_parts in zip(chunk, parts, strict=True):
+        for number, (record, record_parts) in enumerate(zip(chunk, parts, strict=True)):
             own = [next(encoded) for _ in record_parts]
-            yield _example(encoder, record, record_parts, own, purpose, train_on, append_eos)
+            if number in wrong:
+                yield Dropped(record.index, wrong[number], wrong=True)
+            else:
+                yield _example(encoder, record, record_parts, own, purpose, scoring, append_eos)
+
+
+def _note(encoder: Encoder, record: Record, parts: list[_Part], purpose: str, notes: Notes) -> None:
+    """Counts what the template left out of a record, each kind once."""
+    tools = tools_of(record.columns)
+    lost: dict[str, None] = {}
+    for part in parts:
+        if not part.messages:
+            continue
+        prompt = purpose == "ppo"
+        lost |= dict.fromkeys(encoder.template.left_out(part.messages, part.rendered.text, tools=tools, prompt=prompt))
+        if unread_tools(record.columns, tools):
+            lost["tools (a column that is no list of schemas)"] = None
+    for name in lost:
+        notes.add(LOST + name, record)
+
+
+def _reason(error: InputError) -> str:
+    """Under which a record that cannot be rendered is counted; its own words are left out."""
+    text = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "...", re.sub(r" \([^()]*\)", "", error.found))
+    return text.splitlines()[0][:120]
 
 
 def plain_example(encoder: Encoder, record: int, prompt: str, completion: str, *, joint: bool = False) -> Example:

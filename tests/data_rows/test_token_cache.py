@@ -14,6 +14,7 @@ import pytest
 from jaxalign.data.cache import digest, digest_records, digest_tokenizer, open_or_write
 from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Example
+from jaxalign.errors import InputError
 
 
 def _pairs(n=5):
@@ -64,6 +65,47 @@ def test_a_damaged_cache_is_written_anew(tmp_path, damage):
     assert calls == ["k"] and again.example(4).prompt.tolist() == list(range(10, 17))
     (again.directory / damage).unlink()
     assert _write(tmp_path)[1] == ["k"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["tokens.bin", "scored.bin", "records.jsonl", "table.npy", "meta.json", "record_ends.npy"]
+)
+def test_a_flipped_bit_anywhere_is_found(tmp_path, damage):
+    store, _ = _write(tmp_path)
+    file = store.directory / damage
+    whole = file.read_bytes()
+    for place in {0, len(whole) // 3, len(whole) - 2}:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        again, calls = _write(tmp_path)
+        assert calls == ["k"] and file.read_bytes() == whole
+        assert damage in again.damage or damage == "meta.json"
+    assert _write(tmp_path)[0].damage == ""
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"format": 3}', "\0\0"])
+def test_a_meta_file_of_something_else_is_written_anew(tmp_path, content):
+    store, _ = _write(tmp_path)
+    (store.directory / "meta.json").write_text(content)
+    assert _write(tmp_path)[1] == ["k"] and _write(tmp_path)[1] == []
+
+
+def test_a_cache_that_cannot_be_made_names_its_field(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for root in (tmp_path / "file", tmp_path / "file" / "cache", tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cache of tokens") as error:
+            _write(root)
+        assert "data.cache_dir" in error.value.fix
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        _write(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["k.lock"]
 
 
 def test_an_older_format_is_written_anew(tmp_path):

@@ -130,7 +130,7 @@ def test_messages_keep_what_templates_read():
     ]
     assert as_messages([{"role": "assistant", "content": "x", "loss_weight": 0.0}]) == [assistant("x", weight=0)]
     assert as_messages([{"role": "assistant", "content": "x", "weight": 1}]) == [assistant("x")]
-    assert as_messages([{"role": "user", "content": "x", "loss_weight": 0.0}]) == [user("x")]
+    assert as_messages([{"role": "user", "content": "x", "loss_weight": 0.0}]) == [user("x", weight=0)]
 
 
 @pytest.mark.parametrize(
