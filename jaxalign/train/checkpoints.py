@@ -88,7 +88,12 @@ class Checkpoints:
         return sums
 
     def save(
-        self, step: int, state: TrainState, meta: dict, metrics: Mapping[str, float], sums: Mapping[str, Any]
+        self,
+        step: int,
+        state: TrainState,
+        meta: dict,
+        metrics: Mapping[str, float],
+        sums: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts writing checkpoint `step`; the state may be donated as soon as this returns.
 
@@ -97,10 +102,14 @@ class Checkpoints:
           state: the whole training state.
           meta: JSON values kept beside it.
           metrics: of this step, with the best metric where one is named; those that are not finite are left out.
-          sums: of the state, from `checked`.
+          sums: of the state, where `checked` has given them already.
+
+        Raises:
+          InputError: a number of the state is not finite.
         """
         if step in self.steps():
             return
+        sums = sums or self.checked(step, state)
         meta = {**meta, "checksums": _described(state, sums)}
         meta["digest"] = digest(meta)
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
