@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign import __version__
+from jaxalign.disk import cannot_write, trouble, write_whole
 from jaxalign.errors import InputError
 from jaxalign.ranges import check_flags
 
@@ -100,6 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if (words := trouble(error)) is None:
+            raise
+        place = getattr(error, "filename", None) or f"a file of jaxalign {argv[0]}"
+        print(f"jaxalign {argv[0]}: cannot go on\n{cannot_write(place, words)}", file=sys.stderr)
         return 1
 
 
@@ -333,7 +340,11 @@ def _compare(argv: list[str]) -> int:
     )
     text = json.dumps(result, indent=1, ensure_ascii=False)
     if args.out:
-        Path(args.out).expanduser().write_text(text + "\n", encoding="utf-8")
+        try:
+            write_whole(Path(args.out).expanduser(), text + "\n")
+        except InputError:
+            print(text)  # minutes of work: not lost
+            raise
     print(text if args.json else page(result, show=args.show))
     return 0
 

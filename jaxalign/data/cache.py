@@ -29,6 +29,7 @@ import numpy as np
 from jaxalign.data.records import Notes, Record
 from jaxalign.data.split import Groups, prompt_key
 from jaxalign.data.tokenize import Example
+from jaxalign.disk import writing
 from jaxalign.errors import InputError
 
 FORMAT = 3
@@ -217,7 +218,7 @@ def open_or_write(
 
 def _open_or_write(root: Path, key: str, examples: Callable[[Notes], Iterable[tuple[Record, Example]]]) -> TokenStore:
     final = root / key
-    with _locked(root / f"{key}.lock") as alone:
+    with writing(root), _locked(root / f"{key}.lock") as alone:
         damage = _damage(final, key)
         if damage is not None:
             for left_over in root.glob(f"{key}.*.tmp") if alone else ():

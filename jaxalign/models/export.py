@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.data.files import is_url
+from jaxalign.disk import writing
 from jaxalign.errors import InputError
 from jaxalign.models import names, store
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
@@ -72,10 +74,7 @@ def save(
         part = Path(tempfile.gettempdir()) / f"jaxalign-export-{os.getuid()}-{os.getpid()}"
     else:
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    if writes:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    try:
+    with writing(url or target), _scratch(part if writes else None):
         write_tensors(part if writes else None, dict(_planned(model, params)), file_type, max_bytes)
         if writes:
             _copy(None if source is None else locate(source, weights=False), tokenizer, part)
@@ -85,9 +84,6 @@ def save(
                 store.upload(part, url)
             else:
                 _replace(part, target)
-    finally:
-        if writes:
-            shutil.rmtree(part, ignore_errors=True)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -153,6 +149,20 @@ def _is_own_weights(name: str, read: Callable[[str], IO[bytes]]) -> bool:
         return False
     with read(name) as file:
         return producer_of(file, name) == PRODUCER
+
+
+@contextlib.contextmanager
+def _scratch(directory: Path | None) -> Iterator[None]:
+    """A new directory that is gone after the block, unless it was renamed."""
+    if directory is None:
+        yield
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        directory.mkdir(parents=True)
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _replace(part: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxalign.disk import writing
 from jaxalign.errors import InputError
 
 CONFIG = "config.json"
@@ -77,7 +78,7 @@ def fetch(url: str, wanted: Callable[[str], bool]) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            with _reporting(url):
+            with _reporting(url), writing(directory.parent):
                 fs, root = _open(url)
                 fs.get([f"{root}/{name}" for name in names], [str(part / name) for name in names])
             after = list_files(url)

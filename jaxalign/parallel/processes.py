@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxalign.errors import InputError
 
@@ -126,7 +128,6 @@ def first_problem(problem: str) -> str:
     """
     if jax.process_count() == 1:
         return problem
-    import numpy as np
     from jax.experimental import multihost_utils
 
     room = np.zeros(1024, np.uint8)
@@ -134,3 +135,39 @@ def first_problem(problem: str) -> str:
     room[: len(text)] = text
     found = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(room)]
     return next((f"process {i}: {text}" for i, text in enumerate(found) if text), "")
+
+
+def on_main(call: Callable[[], Any]) -> Any:
+    """Calls a function on process 0; every process gets its result, or its error: none waits for another in vain.
+
+    Args:
+      call: returns JSON values.
+
+    Raises:
+      InputError: what the function raised, on every process.
+      RuntimeError: on the others, where it raised anything else on process 0.
+    """
+    if jax.process_count() == 1:
+        return call()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    error: BaseException | None = None
+    outcome: dict[str, Any] = {}
+    if is_main():
+        try:
+            outcome = {"value": call()}
+        except InputError as found:
+            error, outcome = found, {"input": [found.found, found.expected, found.fix]}
+        except Exception as found:
+            error, outcome = found, {"failed": f"{type(found).__name__}: {found}"}
+    text = json.dumps(outcome).encode()
+    size = int(broadcast_one_to_all(np.int32(-(-len(text) // 1024) * 1024)))  # few sizes: each is a program
+    padded = np.frombuffer(text.ljust(size)[:size], np.uint8)
+    outcome = json.loads(np.asarray(broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    if error is not None:
+        raise error
+    if "input" in outcome:
+        raise InputError(*outcome["input"])
+    if "failed" in outcome:
+        raise RuntimeError(f"process 0: {outcome['failed']}")
+    return outcome["value"]

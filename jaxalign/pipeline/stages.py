@@ -7,6 +7,7 @@ trainer, and one with another key is moved aside to `<stage>.old-<n>` before the
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxalign.config import get, to_dict, validate
+from jaxalign.disk import write_whole
 from jaxalign.errors import InputError
 from jaxalign.pipeline.keys import key_of
 
@@ -88,9 +90,10 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
       The trainer's result; with stages, one for each stage by its name.
 
     Raises:
-      InputError: before the first stage runs, whichever stage it concerns.
+      InputError: before the first stage runs, whichever stage it concerns, or where another run is at work.
     """
     from jaxalign.parallel.processes import initialize, is_main  # jax from here on
+    from jaxalign.train.lock import exclusive
 
     stages = plan(config)
     _check_inputs(stages)
@@ -99,20 +102,28 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     for stage in stages:
         for warning in stage.warnings:
             say(f"warning: {stage.name + ': ' if stage.name else ''}{warning}")
-    if dry_run:
-        return _dry(stages, say)
     if not stages[0].name:
+        if dry_run:
+            return _dry(stages, say)[""]
         result = _train(stages[0])
         _report(stages[0], result, say)
         return result
+    with exclusive(_path(config.workdir)):
+        return _dry(stages, say) if dry_run else _in_order(stages, say)
+
+
+def _in_order(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs what is not done yet; the results by stage."""
+    from jaxalign.parallel.processes import on_main
+
     results: dict[str, Any] = {}
     for stage in stages:
-        action = _agree(_prepare(stage, say) if is_main() else 0)
+        action = on_main(functools.partial(_prepare, stage, say))
         if action == _SKIP:
             results[stage.name] = {"skipped": True, "workdir": stage.config.workdir}
             continue
         results[stage.name] = _train(stage)
-        if not _agree(int(is_done(stage.config.workdir))):  # process 0 wrote it; another may look too early
+        if not on_main(functools.partial(is_done, stage.config.workdir)):  # process 0 wrote it; others may be early
             say(f"stage {stage.name} stopped before its end; the same command goes on from there")
             break
         _report(stage, results[stage.name], say)
@@ -209,21 +220,27 @@ _BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "eve
 
 
 def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
-    """Decides what to do with a stage's directory, and makes it ready."""
+    """Decides what to do with a stage's directory, and makes it ready; not while another run is at work in it."""
+    from jaxalign.train.lock import Lock
     from jaxalign.train.rundir import usable
 
-    with usable(stage.config.workdir, "--config.workdir=runs/NAME"):
-        return _prepared(stage, say)
+    if is_done(stage.config.workdir) and _known_key(stage) == stage.key:
+        say(f"stage {stage.name}: done before, kept ({_path(stage.config.workdir)})")
+        return _SKIP
+    lock = Lock(_path(stage.config.workdir))
+    lock.take()
+    try:
+        with usable(stage.config.workdir, "--config.workdir=runs/NAME"):
+            return _prepared(stage, say, lock)
+    finally:
+        lock.release()
 
 
-def _prepared(stage: Stage, say: Callable[[str], None]) -> int:
+def _prepared(stage: Stage, say: Callable[[str], None], lock: Any) -> int:
     workdir = _path(stage.config.workdir)
     record = _path(stage.config.workdir, RECORD)
     if workdir.exists() and not _is_fresh(stage.config.workdir):
-        known = _read(record).get("key")
-        if known == stage.key and is_done(stage.config.workdir):
-            say(f"stage {stage.name}: done before, kept ({workdir})")
-            return _SKIP
+        known = _known_key(stage)
         if known == stage.key:
             say(f"stage {stage.name}: goes on ({workdir})")
             return _RUN
@@ -231,6 +248,7 @@ def _prepared(stage: Stage, say: Callable[[str], None]) -> int:
         while (aside := workdir.parent / f"{workdir.name}.old-{n}").exists():
             n += 1
         workdir.rename(aside)
+        lock.directory = aside  # where it went along
         reason = "its configuration or an input changed" if known else "it was not made by this configuration"
         say(f"stage {stage.name}: {reason}; the earlier result is kept as {aside}")
     say(f"stage {stage.name}: runs ({workdir})")
@@ -242,9 +260,7 @@ def _prepared(stage: Stage, say: Callable[[str], None]) -> int:
         "from": stage.inputs,
         "config": to_dict(stage.config),
     }
-    draft = _path(stage.config.workdir, RECORD + ".tmp")
-    draft.write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
-    draft.replace(record)
+    write_whole(record, json.dumps(text, indent=2, sort_keys=True) + "\n")
     return _RUN
 
 
@@ -252,28 +268,17 @@ def _is_fresh(workdir: str) -> bool:
     """Whether a stage's directory holds nothing that was learned, and nothing but a stage's own files."""
     from jaxalign.train.rundir import RunDir
 
-    names = {path.name for path in _path(workdir).iterdir()}
+    names = {path.name for path in _path(workdir).iterdir() if not path.name.startswith(".")}
     return names <= set(_SCRATCH) or (RECORD in names and names <= set(_BEGUN) and RunDir(workdir).untrained())
 
 
-def _read(path) -> dict:
+def _known_key(stage: Stage) -> str | None:
+    """The key of what lies in a stage's directory."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(_path(stage.config.workdir, RECORD).read_text())
     except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _agree(action: int) -> int:
-    """What process 0 found, on every process."""
-    import jax
-
-    if jax.process_count() == 1:
-        return action
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(action)))
+        return None
+    return record.get("key") if isinstance(record, dict) else None
 
 
 def _check_inputs(stages: list[Stage]) -> None:
@@ -320,7 +325,7 @@ def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
             say(f"stage {stage.name}:")
         results[stage.name] = _train(stage, dry_run=True)
         _release()
-    return results if stages[0].name else results[""]
+    return results
 
 
 def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:

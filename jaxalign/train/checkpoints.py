@@ -8,18 +8,21 @@ found whatever stores it, on any mesh and with any number of processes.  It cost
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from jaxalign.data.cache import digest
+from jaxalign.disk import writing
 from jaxalign.errors import InputError
 from jaxalign.ops.checksum import checksum
 from jaxalign.parallel.host_memory import DEVICE, in_memory
-from jaxalign.parallel.processes import first_problem
+from jaxalign.parallel.processes import first_problem, is_main
 from jaxalign.parallel.sharding import path_name
 from jaxalign.train.metrics import say
 from jaxalign.types import TrainState
@@ -114,12 +117,13 @@ class Checkpoints:
         meta["digest"] = digest(meta)
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)),
-            metrics=metrics if self._best_metric and metrics else None,
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)),
+                metrics=metrics if self._best_metric and metrics else None,
+                force=True,
+            )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
         """Reads checkpoint `step`.
@@ -182,13 +186,29 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything begun is written; raises what went wrong."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk is told as such, and what was half written gives its room back."""
+        try:
+            with writing(self._manager.directory):
+                yield
+        except InputError:
+            if is_main() and "://" not in os.fspath(self._manager.directory):
+                for half in self._manager.directory.glob("*orbax-checkpoint-tmp*"):
+                    shutil.rmtree(half, ignore_errors=True)
+            raise
 
     def close(self) -> None:
         """Waits and lets go."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with self._writing():
+                self._manager.close()
 
     def _read(self, step: int, like: TrainState) -> tuple[Any, dict, str]:
         """(state, meta, what is wrong with them or ""), on every process alike.

@@ -23,6 +23,7 @@ from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.health import Health
 from jaxalign.train.interrupts import Interrupted, StopRequests
+from jaxalign.train.lock import Lock
 from jaxalign.train.metrics import Progress, Writer, count_tokens, headline, say
 from jaxalign.train.profile import Profile
 from jaxalign.types import Params, TrainState
@@ -59,6 +60,7 @@ class Loop:
     seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     directory: Any = None  # of the run, where a profile's trace goes
+    lock: Lock | None = None  # of the directory
     offload: bool = False  # the optimizer's state waits in the host's memory but while updates are made
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any]]:
@@ -97,6 +99,8 @@ class Loop:
                         if pending is not None:
                             self._read(pending, progress)
                         pending = this
+                    if self.lock is not None:
+                        self.lock.check()
                     signal = stop.at(index + 1)
                     if signal or self._due(index + 1):
                         with profile.phase("figures and logs"):

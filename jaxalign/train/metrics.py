@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.disk import write_whole, writing
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import is_main
 from jaxalign.train.rundir import RunDir
@@ -35,8 +37,12 @@ class Writer:
         self._run, self._file, self._events, self._wandb = run, None, None, None
         if not is_main():
             return
-        run.path.mkdir(parents=True, exist_ok=True)
-        cut_back(run, start)
+        with writing(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            cut_back(run, start)
+            self._open(run, cfg, start, config)
+
+    def _open(self, run: RunDir, cfg: Any, start: int, config: Mapping[str, Any]) -> None:
         if run.remote:  # objects cannot be appended to: the whole file is written at each flush
             self._lines = run.metrics.read_text() if run.metrics.exists() else ""
         else:
@@ -52,44 +58,83 @@ class Writer:
             return
         finite = {k: (float(v) if math.isfinite(v) else None) for k, v in sorted(values.items())}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n"
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-        else:
-            self._lines += line
+        with writing(self._run.metrics):
+            if self._file is not None:
+                self._file.write(line)
+                self._file.flush()
+            else:
+                self._lines += line
         if self._events is not None:
-            for name, value in finite.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, step)
+            with writing(self._run.events):
+                self._events.add(step, finite)
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in finite.items() if v is not None}, step=step)
 
     def flush(self) -> None:
         """Makes sure that what was written survives a crash; called before each checkpoint."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        elif is_main():
-            self._run.metrics.write_text(self._lines)
+        if not is_main():
+            return
+        with writing(self._run.metrics):
+            if self._file is not None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            else:
+                self._run.metrics.write_text(self._lines)
 
     def close(self) -> None:
         """Writes what is left."""
-        if not is_main():
-            return
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with contextlib.ExitStack() as last:  # each of them, whatever the others do
+            if self._wandb is not None:
+                last.callback(self._wandb.finish)
+            if self._events is not None:
+                last.enter_context(writing(self._run.events))
+                last.callback(self._events.close)
+            if self._file is not None:
+                last.enter_context(writing(self._run.metrics))
+                last.callback(self._file.close)
+            self.flush()
+
+
+class Events:
+    """Figures for TensorBoard, without a thread of their own: one that dies of a full disk hangs whoever feeds it."""
+
+    _EVERY = 30.0  # seconds between flushes: each is an upload to an object store
+
+    def __init__(self, directory: str, start: int):
+        """
+        Args:
+          directory: a path or a URL.
+          start: the step that the run goes on from; TensorBoard forgets later ones, left by a crash.
+        """
+        from tensorboardX import proto, summary
+        from tensorboardX.event_file_writer import EventsWriter, directory_check
+
+        self._event, self._scalar = proto.event_pb2.Event, summary.scalar
+        directory_check(directory)
+        self._writer = EventsWriter(os.path.join(directory, "events"), f".{os.getpid()}")
+        self._flushed = 0.0
+        begun = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(wall_time=time.time(), step=start + 1, session_log=begun))
+
+    def add(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Adds the figures of a step; None is left out."""
+        for name, value in values.items():
+            if value is not None:
+                self._writer.write_event(
+                    self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+                )
+        if time.monotonic() - self._flushed > self._EVERY:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
 
 
 def _start_tensorboard(run: RunDir, start: int) -> Any:
-    from tensorboardX import SummaryWriter
-
     try:
-        return SummaryWriter(os.fspath(run.events), purge_step=start + 1, flush_secs=30)
+        return Events(os.fspath(run.events), start)
     except ImportError as error:  # object stores need their own client
         raise InputError(
             f"TensorBoard events in {run.events}: {error}",
@@ -120,12 +165,7 @@ def cut_back(run: RunDir, step: int) -> None:
     kept = "".join(json_line for json_line, row in _rows(text) if row["step"] <= step)
     if kept == text:
         return
-    if run.remote:
-        run.metrics.write_text(kept)
-        return
-    tmp = run.path / ".metrics.tmp"
-    tmp.write_text(kept)
-    os.replace(tmp, run.metrics)
+    write_whole(run.metrics, kept)
 
 
 def read_metrics(run: RunDir) -> list[dict]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxalign.data.cache import digest, digest_tokenizer
+from jaxalign.disk import write_whole
 from jaxalign.errors import InputError
 from jaxalign.models.identity import describe, fingerprint
 from jaxalign.parallel.processes import is_main
@@ -150,13 +150,7 @@ class Cache:
         data = io.BytesIO()
         np.savez(data, keys=json.dumps(self.keys), table=table, checksum=digest(self.keys, table.tobytes()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"  # other runs may share the folder
-        try:
-            tmp.write_bytes(data.getvalue())
-            tmp.replace(self.path)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
+        write_whole(self.path, data.getvalue())  # other runs may share the folder
 
 
 def _parse(data: bytes, keys: dict[str, str]) -> np.ndarray | None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 
+from jaxalign.disk import cannot_write, trouble, write_whole
 from jaxalign.errors import InputError
-from jaxalign.parallel.processes import is_main
+from jaxalign.parallel.processes import is_main, on_main
 
 FORMAT = 1
 
@@ -114,13 +115,14 @@ class RunDir:
         return None
 
     def make(self) -> None:
-        """Makes the directory where it is not there; process 0 alone.
+        """Makes the directory where it is not there: process 0 does, and all are told.
 
         Raises:
           InputError: it cannot be made or written to, or files that no run has written lie in it.
         """
-        if not is_main():
-            return
+        on_main(self._make)
+
+    def _make(self) -> None:
         with usable(self.path, self._flag):
             known = self.path.exists() and (self.path / "config.json").exists()
             names = [] if known or not self.path.exists() else sorted(p.name for p in self.path.iterdir())
@@ -176,7 +178,7 @@ class RunDir:
             raise InputError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed[:6])}",
                 f"the same configuration, to go on with that run, or a directory of its own{why}",
-                f"--config.workdir={_beside(self.path)}, or remove {self.path} to begin anew in it",
+                f"--config.workdir={beside(self.path)}, or remove {self.path} to begin anew in it",
             )
 
     def write_json(self, name: str, value: Any) -> None:
@@ -184,13 +186,7 @@ class RunDir:
         if not is_main():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_finite(value), indent=1, sort_keys=True) + "\n"
-        if self.remote:  # an object appears when it is complete
-            (self.path / name).write_text(text)
-            return
-        tmp = self.path / f".{name}.tmp"
-        tmp.write_text(text)
-        os.replace(tmp, self.path / name)
+        write_whole(self.path / name, json.dumps(_finite(value), indent=1, sort_keys=True) + "\n")
 
     def read_json(self, name: str) -> Any:
         """The file's value, None where there is none."""
@@ -203,7 +199,7 @@ class RunDir:
             raise InputError(
                 f"{path} cannot be read: {error}",
                 "JSON, as a run writes it",
-                f"--config.workdir={_beside(self.path)}, or remove that file",
+                f"--config.workdir={beside(self.path)}, or remove that file",
             ) from error
 
 
@@ -218,12 +214,14 @@ def usable(path: Any, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if (words := trouble(error)) is not None:
+            raise cannot_write(path, words) from error
         raise InputError(
             f"{path}: {error.strerror or error}", "a directory that can be made and written to", flag
         ) from error
 
 
-def _beside(path: Any) -> str:
+def beside(path: Any) -> str:
     """A name like this one that is not taken."""
     n = 2
     while (found := path.parent / f"{path.name}-{n}").exists():
@@ -290,7 +288,6 @@ def require_shared(run: RunDir) -> None:
 
     token = run.path / f".seen-{int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))}"
     if is_main():
-        run.make()
         token.write_text("")
     multihost_utils.sync_global_devices("workdir written")
     deadline = time.monotonic() + 5  # network file systems may lag

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import max_length
+from jaxalign.disk import write_whole, writing
 from jaxalign.ops.readout import read_hidden, token_logprobs
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
@@ -49,9 +50,10 @@ class Sampler:
             rows, signs = self._generate(state, frozen)
         folder = self._stage.directory.samples
         if is_main() and rows:
-            folder.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{step}.jsonl").write_text(text)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / f"{step}.jsonl", text)
         return signs
 
     def _generate(self, state: TrainState, frozen: dict[str, Params]) -> tuple[list[dict[str, Any]], dict[str, float]]:

@@ -27,6 +27,7 @@ from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
+from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
 from jaxalign.train.models import Loader, fit_length, num_bytes
@@ -50,7 +51,8 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
       once when the stage is done already.
 
     Raises:
-      InputError: anything in configuration, data or learning that the user can change.
+      InputError: anything in configuration, data or learning that the user can change, or another run that is at work
+        in the same directory.
       Interrupted: asked to stop; the state is saved and the same call goes on.
     """
     started = time.monotonic()
@@ -64,37 +66,37 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     directory = RunDir(config.workdir)
-    if dry_run:
-        directory.make()
-    else:
-        require_shared(directory)
-        done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
-        if done is not None:
-            return done
-    with jax.set_mesh(mesh):
-        stage = Stage(config, mesh, directory)
-        if dry_run:
-            from jaxalign.train.dryrun import report
+    directory.make()
+    with exclusive(directory.path) as lock:
+        if not dry_run:
+            require_shared(directory)
+            done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
+            if done is not None:
+                return done
+        with jax.set_mesh(mesh):
+            stage = Stage(config, mesh, directory, lock)
+            if dry_run:
+                from jaxalign.train.dryrun import report
 
-            return report(stage)
-        with memory_errors(f"{config.algorithm.name} stage"):
-            results = stage.train()
-    results |= {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
-    directory.write_json("DONE", results)
+                return report(stage)
+            with memory_errors(f"{config.algorithm.name} stage"):
+                results = stage.train()
+        results |= {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
+        directory.write_json("DONE", results)
     return results
 
 
 class Stage:
     """A stage's data, models and compiled steps."""
 
-    def __init__(self, config: Any, mesh: Mesh, directory: RunDir):
+    def __init__(self, config: Any, mesh: Mesh, directory: RunDir, lock: Lock | None = None):
         from jaxalign.data.loader import Dataset
         from jaxalign.models.config import read_config
         from jaxalign.models.hub import locate
         from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
         c = config
-        self.config, self.mesh, self.directory = config, mesh, directory
+        self.config, self.mesh, self.directory, self.lock = config, mesh, directory, lock
         if c.model.remat == "offload":
             require_host_memory(mesh, "model.remat='offload'", "--config.model.remat=full")
         self.offload = c.algorithm.get("offload", False)
@@ -229,6 +231,7 @@ class Stage:
             seconds_per_token=self._seconds_per_token(),
             meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name},
             directory=self.directory,
+            lock=self.lock,
             offload=self.offload,
         )
         try:

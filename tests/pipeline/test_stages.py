@@ -327,3 +327,20 @@ def test_large_files_count_by_size_time_and_ends(tmp_path):
         file.seek(-1, 2)
         file.write(b"x")
     assert keys.fingerprint(str(big)) != before
+
+
+def test_a_second_run_of_the_stages_is_refused_and_nothing_is_moved(road, trainer, tmp_path):
+    from jaxalign.train.lock import exclusive
+
+    module.run(road(), log=lambda line: None)
+    changed = road(sft__optimizer__learning_rate=3e-5)
+    for held in ("run", "run/sft"):  # another run of the stages, and of one of them
+        with exclusive(tmp_path / held):
+            for dry_run in (True, False) if held == "run" else (False,):
+                with pytest.raises(InputError, match="is in use"):
+                    module.run(changed, dry_run=dry_run, log=lambda line: None)
+    assert len(trainer.names) == 4 and not list((tmp_path / "run").glob("*.old-*"))
+    module.run(changed, log=lambda line: None)
+    aside = tmp_path / "run" / "sft.old-1"
+    assert len(trainer.names) == 8 and aside.is_dir()
+    assert not list((tmp_path / "run").rglob(".lock"))

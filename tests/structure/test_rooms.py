@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxalign"
 
 # Room 0 is the package itself, which holds the version alone.
 ROOMS = {
-    "errors": 1, "ranges": 1, "relations": 1, "types": 1, "config": 1,
+    "errors": 1, "disk": 1, "ranges": 1, "relations": 1, "types": 1, "config": 1,
     "ops": 2, "data": 2, "parallel": 2,
     "models": 3,
     "rollout": 4,
@@ -85,7 +85,7 @@ def test_nothing_imports_torch_or_a_peer():
     assert [str(path) for path in MODULES if outside(path) & banned] == []
 
 
-@pytest.mark.parametrize("room", ["data", "config", "types", "errors", "ranges", "relations"])
+@pytest.mark.parametrize("room", ["data", "config", "types", "errors", "disk", "ranges", "relations"])
 def test_rooms_without_jax(room):
     """Data are numpy, and a configuration is checked before jax is loaded."""
     heavy = {"jax", "flax", "optax", "chex", "orbax"}

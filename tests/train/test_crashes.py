@@ -1,6 +1,7 @@
 """A run that is killed or stopped, then started again, ends as if nothing had happened."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -65,6 +66,11 @@ def test_trap_killed_and_resumed_is_bitwise_the_uninterrupted_run(algorithm, sha
     step = random.SystemRandom().randint(3, 7)
     process = start(spec, pace=0.15)
     wait_for_step(process, killed, step)
+    if algorithm == "sft":  # meanwhile another one is refused, and writes nothing
+        os.kill(process.pid, signal.SIGSTOP)
+        written = (killed / "metrics.jsonl").read_text()
+        assert finish(start(spec, tmp_path / "never", expect="is in use")) == 0
+        assert not (tmp_path / "never").exists() and (killed / "metrics.jsonl").read_text() == written
     process.kill()
     assert finish(process) == -signal.SIGKILL, f"killed at step {step}"
     assert not (killed / "DONE").exists()

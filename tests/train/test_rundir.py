@@ -168,20 +168,6 @@ def test_tensorboard_events_are_written(tmp_path):
     assert list((tmp_path / "run" / "events").iterdir())
 
 
-@pytest.fixture
-def store():
-    """An object store in memory, where `s3://` paths lead."""
-    import fsspec
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    old = fsspec.registry.get("s3")
-    fsspec.register_implementation("s3", MemoryFileSystem, clobber=True)
-    MemoryFileSystem.store.clear()
-    yield MemoryFileSystem
-    if old is not None:
-        fsspec.register_implementation("s3", old, clobber=True)
-
-
 def test_workdir_in_an_object_store(tmp_path, store):
     c = make(tmp_path)
     c.workdir = "s3://bucket/run"

@@ -1,0 +1,96 @@
+"""Writing where there may be no room: what the system says becomes found, expected, fix, and no half a file stays."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from jaxalign.errors import InputError
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_TEXTS = tuple(os.strerror(number) for number in _NUMBERS)  # how libraries in C++ tell the same
+
+
+def trouble(error: BaseException) -> str | None:
+    """What keeps the system from writing, in its own words; None where an error is about something else.
+
+    >>> trouble(ValueError("INTERNAL: write failed: No space left on device"))
+    'No space left on device'
+    >>> trouble(ValueError("no room"))
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        e = waiting.pop()
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, OSError) and e.errno in _NUMBERS:
+            return os.strerror(e.errno)
+        text = str(e)
+        if isinstance(e, OSError) and "requested and" in text and "written" in text:  # numpy, to a full disk
+            return os.strerror(errno.ENOSPC)
+        for words in _TEXTS:
+            if words in text:
+                return words
+        waiting += [e.__cause__, e.__context__, *getattr(e, "exceptions", ())]
+    return None
+
+
+def cannot_write(path: Any, words: str) -> InputError:
+    """The error that says so."""
+    remedy = {
+        os.strerror(errno.EFBIG): "ulimit -f shows the limit on a file's size",
+        os.strerror(errno.EROFS): "mount it for writing",
+        os.strerror(errno.EIO): "see what dmesg says of the disk",
+    }.get(words, f"make room there (df -h {path})")
+    return InputError(
+        f"{path}: {words}",
+        "a place with room to write; what was saved before is still there and whole",
+        f"{remedy}, then run the same command again: it goes on from what was saved",
+    )
+
+
+@contextlib.contextmanager
+def writing(path: Any) -> Iterator[None]:
+    """Makes a full or failing disk in the block an error of input that names the path; other errors pass."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        words = trouble(error)
+        if words is None:
+            raise
+        raise cannot_write(path, words) from error
+
+
+def write_whole(path: Any, data: str | bytes) -> None:
+    """Writes a file: a reader sees the old one or the new one, and a disk that fills up meanwhile keeps the old one.
+
+    Args:
+      path: a `pathlib.Path` or an `epath.Path`; an object appears when it is complete.
+      data: text is written as UTF-8.
+
+    Raises:
+      InputError: no room.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    with writing(path):
+        if "://" in os.fspath(path):
+            path.write_bytes(raw)
+            return
+        draft = os.path.join(os.path.dirname(path), f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(draft, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
