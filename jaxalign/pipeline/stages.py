@@ -215,7 +215,7 @@ def _in_stage(name: str, error: InputError) -> InputError:
 
 _RUN, _SKIP = 1, 2
 # What a dry run leaves, a crash before the start, and a run that failed before its first step; no result among it.
-_SCRATCH = ("cache", "data_report.json", RECORD + ".tmp")
+_SCRATCH = ("cache", "data_report.json")
 _BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "events")
 
 

@@ -112,8 +112,8 @@ class Lock:
         holder = _parsed(raw)
         if ours is False:
             time.sleep(0.2)  # whoever has just locked it is about to write its name
-            if (now := self._read()) != raw or not now.strip():
-                raise self._in_use(_parsed(now))
+            if (new := self._read()) != raw or not new.strip():
+                raise self._in_use(_parsed(new))
         here = holder.get("boot") == self._me["boot"]
         if ours is None and here and holder.get("pid_namespace") == self._me["pid_namespace"]:
             held = _started(holder.get("pid")) == holder.get("started") is not None

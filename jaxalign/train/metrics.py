@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,7 +34,8 @@ class Writer:
           start: the step that the run goes on from; rows of later steps, left by a crash, are cut.
           config: the whole configuration, for Weights & Biases.
         """
-        self._run, self._file, self._events, self._wandb = run, None, None, None
+        self._run, self._events, self._wandb = run, None, None
+        self._file: IO[str] | None = None
         if not is_main():
             return
         with writing(run.path):

@@ -50,7 +50,6 @@ _OWN = (
     "profile",
     "DONE",
     "stage.json",
-    "stage.json.tmp",
 )
 _PRINTED = (".log", ".out", ".err")
 

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from jaxalign.config import defaults
+from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import reference
 from jaxalign.train.models import Role
@@ -112,11 +113,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     cache = reference.Cache(epath.Path(tmp_path), {"model": "one"}, 1)
     cache.write(np.zeros((1, 2), np.float32))
 
-    def full(self, data):
-        self.touch()
+    def full(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(cache.path), "write_bytes", full)
-    with pytest.raises(OSError):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="No space left"):
         cache.write(np.ones((1, 2), np.float32))
     assert np.array_equal(cache.read(), np.zeros((1, 2))) and len(list(tmp_path.iterdir())) == 1
