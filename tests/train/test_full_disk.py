@@ -115,12 +115,16 @@ def test_checkpoints(tmp_path, when):
         return TrainState(jnp.int32(step), params, {}, {}, jnp.int32(step))
 
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state(1, 10), {}, {})
+
+    def save(step, size):
+        checkpoints.save(step, state(step, size), {}, {}, checkpoints.checked(step, state(step, size)))
+
+    save(1, 10)
     checkpoints.wait()
     with refused(tmp_path):
-        checkpoints.save(2, state(2, LIMIT), {}, {})
+        save(2, LIMIT)
         if when == "saving":
-            checkpoints.save(3, state(3, 10), {}, {})
+            save(3, 10)
             checkpoints.wait()
         elif when == "waiting":
             checkpoints.wait()

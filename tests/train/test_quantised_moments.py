@@ -266,7 +266,7 @@ def test_a_tiny_model_learns_as_with_float32_and_goes_on_from_a_checkpoint_bit_b
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = TrainState(jnp.int32(30), *half, {}, jnp.int32(30))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(30, state, {}, {})
+    checkpoints.save(30, state, {}, {}, checkpoints.checked(30, state))
     checkpoints.wait()
     back = checkpoints.restore(30, abstract(state, jax.tree.map(lambda _: device, state)))[0]
     checkpoints.close()

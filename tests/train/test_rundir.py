@@ -100,7 +100,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_checkpoints_take_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints(Path("run/checkpoints"), keep=1)
-    checkpoints.save(1, TrainState(jnp.int32(1), {"policy": jnp.ones(3)}, {}, {}, jnp.int32(1)), {}, {})
+    state = TrainState(jnp.int32(1), {"policy": jnp.ones(3)}, {}, {}, jnp.int32(1))
+    checkpoints.save(1, state, {}, {}, checkpoints.checked(1, state))
     checkpoints.close()
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
