@@ -309,6 +309,10 @@ class Dataset:
         first = within * self.batch_size
         return [plan.row(r) for r in range(first, min(first + self.batch_size, plan.num_rows))]
 
+    def is_whole(self, index: int) -> bool:
+        """Whether batch `index` is full: the last one of an epoch may have rows to spare."""
+        return len(self.members(index)) == self.batch_size
+
     def _width(self, rows: list[np.ndarray]) -> int:
         """Columns of a batch of prompts: every process says the same, whatever its part of the rows."""
         return width_of(int(max(self._sizes.tokens[row].max() for row in rows)), self.widths)

@@ -68,9 +68,8 @@ def export(
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, param_shardings(mesh, abstract)
     )
-    tokenizer = load_tokenizer(
-        given["tokenizer"] or source, None if given["tokenizer"] else revision, given["chat_template"]
-    )
+    own = given["tokenizer"] in (None, given["path"])  # another tokenizer has no revision
+    tokenizer = load_tokenizer(source if own else given["tokenizer"], revision if own else None, given["chat_template"])
     check_vocabulary(tokenizer, description.vocab_size, source)
     params = _checked(run / "checkpoints", step, steps, role, like)
     return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Sequence
 from typing import Any, TextIO
 
 from jaxalign.errors import InputError
@@ -36,7 +37,8 @@ def score(
       data: a file of lines with strings `prompt` and `completion`.
       ref: the reference policy, a directory or hub id.
       beta: of the DPO run; needed with `ref`.
-      append_eos: end each completion by the tokenizer's EOS, as a finished answer; default: as it stands.
+      append_eos: end each completion that has no end by the tokenizer's EOS, as a finished answer; default: as it
+        stands.
       separate: tokenise prompt and completion apart; default: as one text, as in training.
       dtype: of weights and computation; None: the configuration's default.
       out: default: standard output.
@@ -53,18 +55,26 @@ def score(
     check_flags(beta=beta)
     lines = read_lines(data)
     from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
+    from jaxalign.models.tokenizer import stop_ids
     from jaxalign.pipeline.loaded import load_model, require_head, tokenize, warn_of_context
+    from jaxalign.rewards.model import require_finite
 
     places = [line.where for line in lines]
 
     def read(path: str, tokenizer: Any) -> list[Tokens]:
         pairs = [(line.prompt, line.completion) for line in lines]
         sequences = tokenize(tokenizer, pairs, places, separate=separate)
+        ends = stop_ids(path, tokenizer)
+        if ref is None:
+            sequences = [Tokens(s.prompt, up_to_end(s.completion, ends, tokenizer)) for s in sequences]
         if not append_eos:
             return sequences
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {path} has no EOS", "one, for --append_eos", "no --append_eos")
-        return [Tokens(s.prompt, [*s.completion, tokenizer.eos_token_id]) for s in sequences]
+        return [
+            s if set(s.completion[-1:]) & set(ends) else Tokens(s.prompt, [*s.completion, tokenizer.eos_token_id])
+            for s in sequences
+        ]
 
     paths = {"--model": model} if ref is None else {"--model": model, "--ref": ref}
     head = "score" if ref is None else "lm"
@@ -88,5 +98,20 @@ def score(
         scores = numbers[0]
     else:
         scores = [beta * (policy - reference) for policy, reference in zip(*numbers, strict=True)]
+    require_finite(scores, places, model)
     for value in scores:
         print(json.dumps({"score": value}), file=out or sys.stdout)
+
+
+def up_to_end(completion: Sequence[int], ends: Collection[int], tokenizer: Any) -> list[int]:
+    """A completion without the white space that a template writes behind the end of a turn.
+
+    A reward model was trained to be read at that end.
+
+    Args:
+      completion: token ids.
+      ends: the ids that end a turn.
+      tokenizer: to tell white space.
+    """
+    last = max((i for i, token in enumerate(completion) if token in ends), default=len(completion))
+    return list(completion[: last + 1] if not tokenizer.decode(list(completion[last + 1 :])).strip() else completion)

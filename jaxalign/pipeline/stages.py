@@ -282,10 +282,10 @@ def _known_key(stage: Stage) -> str | None:
 
 
 def _check_inputs(stages: list[Stage]) -> None:
-    """The first record of local data and the reward function of every stage, before the first stage starts."""
+    """The first record of local data, the reward function and its signature of every stage, before the first starts."""
     from jaxalign.data.files import is_url, stop
     from jaxalign.data.sources import parse_sources, read
-    from jaxalign.rewards.function import load_function
+    from jaxalign.rewards.function import FunctionScorer, load_function
 
     for stage in stages:
         try:
@@ -295,7 +295,7 @@ def _check_inputs(stages: list[Stage]) -> None:
                         skips = get(stage.config, "data.on_error") == "skip"
                         next(iter(read(source, (lambda error: None) if skips else stop)), None)
             if function := get(stage.config, "rewards.function"):
-                load_function(function)
+                FunctionScorer(load_function(function), function)
         except InputError as error:
             raise (_in_stage(stage.name, error) if stage.name else error) from None
 
@@ -321,6 +321,8 @@ def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
                 source = stage.inputs.get(role)
                 if source and not _path(stage.config[section][leaf], "config.json").exists():
                     stage.config[section][leaf] = by_name[source].config.model.path
+                    if section == "model":
+                        stage.config.model.revision = by_name[source].config.model.revision
         if stage.name:
             say(f"stage {stage.name}:")
         results[stage.name] = _train(stage, dry_run=True)

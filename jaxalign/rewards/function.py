@@ -12,15 +12,19 @@ import numbers
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxalign.errors import InputError
 from jaxalign.rewards.samples import Samples
 
 # What every reward function is called with; columns of the data by these names are found in `records` alone.
 ARGUMENTS = ("prompts", "completions", "records", "completion_ids", "finished", "step")
+_FORM = f"reward(prompts, completions, *, {', '.join(ARGUMENTS[2:])}, **columns), or fewer of the keywords"
+_LARGEST = 1e18  # of a score: float32 holds its square, and a batch's sum of such
+_NO_NUMBERS = "cSUMm"  # kinds of array types: complex, bytes, text, dates and durations
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -75,7 +79,7 @@ def _load_file(where: str, attribute: str):
     sys.modules[name] = module  # dataclasses and pickles of the file look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that calls sys.exit must not end the run as if it were done
         del sys.modules[name]
         raise _raised(
             error, spec.origin or where, f"{where}, read for {attribute!r},", "a file that Python runs"
@@ -86,14 +90,76 @@ def _load_file(where: str, attribute: str):
 def _import(where: str, attribute: str):
     try:
         return importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        if error.name and not (where == error.name or where.startswith(error.name + ".")):
-            raise  # the module is there; something that it imports is not
-        file = Path(*where.split(".")).with_suffix(".py")
-        fix = f"{file}:{attribute}" if file.is_file() else f"FILE.py:{attribute}"
+    except (Exception, SystemExit) as error:
+        frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
+        theirs = [f for f in frames if f != __file__ and "importlib" not in f]
+        if theirs or isinstance(error, SyntaxError):  # the module is there; it or what it imports is wrong
+            file = (error.filename if isinstance(error, SyntaxError) else theirs[-1]) or ""
+            who = f"{where}, imported for {attribute!r},"
+            raise _raised(error, file, who, "a module that Python imports") from error
+        path = Path(*where.split(".")).with_suffix(".py") if where.strip(".") else Path("rewards.py")
+        fix = f"{path}:{attribute}" if path.is_file() else f"FILE.py:{attribute}"
         raise InputError(
             f"no module {where!r}", "a module on Python's path, or a file", f"--config.rewards.function={fix}"
         ) from error
+
+
+class _Takes(NamedTuple):
+    """What a reward function can be called with, beside prompts and completions."""
+
+    first: frozenset[str]  # the names it gives to those two
+    named: frozenset[str]  # keywords by name
+    needed: frozenset[str]  # those without a default
+    everything: bool  # has **columns
+
+
+def _signature(function: Callable[..., Any], name: str) -> _Takes:
+    """Reads a signature before anything is computed.
+
+    Raises:
+      InputError: what cannot be called with prompts and completions, or gives no list.
+    """
+    if inspect.isclass(function):
+        fix = f"made = {function.__name__}(...) in its file, and --config.rewards.function=FILE.py:made"
+        raise InputError(f"{name} is a class", f"a function, {_FORM}", fix)
+    for call in (function, _own_call(function)):
+        if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+            raise InputError(f"{name} yields", "a function that returns a list of scores", "return [...]")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin does not tell
+        return _Takes(frozenset(), frozenset(), frozenset(), False)
+    parameters = list(signature.parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    first = [p.name for p in places[:2]]
+    rest = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in first]
+    few = len(first) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    out_of_reach = [p for p in places[2:] if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if few or out_of_reach or first[:1] == ["completions"] or first[1:] == ["prompts"]:
+        code = _code(function)
+        where = f", at {code.co_filename}:{code.co_firstlineno}" if code else ""
+        raise InputError(
+            f"{name} is {getattr(function, '__name__', type(function).__name__)}{signature}",
+            _FORM,
+            f"def {getattr(function, '__name__', 'reward')}(prompts, completions, **columns):{where}",
+        )
+    return _Takes(
+        frozenset(first),
+        frozenset(p.name for p in rest),
+        frozenset(p.name for p in rest if p.default is p.empty),
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def _code(function: Callable[..., Any]) -> Any:
+    """The code of a function, of what it wraps, or of an object's `__call__`; None for a builtin."""
+    plain = inspect.unwrap(getattr(function, "func", function))
+    return getattr(plain, "__code__", None) or getattr(_own_call(plain), "__code__", None)
+
+
+def _own_call(function: Callable[..., Any]) -> Any:
+    """The `__call__` of an object's class."""
+    return getattr(type(function), "__call__", None)  # noqa: B004  the method, not whether there is one
 
 
 class FunctionScorer:
@@ -106,31 +172,65 @@ class FunctionScorer:
     """
 
     def __init__(self, function: Callable[..., Any], name: str = "the reward function"):
+        """
+        Args:
+          function: the reward.
+          name: by which messages call it.
+
+        Raises:
+          InputError: it cannot be called like that.
+        """
         self.function, self.name = function, name
-        parameters = inspect.signature(function).parameters.values()
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._takes = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        self._takes = _signature(function, name)
+        self._known: frozenset[str] = frozenset()  # columns that the data has, if not in every batch
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Columns without which the function cannot be called."""
+        return self._takes.needed - set(ARGUMENTS)
+
+    def expect(self, columns: Iterable[str]) -> None:
+        """Makes sure, before anything is computed, that the data has what the function needs.
+
+        Args:
+          columns: of the data; those that a batch lacks are given as None for each completion.
+
+        Raises:
+          InputError: naming what is missing.
+        """
+        self._known = frozenset(columns)
+        if lacking := sorted(self.needs - self._known):
+            near = difflib.get_close_matches(lacking[0], [*self._known, *ARGUMENTS[2:]], n=1, cutoff=0.0)
+            raise InputError(
+                f"{self.name} needs {', '.join(lacking)}, which the data has not",
+                f"columns of the data ({', '.join(sorted(self._known)) or 'it has none'}), or of "
+                f"{', '.join(ARGUMENTS[2:])}",
+                f"{near[0]} in place of {lacking[0]}, or {lacking[0]}=None for one that may be missing",
+            )
 
     def __call__(self, samples: Samples) -> list[float | None]:
         """Scores in the order of the samples.
 
         Raises:
-          InputError: not a list of one number or None per completion, or a number that is not finite.
+          InputError: not a list of one number or None per completion, or a number that is not finite or too large.
         """
-        columns = {name for record in samples.records for name in record.columns} - set(ARGUMENTS)
+        columns = {name for record in samples.records for name in record.columns}
+        if self.needs - columns - self._known:
+            self.expect(columns)
+        columns = (columns | self.needs) - set(ARGUMENTS) - self._takes.first
         keywords: dict[str, Any] = {c: [r.columns.get(c) for r in samples.records] for c in sorted(columns)}
         keywords |= {name: getattr(samples, name) for name in ARGUMENTS[2:]}
-        if not self._takes_all:
-            keywords = {name: value for name, value in keywords.items() if name in self._takes}
+        if not self._takes.everything:
+            keywords = {name: value for name, value in keywords.items() if name in self._takes.named}
         try:
             result = self.function(samples.prompts, samples.completions, **keywords)
             if inspect.isawaitable(result):
                 result = _wait(result)
         except (InputError, MemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) in a reward must not end the run as if it were done
             count = len(samples.completions)
-            code = getattr(inspect.unwrap(self.function), "__code__", None)
+            code = _code(self.function)
             raise _raised(
                 error,
                 code.co_filename if code else "",
@@ -142,37 +242,61 @@ class FunctionScorer:
     def _checked(self, result: Any, samples: Samples) -> list[float | None]:
         count = len(samples.completions)
         expected = _expected(count)
-        if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__len__"):
+        try:
+            length = len(result)
+        except Exception:  # no length: a number, None, a generator, an array without dimensions
+            length = None
+        if isinstance(result, (str, bytes, Mapping, AbstractSet)) or length is None:  # a set has lost the order
             raise InputError(
                 f"{self.name} returned {type(result).__name__}", expected, f"return a list from {self.name}"
             )
-        if len(result) != count:
-            raise InputError(f"{self.name} returned {len(result)} values", expected, f"one value each in {self.name}")
+        if length != count:
+            raise InputError(f"{self.name} returned {length} values", expected, f"one value each in {self.name}")
         return [self._number(value, i, samples) for i, value in enumerate(result)]
 
     def _number(self, value: Any, i: int, samples: Samples) -> float | None:
         if value is None:
             return None
-        try:
-            number = float(value) if isinstance(value, numbers.Real) or hasattr(value, "__float__") else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
+        number = _real(value)
+        if not abs(number) <= _LARGEST:
             record = samples.records[i]
             raise InputError(
-                f"{self.name} gave {value!r} for record {record.index} ({record.source}:{record.line}), "
+                f"{self.name} gave {_shown(value)} for record {record.index} ({record.source}:{record.line}), "
                 f"completion {samples.completions[i][:80]!r}",
-                "a finite number, or None where it does not apply",
+                f"a finite number of at most {_LARGEST:g} either way, or None where it does not apply",
                 f"handle this completion in {self.name}",
             )
         return number
+
+
+def _real(value: Any) -> float:
+    """One real number as a float; NaN for what is none, infinity for what is too large for one."""
+    if isinstance(value, str) or (isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)):
+        return math.nan
+    if getattr(value, "ndim", 0) or getattr(getattr(value, "dtype", None), "kind", "f") in _NO_NUMBERS:
+        return math.nan
+    try:
+        return float(value) if isinstance(value, numbers.Real) or hasattr(value, "__float__") else math.nan
+    except OverflowError:
+        return math.inf
+    except Exception:  # whatever a type of their own raises
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    """A value in a few characters: some have no `repr`, or a very long one."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters of {type(value).__name__})"
 
 
 def _expected(count: int) -> str:
     return f"a list of {count} numbers (or None), one per completion"
 
 
-def _raised(error: Exception, file: str, who: str, expected: str) -> InputError:
+def _raised(error: BaseException, file: str, who: str, expected: str) -> InputError:
     """An exception of the user's own code as an error of input: where it was, and how it came there.
 
     Args:
@@ -183,12 +307,12 @@ def _raised(error: Exception, file: str, who: str, expected: str) -> InputError:
     """
     frames = list(traceback.extract_tb(error.__traceback__))
     theirs = [i for i, frame in enumerate(frames) if frame.filename == file]
-    frames = frames[theirs[0] :] if theirs else frames[-1:]
+    frames = frames[theirs[0] :] if theirs else [frame for frame in frames if frame.filename != __file__][-1:]
     if isinstance(error, SyntaxError) and error.filename == file:  # it has no frame of its own
         place, shown = f"{file}:{error.lineno}", [f"{file}:{error.lineno}: {(error.text or '').strip()}"]
     else:
-        last = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-        place = f"{last.filename}:{last.lineno}"
+        last = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
+        place = f"{last.filename}:{last.lineno}" if last else file or "it"
         shown = [f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames[-8:]]
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     said = f"{type(error).__name__}: {message}" if message else type(error).__name__

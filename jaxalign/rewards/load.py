@@ -12,7 +12,7 @@ from jaxalign.data.files import is_url
 from jaxalign.models import hf
 from jaxalign.models.config import read_config
 from jaxalign.models.hub import locate
-from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
+from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.function import FunctionScorer, load_function
 from jaxalign.rewards.model import ModelScorer
@@ -41,5 +41,8 @@ def load_scorer(name: str, *, dtype: str, mesh: Mesh | None = None, batch_size: 
     described = read_config(locate(name, weights=False), **settings)
     tokenizer = load_tokenizer(name)
     check_vocabulary(tokenizer, described.vocab_size, name, "a reward model with a tokenizer of its own")
+    ends = stop_ids(name, tokenizer)
     model, params = hf.load(name, shardings=shardings, **settings)
-    return ModelScorer(model, tokenizer, params, mesh=mesh, batch_size=batch_size, plain=render_plain)
+    return ModelScorer(
+        model, tokenizer, params, mesh=mesh, batch_size=batch_size, stop_ids=ends, plain=render_plain, name=name
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -14,7 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxalign.data.records import Record
+from jaxalign.data.template import tools_of
 from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
+from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout
 from jaxalign.parallel.sharding import put_batch
@@ -74,6 +77,8 @@ class ModelScorer:
       params: its parameters; None where every call brings them.
       mesh: where rows are placed; None: one device.
       batch_size: rows at a time when called as a Scorer; with a mesh, of this process.
+      stop_ids: every id that ends a completion of the reward model, as its training had them (`tokenizer.stop_ids`);
+        the tokenizer's own is always among them.
       plain: renderer of messages where the tokenizer has no chat template.
     """
 
@@ -85,13 +90,19 @@ class ModelScorer:
         *,
         mesh: Mesh | None = None,
         batch_size: int = 32,
+        stop_ids: Iterable[int] = (),
         plain: Any = None,
+        name: str = "the reward model",
     ):
-        self.model, self.params, self.mesh, self.batch_size = model, params, mesh, batch_size
-        self.encoder = Encoder(tokenizer, plain=plain)
+        self.model, self.params, self.mesh, self.batch_size, self.name = model, params, mesh, batch_size, name
+        self.encoder = Encoder(tokenizer, stop_ids, plain)
 
     def __call__(self, samples: Samples) -> list[float | None]:
-        """Scores in the order of the samples, `batch_size` at a time."""
+        """Scores in the order of the samples, `batch_size` at a time.
+
+        Raises:
+          InputError: a score that is not finite.
+        """
         count, size = len(samples.completions), self.batch_size
         found: list[float | None] = []
         for start in range(0, count, size):
@@ -105,6 +116,7 @@ class ModelScorer:
                 samples.step,
             )
             found += self.scores(self.params, part, size).tolist()
+        require_finite(found, [f"{r.source}:{r.line}" for r in samples.records], self.name)
         return found
 
     def scores(self, params: Params, samples: Samples, rows: int) -> np.ndarray:
@@ -134,7 +146,9 @@ class ModelScorer:
         return scores[: len(sequences)]
 
     def tokens(self, prompt: Any, completion: str, finished: bool, columns: Mapping[str, Any] = _NONE) -> np.ndarray:
-        """Prompt and completion as the reward model was trained to see them; an EOS where, and only where, it finished.
+        """Prompt and completion as the reward model was trained to see them; ended where, and only where, it finished.
+
+        The end is what its template writes at the end of a turn, up to a stop id; without one, the tokenizer's EOS.
 
         Args:
           prompt: text or messages.
@@ -151,13 +165,39 @@ class ModelScorer:
             if isinstance(example, Dropped):
                 raise ValueError("a reward model cannot score an empty prompt with an empty completion")
             ids = example.prompt
-            return np.append(ids, eos).astype(np.int32) if finished and eos is not None else ids
+            end = int(self.tokens(prompt, "a", True, columns)[-1]) if finished else None  # as behind words
+            return np.append(ids, end).astype(np.int32) if end in encoder.eos_ids else ids
         ids = np.concatenate([example.prompt, example.completions[0]])
         if example.complete[0] and not finished:
             ids = ids[:-1]
+        elif not finished and not isinstance(said, str) and not encoder.template.is_plain:
+            # A template that ends turns by no stop id: what it writes behind the words would look like an end.
+            shown = encoder.template.conversation([*prompt, *said], len(prompt), tools=tools_of(dict(columns)))
+            ids = encoder.ids(shown.text[: shown.words_end[-1]], templated=True)
         if not example.complete[0] and finished and eos is not None:
             ids = np.append(ids, eos)
         return ids.astype(np.int32)
+
+
+def require_finite(scores: Iterable[float | None], places: Sequence[str], name: str) -> None:
+    """Refuses a reward model's scores that are not numbers, before anything is learned from them.
+
+    Args:
+      scores: None where there is none.
+      places: what each is of, for the message.
+      name: of the reward model.
+
+    Raises:
+      InputError: naming the first.
+    """
+    bad = [(p, s) for p, s in zip(places, scores, strict=True) if s is not None and not math.isfinite(s)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        raise InputError(
+            f"the score of {bad[0][0]}{more} by {name} is {bad[0][1]}",
+            "finite scores: a reward model whose weights are finite, in a dtype that holds its numbers",
+            "another --config.rewards.model; --config.model.dtype=float32 where it was float16",
+        )
 
 
 def padded_rows(sequences: list[np.ndarray]) -> tuple[Rows, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -130,7 +131,9 @@ def make_train_step(
         overflow = jnp.array(False)
         if loss_scaling:
             overflow = loss_finite & ~grads_finite & LossScale.can_shrink(extra)
-            extra |= LossScale.updated(extra, finite, overflow)
+            weightless = functools.reduce(jnp.logical_and, [sums.loss[role][1] == 0 for role in roles])
+            scaled = LossScale.updated(extra, finite, overflow)  # a batch that says nothing is no good step
+            extra |= {name: jnp.where(weightless, extra[name], value) for name, value in scaled.items()}
             metrics["loss_scale"], metrics["overflow"] = scale, at_least_float32(overflow)
         metrics["skipped"] = at_least_float32(~finite & ~overflow)
         apply = finite

@@ -14,7 +14,7 @@ from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.reward import reward_objective
 from jaxalign.steps.sft import sft_objective
 from jaxalign.steps.step import Objective
-from jaxalign.train.models import Loader, Role
+from jaxalign.train.models import Loader, Role, revision_of
 from jaxalign.types import Params, TrainState
 
 # (state, frozen, a batch on the mesh) -> (state, batches to step on, metrics).  All reads of `state` end before it
@@ -34,20 +34,22 @@ class Program(NamedTuple):
     early_stop: Callable | None = None
     prepare: Prepare = lambda state, frozen, batch: (state, [batch], {})
     reference: Role | None = None  # whose log-probs are computed ahead and attached to each batch
-    # (state, frozen, a batch on the mesh) -> {name: (sum, weight)}; None: the objective's own metrics
-    evaluate: Callable[[TrainState, dict[str, Params], Any], dict[str, Any]] | None = None
+    # (state, frozen, a batch on the mesh, from a record's number to the record of the set that the batch is from) ->
+    # {name: (sum, weight)}; None: the objective's own metrics
+    evaluate: Callable[[TrainState, dict[str, Params], Any, Callable[[int], Any]], dict[str, Any]] | None = None
     eval_metrics: Callable[[], list[str]] | None = None  # names of what `evaluate` measures
     samples: Callable[[int], list[dict[str, Any]]] | None = None  # completions that `prepare` has made anyway
     passes: float = 3.0  # forward passes' worth of work of one token, for MFU
 
 
 class Context(NamedTuple):
-    """What PPO's collection of experience needs beside models."""
+    """What algorithms may need beside models: PPO to collect experience, others to check the data."""
 
     mesh: Mesh
     tokenizer: Any
     stop_ids: tuple[int, ...]
-    records: Callable[[int], Any]  # from a record's number to the record
+    dataset: Any  # training data: its records are what rewards are told of its prompts
+    eval_dataset: Any = None
 
 
 def build(config: Any, loader: Loader, context: Context) -> Program:
@@ -56,7 +58,7 @@ def build(config: Any, loader: Loader, context: Context) -> Program:
     Args:
       config: one stage's configuration.
       loader: reads models onto the mesh.
-      context: what else PPO needs.
+      context: what else there is.
     """
     return _TABLE[config.algorithm.name](config, loader, context)
 
@@ -68,8 +70,12 @@ def _sft(config, loader, context) -> Program:
 
 
 def _reward(config, loader, context) -> Program:
-    role = loader.scorer(config.model.path, config.model.revision, config.optimizer.learning_rate)
+    role = loader.scorer(config.model.path, config.optimizer.learning_rate)
     cfg = config.algorithm
+    if cfg.use_margin:
+        check_margins(context.dataset, "data.sources")
+        if context.eval_dataset is not None:
+            check_margins(context.eval_dataset, "data.eval_sources" if config.data.eval_sources else "data.sources")
     objective = reward_objective(
         role.model.apply,
         role.model.score_kernel,
@@ -84,7 +90,7 @@ def _dpo(config, loader, context) -> Program:
     cfg = config.algorithm
     policy = loader.policy(config.optimizer.learning_rate)
     if cfg.reference_path:
-        check_tokens(cfg.reference_path, context.tokenizer)
+        check_tokens(cfg.reference_path, context.tokenizer, revision_of(cfg.reference_path, config))
     reference = loader.reference(cfg.reference_path)
     if _shapes(policy) != _shapes(reference):
         raise InputError(
@@ -111,19 +117,42 @@ def _dpo(config, loader, context) -> Program:
     )
 
 
-def check_tokens(path: str, tokenizer: Any) -> None:
+def check_margins(dataset: Any, field: str) -> None:
+    """Refuses data of which no record states by how much its better side should win.
+
+    Args:
+      dataset: of pairs; a record without a stated margin has 0.
+      field: that the data is from, for the message.
+
+    Raises:
+      InputError: saying whether there is no margin column, or one that holds no numbers.
+    """
+    if dataset.lengths()["score"].any():
+        return
+    record = dataset.record(0)
+    found = f"its `margin` column holds {record.columns['margin']!r}" if "margin" in record.columns else "no `margin`"
+    raise InputError(
+        f"algorithm.use_margin, and no record of {field} has a margin: {found} ({record.source}:{record.line})",
+        "a number other than 0 in some record, by which the better side should win",
+        f'--config.{field}=\'[{{"path": "{record.source}", "columns": {{"score": "COLUMN"}}}}]\', or '
+        "--config.algorithm.use_margin=False",
+    )
+
+
+def check_tokens(path: str, tokenizer: Any, revision: str | None = None) -> None:
     """Refuses a reference whose ids stand for other tokens than the policy's: its log-probs would be of other texts.
 
     Args:
       path: the reference's directory or hub id.
       tokenizer: of the policy.
+      revision: of the hub id.
 
     Raises:
       InputError: naming a token that differs.
     """
     from jaxalign.models.tokenizer import load_tokenizer
 
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path).get_vocab()
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path, revision).get_vocab()
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differing:
         token = differing[0]
@@ -147,7 +176,7 @@ def _ppo(config, loader, context) -> Program:
     policy = loader.policy(config.optimizer.learning_rate)
     reward, reward_role = _reward_of(config, loader, context)
     value_path = cfg.value_path or config.rewards.model or config.model.path
-    value = loader.scorer(value_path, None, config.optimizer.value_learning_rate)
+    value = loader.scorer(value_path, config.optimizer.value_learning_rate)
     fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
     check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)
     prepare = experience.make_prepare(
@@ -155,7 +184,7 @@ def _ppo(config, loader, context) -> Program:
         policy=policy.model,
         value=value.model,
         reward=reward,
-        records=context.records,
+        records=context.dataset.record,
         tokenizer=context.tokenizer,
         stop_ids=context.stop_ids,
         mesh=context.mesh,
@@ -189,19 +218,36 @@ def _ppo(config, loader, context) -> Program:
 def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
     """What scores completions, and the frozen role that it reads its parameters from."""
     from jaxalign.data.dialogues import render_plain
-    from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
+    from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
     from jaxalign.rewards.function import FunctionScorer, load_function
     from jaxalign.rewards.model import ModelScorer, same_tokenizer
 
     if config.rewards.function:
-        return FunctionScorer(load_function(config.rewards.function), config.rewards.function), None
-    role = loader.scorer(config.rewards.model)
-    tokenizer = load_tokenizer(config.rewards.model)
+        scorer = FunctionScorer(load_function(config.rewards.function), config.rewards.function)
+        for dataset in (context.eval_dataset, context.dataset):
+            if dataset is not None:
+                scorer.expect(_columns(dataset, scorer.needs))
+        return scorer, None
+    path = config.rewards.model
+    role, revision = loader.scorer(path), revision_of(path, config)
+    tokenizer = load_tokenizer(path, revision)
     fix = "a reward model with a tokenizer of its own: --config.rewards.model=DIR"
-    check_vocabulary(tokenizer, role.model.config.vocab_size, config.rewards.model, fix)
-    if same_tokenizer(tokenizer, context.tokenizer):
+    check_vocabulary(tokenizer, role.model.config.vocab_size, path, fix)
+    ends = stop_ids(path, tokenizer, revision)
+    # The policy's own rows will do where they end as the reward model's do.
+    if same_tokenizer(tokenizer, context.tokenizer) and set(context.stop_ids) <= set(ends):
         return role.model, role
-    return ModelScorer(role.model, tokenizer, mesh=context.mesh, plain=render_plain), role
+    return ModelScorer(role.model, tokenizer, mesh=context.mesh, stop_ids=ends, plain=render_plain), role
+
+
+def _columns(dataset: Any, wanted: frozenset[str]) -> set[str]:
+    """Columns of the records, as far as they must be read to find the wanted ones."""
+    found: set[str] = set()
+    for i in range(dataset.num_records):
+        found |= dataset.record(i).columns.keys()
+        if wanted <= found:
+            break
+    return found
 
 
 _TABLE: dict[str, Callable[[Any, Loader, Context], Program]] = {

@@ -37,7 +37,7 @@ from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
-from jaxalign.rewards.model import ModelScorer, score_rows
+from jaxalign.rewards.model import ModelScorer, require_finite, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
 from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
 from jaxalign.rollout.generate import completed_rows, decode, trimmed
@@ -50,6 +50,8 @@ from jaxalign.train.texts import read_samples, sample_lines, text_metrics
 from jaxalign.types import Array, Batch, Params, PolicyBatch, Readouts, Rows, TrainState
 
 _EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
+# Metrics of an iteration that say nothing where no completion has a score.
+_OF_SCORES = ("objective/scores", "objective/scores_std", "objective/rlhf_reward", "val/explained_variance")
 
 
 class Forward(NamedTuple):
@@ -93,7 +95,7 @@ def make_prepare(
       value: of `state.params["value"]`, with a scalar head.
       reward: a Model of `frozen["reward"]` that reads the policy's own tokens; a ModelScorer, likewise, that has
         another tokenizer and reads text; or any other Scorer, such as a FunctionScorer.  See `rewards.load`.
-      records: from a record's number to the record.
+      records: from a record's number to the record of the training data.
       tokenizer: of the policy.
       stop_ids: the tokens that end a completion.
       mesh: where everything lies.
@@ -124,7 +126,7 @@ class Prepare:
         self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, stop_ids, mesh
         self._num_samples = config.rollout.num_samples
         self._together = completions_per_row(self._num_samples)
-        self._last: list[dict[str, Any]] = []  # of the last iteration, for `samples`
+        self._last: list[dict[str, Any]] = []  # of the last iteration, for `samples`; evaluation leaves it alone
         rows, whole = batch_sharding(mesh), replicated(mesh)
         self._ask = jax.jit(self._ask_for_each, out_shardings=rows)
         self._complete = jax.jit(paired_rows if self._together == 2 else completed_rows, out_shardings=rows)
@@ -135,22 +137,46 @@ class Prepare:
     def __call__(
         self, state: TrainState, frozen: dict[str, Params], batch: Batch
     ) -> tuple[TrainState, list[PolicyBatch], dict[str, Any]]:
-        """One iteration's experience; metrics are scalars, some of them still on their way from the device."""
+        """One iteration's experience; metrics are scalars, some of them still on their way from the device.
+
+        Raises:
+          InputError: a whole batch, every row a prompt, without any score.  A batch that an epoch's end left smaller
+            may have none: its updates change nothing, and its metrics are those that need no score.
+        """
         with jax.set_mesh(self.mesh), memory_errors("collection of experience"):
             extra = jax.device_put(state.extra, replicated(self.mesh))
-            collected, metrics = self._collect(state.params, frozen, batch, state.data_cursor, int(state.step))
+            collected, self._last, metrics = self._collect(
+                state.params, frozen, batch, state.data_cursor, int(state.step), self.records
+            )
             batches, extra, more = self._finish(extra, state.data_cursor, *collected)
+            if not all_rows(collected[-1]).any():
+                if all_rows(batch.completions.mask).all():
+                    raise InputError(
+                        "the reward gave None for every completion of a batch",
+                        "a score for some",
+                        "a reward that applies to these prompts: --config.rewards.function=... or "
+                        "--config.data.sources=...",
+                    )
+                more = {name: value for name, value in more.items() if name not in _OF_SCORES}
         return state._replace(extra=extra), batches, metrics | more
 
-    def evaluate(self, state: TrainState, frozen: dict[str, Params], batch: Batch) -> dict[str, Any]:
+    def evaluate(
+        self, state: TrainState, frozen: dict[str, Params], batch: Batch, records: Callable[[int], Record]
+    ) -> dict[str, Any]:
         """Scores, KL and length of each prompt's completions: {name: (sum, weight)}, to be added up over batches.
 
         The keys are the same at every evaluation.
+
+        Args:
+          state: whose policy is asked.
+          frozen: by role.
+          batch: prompts on the mesh.
+          records: from a record's number to the record, of the set that the batch is from.
         """
         with jax.set_mesh(self.mesh), memory_errors("evaluation of samples"):
             stream = jax.device_put(np.int32(_EVAL_STREAM), replicated(self.mesh))
-            (asked, _, _, rollout, forward, scores, applies), _ = self._collect(
-                state.params, frozen, batch, stream, int(state.step)
+            (asked, _, _, rollout, forward, scores, applies), _, _ = self._collect(
+                state.params, frozen, batch, stream, int(state.step), records
             )
             return _eval_sums(asked.completions.mask[:, 0], rollout.mask, rollout.finished, forward, scores, applies)
 
@@ -164,11 +190,12 @@ class Prepare:
 
     # What runs on the host
 
-    def _collect(self, params, frozen, batch, stream, step):
+    def _collect(self, params, frozen, batch, stream, step, records):
         """Rollout, scores and forward passes of one batch of prompts.
 
         Returns:
-          What `_finish_experience` takes, from `batch` on: all of it by completion but for `rows` and `readouts`.
+          What `_finish_experience` takes, from `batch` on: all of it by completion but for `rows` and `readouts`; this
+          process's completions as lines for the log; metrics.
         """
         c = self.config
         start = time.perf_counter()
@@ -199,20 +226,24 @@ class Prepare:
         forward = self._forward(
             {role: params[role] for role in ("policy", "value")}, in_memory(frozen["ref"], DEVICE), rows, readouts
         )  # the devices work on while the host scores
-        samples, prompts, used = read_samples(batch, rollout, step, records=self.records, tokenizer=self.tokenizer)
+        samples, prompts, used = read_samples(batch, rollout, step, records=records, tokenizer=self.tokenizer)
         if on_device:
             host = local_rows(scores)[used].tolist()
             applies = batch.completions.mask[:, 0]
         else:
             host, scores, applies = self._score_on_host(frozen, samples, used)
+        if isinstance(self.reward, (Model, ModelScorer)):  # of all processes, so that all of them stop
+            places = [f"record {i}" for i in all_rows(batch.record_ids)[:, 0]]
+            there = zip(all_rows(scores).tolist(), all_rows(applies), strict=True)
+            require_finite([s if here else None for s, here in there], places, "rewards.model")
         scored = time.perf_counter()
-        self._last = sample_lines(samples, prompts, host)
         metrics = text_metrics(rollout, samples, host) | {
             "time/prefill": read - start,
             "time/decode": sampled - read,
             "time/scoring": scored - sampled,
         }
-        return (batch, rows, readouts, rollout, forward, scores, applies), metrics
+        lines = sample_lines(samples, prompts, host)
+        return (batch, rows, readouts, rollout, forward, scores, applies), lines, metrics
 
     def _score_on_host(self, frozen, samples: Samples, used: np.ndarray):
         """Scores by a function, or by a model that reads text: on the host, and as rows on the mesh."""
@@ -223,14 +254,7 @@ class Prepare:
         scores, applies = np.zeros(len(used), np.float32), np.zeros(len(used), bool)
         applies[used] = [s is not None for s in host]
         scores[used] = [0.0 if s is None else s for s in host]
-        scores, applies = put_batch((scores, applies), self.mesh)
-        if not all_rows(applies).any():
-            raise InputError(
-                "the reward gave None for every completion of a batch",
-                "a score for some",
-                "a reward that applies to these prompts: --config.rewards.function=... or --config.data.sources=...",
-            )
-        return host, scores, applies
+        return host, *put_batch((scores, applies), self.mesh)
 
     # What runs on the mesh
 
@@ -333,6 +357,8 @@ class Prepare:
         def by_row(x):
             return x.reshape(x.shape[0] // together, -1)
 
+        teaches = jnp.any(taught, axis=1) & (batch.completions.weight[:, 0] != 0)
+        worth = used[prompts].astype(jnp.int32) + jnp.any(teaches.reshape(-1, self._num_samples), axis=1)
         asked, ids = jax.tree.map(by_row, (batch.completions, batch.record_ids))
         whole = PolicyBatch(
             Batch(rows, readouts._replace(mask=by_row(taught)), asked, ids),
@@ -342,10 +368,7 @@ class Prepare:
             jax.tree.map(lambda x, order=order: jnp.take(x, order, axis=0), whole)
             for epoch in range(a.num_ppo_epochs)
             for order in deal(
-                stream_key(self.config.seed, stream, 1 + epoch),
-                used[::together],
-                a.num_minibatches,
-                self._num_samples // together,
+                stream_key(self.config.seed, stream, 1 + epoch), worth, a.num_minibatches, self._num_samples // together
             )
         ]
         return batches, extra, metrics

@@ -226,11 +226,11 @@ class Loop:
                     "look at those records; --config.optimizer.learning_rate smaller, or warmup_steps larger; "
                     + self._elsewhere(),
                 )
-            weights = [v for k, v in metrics.items() if k == "weight" or k.startswith("weight/")]
-            if any(w == 0 for w in weights) and not metrics.get("stopped"):
-                expected, fix = _why_empty(pending.batch)
-                found = f"a batch that nothing can be learned from at {where}"
-                return InputError(found, expected, f"{fix}; {self._elsewhere()}")
+        # An update without weight has changed nothing, and so has the smaller batch at an epoch's end.
+        if updates and all(map(weightless, updates)) and self.dataset.is_whole(pending.step - 1):
+            expected, fix = _why_empty(pending.batch)
+            found = f"a batch that nothing can be learned from at {where}"
+            return InputError(found, expected, f"{fix}; {self._elsewhere()}")
         return None
 
     def _elsewhere(self) -> str:
@@ -267,14 +267,32 @@ def note_end(updates: Any) -> Callable[[], float]:
 def merge(updates: list[dict[str, float]]) -> dict[str, float]:
     """The figures of one batch of the stream: the mean over its updates, for marks and counts the sum.
 
-    >>> merge([{"loss": 1.0, "skipped": 0.0}, {"loss": 3.0, "skipped": 1.0}])
-    {'loss': 2.0, 'skipped': 1.0}
+    Updates that nothing was learned from count among the marks alone; how many they were is `empty`.
+
+    >>> merge([{"loss": 1.0, "weight": 2.0, "skipped": 0.0}, {"loss": 3.0, "weight": 2.0, "skipped": 1.0}])
+    {'loss': 2.0, 'weight': 2.0, 'skipped': 1.0}
+    >>> merge([{"loss": 1.0, "weight": 2.0, "skipped": 0.0}, {"loss": 0.0, "weight": 0.0, "skipped": 0.0}])
+    {'loss': 1.0, 'weight': 2.0, 'skipped': 0.0, 'empty': 1.0}
+    >>> merge([{"loss": 0.0, "weight": 0.0, "skipped": 0.0}])
+    {'weight': 0.0, 'skipped': 0.0, 'empty': 1.0}
     """
-    summed = ("skipped", "stopped", "overflow", "tokens")
     if not updates:
         return {}
-    names = updates[0]
-    return {n: math.fsum(u[n] for u in updates) / (1 if n in summed else len(updates)) for n in names}
+    summed, standing = ("skipped", "stopped", "overflow", "tokens"), ("weight", "param_norm", "learning_rate")
+    telling = [u for u in updates if not weightless(u)]
+    found = {}
+    for name in updates[0]:
+        if name in summed:
+            found[name] = math.fsum(u[name] for u in updates)
+        elif telling or name.partition("/")[0] in standing:
+            over = telling or updates
+            found[name] = math.fsum(u[name] for u in over) / len(over)
+    return found | ({"empty": float(len(updates) - len(telling))} if len(telling) < len(updates) else {})
+
+
+def weightless(metrics: Mapping[str, float]) -> bool:
+    """Whether an update was given nothing to learn from."""
+    return any(v == 0 for k, v in metrics.items() if k == "weight" or k.startswith("weight/"))
 
 
 def _shortened(ids: list[int]) -> str:
@@ -286,7 +304,7 @@ def _why_empty(batch: Any) -> tuple[str, str]:
     """(what was expected, what to do) for a batch of zero weight."""
     if not np.any(batch.record_ids >= 0):
         return "records in every batch: this one holds only padding", "--config.batch_size smaller"
-    if not np.any(batch.readouts.mask):
+    if batch.readouts.mask.size and not np.any(batch.readouts.mask):  # prompts to sample from have no places
         return (
             "tokens to train on: the records' masks leave none (a chat template without assistant turns, "
             "completions cut to nothing, or prompts that fill the row)",

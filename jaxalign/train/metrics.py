@@ -196,7 +196,7 @@ def headline(row: Mapping[str, float]) -> str:
     >>> headline({"loss/policy": 0.25, "loss/value": 1.0, "objective/scores": 1.5, "objective/kl": 0.02})
     'loss 0.2500  objective/scores 1.5  objective/kl 0.02'
     """
-    loss = next(f"loss {v:.4f}" for k, v in row.items() if k.startswith("loss"))
+    loss = next((f"loss {v:.4f}" for k, v in row.items() if k.startswith("loss")), "nothing to learn from")
     more = [f"{k} {row[k]:.4g}" for k in ("objective/scores", "objective/kl") if k in row]
     return "  ".join([loss, *more])
 

@@ -16,20 +16,20 @@ def stream_key(seed: int, iteration: Array, use: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), use)
 
 
-def deal(key: Array, used: Array, count: int, together: int = 1) -> list[Array]:
-    """Row numbers of `count` minibatches: a random order dealt out in turn, unused rows last.
+def deal(key: Array, worth: Array, count: int, together: int = 1) -> list[Array]:
+    """Row numbers of `count` minibatches: a random order dealt out in turn, rows of the greatest worth first.
 
-    Dealing gives each minibatch its share of the real rows, so that none is empty in the last batch of an epoch.
+    Dealing gives each minibatch its share of the rows that teach something: none is empty where there are enough.
 
     Args:
       key: of the order.
-      used: bool [B].
+      worth: bool or int [N], of each group of neighbouring rows: 0 for padding, more for a prompt, most for one that
+        something is learned from.
       count: of minibatches.
-      together: so many neighbouring rows stay neighbours.
+      together: rows of a group, which stay neighbours.
     """
-    used = used[::together]
-    order = jax.random.permutation(key, used.shape[0])
-    order = order[jnp.argsort(~used[order], stable=True)]
+    order = jax.random.permutation(key, worth.shape[0])
+    order = order[jnp.argsort(-worth[order].astype(jnp.int32), stable=True)]
     dealt = [order[i::count] for i in range(count)]
     return [(one[:, None] * together + jnp.arange(together)).reshape(-1) for one in dealt]
 

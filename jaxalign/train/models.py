@@ -40,29 +40,30 @@ class Loader:
     def policy(self, learning_rate: float) -> Role:
         """The model that is trained to talk: `model.path`, from its values or from scratch."""
         c = self.config.model
-        return self._role(c.path, c.revision, c.param_dtype, "lm", learning_rate, c.from_scratch)
+        return self._role(c.path, c.param_dtype, "lm", learning_rate, c.from_scratch)
 
     def reference(self, path: str | None = None) -> Role:
         """The frozen model that the policy is held to: the policy's own start values, or those at `path`."""
         c = self.config.model
         dtype = c.frozen_dtype or c.param_dtype
         if path is None:
-            return self._role(c.path, c.revision, dtype, "lm", 0.0, c.from_scratch)
-        return self._role(path, None, dtype, "lm", 0.0, False)
+            return self._role(c.path, dtype, "lm", 0.0, c.from_scratch)
+        return self._role(path, dtype, "lm", 0.0, False)
 
-    def scorer(self, path: str, revision: str | None = None, learning_rate: float = 0.0) -> Role:
+    def scorer(self, path: str, learning_rate: float = 0.0) -> Role:
         """A model with a scalar head: trained where there is a learning rate, else frozen."""
         c = self.config.model
         dtype = c.param_dtype if learning_rate else c.frozen_dtype or c.param_dtype
         scratch = c.from_scratch and path == c.path
         if not learning_rate:
-            self._check_scores(path, revision)
-        return self._role(path, revision, dtype, "score", learning_rate, scratch)
+            self._check_scores(path)
+        return self._role(path, dtype, "score", learning_rate, scratch)
 
-    def _check_scores(self, path: str, revision: str | None) -> None:
+    def _check_scores(self, path: str) -> None:
         """Refuses a frozen scorer whose head would be a fresh one: its scores would be noise."""
         c = self.config.model
-        found = read_config(locate(path, revision, weights=False), dtype=c.dtype, param_dtype=c.dtype, remat="none")
+        directory = locate(path, revision_of(path, self.config), weights=False)
+        found = read_config(directory, dtype=c.dtype, param_dtype=c.dtype, remat="none")
         if found.head != "score":
             raise InputError(
                 f"{path} is no reward model: it has no scalar head",
@@ -70,8 +71,8 @@ class Loader:
                 "--config.rewards.model=WORKDIR/export of algorithm.name=reward",
             )
 
-    def _role(self, path, revision, param_dtype, head, learning_rate, scratch) -> Role:
-        c = self.config.model
+    def _role(self, path, param_dtype, head, learning_rate, scratch) -> Role:
+        c, revision = self.config.model, revision_of(path, self.config)
         options = {
             "dtype": c.dtype,
             "param_dtype": param_dtype,
@@ -95,6 +96,16 @@ class Loader:
         return Role(Model(described), load, learning_rate)
 
 
+def revision_of(path: str, config: Any) -> str | None:
+    """At which revision a hub id is read: `model.revision` is that of `model.path`, whichever role or file is read.
+
+    Args:
+      path: of a model or tokenizer.
+      config: of the stage.
+    """
+    return config.model.revision if path == config.model.path else None
+
+
 def fit_length(config: Any) -> tuple[Any, list[str]]:
     """A stage's configuration with its `data.max_length` settled by what its models were made for.
 
@@ -115,7 +126,7 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     positions = {}
     for field, path in paths.items():
         with named(field):
-            file = read_json(locate(path, c.model.revision if path == c.model.path else None, weights=False) / CONFIG)
+            file = read_json(locate(path, revision_of(path, c), weights=False) / CONFIG)
         limit = file.get("max_position_embeddings")
         if isinstance(limit, int) and limit > 0:
             positions[path] = limit

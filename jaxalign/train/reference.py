@@ -38,7 +38,7 @@ class WithReference:
           table: float32 [num_records, 2], nats, by record and role.
         """
         self._dataset, self._table = dataset, table
-        self.batches_per_epoch, self.shape = dataset.batches_per_epoch, dataset.shape
+        self.batches_per_epoch, self.shape, self.is_whole = dataset.batches_per_epoch, dataset.shape, dataset.is_whole
 
     def batch(self, index: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """As the dataset's, with `completions.ref_logprob` filled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import platform
@@ -30,7 +31,7 @@ from jaxalign.train.health import Health
 from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
-from jaxalign.train.models import Loader, fit_length, num_bytes
+from jaxalign.train.models import Loader, fit_length, num_bytes, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir, require_shared
 from jaxalign.types import TrainState
@@ -105,9 +106,8 @@ class Stage:
         described = read_config(
             locate(c.model.path, c.model.revision, weights=False), dtype="float32", param_dtype="float32", remat="none"
         )
-        # The revision is the model's; a tokenizer from elsewhere has its own history.
-        revision = None if c.model.tokenizer else c.model.revision
-        self.tokenizer = load_tokenizer(c.model.tokenizer or c.model.path, revision, c.model.chat_template)
+        path = c.model.tokenizer or c.model.path
+        self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
         purpose = c.algorithm.name
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
@@ -120,7 +120,7 @@ class Stage:
 
         more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
         self.stop_ids = tuple(sorted({*ends, *more}))
-        context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset.record)
+        context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
         self.program = algorithms.build(c, Loader(c, mesh), context)
         self._build_steps()
 
@@ -160,10 +160,7 @@ class Stage:
         )
         self.like = abstract(like, self.shardings)
         self.step = Compiled(train_step, "train step", donate=(0,), out_shardings=(self.shardings, whole))
-        eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
-        self.eval_step = program.evaluate or (
-            lambda state, frozen, batch: eval_step(state.params, frozen, state.extra, batch)
-        )
+        self.eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
 
     def _fresh(self, params) -> TrainState:
         """The state of step 0 around parameters; under `eval_shape`, its shapes."""
@@ -292,7 +289,11 @@ class Stage:
         if dataset is None:
             return None
         count = min(self.config.eval.num_batches or dataset.batches_per_epoch, dataset.batches_per_epoch)
-        return make_evaluate(self.eval_step, frozen, dataset, count, self.mesh)
+        if self.program.evaluate is not None:
+            step = functools.partial(self.program.evaluate, records=dataset.record)
+        else:
+            step = lambda state, frozen, batch: self.eval_step(state.params, frozen, state.extra, batch)  # noqa: E731
+        return make_evaluate(step, frozen, dataset, count, self.mesh)
 
     def _sampler(self):
         if not self.config.logging.get("samples_every", 0):
@@ -316,6 +317,7 @@ class Stage:
     def _export(self, state: TrainState, checkpoints: Checkpoints) -> str:
         """Writes the best parameters where a metric says which, else the last, in Hugging Face form."""
         from jaxalign.models import hf
+        from jaxalign.models.hub import locate
 
         c, role = self.config, self.program.exported
         best = checkpoints.best()
@@ -326,7 +328,7 @@ class Stage:
             target,
             self.program.trained[role].model,
             state.params[role],
-            source=c.model.path,
+            source=locate(c.model.path, c.model.revision, weights=False),
             tokenizer=self.tokenizer,
         )
         return target

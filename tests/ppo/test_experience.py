@@ -225,7 +225,8 @@ def test_everything_compiles_once(plain):
 
 
 def test_evaluation_is_repeatable_and_leaves_no_trace(plain):
-    first, second = (jax.device_get(plain.prepare.evaluate(plain.state, plain.frozen, plain.batch)) for _ in range(2))
+    asked = (plain.state, plain.frozen, plain.batch, record)
+    first, second = (jax.device_get(plain.prepare.evaluate(*asked)) for _ in range(2))
     assert first == second
     total, weight = first["objective/scores"]
     assert weight == 8 and 0 < total / weight < 2

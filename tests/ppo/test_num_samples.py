@@ -52,7 +52,8 @@ def iteration(num_samples, sizes=(("data", 1), ("fsdp", 1), ("tensor", 1))):
             lines, model = w.prepare.samples(4), tiny_model("score", dtype="float64")
             w.prepare.reward = model
             frozen = w.frozen | {"reward": jax.tree.map(jnp.asarray, drawn(model, 3))}
-            scores = w.prepare._collect(w.state.params, frozen, w.batch, w.state.data_cursor, 0)[0][5]
+            scores = w.prepare._collect(w.state.params, frozen, w.batch, w.state.data_cursor, 0, w.prepare.records)
+            scores = scores[0][5]
         return jax.device_get((by_completion(batches[0]), lines, metrics, scores))
 
 
@@ -108,7 +109,7 @@ def test_keys_are_by_prompt_and_number(num_samples):
 def test_completions_of_a_prompt_stay_in_one_minibatch():
     used = jnp.arange(8) < 5
     plain = deal(jax.random.key(1), used, 4)
-    whole = deal(jax.random.key(1), jnp.repeat(used, 3), 4, 3)
+    whole = deal(jax.random.key(1), used, 4, 3)
     for rows, prompts in zip(whole, plain, strict=True):
         assert rows.tolist() == [3 * p + s for p in prompts.tolist() for s in range(3)]
         assert used[prompts].any()

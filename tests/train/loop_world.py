@@ -37,8 +37,9 @@ def host_batch(index, rows=8, value=None, weight=1.0):
 class Data:
     """Batches by index; `changes` maps an index to another batch, or to an exception."""
 
-    def __init__(self, changes=None, batches_per_epoch=100):
+    def __init__(self, changes=None, batches_per_epoch=100, partial=()):
         self.changes, self.batches_per_epoch, self.asked = changes or {}, batches_per_epoch, []
+        self.partial = partial  # indices of batches with rows to spare
 
     def batch(self, index, process_index=0, process_count=1):
         self.asked.append(index)
@@ -46,6 +47,9 @@ class Data:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def is_whole(self, index):
+        return index not in self.partial
 
 
 def objective(params, frozen, extra, batch):

@@ -117,6 +117,27 @@ def test_trap_a_batch_of_zero_weight_says_why(tmp_path):
         World(tmp_path / "c", data=Data({1: padding})).run()
 
 
+def test_trap_the_smaller_batch_of_an_epoch_may_have_nothing_to_learn_from(tmp_path):
+    """A skipped update: the run goes on, and what it tells is of the batches that had weight."""
+    world = World(tmp_path, num_steps=3, data=Data({1: host_batch(1, weight=0.0)}, partial=(1,)))
+    state, results = world.run()
+    first, empty, last = rows(world)
+    assert (empty["weight"], empty["empty"]) == (0, 1) and not {"loss", "x", "grad_norm"} & empty.keys()
+    assert first["x"] == 0 and last["x"] == pytest.approx(0.2) and int(state.step) == 3
+    assert results["metrics"]["loss"] == last["loss"]
+
+
+def test_an_update_without_weight_among_others_is_skipped(tmp_path):
+    def prepare(state, frozen, batch):
+        weight = batch.completions.weight
+        return state, [batch, batch._replace(completions=batch.completions._replace(weight=0 * weight))], {}
+
+    world = World(tmp_path, num_steps=2, prepare=prepare)
+    state, _ = world.run()
+    assert [(r["x"], r["weight"], r["empty"]) for r in rows(world)] == [(0, 8, 1), (pytest.approx(0.2), 8, 1)]
+    assert int(state.step) == 4
+
+
 def test_trap_an_exception_in_the_data_stream_stops_training(tmp_path):
     world = World(tmp_path, data=Data({2: RuntimeError("batch 2, record 17: bad")}))
     with pytest.raises(RuntimeError, match="record 17"):
