@@ -19,7 +19,7 @@ from jaxalign.train.models import Loader, revision_of
 
 @pytest.fixture
 def hub(shared, tmp_path, monkeypatch):
-    """A hub's cache, offline: org/tiny at v1 is a model, its main is none; org/words is a tokenizer with a main alone."""
+    """A hub's cache, offline: org/tiny is a model at v1 and none at main; org/words is a tokenizer, at main alone."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     source = shared / "models" / "stories260k-llama"
@@ -31,7 +31,7 @@ def hub(shared, tmp_path, monkeypatch):
         snapshot = folder / "snapshots" / commit
         snapshot.mkdir(parents=True)
         for file in source.iterdir():
-            if revision == "v1" or name == "words" and file.name.startswith("tokenizer"):
+            if revision == "v1" or (name == "words" and file.name.startswith("tokenizer")):
                 shutil.copyfile(file, snapshot / file.name)
         if name == "words" or revision == "v1":
             (snapshot / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "of": revision}))

@@ -1,4 +1,4 @@
-"""Where a reward model is read: at the end of the turn, the same token in training, in PPO, in `score` and `compare`."""
+"""Where a reward model is read: at the end of the turn, the same token in training, in PPO, `score` and `compare`."""
 
 import json
 
