@@ -202,7 +202,7 @@ def _win_rate(axis: Any, found: Results) -> None:
     axis.axvline(GOOD, color="black", linewidth=1, linestyle="--")
     axis.annotate(f"{GOOD:.0%}: guides call this good", (GOOD, -0.5), (4, 0), textcoords="offset points", fontsize=8)
     axis.set(xlim=(0, 1.02), ylim=(-0.6, 1.75), yticks=[0, 1], yticklabels=["PPO", "DPO"])
-    axis.set_title(f"win rate against SFT (gold), 95 % interval over prompts; even at {HARM:.0%}", fontsize=10)
+    axis.set_title(f"win rate against SFT (gold), even at {HARM:.0%};\nintervals: 95 %, over prompts", fontsize=10)
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.grid(alpha=0.3, axis="x")
 
@@ -213,14 +213,18 @@ def _frontier(axis: Any, found: Results) -> None:
         (kl[step], gold) for step, gold in zip(*gold_over_training(found.workdir, "ppo"), strict=True) if step in kl
     ]
     if path:
-        axis.plot(*zip(*path, strict=True), ".-", color=_COLOURS["ppo"], alpha=0.35, label="PPO, logged samples")
+        axis.plot(*zip(*path, strict=True), ".-", color=_COLOURS["ppo"], alpha=0.35)
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
     for name in ("sft", "dpo", "ppo"):
         s = found.summary[name]
         if s.get("kl") is not None:
-            axis.scatter(s["kl"], s["gold_reward"], color=_COLOURS[name], s=90, label=name.upper(), zorder=3)
-    axis.set_title("gold reward against distance from SFT", fontsize=10)
+            at = (s["kl"], s["gold_reward"])
+            axis.scatter(*at, color=_COLOURS[name], s=90, zorder=3)
+            # Names at the points: wherever a legend stands, some run's samples lie under it.
+            axis.annotate(name.upper(), at, (8, 6), textcoords="offset points", color=_COLOURS[name], bbox=box)
+    axis.margins(0.12)
+    axis.set_title("gold reward against distance from SFT;\nline: samples that PPO logged", fontsize=10)
     axis.set(xlabel="KL to SFT (nats a completion)", ylabel="gold reward")
-    axis.legend(loc="lower right", fontsize=8)  # reward comes with distance: that corner stays empty
     axis.grid(alpha=0.3)
 
 

@@ -82,6 +82,8 @@ def test_a_run_without_logged_samples_or_kl_is_drawn_too(tmp_path):
     found = curves.results(quickstart_results.write(tmp_path))
     for file in (tmp_path / "ppo" / "samples").iterdir():
         file.unlink()
+    (axis, *_) = curves.reward_and_kl(found).axes
+    assert axis.get_legend() is None and {text.get_text() for text in axis.texts} == {"SFT", "DPO", "PPO"}
     found.summary["ppo"]["kl"] = None
     curves.reward_and_kl(found).canvas.draw()
     assert "Price" not in findings.findings(found)
