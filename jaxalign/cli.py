@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, 1 for something that failed, 2 for input that cannot be used.
     """
+    program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "-help", "--helpshort", "--helpfull", "help"):
         print(HELP, end="")
@@ -97,17 +99,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # a help page (0), or training that was asked to stop and saved (128 + the signal)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted(program)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if _came_of_interrupt(error):
+            return _interrupted(program)
         if (words := trouble(error)) is None:
             raise
         place = getattr(error, "filename", None) or f"a file of jaxalign {argv[0]}"
         print(f"jaxalign {argv[0]}: cannot go on\n{cannot_write(place, words)}", file=sys.stderr)
         return 1
+
+
+def _came_of_interrupt(error: Exception) -> bool:
+    interrupts = sys.modules.get("jaxalign.train.interrupts")
+    return interrupts is not None and interrupts.at_once(error)
+
+
+def _interrupted(program: bool) -> int:
+    """The end after a Ctrl-C. Another one, while threads and devices are let go, ends the process on the spot."""
+    if program:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    print("interrupted; a run goes on from its last checkpoint by the same command", file=sys.stderr)
+    return 130
 
 
 def _in_own_flags(command: str, message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -14,6 +15,18 @@ class Interrupted(SystemExit):
 
     Not 0: the run is not done, and whatever restarts jobs (Kubernetes, Slurm) is to start it again, where it goes on.
     """
+
+
+_at_once = False  # a second Ctrl-C came: whatever is raised from then on is its echo
+
+
+def at_once(error: BaseException | None) -> bool:
+    """Whether an error is a Ctrl-C, or came of one: libraries make other errors of it on the way."""
+    while error is not None and not _at_once:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return _at_once
 
 
 class StopRequests:
@@ -30,6 +43,8 @@ class StopRequests:
         self._agreed = jax.distributed.is_initialized()
 
     def __enter__(self) -> StopRequests:
+        global _at_once
+        _at_once = False
         if not self._agreed and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
@@ -40,9 +55,13 @@ class StopRequests:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            global _at_once
+            _at_once = True
+            raise KeyboardInterrupt
         self._signal = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:  # no print: it may have been interrupted itself
+            os.write(2, b"stopping after this step, with a save; Ctrl-C again: at once\n")
 
     def at(self, step: int) -> int:
         """The signal to stop for after this step, 0 for none; every process calls it at every step."""

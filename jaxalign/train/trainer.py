@@ -33,7 +33,7 @@ from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
 from jaxalign.train.models import Loader, fit_length, num_bytes, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
-from jaxalign.train.rundir import RunDir, require_shared
+from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.types import TrainState
 
 
@@ -74,6 +74,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
             done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
             if done is not None:
                 return done
+        processes.on_main(functools.partial(_check_export, directory))
         with jax.set_mesh(mesh):
             stage = Stage(config, mesh, directory, lock)
             if dry_run:
@@ -384,6 +385,23 @@ def use_compilation_cache() -> None:
                 flags += next((line for line in file if line.startswith(("flags", "Features"))), "")
         kind += f"-{hashlib.blake2b(flags.encode(), digest_size=6).hexdigest()}"
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/jaxalign/xla/{kind}"))
+
+
+def _check_export(directory: RunDir) -> None:
+    """Refuses what the end of the run could not write over, before it begins."""
+    from jaxalign.models.export import check_target
+
+    try:
+        check_target(directory.export)
+    except InputError as error:
+        fix = f"mv {directory.export} ELSEWHERE, or --config.workdir={beside(directory.path)}"
+        raise InputError(error.found, error.expected, fix) from error
+    if not directory.remote and os.path.ismount(directory.export):
+        raise InputError(
+            f"{directory.export} is a mount point, which the export cannot take the place of",
+            "a workdir whose export/ is a directory of its own, or not there yet",
+            f"--config.workdir={directory.export / 'run'}",
+        )
 
 
 def _check_batch(config: Any, mesh: Mesh) -> None:

@@ -144,6 +144,24 @@ def test_an_interrupted_run_keeps_its_status(monkeypatch, config, trainer):
     assert main(["train", config]) == 143
 
 
+@pytest.mark.parametrize("echo", [KeyboardInterrupt, RuntimeError])
+def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys, config, trainer, echo):
+    """Also where a library has made an error of its own of it, or cleaning up fails after it."""
+    import jaxalign.pipeline.stages as stages
+    import jaxalign.train.interrupts  # noqa: F401
+
+    def interrupted(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise echo("CpuCallback error") from None
+
+    monkeypatch.setattr(stages, "run", interrupted)
+    assert main(["train", config]) == 130
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "interrupted" in err
+
+
 def test_other_errors_keep_their_traceback(monkeypatch, config):
     import jaxalign.pipeline.stages as stages
 

@@ -1,5 +1,6 @@
 """The loop's rules: one compile, figures one step late, what stops it, what it saves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from loop_world import Data, World, host_batch
 
 from jaxalign.errors import InputError
-from jaxalign.train import metrics
+from jaxalign.train import interrupts, metrics
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.health import Health
 from jaxalign.train.interrupts import Interrupted
@@ -205,6 +206,24 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not fit"):
         checkpoints.restore(1, world.like._replace(params=params))
     checkpoints.close()
+
+
+def test_two_ctrl_c_end_at_once_with_what_was_saved(tmp_path):
+    def prepare(state, frozen, batch):
+        if int(state.data_cursor) == 3 and world.num_steps == 6:
+            with contextlib.suppress(RuntimeError):  # as a library may that calls back
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+        return state, [batch], {}
+
+    world = World(tmp_path, num_steps=6, checkpoint__every=2, prepare=prepare)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert saved(world) == [2] and interrupts.at_once(RuntimeError("an echo"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    world.num_steps = 5
+    state, _ = world.run()
+    assert int(state.data_cursor) == 5 and not interrupts.at_once(RuntimeError("another one"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -147,3 +147,15 @@ def test_evaluations_measure_what_the_check_of_names_expects(shared, tmp_path):
         with jax.set_mesh(mesh):
             stage = trainer.Stage(config, mesh, trainer.RunDir(config.workdir))
             assert set(found) == {f"eval/{name}" for name in stage._eval_metrics()}
+
+
+def test_a_foreign_file_where_the_export_goes_is_refused_before_training(shared, tmp_path):
+    workdir = tmp_path / "run"
+    (workdir / "export").mkdir(parents=True)
+    (workdir / "export" / "thesis.txt").write_text("mine")
+    config = make_config(stories(shared, workdir, "sft", batch_size=8))
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match=r"thesis\.txt") as error:
+            trainer.run(config, dry_run=dry_run)
+        assert f"mv {workdir / 'export'} " in error.value.fix and f"workdir={tmp_path / 'run-2'}" in error.value.fix
+    assert not (workdir / "data_report.json").exists() and not (workdir / "metrics.jsonl").exists()
