@@ -64,7 +64,7 @@ class Plan(NamedTuple):
     names: dict[str, str]  # our name -> the data's
     labelled: bool  # whether `label` says true or false of each completion: unpaired feedback, KTO's form
     codes: Codes | None = None  # of the column that says which side is better
-    warning: str = ""  # what may be wrong with it, in words
+    warnings: tuple[str, ...] = ()  # what may be wrong with it, in words
 
     @property
     def kind(self) -> str:
@@ -128,7 +128,10 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
     used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
     if form.kind == "pair" and not any(ours in used for ours in _PROMPTS):
         _check_implicit(source, sample, listed, used)
-    return Plan(source, form, used, labelled, codes, unlabelled(source, sample, names) if asks else "")
+    warnings = [unlabelled(source, sample, names) if asks else ""]
+    if "score" in source.columns and purpose not in (None, "reward"):
+        warnings.append(f"{file}: columns maps 'score' without effect: only algorithm.use_margin of reward reads it")
+    return Plan(source, form, used, labelled, codes, tuple(filter(None, warnings)))
 
 
 def widened(plan: Plan, sample: list[Raw], raw: Raw, purpose: str | None) -> Plan:
@@ -250,7 +253,7 @@ def to_record(plan: Plan, raw: Raw) -> Record:
 def _bad(plan: Plan, raw: Raw, problem: str, expected: str) -> BadRow:
     names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else {}
     line = config_line(plan.source, columns={**names, **plan.source.columns})
-    fix = f"repair or delete that record, or {line}, or --config.data.on_error=skip"
+    fix = f"repair or delete that record, or {line}"
     return BadRow(raw.where, problem, expected, fix, _reason(problem))
 
 

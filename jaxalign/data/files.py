@@ -153,7 +153,7 @@ def _encoding(path: str, stream: IO[bytes]) -> str:
 
 
 def _bad_line(path: str, line: int, problem: str, expected: str, reason: str) -> BadRow:
-    fix = f"sed -n {line}p {path} shows the line; repair or delete it, or --config.data.on_error=skip"
+    fix = f"sed -n {line}p {path} shows the line; repair or delete it"
     return BadRow(f"{path}:{line}", problem, expected, fix, reason)
 
 
@@ -183,7 +183,7 @@ def _json_lines(path: str, lines: Iterable[bytes | str], on_bad: OnBad) -> Itera
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
-                fix = f"iconv -f LATIN1 -t UTF-8 {path} > FILE, or repair the line, or --config.data.on_error=skip"
+                fix = f"iconv -f LATIN1 -t UTF-8 {path} > FILE, or repair the line"
                 on_bad(BadRow(f"{path}:{number}", problem, "UTF-8", fix, "not UTF-8"))
                 continue
         if not line.strip():
@@ -256,7 +256,7 @@ def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
         )
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            fix = f"repair it in {path}, or --config.data.on_error=skip"
+            fix = f"repair it in {path}"
             on_bad(BadRow(f"{path}:{number}", f"record {number} is {_kind(row)}", "an object", fix, "no JSON object"))
             continue
         yield Raw(path, number, row)

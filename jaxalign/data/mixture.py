@@ -61,7 +61,7 @@ def load_records(
     alone = len(parsed) == 1 and parsed[0].weight == 1
     loaded, tallies = [], []
     for source in parsed:
-        tally = Tally(on_error)
+        tally = Tally(on_error, source.field)
         records = list(islice(_records(source, purpose, tally), max_records if alone else None))
         check_skipped(tally.skipped, tally.read, max_skipped, source.path, tally.examples)
         if not records:
@@ -97,8 +97,7 @@ def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Reco
 
     rows = apply_preset(source, _counted(read(source, on_bad), tally), purpose, tally)
     for plan, raw in _planned(source, rows, purpose):
-        if plan.warning and plan.warning not in tally.warnings:
-            tally.warnings.append(plan.warning)
+        tally.warnings += [said for said in plan.warnings if said not in tally.warnings]
         try:
             record = fit(to_record(plan, raw), purpose, raw, plan)
         except Dropped as reason:

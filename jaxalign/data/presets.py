@@ -168,7 +168,7 @@ def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally:
 
 
 def _broken_tree(raw: Raw, problem: str, expected: str, reason: str) -> BadRow:
-    fix = "repair or delete that tree, or --config.data.on_error=skip"
+    fix = "repair or delete that tree"
     return BadRow(raw.where, problem[:300], expected, fix, reason)
 
 

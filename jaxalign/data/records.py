@@ -86,6 +86,7 @@ class Tally:
     """What was read, kept, dropped and skipped, and why."""
 
     on_error: str = "stop"  # or skip: a row that is wrong is counted and left out
+    config_field: str = ""  # that holds the source, "" where no configuration is at hand
 
     read: int = 0  # records that the sources hold, as far as they were read
     kept: int = 0  # records that can be used, before weights and max_records
@@ -104,7 +105,8 @@ class Tally:
     def bad(self, error: BadRow) -> None:
         """Raises the error of a row that is wrong, or counts the row as one that is skipped."""
         if self.on_error != "skip":
-            raise error
+            way_on = ", or --config.data.on_error=skip" if self.config_field else ""
+            raise InputError(error.found, error.expected, error.fix + way_on) from error
         self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
         self._place(error.reason, error.where)
 

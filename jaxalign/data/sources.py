@@ -171,6 +171,13 @@ def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
     """
     path = source.path
     if not is_url(path) and os.path.isdir(path) and _needs_datasets(source):
+        if source.revision or (source.name and _is_saved(path)):
+            option = "revision" if source.revision else "name"
+            raise InputError(
+                f"{path}: {option} {getattr(source, option)!r} of a directory on this machine",
+                f"{option} for a hub id only",
+                config_line(source, **{option: None}),
+            )
         yield from _read_datasets(source)
         return
     files = _files(source)
@@ -202,6 +209,11 @@ def _needs_datasets(source: Source) -> bool:
             head = readme.read(20_000)
         return head.startswith("---") and "\nconfigs:" in head.split("\n---", 1)[0]
     return False
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `datasets` saved a directory."""
+    return any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -246,9 +258,14 @@ def _files(source: Source) -> list[str] | None:
 def _local_files(path: str) -> tuple[str, bool, list[str] | None]:
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        found = []
-        for folder, folders, names in os.walk(path):
+        found, seen = [], set()
+        for folder, folders, names in os.walk(path, followlinks=True):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above or beside it
+                folders.clear()
+                continue
+            seen.add(real)
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
         return path, True, found
     if os.path.exists(path):
@@ -356,9 +373,7 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
 
     path = source.path
     local = os.path.isdir(path)
-    saved = local and (
-        os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json"))
-    )
+    saved = local and _is_saved(path)
     try:
         if saved:
             loaded = datasets.load_from_disk(path)

@@ -283,7 +283,8 @@ def _known_key(stage: Stage) -> str | None:
 
 def _check_inputs(stages: list[Stage]) -> None:
     """The first record of local data, the reward function and its signature of every stage, before the first starts."""
-    from jaxalign.data.files import is_url, stop
+    from jaxalign.data.files import is_url
+    from jaxalign.data.records import Tally
     from jaxalign.data.sources import parse_sources, read
     from jaxalign.rewards.function import FunctionScorer, load_function
 
@@ -292,8 +293,7 @@ def _check_inputs(stages: list[Stage]) -> None:
             for field in ("data.sources", "data.eval_sources"):
                 for source in parse_sources(get(stage.config, field), field) if get(stage.config, field) else ():
                     if not is_url(source.path) and (os.path.exists(source.path) or _looks_local(source.path)):
-                        skips = get(stage.config, "data.on_error") == "skip"
-                        next(iter(read(source, (lambda error: None) if skips else stop)), None)
+                        next(iter(read(source, Tally(stage.config.data.on_error, field).bad)), None)
             if function := get(stage.config, "rewards.function"):
                 FunctionScorer(load_function(function), function)
         except InputError as error:

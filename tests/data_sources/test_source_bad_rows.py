@@ -35,8 +35,11 @@ def mixed(tmp_path):
 
 def test_the_first_wrong_row_stops_and_names_the_way_on(mixed):
     with pytest.raises(InputError) as error:
-        load_records(mixed, "dpo")
+        load_records(mixed, "dpo", field="data.sources")
     assert f"{mixed}:20" in error.value.found and "data.on_error=skip" in error.value.fix
+    with pytest.raises(InputError) as error:
+        load_records(mixed, "dpo")
+    assert "--config" not in error.value.fix, "no configuration is at hand"
 
 
 def test_wrong_rows_are_skipped_and_counted(mixed):
@@ -76,7 +79,7 @@ def test_other_formats_skip_rows_too(tmp_path):
     for name, kept, skipped in (("x.csv", 2, 1), ("x.json", 1, 2), ("x.jsonl", 1, 2)):
         path = str(tmp_path / name)
         with pytest.raises(InputError, match="on_error=skip"):
-            load_records(path, "dpo")
+            load_records(path, "dpo", field="data.sources")
         records, tally = load_records(path, "dpo", on_error="skip")
         assert (len(records), sum(tally.skipped.values())) == (kept, skipped), name
 
@@ -105,3 +108,35 @@ def test_a_stage_key_of_links_that_lead_nowhere(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in ("gone.jsonl", "loop.jsonl", "*.jsonl", "pipe.jsonl", "."):
         fingerprint(str(tmp_path / name))
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "up").symlink_to(tmp_path / "set")
+    assert len(load_records(str(tmp_path / "set"), "dpo")[0]) == 1
+
+
+def test_columns_that_hold_nothing_are_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({**GOOD, "chosen": None, "rejected": None}) + "\n")
+    with pytest.raises(InputError, match="chosen, rejected: null in the first 1 records"):
+        load_records(str(tmp_path / "x.jsonl"), "dpo")
+
+
+def test_a_mapped_score_that_nothing_reads_is_told(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({**GOOD, "stars": 3}) + "\n")
+    source = {"path": str(tmp_path / "x.jsonl"), "columns": {"score": "stars"}}
+    assert "without effect" in load_records(source, "dpo")[1].warnings[0]
+    assert load_records(source, "reward")[1].warnings == []
+
+
+def test_options_of_hub_sets_are_refused_for_saved_ones(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list([GOOD]).save_to_disk(str(tmp_path / "saved"))
+    assert len(load_records(str(tmp_path / "saved"), "dpo")[0]) == 1
+    for option in ("name", "revision"):
+        with pytest.raises(InputError, match=f"{option} 'x' of a directory"):
+            load_records({"path": str(tmp_path / "saved"), option: "x"}, "dpo")
