@@ -3,6 +3,8 @@
 command   bash launch/quickstart.sh
 hardware  2 CPU cores
 data      made on the spot by jaxalign/pipeline/world.py
+expected  win rates against SFT at seeds 0, 1, 2 (each within 3 points at 95 %, over prompts):
+          DPO 85.8, 83.3, 83.7 %; PPO 91.1, 86.7, 82.8 %
 """
 
 from jaxalign.config import defaults, stages
@@ -41,8 +43,8 @@ def reward():
     config = _small(defaults("reward"), "preferences", "preferences_heldout")
     config["from"].model = "sft"
     config.optimizer.learning_rate = 4e-3
-    # The labels are never wrong, so that margins would grow without end; smoothing keeps them near ln 9, and 99.2 % of
-    # held-out pairs are ranked rightly instead of 94.7 %.
+    # The labels are never wrong, so that margins would grow without end; smoothing keeps them near ln 9, and at seed 0
+    # 99.2 % of held-out pairs are ranked rightly instead of 94.7 % (seeds 1 and 2: 97.1 and 86.7 % with it).
     config.algorithm.label_smoothing = 0.1
     return config
 

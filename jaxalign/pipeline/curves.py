@@ -221,7 +221,9 @@ def _frontier(axis: Any, found: Results) -> None:
             at = (s["kl"], s["gold_reward"])
             axis.scatter(*at, color=_COLOURS[name], s=90, zorder=3)
             # Names at the points: wherever a legend stands, some run's samples lie under it.
-            axis.annotate(name.upper(), at, (8, 6), textcoords="offset points", color=_COLOURS[name], bbox=box)
+            right = name != "dpo"  # the two roads may end side by side
+            side = {"xytext": (8 if right else -8, 6), "ha": "left" if right else "right"}
+            axis.annotate(name.upper(), at, textcoords="offset points", color=_COLOURS[name], bbox=box, **side)
     axis.margins(0.12)
     axis.set_title("gold reward against distance from SFT;\nline: samples that PPO logged", fontsize=10)
     axis.set(xlabel="KL to SFT (nats a completion)", ylabel="gold reward")
