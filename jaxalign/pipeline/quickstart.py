@@ -60,6 +60,21 @@ def run(config: Any) -> dict[str, Any]:
     return summary
 
 
+def _with_its_world(config: Any) -> Any:
+    """The config with its data in `workdir/world`, so that runs in different directories share none."""
+    usual, own = "runs/quickstart/world/", f"{config.workdir}/world/"
+
+    def moved(path: Any) -> Any:
+        return own + path.removeprefix(usual) if isinstance(path, str) and path.startswith(usual) else path
+
+    with config.unlocked():
+        config.sft.model.path = moved(config.sft.model.path)
+        for name in config.stages:
+            data = config[name].data
+            data.sources, data.eval_sources = (tuple(map(moved, paths)) for paths in (data.sources, data.eval_sources))
+    return config
+
+
 def _compare(config: Any, road: str, world: Path) -> dict[str, Any]:
     """A road's model against the SFT model under the gold preference, on prompts that no stage has seen."""
     from jaxalign.pipeline.compare import compare
@@ -131,7 +146,7 @@ def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     from jaxalign.pipeline.curves import draw, need_matplotlib
 
     need_matplotlib()  # before minutes of training, not after them
-    config = load_config(CONFIG, overrides)
+    config = _with_its_world(load_config(CONFIG, overrides))
     print(f"{CONFIG} leaves the guides' ranges where warnings say so, and gives its reasons: its model is tiny")
     summary = run(config)
     picture = draw(Path(config.workdir))

@@ -58,6 +58,27 @@ def test_pictures_without_matplotlib_name_the_extra_before_anything_runs(monkeyp
     assert "jaxalign[plots]" in error.value.fix
 
 
+def test_a_quickstart_elsewhere_has_a_world_of_its_own(tmp_path, monkeypatch):
+    """Runs of two seeds in two directories must not write over each other's data, not even at the same time."""
+    seen = []
+
+    def stop(config):
+        seen.append(config)
+        raise InputError("a", "b", "c")
+
+    monkeypatch.setattr(quickstart_command, "run", stop)
+    monkeypatch.chdir(NOTEBOOK.parents[1])
+    for overrides in ([], [("workdir", str(tmp_path)), ("ppo.data.sources", "mine.jsonl")]):
+        with pytest.raises(InputError):
+            quickstart_command._run_and_show(overrides)
+    usual, other = seen
+    assert usual.sft.model.path == "runs/quickstart/world/model"
+    assert other.sft.model.path == f"{tmp_path}/world/model"
+    assert other.dpo.data.sources == (f"{tmp_path}/world/preferences.jsonl",)
+    assert other.dpo.data.eval_sources == (f"{tmp_path}/world/preferences_heldout.jsonl",)
+    assert other.ppo.data.sources == ("mine.jsonl",)
+
+
 def test_the_page_of_curves(quickstart):
     assert curves.draw(quickstart).stat().st_size > 20_000
 
