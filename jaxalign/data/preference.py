@@ -95,7 +95,7 @@ def counter(name: str) -> tuple[str, str]:
     >>> counter("output_1"), counter("answerB"), counter("response_a_text"), counter("chosen")
     (('output_#', '1'), ('answer#', 'b'), ('response_#_text', 'a'), ('chosen', ''))
     """
-    found = re.search(r"(?<![A-Za-z0-9])[012ab](?![A-Za-z0-9])|(?<=[a-z])[012AB]$", name)
+    found = re.search(r"(?<![A-Za-z0-9])[012abAB](?![A-Za-z0-9])|(?<=[a-z])[012AB]$", name)
     return (f"{name[: found.start()]}#{name[found.end() :]}", found[0].lower()) if found else (name, "")
 
 

@@ -239,8 +239,18 @@ def _counts(counts: dict[str, int]) -> str:
 def _placed(counts: dict[str, int], records: dict[str, Any]) -> str:
     """Counts by reason, each with the places of a few."""
     ranked = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{reason} {n} ({', '.join(records['examples'].get(reason, ()))})" for reason, n in ranked]
+    shown = [f"{reason} {n} ({_joined(records['examples'].get(reason, ()))})" for reason, n in ranked]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more reasons" if len(shown) > 8 else "")
+
+
+def _joined(places: list[str] | tuple[str, ...]) -> str:
+    """Places as file:line; of the file that was named last, the line alone.
+
+    >>> _joined(["a.jsonl:3", "a.jsonl:9", "b.jsonl:1"])
+    'a.jsonl:3, :9, b.jsonl:1'
+    """
+    files = ["", *(place.rpartition(":")[0] for place in places)]
+    return ", ".join(p.removeprefix(before) if before else p for p, before in zip(places, files, strict=False))
 
 
 def as_text(report: dict[str, Any]) -> str:

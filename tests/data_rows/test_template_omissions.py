@@ -197,4 +197,4 @@ def test_a_record_that_a_template_refuses_can_be_skipped(qwen, tmp_path):
     dataset = Dataset.from_records(records, config, gemma, "sft")
     assert dataset.num_records == 27
     (reason,) = dataset.report["records"]["skipped"]
-    assert "System role not supported" in reason and "x.json:11" in as_text(dataset.report)
+    assert "System role not supported" in reason and "x.json:1, :11" in as_text(dataset.report)

@@ -97,9 +97,9 @@ def test_two_answers_without_any_label_are_taken_with_a_warning(write):
     assert tally.to_dict()["warnings"] == tally.warnings
 
 
-@pytest.mark.parametrize("names", [("output_1", "output_2"), ("response_0", "response_1"), ("textA", "textB")])
+@pytest.mark.parametrize("names", ["output_1 output_2", "response_0 response_1", "textA textB", "reply-A reply-B"])
 def test_answers_and_label_are_both_named_where_pairs_are_missing(tmp_path, names):
-    one, two = names
+    one, two = names.split()
     rows = [{"instruction": "Q", one: f"A{i}", two: f"B{i}", "winner": i % 3, "model": "m"} for i in range(9)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError) as error:
