@@ -136,3 +136,55 @@ def test_slurm_in_a_container_installs_nothing(checkout, image):
             f"--container-workdir={root}",
         ]
     assert train["args"][-len(TRAIN) - 5 :] == ["python", "-u", "-m", "jaxalign", "train", *TRAIN][-len(TRAIN) - 5 :]
+
+
+# An sbatch that runs the script as Slurm does, and again for as long as scontrol puts it back into the queue.
+SBATCH = """
+import json, shutil, subprocess
+args = call["args"]
+at = next(i for i, a in enumerate(args) if a.endswith("slurm.sbatch"))
+copy = os.path.join(os.environ["HOME"], "slurm_script")
+shutil.copy(args[at], copy)
+for count in range(10):
+    job = {"SLURM_SUBMIT_DIR": os.getcwd(), "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(count)}
+    before = sum('"scontrol"' in line for line in open(os.environ["RECORD"]))
+    code = subprocess.run(["bash", copy, *args[at + 1:]], env=os.environ | job, cwd=os.environ["HOME"]).returncode
+    if before == sum('"scontrol"' in line for line in open(os.environ["RECORD"])):
+        sys.exit(code)
+"""
+# A training of eight steps, three of which fit before the time limit; what is saved lies in the workdir.
+TRAINING = """
+import pathlib, signal, time
+if "train" in call["args"]:
+    workdir = next(a.split("=", 1)[1] for a in call["args"] if a.startswith("--config.workdir="))
+    saved = pathlib.Path(workdir, "step")
+    step = int(saved.read_text()) if saved.exists() else 0
+    pathlib.Path(os.environ["RECORD"] + ".task").write_text(str(os.getpid()))
+    def stop(*_):
+        saved.write_text(str(step))
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, stop)
+    for _ in range(3):
+        step += 1
+        if step == 8:
+            saved.write_text("done")
+            sys.exit(0)
+    os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(100)
+"""
+
+
+def test_slurm_a_run_longer_than_its_time_limit_ends_by_itself(checkout, tmp_path):
+    for name, body in (("sbatch", SBATCH), ("srun", TRAINING), ("scancel", SCANCEL), ("scontrol", "")):
+        checkout.fake(name, body)
+    (tmp_path / "run").mkdir()
+    command = ["sbatch", "--nodes=2", "launch/slurm.sbatch", "--config=c.py", f"--config.workdir={tmp_path}/run"]
+    result = subprocess.run(
+        [checkout.bin / command[0], *command[1:]],
+        env=checkout.env, cwd=checkout.root, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "step").read_text() == "done"
+    trained = [call for call in checkout.calls("srun") if "train" in call["args"]]
+    assert len(trained) == 3  # steps 1 to 3, 4 to 6, 7 and 8
+    assert scontrol(checkout) == [["requeue", "77"]] * 2
