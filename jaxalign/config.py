@@ -194,7 +194,7 @@ def _ppo() -> ConfigDict:
             "whiten_advantages": True,
             "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
             "offload": False,  # what is not in use waits in host memory: frozen weights, and moments but for updates
-            "value_path": none(str),  # default: the reward model, or the policy where the reward is a function
+            "value_path": none(str),  # default: the reward model, or the policy where that has no model of its tokens
         }
     )
 

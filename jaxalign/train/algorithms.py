@@ -170,12 +170,16 @@ def _shapes(role: Role) -> Any:
 
 def _ppo(config, loader, context) -> Program:
     from jaxalign.models.tokenizer import check_vocabulary
+    from jaxalign.rewards.model import ModelScorer, same_tokenizer
     from jaxalign.train import experience
 
     cfg = config.algorithm
     policy = loader.policy(config.optimizer.learning_rate)
     reward, reward_role = _reward_of(config, loader, context)
-    value_path = cfg.value_path or config.rewards.model or config.model.path
+    start = config.rewards.model
+    if isinstance(reward, ModelScorer) and not same_tokenizer(reward.encoder.tokenizer, context.tokenizer):
+        start = None  # it knows other tokens by these ids
+    value_path = cfg.value_path or start or config.model.path
     value = loader.scorer(value_path, config.optimizer.value_learning_rate)
     fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
     check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)

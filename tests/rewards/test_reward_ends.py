@@ -1,6 +1,7 @@
 """Where a reward model is read: at the end of the turn, the same token in training, in PPO, `score` and `compare`."""
 
 import json
+from argparse import Namespace
 
 import jax
 import numpy as np
@@ -98,6 +99,18 @@ def test_ppo_reads_text_where_the_policy_ends_by_another_token(turns, directory)
         scorer, _ = algorithms._reward_of(c, Loader(c, mesh), context)
         assert isinstance(scorer, kind)
     assert scorer.encoder.eos_ids == {TEXT_END, TURN_END}
+
+
+def test_a_value_model_starts_from_a_reward_model_of_the_same_tokens_alone(directory, shared):
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    c = defaults("ppo")
+    c.rewards.model, c.batch_size = str(directory), 8
+    for path, size in ((directory, 16), (shared / "models" / "stories260k-llama", 64)):
+        c.model.path = str(path)
+        tokenizer = load_tokenizer(path)
+        context = algorithms.Context(mesh, tokenizer, stop_ids(path, tokenizer), Namespace(record=None))
+        program = algorithms.build(c, Loader(c, mesh), context)
+        assert program.trained["value"].model.config.hf["hidden_size"] == size
 
 
 def test_a_score_that_is_not_finite_is_told_where_it_is_given(directory, tmp_path):
