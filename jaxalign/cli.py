@@ -97,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxalign {argv[0]}: the input cannot be used\n{_in_own_flags(argv[0], str(error))}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # a help page (0), or training that was asked to stop and saved (128 + the signal)
+        if stop.code in (0, None) and not {"-h", "--help"} & set(argv):
+            # A reward function or a dependency: whatever ended the program, the command is not done.
+            print(f"jaxalign {argv[0]}: something called sys.exit() before the end", file=sys.stderr)
+            return 1
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         return _interrupted(program)

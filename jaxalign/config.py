@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from jaxalign import relations
 from jaxalign.errors import InputError
-from jaxalign.ranges import ALGORITHMS, BOUNDS, CHOICES, GUIDE_RANGES, REQUIRED, misfit, shown
+from jaxalign.ranges import ALGORITHMS, CHOICES, GUIDE_RANGES, REQUIRED, bounds, misfit, shown
 
 
 def defaults(algorithm: str) -> ConfigDict:
@@ -166,6 +166,9 @@ def _dpo() -> ConfigDict:
         {
             "name": "dpo",
             "loss": "sigmoid",  # sigmoid, ipo
+            # ipo alone: log-ratios averaged over a completion's tokens, as in TRL (True, which None means), or summed
+            # as in the paper (False); summed, the same aim takes a beta smaller by the completions' length
+            "average": config_dict.placeholder(bool),
             "beta": 0.1,
             "label_smoothing": 0.0,
             "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
@@ -233,10 +236,26 @@ def stages(workdir: str | None = None, seed: int = 0, **sections: ConfigDict) ->
     the stage `sft`, `ppo["from"].reward = "reward"` takes the reward model of the stage `reward`.
     A stage works in `workdir/<name>` and its seed is the shared one.
 
+    Raises:
+      InputError: no stage, or one that is no configuration.
+
     >>> c = stages("runs/x", sft=defaults("sft"), dpo=defaults("dpo"))
     >>> c.stages
     ('sft', 'dpo')
     """
+    for name, section in sections.items():
+        if not isinstance(section, ConfigDict) or "algorithm" not in section:
+            raise InputError(
+                f"stages(...): {name} is of type {type(section).__name__}, and no stage",
+                "one stage's configuration, which starts from defaults(...)",
+                f"stages({workdir!r}, {name}=defaults('sft'))",
+            )
+    if not sections or "stages" in sections:
+        raise InputError(
+            "stages(...) without a stage" if not sections else "a stage named 'stages'",
+            "configurations by the names of their stages",
+            f"stages({workdir!r}, sft=defaults('sft'))",
+        )
     c = ConfigDict({"seed": seed, "workdir": config_dict.placeholder(str), "stages": tuple(sections)})
     c.workdir = workdir
     for name, section in sections.items():
@@ -325,7 +344,6 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
 
 
 _ABSENT = object()
-_FAR = 1e30  # in place of bounds
 
 
 def _algorithm(config: Any) -> str:
@@ -389,7 +407,7 @@ def _check_fields(config: Any, usual: ConfigDict, prefix: str = "") -> None:
 def _check_value(field: str, value: Any, default: Any, kind: type) -> None:
     expected, proposed = "", default
     if kind in (int, float):
-        low, high = next(((low, high) for name, low, high in BOUNDS if name == field), (-_FAR, _FAR))
+        low, high = bounds(field)
         expected = misfit(value, low, high, whole=kind is int)
         if default is None:
             proposed = high if isinstance(value, (int, float)) and value > high else low

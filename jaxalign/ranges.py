@@ -116,6 +116,15 @@ FLAG_BOUNDS: tuple[tuple[str, float, float, float], ...] = (
 )
 
 
+def bounds(field: str) -> tuple[float, float]:
+    """The least and the greatest that a field may hold.
+
+    >>> bounds("batch_size")
+    (1, 1048576)
+    """
+    return _BOUND[field]
+
+
 def misfit(value: Any, low: float, high: float, *, whole: bool = False) -> str:
     """The one rule for numbers, wherever they come from: what would fit in the place of a value that does not.
 

@@ -106,6 +106,12 @@ def _check_stop(stop: Any) -> None:
 
 
 def _check_dpo(c: Any) -> None:
+    if c.algorithm.average is not None and c.algorithm.loss != "ipo":
+        raise InputError(
+            f"algorithm.average with the {c.algorithm.loss} loss",
+            "None: only ipo has an averaged and a summed form",
+            "--config.algorithm.average=None",
+        )
     if c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
         raise InputError(
             "label_smoothing with the ipo loss",

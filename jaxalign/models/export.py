@@ -21,7 +21,6 @@ from jaxalign.disk import writing
 from jaxalign.errors import InputError
 from jaxalign.models import names, store
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
-from jaxalign.models.portable import old_rope, write_old_tokenizer
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
 from jaxalign.types import Params
@@ -104,8 +103,6 @@ def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> di
     config["architectures"] = [_ARCHITECTURES[model.config.head]]
     for field in ("dtype", "torch_dtype"):  # transformers 5, and older
         config[field] = str(file_type)
-    if config.get("rope_parameters"):  # transformers 5; an older one would take theta 10,000 without a word
-        config |= old_rope(model.config.rope)
     if model.config.head == "score":
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config["pad_token_id"] = pad_token_id
@@ -182,12 +179,8 @@ def _copy(source: Path | None, tokenizer: Any, part: Path) -> None:
         # Several templates by name stay in tokenizer_config.json: an export is one flat directory.
         named = isinstance(getattr(tokenizer, "chat_template", None), dict)
         tokenizer.save_pretrained(part, **({"save_jinja_files": False} if named else {}))
-    if source is not None:
-        _copy_files(source, tokenizer, part)
-    write_old_tokenizer(part, saved=tokenizer is not None)
-
-
-def _copy_files(source: Path, tokenizer: Any, part: Path) -> None:
+    if source is None:
+        return
     wanted = (GENERATION_CONFIG, *LICENCE_FILES) + (TOKENIZER_FILES if tokenizer is None else ())
     for name in wanted:
         if (source / name).is_file():

@@ -49,6 +49,7 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     directory = Path(path).expanduser()
     if directory.is_dir():
         _check_links(directory, patterns)
+        _check_run(directory, path)
         return directory.resolve()
     if not _HUB_ID.fullmatch(str(path)) or directory.exists():
         made = directory.name == "export"  # as a run writes it
@@ -73,6 +74,30 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
             f"hf download {path}, or HF_TOKEN=... for a gated model, or --config.model.path=DIR",
         ) from error
     return Path(found)
+
+
+def _check_run(directory: Path, path: str | Path) -> None:
+    """Refuses the directory of a run, or of a run with stages: the model is a folder in it."""
+    config = directory / CONFIG
+    if config.is_file():
+        try:
+            held = json.loads(config.read_text())
+        except (ValueError, RecursionError, OSError):
+            return  # whoever reads it says what is wrong with it
+        if not isinstance(held, dict) or not {"format", "config"} <= held.keys() or "model_type" in held:
+            return
+    exports = [e for e in (directory / "export", *sorted(directory.glob("*/export"))) if (e / CONFIG).is_file()]
+    if exports:
+        shown = [os.path.join(path, e.relative_to(directory)) for e in exports]
+        raise InputError(
+            f"{path} is a run's directory", f"the model in it: {' or '.join(shown)}", f"--config.model.path={shown[-1]}"
+        )
+    if config.is_file():
+        raise InputError(
+            f"{path} is a run's directory, and the run has not exported its model yet",
+            f"{os.path.join(path, 'export')}, which it writes at its end",
+            f"run it to its end, or jaxalign export --workdir {path} --out DIR and --config.model.path=DIR",
+        )
 
 
 def _check_links(directory: Path, patterns: list[str]) -> None:

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxalign.errors import InputError
+
 
 def at_least_float32(x):
     """`x` in float32, or in float64 where it already is.
@@ -11,6 +13,24 @@ def at_least_float32(x):
     dtype('float32')
     """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def require_dtypes(**fields: str | None) -> None:
+    """Refuses float64 where JAX computes in 32 bits: it would be float32 without a word.
+
+    Args:
+      fields: dtypes by the names of the `model` section's fields.
+
+    Raises:
+      InputError: naming the field.
+    """
+    for name, dtype in fields.items():
+        if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+            raise InputError(
+                f"model.{name} is float64, and JAX computes in 32 bits at most",
+                "float32, or 64 bits switched on for the whole process",
+                f"JAX_ENABLE_X64=1 before the command, or --config.model.{name}=float32",
+            )
 
 
 def product_precision(dtype) -> jax.lax.Precision | None:

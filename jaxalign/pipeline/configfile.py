@@ -147,6 +147,8 @@ def override(config: ConfigDict, field: str, text: str | None, *, extend: bool =
 
 def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now: Any) -> Any:
     """The text as a value of the field's type; the scalars are read by absl's own parsers.  `now` is its value."""
+    if may_be_empty and text == "None":
+        return None
     if kind in (bool, object):  # object: a truth value or one of the field's words
         if text is None:
             return True
@@ -158,8 +160,6 @@ def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now:
             raise _unfit(field, text, "true or false", "true") from None
     if text is None:
         raise _unfit(field, text, f"a value of type {kind.__name__}", "...")
-    if may_be_empty and text == "None":
-        return None
     if kind is tuple:
         return _tuple(field, text)
     if kind is int:
@@ -236,7 +236,7 @@ def _run(path: str) -> ConfigDict:
             config = module.get_config(*arguments)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise broken(file, error) from error
     known = isinstance(config, ConfigDict) and (
         "stages" in config or ("algorithm" in config and "name" in config.algorithm)

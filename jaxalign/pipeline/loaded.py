@@ -18,6 +18,7 @@ from jaxalign.models.hf import load
 from jaxalign.models.hub import locate
 from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from jaxalign.models.transformer import Model
+from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout.engine import Generator
@@ -66,6 +67,11 @@ def load_model(
     dtype = dtype or common.model.dtype
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype}", f"one of {', '.join(_DTYPES)}", f"--dtype {_DTYPES[0]}")
+    try:
+        require_dtypes(dtype=dtype)
+    except InputError as error:
+        fix = "JAX_ENABLE_X64=1 before the command, or --dtype float32"
+        raise InputError("--dtype float64, and JAX computes in 32 bits at most", error.expected, fix) from None
     mesh = make_mesh(common.mesh, devices)
     with _without_config(path, flag):
         model, params = load(
@@ -87,7 +93,7 @@ def _without_config(path: str, flag: str = "") -> Iterator[None]:
     except InputError as error:
         here = f"{flag} DIR, in place of {path}" if flag else f"in place of {path}: DIR"
         fix = error.fix.replace("--config.model.path=DIR", here).replace(
-            "--config.model.path=", f"in place of {path}: "
+            "--config.model.path=", f"{flag} " if flag else f"in place of {path}: "
         )
         fix = fix.replace("--config.model.tokenizer=", f"in {path}, the tokenizer files of ")
         raise InputError(error.found, error.expected, fix) from error

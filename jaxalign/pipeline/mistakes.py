@@ -99,11 +99,13 @@ def nearest_field(config: ConfigDict, name: str) -> str:
     section, _, tail = name.rpartition(".")
     stage = name.partition(".")[0]
     own = name.removeprefix(f"{stage}.") if stage in config.get("stages", ()) else name
-    if tail not in {n.rpartition(".")[2] for n in names}:
-        for alias in _ALIASES.get(own.lower(), _ALIASES.get(tail.lower(), ())):
-            meant = [n for n in names if f".{n}".endswith(f".{alias}")]
-            if meant:
-                return next((n for n in meant if n.startswith(f"{stage}.")), meant[0])
+    meant = _ALIASES.get(own.lower(), ())
+    if tail not in {n.rpartition(".")[2] for n in names}:  # else it is a field's own name, in another section
+        meant = meant or _ALIASES.get(tail.lower(), ())
+    for field in meant:
+        there = [n for n in names if f".{n}".endswith(f".{field}")]
+        if there:
+            return next((n for n in there if n.startswith(f"{stage}.")), there[0])
 
     def likeness(other: str) -> float:
         there, _, its_tail = other.rpartition(".")
@@ -154,7 +156,7 @@ _WRONG_TYPE = re.compile(
 )
 
 
-def broken(file: Path, error: Exception) -> InputError:
+def broken(file: Path, error: BaseException) -> InputError:
     """An exception in a user's config file, by the line in that file."""
     here = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if _same_file(f.f_code.co_filename, file)]
     line = here[-1][1] if here else None
@@ -163,7 +165,7 @@ def broken(file: Path, error: Exception) -> InputError:
     place = f"{file}:{line or '?'}"
     edit = f"line {line} of {file}" if line else f"edit {file}"
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-    message = str(cause.args[0]) if cause.args else ""
+    message = cause.args[0] if cause.args and isinstance(cause.args[0], str) else _said(error)
     name_of = _names_in(error, here[-1][0].f_locals if here else {})
     if isinstance(error, (AttributeError, KeyError)) and name_of and (match := _UNKNOWN_KEY.search(message)):
         root, prefix = name_of
@@ -171,14 +173,25 @@ def broken(file: Path, error: Exception) -> InputError:
         return no_field(root, field, f"{place}: there is no field {field}", edit)
     if isinstance(error, TypeError) and name_of and (match := _WRONG_TYPE.search(message)):
         return _wrong_type(place, edit, *name_of, *match.groups())
-    return InputError(f"{place}: {type(error).__name__}: {' '.join(message.split())}", "a config file that runs", edit)
+    if isinstance(error, SystemExit):
+        return InputError(f"{place}: the file ends the program (SystemExit: {error.code})", "a return of config", edit)
+    said = " ".join(_said(error).split())
+    return InputError(f"{place}: {type(error).__name__}: {said[:1000]}", "a config file that runs", edit)
+
+
+def _said(error: BaseException) -> str:
+    """The exception's words; a config file's own exception may have none that can be made."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _same_file(name: str, file: Path) -> bool:
     return os.path.realpath(name) == os.path.realpath(file)
 
 
-def _names_in(error: Exception, variables: dict[str, Any]) -> tuple[ConfigDict, str] | None:
+def _names_in(error: BaseException, variables: dict[str, Any]) -> tuple[ConfigDict, str] | None:
     """The tree in which a field was looked for, and the dotted prefix of the section where that was.
 
     Args:

@@ -22,6 +22,7 @@ from jaxalign.config import get, to_dict, validate
 from jaxalign.disk import write_whole
 from jaxalign.errors import InputError
 from jaxalign.pipeline.keys import key_of
+from jaxalign.ranges import bounds, misfit, shown
 
 RECORD = "stage.json"  # in a stage's directory: its key, and what the key was made of
 FORMAT = 1
@@ -57,9 +58,12 @@ def plan(config: ConfigDict) -> list[Stage]:
         or a stage's own configuration; the stage is named.
     """
     if "stages" not in config:
+        _check_alone(config)
         return [Stage("", config, key_of(config, {}, ()), {}, validate(config))]
     names = _names(config)
-    if not config.workdir:
+    if expected := misfit(config.get("seed"), *bounds("seed"), whole=True):
+        raise InputError(f"seed is {shown(config.get('seed'))}", expected, "--config.seed=0")
+    if not isinstance(config.get("workdir"), str) or not config.workdir:
         raise InputError("workdir is not set", "a directory for the results", "--config.workdir=runs/NAME")
     done: dict[str, Stage] = {}
     for name in names:
@@ -92,11 +96,18 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     Raises:
       InputError: before the first stage runs, whichever stage it concerns, or where another run is at work.
     """
+    from jaxalign.ops.precision import require_dtypes
     from jaxalign.parallel.processes import initialize, is_main  # jax from here on
     from jaxalign.train.lock import exclusive
 
     stages = plan(config)
     _check_inputs(stages)
+    for stage in stages:  # of a later one too, before the first one runs
+        model = stage.config.model
+        try:
+            require_dtypes(dtype=model.dtype, param_dtype=model.param_dtype, frozen_dtype=model.frozen_dtype)
+        except InputError as error:
+            raise (_in_stage(stage.name, error) if stage.name else error) from None
     initialize()
     say = log if is_main() else _silent
     for stage in stages:
@@ -136,9 +147,26 @@ def is_done(workdir: str) -> bool:
     return _path(workdir, "DONE").exists()
 
 
+def _check_alone(config: ConfigDict) -> None:
+    """Refuses inputs from other stages where there are none."""
+    for role, field, _ in _FROM:
+        if source := get(config, f"from.{role}"):
+            raise InputError(
+                f"from.{role} is {source!r} in a configuration without stages",
+                f"None: from names an earlier stage of stages(...); {field} takes a directory",
+                f"--config.from.{role}=None --config.{field}=WORKDIR/export of {source!r}",
+            )
+
+
 def _names(config: ConfigDict) -> tuple[str, ...]:
     names = config.stages
     sections = [k for k in config if isinstance(config[k], ConfigDict)]
+    if not sections:
+        raise InputError(
+            "a configuration of stages without one", "sections", "stages('runs/NAME', sft=defaults('sft'))"
+        )
+    if not isinstance(names, (tuple, list)):
+        raise InputError(f"stages is {names!r}", "a tuple of names", f"--config.stages={','.join(sections)}")
     if not names:
         raise InputError("stages is empty", f"names of stages: {', '.join(sections)}", f"--config.stages={sections[0]}")
     for name in names:
@@ -164,7 +192,7 @@ def _resolve(name: str, stage: ConfigDict, done: dict[str, Stage], names: tuple[
     """Fills in what `from` names and returns role -> stage."""
     inputs = {}
     for role, field, algorithms in _FROM:
-        source = stage["from"][role]
+        source = get(stage, f"from.{role}")
         if source is None:
             continue
         flag = f"--config.{name}.from.{role}"
@@ -188,7 +216,7 @@ def _resolve(name: str, stage: ConfigDict, done: dict[str, Stage], names: tuple[
                 f"{flag}=...",
             )
         section, leaf = field.split(".")
-        if section not in stage:
+        if not isinstance(stage.get(section), ConfigDict):
             raise InputError(
                 f"stage {name}: from.{role} is {source!r}", f"None: {stage.algorithm.name} takes none", f"{flag}=None"
             )

@@ -60,7 +60,7 @@ def same_tokenizer(one: Any, other: Any) -> bool:
         return True
     if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
         return False
-    if one.get_vocab() != other.get_vocab() or sorted(one.all_special_ids) != sorted(other.all_special_ids):
+    if one.get_vocab() != other.get_vocab() or one.all_special_ids != other.all_special_ids:
         return False
     backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
     if None in backends:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.errors import InputError
+from jaxalign.errors import InputError, named
 from jaxalign.steps.policy import policy_objective, stop_on_kl
 from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.reward import reward_objective
@@ -106,6 +106,7 @@ def _dpo(config, loader, context) -> Program:
         beta=cfg.beta,
         label_smoothing=cfg.label_smoothing,
         reference=cfg.reference,
+        **({} if cfg.average is None else {"average": cfg.average}),
     )
     return Program(
         {"policy": policy},
@@ -152,7 +153,8 @@ def check_tokens(path: str, tokenizer: Any, revision: str | None = None) -> None
     """
     from jaxalign.models.tokenizer import load_tokenizer
 
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path, revision).get_vocab()
+    with named("algorithm.reference_path"):
+        ours, theirs = tokenizer.get_vocab(), load_tokenizer(path, revision).get_vocab()
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differing:
         token = differing[0]
@@ -234,7 +236,8 @@ def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
         return scorer, None
     path = config.rewards.model
     role, revision = loader.scorer(path), revision_of(path, config)
-    tokenizer = load_tokenizer(path, revision)
+    with named("rewards.model"):
+        tokenizer = load_tokenizer(path, revision)
     fix = "a reward model with a tokenizer of its own: --config.rewards.model=DIR"
     check_vocabulary(tokenizer, role.model.config.vocab_size, path, fix)
     ends = stop_ids(path, tokenizer, revision)

@@ -62,14 +62,19 @@ class Loader:
     def _check_scores(self, path: str) -> None:
         """Refuses a frozen scorer whose head would be a fresh one: its scores would be noise."""
         c = self.config.model
-        directory = locate(path, revision_of(path, self.config), weights=False)
-        found = read_config(directory, dtype=c.dtype, param_dtype=c.dtype, remat="none")
+        with named(self._field(path)):
+            directory = locate(path, revision_of(path, self.config), weights=False)
+            found = read_config(directory, dtype=c.dtype, param_dtype=c.dtype, remat="none")
         if found.head != "score":
             raise InputError(
                 f"{path} is no reward model: it has no scalar head",
                 "the export of a reward stage, or another sequence classifier with one label",
                 "--config.rewards.model=WORKDIR/export of algorithm.name=reward",
             )
+
+    def _field(self, path: str) -> str:
+        """The field that a path came from."""
+        return next((f for f, given in model_fields(self.config).items() if given == path), "model.path")
 
     def _role(self, path, param_dtype, head, learning_rate, scratch) -> Role:
         c, revision = self.config.model, revision_of(path, self.config)
@@ -80,17 +85,17 @@ class Loader:
             "head": head,
             "revision": revision,
         }
-        key = jax.random.key(self.config.seed)
+        key, field = jax.random.key(self.config.seed), self._field(path)
         shardings = lambda tree: param_shardings(self.mesh, tree)  # noqa: E731
 
         def load() -> Params:
-            if scratch:
-                return hf.from_scratch(path, shardings=shardings, key=key, **options)[1]
-            return hf.load(path, shardings=shardings, key=key, **options)[1]
+            make = hf.from_scratch if scratch else hf.load
+            with named(field):
+                return make(path, shardings=shardings, key=key, **options)[1]
 
         fields = {k: v for k, v in options.items() if k != "revision"}
-        directory = locate(path, revision, weights=False)
-        described = read_config(directory, **fields)
+        with named(field):
+            described = read_config(locate(path, revision, weights=False), **fields)
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
         described = dataclasses.replace(described, attention=c.attention, causal=causal(self.config))
         return Role(Model(described), load, learning_rate)
@@ -106,6 +111,15 @@ def revision_of(path: str, config: Any) -> str | None:
     return config.model.revision if path == config.model.path else None
 
 
+def model_fields(config: Any) -> dict[str, str]:
+    """The paths of a stage's models by the fields that give them."""
+    found = {"model.path": config.model.path}
+    for section, leaf in (("algorithm", "reference_path"), ("algorithm", "value_path"), ("rewards", "model")):
+        if path := config.get(section, {}).get(leaf):
+            found[f"{section}.{leaf}"] = path
+    return found
+
+
 def fit_length(config: Any) -> tuple[Any, list[str]]:
     """A stage's configuration with its `data.max_length` settled by what its models were made for.
 
@@ -119,12 +133,8 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
       InputError: no model at one of the paths.
     """
     c = config.copy_and_resolve_references()
-    paths = {"model.path": c.model.path}
-    for section, leaf in (("algorithm", "reference_path"), ("algorithm", "value_path"), ("rewards", "model")):
-        if path := c.get(section, {}).get(leaf):
-            paths[f"{section}.{leaf}"] = path
     positions = {}
-    for field, path in paths.items():
+    for field, path in model_fields(c).items():
         with named(field):
             file = read_json(locate(path, revision_of(path, c), weights=False) / CONFIG)
         limit = file.get("max_position_embeddings")

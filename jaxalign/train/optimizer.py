@@ -61,7 +61,8 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     Weight decay is decoupled (Loshchilov and Hutter 2019): parameters shrink by learning rate x `weight_decay`.
     Under `lion` and `sgd`, `b1` is the momentum.  `adafactor` (Shazeer and Stern 2018) keeps factored second moments,
     clips each update to a root mean square of 1 and takes the learning rate as it stands (no parameter scaling).
-    What is kept between steps has the parameters' dtype, or `state_dtype` (see `kept_in`).
+    What is kept between steps has the parameters' dtype, or `state_dtype`; in bfloat16, whichever of them says so, it
+    is rounded by chance (see `kept_in`).
 
     Args:
       cfg: the `optimizer` section.
@@ -85,7 +86,7 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
         parts.append(optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay_mask == "matrices" else None))
     parts.append(optax.scale_by_schedule(lambda count: -make_schedule(cfg, learning_rate, num_steps)(count)))
     whole = optax.chain(*parts)
-    return whole if cfg.state_dtype is None else kept_in(whole, cfg.state_dtype)
+    return kept_in(whole, cfg.state_dtype)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -107,7 +108,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def kept_in(optimizer: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+def kept_in(optimizer: optax.GradientTransformation, dtype: Any = None) -> optax.GradientTransformation:
     """The same optimizer with its moments stored in `dtype` and its arithmetic in at least float32.
 
     In bfloat16 moments take half the bytes.  Rounding to the nearest would spoil the second one: a step moves an
@@ -123,24 +124,22 @@ def kept_in(optimizer: optax.GradientTransformation, dtype: Any) -> optax.Gradie
 
     Args:
       optimizer: with a schedule's count in its state.
-      dtype: of the stored moments; counts keep their own.
+      dtype: of the stored moments; None: that of each parameter. Counts keep their own.
     """
-    dtype = jnp.dtype(dtype)
-    if dtype == jnp.int8:
+    if dtype == "int8":
         return _packed(optimizer)
 
-    def is_moment(x):
-        return jnp.issubdtype(x.dtype, jnp.floating)
-
     def init(params):
-        return jax.tree.map(lambda x: x.astype(dtype) if is_moment(x) else x, optimizer.init(params))
+        return jax.tree.map(lambda x: x.astype(dtype or x.dtype) if _is_float(x) else x, optimizer.init(params))
 
     def update(updates, state, params=None):
-        wide = jax.tree.map(lambda x: at_least_float32(x) if is_moment(x) else x, state)
-        updates, new = optimizer.update(updates, wide, params)
-        store = _round_by_chance if dtype == jnp.bfloat16 else lambda x, _: x.astype(dtype)
+        updates, new = optimizer.update(_wide(updates), _wide(state), _wide(params))
         count = updates_made(new)
-        return updates, jax.tree.map(lambda x: store(x, count) if is_moment(x) else x, new)
+
+        def store(x, old):
+            return _round_by_chance(x, count) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
+
+        return updates, jax.tree.map(store, new, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -149,10 +148,19 @@ def _packed(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     """The same optimizer with its moments in 8 bits."""
 
     def update(updates, state, params=None):
-        updates, new = optimizer.update(updates, unpack(state), params)
+        updates, new = optimizer.update(_wide(updates), unpack(state), _wide(params))
         return updates, pack(new, updates_made(new))
 
     return optax.GradientTransformation(lambda params: pack(optimizer.init(params), 0), update)
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _wide(tree: Any) -> Any:
+    """Floats in at least float32: optax's adafactor rounds its moments to the parameters' dtype by itself."""
+    return jax.tree.map(lambda x: at_least_float32(x) if _is_float(x) else x, tree)
 
 
 def _round_by_chance(x: jax.Array, count: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxalign import config as configuration
 from jaxalign.errors import InputError
+from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel import processes
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
@@ -59,6 +60,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     started = time.monotonic()
     reset_peak_memory()
     configuration.validate(config)
+    require_dtypes(**{name: config.model[name] for name in ("dtype", "param_dtype", "frozen_dtype")})
     config, told = fit_length(config)
     for warning in [*configuration.validate(config), *told]:
         warnings.warn(warning, stacklevel=2)
@@ -355,6 +357,12 @@ def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
     found = []
     for item in stop:
         if isinstance(item, int):
+            if item >= len(tokenizer):
+                raise InputError(
+                    f"rollout.stop holds the id {item}, and the tokenizer has {len(tokenizer)} tokens",
+                    f"ids below {len(tokenizer)}",
+                    "--config.rollout.stop=()",
+                )
             found.append(item)
             continue
         ids = tokenizer.encode(item, add_special_tokens=False)

@@ -242,3 +242,92 @@ def test_a_script_tells_its_fields_and_keeps_transformers_quiet(capsys, monkeypa
     assert "the fields are those of configs/quickstart.py" in capsys.readouterr().out and not ran
     assert run_script("quickstart", ["--config.seed=1"], ran.append) == 0
     assert ran == [[("seed", "1")]] and os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] == "1"
+
+
+@pytest.mark.parametrize(
+    "body,words",
+    [
+        ("import sys\nsys.exit(0)\n", "c.py:3: the file ends the program"),
+        ("def get_config():\n    raise SystemExit\n", "c.py:3: the file ends the program"),
+        ("def get_config():\n    open('/no/such/file')\n", "Error: [Errno"),
+        ("def get_config():\n    raise KeyError('x')\n", "KeyError: 'x'"),
+        ("def get_config():\n    raise GeneratorExit('g')\n", "c.py:3: GeneratorExit: g"),
+        ("class E(Exception):\n    def __str__(self):\n        1 / 0\nraise E\n", "c.py:5: E"),
+        ("def get_config():\n    return get_config()\n", "RecursionError"),
+        (
+            "def get_config():\n    c = defaults('sft')\n    c.optimizer.learning_rate = 10**400\n",
+            "c.py:4: OverflowError",
+        ),
+        ("def get_config():\n    return stages('x')\n", "without a stage"),
+        ("def get_config():\n    return stages('x', sft=None)\n", "sft is of type NoneType"),
+        ("def get_config():\n    return stages('x', sft={'a': 1})\n", "sft is of type dict"),
+        ("def get_config():\n    return stages('x', sft=3)\n", "sft is of type int"),
+        (
+            "def get_config():\n    return stages('x', sft=stages('y', a=defaults('sft')))\n",
+            "sft is of type ConfigDict",
+        ),
+        ("def get_config():\n    return stages('x', stages=defaults('sft'))\n", "'stages'"),
+        ("def get_config():\n    return stages(3, sft=defaults('sft'))\n", "workdir"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_file_is_told_in_words(file, body, words):
+    with pytest.raises(InputError) as error:
+        load_config(file(body))
+    assert words in str(error.value)
+
+
+ALIASES = [
+    ("dpo", "lr", "optimizer.learning_rate"),
+    ("dpo", "data.path", "data.sources"),
+    ("dpo", "algorithm.betta", "algorithm.beta"),
+    ("sft", "optimizer.lr", "optimizer.learning_rate"),
+    ("sft", "model.lr", "optimizer.learning_rate"),
+    ("sft", "per_device_train_batch_size", "batch_size"),
+    ("sft", "gradient_accumulation_steps", "grad_accum_steps"),
+    ("sft", "num_train_epochs", "num_epochs"),
+    ("sft", "max_steps", "num_train_steps"),
+    ("sft", "model_name_or_path", "model.path"),
+    ("sft", "output_dir", "workdir"),
+    ("sft", "dataset_name", "data.sources"),
+    ("dpo", "max_completion_length", "data.max_completion_length"),
+    ("ppo", "max_completion_length", "rollout.max_new_tokens"),
+    ("sft", "max_prompt_length", "data.max_prompt_length"),
+    ("sft", "bf16", "model.dtype"),
+    ("sft", "gradient_checkpointing", "model.remat"),
+    ("sft", "logging_steps", "logging.every"),
+    ("sft", "save_steps", "checkpoint.every"),
+    ("sft", "eval_steps", "eval.every"),
+    ("sft", "warmup_ratio", "optimizer.warmup_steps"),
+    ("sft", "lr_scheduler_type", "optimizer.schedule"),
+    ("ppo", "kl_penalty", "algorithm.kl_coef"),
+    ("ppo", "cliprange", "algorithm.clip_range"),
+    ("ppo", "ppo_epochs", "algorithm.num_ppo_epochs"),
+    ("ppo", "rollout.max_tokens", "rollout.max_new_tokens"),
+    ("sft", "data.maxlength", "data.max_length"),
+    ("sft", "checkpoint.evry", "checkpoint.every"),
+    ("sft", "eval.evry", "eval.every"),
+]
+
+
+@pytest.mark.parametrize("algorithm,name,near", ALIASES)
+def test_what_others_call_a_field(algorithm, name, near):
+    with pytest.raises(InputError) as error:
+        override(defaults(algorithm), name, "1")
+    assert error.value.fix == f"--config.{near}=..."
+
+
+def test_what_others_call_a_field_of_a_stage():
+    config = stages("w", sft=defaults("sft"), dpo=defaults("dpo"))
+    for name, near in [("dpo.lr", "dpo.optimizer.learning_rate"), ("dpo.algorithm.betta", "dpo.algorithm.beta")]:
+        with pytest.raises(InputError) as error:
+            override(config, name, "1")
+        assert error.value.fix == f"--config.{near}=..."
+
+
+def test_every_alias_stands_for_a_field_and_is_none_itself():
+    from jaxalign.config import ALGORITHMS, leaves
+    from jaxalign.pipeline.mistakes import _ALIASES
+
+    fields = {field for algorithm in ALGORITHMS for field in leaves(defaults(algorithm))}
+    assert {field for meant in _ALIASES.values() for field in meant} <= fields
+    assert not _ALIASES.keys() & fields

@@ -344,3 +344,36 @@ def test_a_second_run_of_the_stages_is_refused_and_nothing_is_moved(road, traine
     aside = tmp_path / "run" / "sft.old-1"
     assert len(trainer.names) == 8 and aside.is_dir()
     assert not list((tmp_path / "run").rglob(".lock"))
+
+
+def test_from_without_stages_is_refused(tmp_path):
+    c = section("dpo", tmp_path / "d.jsonl", model="sft")
+    c.workdir, c.model.path = "w", "m"
+    with pytest.raises(InputError, match=r"from\.model is 'sft' in a configuration without stages"):
+        module.plan(c)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 40, None, True])
+def test_the_shared_seed_is_checked_as_such(road, seed):
+    config = road()
+    with config.ignore_type():
+        config.seed = seed
+    with pytest.raises(InputError, match=r"^found:    seed is") as error:
+        module.plan(config)
+    assert error.value.fix == "--config.seed=0"
+
+
+def test_stages_without_sections():
+    from ml_collections import ConfigDict
+
+    for names in ((), ("sft",), None):
+        with pytest.raises(InputError):
+            module.plan(ConfigDict({"stages": names, "seed": 0, "workdir": "w"}))
+
+
+def test_float64_of_a_later_stage_is_refused_before_the_first_one_runs(road, trainer):
+    config = road()
+    config.dpo.model.dtype = "float64"
+    with pytest.raises(InputError, match=r"stage dpo: model\.dtype is float64"):
+        module.run(config, log=lambda line: None)
+    assert trainer.names == []

@@ -193,3 +193,30 @@ def test_a_run_with_bfloat16_moments_goes_on_bit_by_bit(shared, tmp_path):
     a, b = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("straight", "stopped"))
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", None), ("float32", "bfloat16"), ("bfloat16", "bfloat16")], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_trap_moments_in_bfloat16_settle_where_float32s_do(name, dtypes):
+    """Rounded to the nearest, a second moment that began large stays at a multiple of its value."""
+    fields = {"schedule": "constant", "max_grad_norm": 0.0, "b2": 0.999, "b1": 0.99 if name == "sgd" else 0.9}
+    shapes = {"bias": (256,)} | ({"kernel": (128, 128)} if name == "adafactor" else {})  # so large it is factored
+    rng = np.random.default_rng(0)
+    noise = {leaf: 1 + rng.standard_normal((7, *shape), np.float32) for leaf, shape in shapes.items()}
+
+    def settled(param_dtype, state_dtype):
+        p = {leaf: jnp.ones(shape, param_dtype) for leaf, shape in shapes.items()}
+        tx = make_optimizer(section(name=name, state_dtype=state_dtype, **fields), 1e-9, 10)
+        table = jax.tree.map(jnp.asarray, noise)
+
+        def body(i, state):
+            size = jnp.where(i < 500, 3.0, 1.0)  # of gradients: what was large must come down
+            grads = jax.tree.map(lambda x: (size * x[i % 7]).astype(param_dtype), table)
+            return tx.update(grads, state, p)[1]
+
+        state = jax.jit(lambda state: jax.lax.fori_loop(0, 3000, body, state))(tx.init(p))
+        return [x.astype(jnp.float32) for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    for exact, found in zip(settled("float32", None), settled(*dtypes), strict=True):
+        if exact.size > 1:
+            np.testing.assert_allclose(float(found.mean()), float(exact.mean()), rtol=0.03)
