@@ -48,7 +48,9 @@ def attach(tmp_path, monkeypatch):
             program=SimpleNamespace(reference=role),
             directory=SimpleNamespace(cache=epath.Path(tmp_path)),
         )
-        dataset = SimpleNamespace(fingerprint="data", num_records=3, batches_per_epoch=1, shape=(1, 1))
+        dataset = SimpleNamespace(
+            fingerprint="data", num_records=3, batches_per_epoch=1, shape=(1, 1), is_whole=lambda index: True
+        )
         reference.attach(stage, [dataset, None])
         return len(passes)
 
