@@ -55,6 +55,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
             ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
+        _check_syntax(tokenizer, chat_template)
     tokenizer.pad_token_id = choose_pad(tokenizer)
     return tokenizer
 
@@ -63,12 +64,31 @@ def _template(chat_template: str) -> str:
     """The text of a template that is given as a file or as itself."""
     if "{" in chat_template:
         return chat_template
+    fix = "--config.model.chat_template=FILE.jinja"
     file = Path(chat_template).expanduser()
-    if not file.is_file():
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"chat_template {chat_template[:80]!r}: {error}", "a file of UTF-8 text", fix) from error
+    raise InputError(f"chat_template {chat_template[:80]!r}", "a file that is there, or a Jinja template", fix)
+
+
+def _check_syntax(tokenizer: Any, chat_template: str) -> None:
+    """Refuses a template that no conversation can be rendered with; one that only refuses this one is none such."""
+    import jinja2
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        where = "the template" if "{" in chat_template else chat_template
         raise InputError(
-            f"chat_template {chat_template!r}", "a file, or a Jinja template", "--config.model.chat_template=FILE.jinja"
-        )
-    return file.read_text()
+            f"chat_template: line {error.lineno} of {where}: {error.message}",
+            "a Jinja template",
+            "--config.model.chat_template=FILE.jinja",
+        ) from error
+    except Exception:  # it may want a system message, tools, or another order of turns
+        return
 
 
 def choose_pad(tokenizer: Any) -> int:

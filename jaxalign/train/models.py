@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from jaxalign.config import max_length
 from jaxalign.errors import InputError, named
 from jaxalign.models import hf
-from jaxalign.models.config import read_config
+from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
@@ -118,6 +119,26 @@ def model_fields(config: Any) -> dict[str, str]:
         if path := config.get(section, {}).get(leaf):
             found[f"{section}.{leaf}"] = path
     return found
+
+
+def describe_start(config: Any) -> ModelConfig:
+    """What `model.path` is, read before its tokenizer and before any data.
+
+    Args:
+      config: of the stage.
+
+    Raises:
+      InputError: no model there, a broken `config.json`, or a revision of a directory.
+    """
+    c = config.model
+    if c.revision and os.path.isdir(os.path.expanduser(c.path)):
+        raise InputError(
+            f"model.revision is {c.revision!r}, and model.path is a directory, {c.path}",
+            "a revision of a hub id: a directory has none",
+            "--config.model.revision=None",
+        )
+    directory = locate(c.path, c.revision, weights=False)
+    return read_config(directory, dtype=c.dtype, param_dtype=c.param_dtype, remat="none")
 
 
 def fit_length(config: Any) -> tuple[Any, list[str]]:

@@ -32,7 +32,7 @@ from jaxalign.train.health import Health
 from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
-from jaxalign.train.models import Loader, fit_length, num_bytes, revision_of
+from jaxalign.train.models import Loader, describe_start, fit_length, num_bytes, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.types import TrainState
@@ -95,8 +95,6 @@ class Stage:
 
     def __init__(self, config: Any, mesh: Mesh, directory: RunDir, lock: Lock | None = None):
         from jaxalign.data.loader import Dataset
-        from jaxalign.models.config import read_config
-        from jaxalign.models.hub import locate
         from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
         c = config
@@ -106,9 +104,7 @@ class Stage:
         self.offload = c.algorithm.get("offload", False)
         if self.offload:
             require_host_memory(mesh, "algorithm.offload", "--config.algorithm.offload=False")
-        described = read_config(
-            locate(c.model.path, c.model.revision, weights=False), dtype="float32", param_dtype="float32", remat="none"
-        )
+        described = describe_start(c)
         path = c.model.tokenizer or c.model.path
         self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)

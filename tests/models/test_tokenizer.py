@@ -81,6 +81,24 @@ def test_chat_template(shared, tmp_path):
     assert load_tokenizer(source, chat_template="{{ x }}").chat_template == "{{ x }}"
     with pytest.raises(InputError, match=r"absent\.jinja"):
         load_tokenizer(source, chat_template="absent.jinja")
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    for good in (strict, "{{ messages[7].content }}", "{% generation %}x{% endgeneration %}"):
+        assert load_tokenizer(source, chat_template=good).chat_template == good
+
+
+@pytest.mark.parametrize("text", ["{% for m in messages %}", "{{ x | no_such_filter }}", "{% frob %}", "{{ a b }}"])
+def test_a_template_that_can_never_render_is_told_at_once(shared, tmp_path, text):
+    source = shared / "models" / "stories260k-llama"
+    file = tmp_path / "chat.jinja"
+    file.write_text(f"ok\n{text}")
+    for given in (str(file), f"ok\n{text}"):
+        with pytest.raises(InputError, match="chat_template: line 2 of"):
+            load_tokenizer(source, chat_template=given)
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_tokenizer(source, chat_template=str(file))
+    with pytest.raises(InputError, match="chat_template"):
+        load_tokenizer(source, chat_template="a" * 5000)
 
 
 def test_no_tokenizer(tmp_path):

@@ -62,3 +62,14 @@ def test_a_value_model_with_too_few_vectors_is_told(refusal, shared):
     big = shared / "models" / "stories3m-llama"
     error, bad = refusal("value", lambda bad: None, **{"model.path": str(big)})
     assert bad in error.found and "value_path" in error.fix
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "ppo"])
+def test_a_revision_of_a_directory_is_told(refusal, algorithm):
+    error, bad = refusal(algorithm, lambda bad: None, **{"model.revision": "main"})
+    assert bad in error.found and error.fix == "--config.model.revision=None"
+
+
+def test_a_template_that_no_record_needs_is_read_before_the_first_step(refusal):
+    error, _ = refusal("sft", lambda bad: None, **{"model.chat_template": "{% for m in messages %}"})
+    assert "chat_template" in error.found
