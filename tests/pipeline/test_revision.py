@@ -3,9 +3,9 @@
 import json
 import shutil
 
-import huggingface_hub
 import jax
 import pytest
+from huggingface_hub import constants
 
 from jaxalign.config import defaults, stages
 from jaxalign.models.tokenizer import load_tokenizer
@@ -21,7 +21,7 @@ from jaxalign.train.models import Loader, revision_of
 def hub(shared, tmp_path, monkeypatch):
     """A hub's cache, offline: org/tiny is a model at v1 and none at main; org/words is a tokenizer, at main alone."""
     cache = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     source = shared / "models" / "stories260k-llama"
     for name, revision in (("tiny", "v1"), ("tiny", "main"), ("words", "main")):
         commit = f"{name}-{revision}".encode().hex().ljust(40, "0")
