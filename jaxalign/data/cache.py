@@ -60,12 +60,14 @@ def digest(*parts: Any) -> str:
     return h.hexdigest()
 
 
-def digest_records(records: Iterable[Record]) -> str:
-    """A digest of all that records hold."""
-    h = hashlib.blake2b(digest_size=16)
+def digest_records(records: Iterable[Record]) -> tuple[str, str]:
+    """Digests of all that records hold, and of the files that they come from, wherever those lie now."""
+    content, sources = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for record in records:
-        h.update(repr(tuple(record)).encode("utf-8", "surrogatepass"))
-    return h.hexdigest()
+        index, source, *rest = record
+        content.update(repr((index, rest)).encode("utf-8", "surrogatepass"))
+        sources.update(source.encode("utf-8", "surrogatepass") + b"\0")
+    return content.hexdigest(), sources.hexdigest()
 
 
 def digest_tokenizer(tokenizer, prefix: list[int], eos_ids: Iterable[int]) -> str:

@@ -50,6 +50,7 @@ class Dataset:
       num_records: records of this split.
       batches_per_epoch: the same for every epoch.
       fingerprint: digest of the split's tokens; changes where any token, mask or order of records does.
+      records_digest: digest of all records that were read, both splits'.
       report: what was read, dropped and truncated, lengths, padding; JSON values.
     """
 
@@ -88,6 +89,7 @@ class Dataset:
         self._num_rows = packing.rows_per_epoch(first) if self._packed else first.num_rows
         self.batches_per_epoch = -(-self._num_rows // batch_size)
         self.report: dict[str, Any] = {}
+        self.records_digest = ""
 
     # ---- building ------------------------------------------------------------------------------------------
 
@@ -187,9 +189,10 @@ class Dataset:
                 else:
                     yield record, result
 
+        content, sources = digest_records(records)
         key = digest(
             purpose,
-            digest_records(records),
+            [content, sources],
             digest_tokenizer(tokenizer, encoder.prefix, encoder.eos_ids),
             limits,
             options,
@@ -222,6 +225,7 @@ class Dataset:
             pad_id=_pad_id(tokenizer),
             like=like,
         )
+        dataset.records_digest = content
         train = like if split == "eval" else None
         plain = sum(map(_is_dialogue, records)) if encoder.template.is_plain else 0
         dataset.report = report.data_report(dataset, tally, train, plain)
@@ -267,6 +271,11 @@ class Dataset:
     def keys(self, name: str) -> np.ndarray:
         """uint64 [N]: "digest" of each example's tokens, "prompt_key", or "group" of what shares a prompt or origin."""
         return self._store.table[name][self._selection]
+
+    @property
+    def selection(self) -> np.ndarray:
+        """int [N]: which of the examples made from the records are this split's."""
+        return self._selection
 
     @property
     def num_rows(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxalign.config import get, to_dict
+from jaxalign.rewards.function import module_file
 
 FORMAT = 1
 
@@ -30,8 +30,16 @@ _INPUTS = (
 )  # fmt: skip
 
 
+_LENGTH = ("num_train_steps", "num_epochs")
+
+
 def key_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> str:
-    """Hash of a stage's configuration, the files it names and its inputs' keys.
+    """The first of `keys_of`."""
+    return keys_of(config, inputs, filled)[0]
+
+
+def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> tuple[str, str]:
+    """Hash of a stage's configuration, the files it names and its inputs' keys; and the same but for the run's length.
 
     Args:
       config: of the stage, whole.
@@ -39,7 +47,7 @@ def key_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...
       filled: the fields that these inputs filled; their keys stand for them, wherever the workdir is.
 
     Returns:
-      32 hex digits.
+      32 hex digits each.
     """
     tree = to_dict(config)
     for field in _NOT_IN_KEY:
@@ -58,8 +66,13 @@ def key_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...
             files[path] = fingerprint(path)
     if function := get(config, "rewards.function"):
         files[function] = fingerprint(module_file(function))
-    text = json.dumps({"format": FORMAT, "config": tree, "inputs": dict(inputs), "files": files}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    parts = {"format": FORMAT, "inputs": dict(inputs), "files": files}
+    base = {name: value for name, value in tree.items() if name not in _LENGTH}
+    return _hash(parts | {"config": tree}), _hash(parts | {"config": base})
+
+
+def _hash(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def paths_in(value: Any) -> list[str]:
@@ -71,18 +84,6 @@ def paths_in(value: Any) -> list[str]:
     if isinstance(value, (tuple, list)):
         return [path for item in value for path in paths_in(item)]
     return paths_in(value.get("path")) if hasattr(value, "get") else []
-
-
-def module_file(name: str) -> str:
-    """The source file of "package.module:function" or "file.py:function"; the name itself where it is not found."""
-    module = name.rpartition(":")[0]
-    if module.endswith(".py"):
-        return module
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception:  # a parent package is imported on the way; what it raises is told when the function is loaded
-        spec = None
-    return spec.origin if spec and spec.origin else name
 
 
 def fingerprint(path: str) -> str | None:

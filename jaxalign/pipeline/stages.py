@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from jaxalign.config import get, to_dict, validate
 from jaxalign.disk import write_whole
 from jaxalign.errors import InputError
-from jaxalign.pipeline.keys import key_of
+from jaxalign.pipeline.keys import key_of, keys_of
 from jaxalign.ranges import bounds, misfit, shown
 
 RECORD = "stage.json"  # in a stage's directory: its key, and what the key was made of
@@ -42,6 +42,7 @@ class Stage(NamedTuple):
     key: str  # hex digits
     inputs: dict[str, str]  # role in `from` -> name of the stage
     warnings: list[str]
+    base: str = ""  # the key but for the run's length
 
 
 def plan(config: ConfigDict) -> list[Stage]:
@@ -77,8 +78,9 @@ def plan(config: ConfigDict) -> list[Stage]:
         except InputError as error:
             raise _in_stage(name, error) from None
         filled = tuple(field for role, field, _ in _FROM if role in inputs)
-        key = key_of(stage, {role: done[source].key for role, source in inputs.items()}, filled)
-        done[name] = Stage(name, stage, key, inputs, warnings)
+        keys = {role: done[source].key for role, source in inputs.items()}
+        key, base = keys_of(stage, keys, filled)
+        done[name] = Stage(name, stage, key, inputs, warnings, base)
     return list(done.values())
 
 
@@ -134,6 +136,7 @@ def _in_order(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]
             results[stage.name] = {"skipped": True, "workdir": stage.config.workdir}
             continue
         results[stage.name] = _train(stage)
+        on_main(functools.partial(_note, stage))  # it may be longer now than it was
         if not on_main(functools.partial(is_done, stage.config.workdir)):  # process 0 wrote it; others may be early
             say(f"stage {stage.name} stopped before its end; the same command goes on from there")
             break
@@ -236,9 +239,8 @@ def _resolve(name: str, stage: ConfigDict, done: dict[str, Stage], names: tuple[
 
 
 def _in_stage(name: str, error: InputError) -> InputError:
-    return InputError(
-        f"stage {name}: {error.found}", error.expected, error.fix.replace("--config.", f"--config.{name}.")
-    )
+    fix = re.sub(r"--config\.(?!workdir\b|seed\b)", f"--config.{name}.", error.fix)  # those are all stages' own
+    return InputError(f"stage {name}: {error.found}", error.expected, fix)
 
 
 _RUN, _SKIP = 1, 2
@@ -252,7 +254,7 @@ def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
     from jaxalign.train.lock import Lock
     from jaxalign.train.rundir import usable
 
-    if is_done(stage.config.workdir) and _known_key(stage) == stage.key:
+    if is_done(stage.config.workdir) and _known(stage).get("key") == stage.key:
         say(f"stage {stage.name}: done before, kept ({_path(stage.config.workdir)})")
         return _SKIP
     lock = Lock(_path(stage.config.workdir))
@@ -266,11 +268,14 @@ def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
 
 def _prepared(stage: Stage, say: Callable[[str], None], lock: Any) -> int:
     workdir = _path(stage.config.workdir)
-    record = _path(stage.config.workdir, RECORD)
     if workdir.exists() and not _is_fresh(stage.config.workdir):
-        known = _known_key(stage)
+        record = _known(stage)
+        known = record.get("key")
         if known == stage.key:
             say(f"stage {stage.name}: goes on ({workdir})")
+            return _RUN
+        if _longer(stage, record):
+            say(f"stage {stage.name}: goes on to another length ({workdir})")
             return _RUN
         n = 1
         while (aside := workdir.parent / f"{workdir.name}.old-{n}").exists():
@@ -281,15 +286,35 @@ def _prepared(stage: Stage, say: Callable[[str], None], lock: Any) -> int:
         say(f"stage {stage.name}: {reason}; the earlier result is kept as {aside}")
     say(f"stage {stage.name}: runs ({workdir})")
     workdir.mkdir(parents=True, exist_ok=True)
+    _note(stage)
+    return _RUN
+
+
+def _note(stage: Stage) -> None:
+    """Writes what a stage's directory holds."""
     text = {
         "format": FORMAT,
         "key": stage.key,
+        "base": stage.base,
         "name": stage.name,
         "from": stage.inputs,
         "config": to_dict(stage.config),
     }
-    write_whole(record, json.dumps(text, indent=2, sort_keys=True) + "\n")
-    return _RUN
+    write_whole(_path(stage.config.workdir, RECORD), json.dumps(text, indent=2, sort_keys=True) + "\n")
+
+
+def _longer(stage: Stage, record: dict) -> bool:
+    """Whether a directory holds a shorter run of a stage that can go on from its last checkpoint.
+
+    So it is where nothing but the length changed, under a learning rate that does not depend on it.
+    """
+    before, now = record.get("config", {}), stage.config
+    if record.get("base") != stage.base or now.optimizer.schedule != "constant":
+        return False
+    field = "num_epochs" if now.num_train_steps is None else "num_train_steps"
+    if (before.get("num_train_steps") is None) != (now.num_train_steps is None) or before[field] > now[field]:
+        return False
+    return any(_path(now.workdir, "checkpoints").glob("[0-9]*"))
 
 
 def _is_fresh(workdir: str) -> bool:
@@ -300,13 +325,13 @@ def _is_fresh(workdir: str) -> bool:
     return names <= set(_SCRATCH) or (RECORD in names and names <= set(_BEGUN) and RunDir(workdir).untrained())
 
 
-def _known_key(stage: Stage) -> str | None:
-    """The key of what lies in a stage's directory."""
+def _known(stage: Stage) -> dict:
+    """The record of what lies in a stage's directory; empty where there is none that can be read."""
     try:
         record = json.loads(_path(stage.config.workdir, RECORD).read_text())
     except (OSError, ValueError):
-        return None
-    return record.get("key") if isinstance(record, dict) else None
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _check_inputs(stages: list[Stage]) -> None:
@@ -364,7 +389,10 @@ def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:
     with warnings.catch_warnings():
         for said in stage.warnings:  # before the first stage
             warnings.filterwarnings("ignore", message=re.escape(said))
-        return trainer.run(stage.config, dry_run=dry_run)
+        try:
+            return trainer.run(stage.config, dry_run=dry_run)
+        except InputError as error:
+            raise (_in_stage(stage.name, error) if stage.name else error) from error
 
 
 # Figures that a finished stage's line shows, where it has them, of training and of held-out data.

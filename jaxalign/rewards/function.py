@@ -27,6 +27,18 @@ _LARGEST = 1e18  # of a score: float32 holds its square, and a batch's sum of su
 _NO_NUMBERS = "cSUMm"  # kinds of array types: complex, bytes, text, dates and durations
 
 
+def module_file(name: str) -> str:
+    """The source file of "package.module:function" or "file.py:function"; the name itself where it is not found."""
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        return module
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception:  # a parent package is imported on the way; what it raises is told when the function is loaded
+        spec = None
+    return spec.origin if spec and spec.origin else name
+
+
 def load_function(name: str) -> Callable[..., Any]:
     """Finds a function by "package.module:function" or "file.py:function".
 

@@ -37,6 +37,7 @@ def report(stage: Any) -> dict[str, Any]:
     say = print if is_main() else (lambda *_: None)
     c = stage.config
     stage.check_best_metric()
+    stage.write_report()
     data = stage.dataset.report
     say("data:")
     say(as_lines(data))

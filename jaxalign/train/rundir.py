@@ -108,10 +108,19 @@ class RunDir:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("run directory read")
+        if self.untrained():
+            self.begin(config)
+        return None
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Notes the configuration, once it is known that the run can go on: a refused one leaves all as it was.
+
+        Args:
+          config: the whole configuration as plain dicts.
+        """
         self.write_json("config.json", {"format": FORMAT, "config": config})
         if is_main() and (self.path / "DONE").exists():  # a longer run goes on from a finished one
             (self.path / "DONE").unlink()
-        return None
 
     def make(self) -> None:
         """Makes the directory where it is not there: process 0 does, and all are told.

@@ -9,6 +9,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel import processes
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
+from jaxalign.parallel.processes import first_problem
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
@@ -29,6 +31,7 @@ from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
+from jaxalign.train.inputs import changed, inputs_of
 from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
@@ -114,7 +117,8 @@ class Stage:
         self.eval_dataset = Dataset.build(c, self.tokenizer, purpose, "eval", eos_ids=ends, like=self.dataset)
         if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
             self.dataset.report["records"]["held_out"] = self.eval_dataset.num_records
-        directory.write_json("data_report.json", self.dataset.report)
+        if directory.untrained():
+            self.write_report()
         self.num_steps = c.num_train_steps or self.dataset.batches_per_epoch * c.num_epochs
 
         more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
@@ -202,7 +206,12 @@ class Stage:
             best_mode=c.checkpoint.best_mode,
         )
         found = checkpoints.resume(self.like, whole=c.checkpoint.resume == "whole")
-        start, state, _ = found or (0, self.start(), {})
+        start = found[0] if found else 0
+        inputs = inputs_of(self)
+        self._check_past(start, found[2] if found else {}, inputs)
+        self.directory.begin(configuration.to_dict(c))
+        self.write_report()
+        state = found[1] if found else self.start()
         dataset, eval_dataset = self.dataset, self.eval_dataset
         if program.reference is not None:
             from jaxalign.train.reference import attach
@@ -225,7 +234,7 @@ class Stage:
             evaluate=self._evaluate(frozen, eval_dataset),
             sample=self._sampler(),
             seconds_per_token=self._seconds_per_token(),
-            meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name},
+            meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name, "inputs": inputs},
             directory=self.directory,
             lock=self.lock,
             offload=self.offload,
@@ -245,6 +254,45 @@ class Stage:
             "optimizer_bytes": num_bytes(state.opt),
         }
         return results
+
+    def write_report(self) -> None:
+        """Writes what the data are and what became of them to `data_report.json`."""
+        self.directory.write_json("data_report.json", self.dataset.report)
+
+    def _check_past(self, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Refuses to go on with a run that has other inputs now, or that is longer than it is to be.
+
+        Args:
+          start: batches done.
+          meta: of the checkpoint.
+          inputs: digests by what they are of, see `inputs_of`.
+
+        Raises:
+          InputError: what changed, and the two ways on; the directory is as it was.
+        """
+        where = self.directory.path
+        if start > self.num_steps:
+            raise InputError(
+                f"{where} holds a run of {start} steps, and {self.num_steps} are asked for",
+                f"at least {start}: what was learned stays learned",
+                f"--config.num_train_steps={start}, or --config.workdir=ANOTHER",
+            )
+        if not start and (where / "DONE").exists():
+            raise InputError(
+                f"{where} holds a finished run without a checkpoint to go on from",
+                "its last checkpoint, to make it longer",
+                "the length that it had, or --config.workdir=ANOTHER",
+            )
+        before = meta.get("inputs")
+        if start and before is None:
+            say(f"warning: checkpoint {start} does not say what it was made of (an earlier version's): not compared")
+        problem = first_problem(changed(before or {}, inputs))
+        if problem:
+            raise InputError(
+                f"since checkpoint {start} of {where} there is a change in {problem}",
+                "what the run was begun with",
+                "put it back to go on, or begin anew with --config.workdir=ANOTHER",
+            )
 
     def check_best_metric(self) -> None:
         """Refuses a `checkpoint.best_metric` that evaluations will not have; nothing is computed.

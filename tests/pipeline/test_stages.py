@@ -136,6 +136,49 @@ def test_a_changed_reward_stage_reruns_itself_and_what_depends_on_it(road, train
     assert (run / "reward.old-2" / "export" / "weights").read_text() == "3e-05"
 
 
+def test_a_longer_stage_goes_on_where_its_past_stays_what_it_was(road, trainer, tmp_path):
+    constant = {"dpo__optimizer__schedule": "constant", "dpo__optimizer__warmup_steps": 2}
+    module.run(road(**constant, dpo__num_train_steps=4), log=lambda line: None)
+    dpo = tmp_path / "run" / "dpo"
+    (dpo / "checkpoints" / "4").mkdir(parents=True)
+    lines = []
+    module.run(road(**constant, dpo__num_train_steps=6), log=lines.append)
+    assert trainer.names[4:] == ["dpo"] and not list((tmp_path / "run").glob("*.old-*"))
+    assert any("dpo: goes on to another length" in line for line in lines)
+    module.run(road(**constant, dpo__num_train_steps=6), log=lambda line: None)
+    assert len(trainer.names) == 5  # done at that length
+    # a shorter one, another rate, a schedule that depends on the length, no checkpoint: anew, the earlier one kept
+    module.run(road(**constant, dpo__num_train_steps=5), log=lambda line: None)
+    assert trainer.names[5:] == ["dpo"] and (tmp_path / "run" / "dpo.old-1" / "checkpoints" / "4").is_dir()
+    module.run(road(**constant, dpo__num_train_steps=7), log=lambda line: None)
+    assert (tmp_path / "run" / "dpo.old-2").exists()
+    (dpo / "checkpoints" / "7").mkdir(parents=True)
+    module.run(road(**constant, dpo__num_train_steps=9, dpo__algorithm__beta=0.2), log=lambda line: None)
+    assert (tmp_path / "run" / "dpo.old-3").exists()
+    (dpo / "checkpoints" / "9").mkdir(parents=True)
+    module.run(road(dpo__num_train_steps=11), log=lambda line: None)
+    assert (tmp_path / "run" / "dpo.old-4").exists()
+
+
+def test_what_depends_on_a_longer_stage_is_made_again(road, trainer, tmp_path):
+    constant = {"sft__optimizer__schedule": "constant"}
+    module.run(road(**constant), log=lambda line: None)
+    (tmp_path / "run" / "sft" / "checkpoints" / "1").mkdir(parents=True)
+    module.run(road(**constant, sft__num_epochs=2), log=lambda line: None)
+    assert trainer.names[4:] == ["sft", "dpo", "reward", "ppo"]
+    assert not (tmp_path / "run" / "sft.old-1").exists() and (tmp_path / "run" / "dpo.old-1").exists()
+
+
+def test_what_a_stage_cannot_use_names_the_stages_own_flags(road, trainer, monkeypatch):
+    def refuse(config, dry_run=False):
+        raise InputError("x", "y", "--config.checkpoint.resume=whole; or --config.workdir=ANOTHER")
+
+    monkeypatch.setattr(sys.modules["jaxalign.train.trainer"], "run", refuse)
+    with pytest.raises(InputError, match="stage sft: x") as error:
+        module.run(road(), log=lambda line: None)
+    assert error.value.fix == "--config.sft.checkpoint.resume=whole; or --config.workdir=ANOTHER"
+
+
 def test_changed_data_is_a_changed_input(road, trainer, tmp_path):
     module.run(road(), log=lambda line: None)
     (tmp_path / "data.jsonl").write_text('{"prompt": "b"}\n')  # same size: content counts

@@ -1,0 +1,100 @@
+"""What a run was made of: digests of data, tokenizer, start weights and reward, by which a resume sees a change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxalign.config import get
+from jaxalign.data.cache import digest
+from jaxalign.data.files import is_url
+from jaxalign.errors import InputError
+from jaxalign.train.models import revision_of
+
+# Fields that name models, beside `model.path`.
+_MODELS = ("algorithm.reference_path", "algorithm.value_path", "rewards.model")
+_VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # of a config.json
+
+_HELD_OUT = "which records are held out of training (data.eval_fraction, data.eval_sources)"
+
+# What follows from what: where the first changed, the others did too, and are not told.
+_FOLLOWS = {
+    "the records of data.sources": (_HELD_OUT, "the tokens of the training records"),
+    _HELD_OUT: ("the tokens of the training records",),
+    "the vocabulary of the tokenizer": ("the tokens of the training records", "the tokens that end a completion"),
+    "the chat template": ("the tokens of the training records",),
+}
+
+
+def inputs_of(stage: Any) -> dict[str, str]:
+    """Digests of what a stage's numbers depend on beside its configuration, by what they are of.
+
+    Data count by the records, the choice of those that are held out, and their tokens, masks and weights; the tokenizer
+    by its vocabulary and template; a local model's weights by the names, types and shapes of all tensors and samples of
+    each one's bytes (see `models.identity.identify`), one from the hub by its commit; a reward function by the file it
+    is in, not by what that imports.
+
+    Args:
+      stage: a `trainer.Stage`.
+    """
+    c, data = stage.config, stage.dataset
+    found = {
+        "the records of data.sources": data.records_digest,
+        _HELD_OUT: digest(data.selection.tobytes()),
+        "the vocabulary of the tokenizer": digest(stage.tokenizer.get_vocab()),
+        "the chat template": digest(getattr(stage.tokenizer, "chat_template", None)),
+        "the tokens that end a completion": digest(list(stage.stop_ids)),
+        "the tokens of the training records": digest(*(data.keys("digest").tobytes(), *_arrays(data.lengths()))),
+    }
+    found |= _model("model.path", c.model.path, c.model.revision, c.model.from_scratch)
+    for field in _MODELS:
+        if path := get(c, field):
+            found |= _model(field, path, revision_of(path, c), c.model.from_scratch and path == c.model.path)
+    if name := get(c, "rewards.function"):
+        from jaxalign.rewards.function import module_file
+
+        file = Path(module_file(name)).expanduser()
+        found["the file of rewards.function"] = _content(file)
+    return found
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What is another than it was, in words; "" where all is as it was.
+
+    >>> changed({"the chat template": "a", "the tokens of the training records": "b"}, {"the chat template": "c"})
+    'the chat template'
+    """
+    wrong = [name for name in before if name in now and before[name] != now[name]]
+    told = {name for first in wrong for name in _FOLLOWS.get(first, ())}
+    return ", ".join(name for name in wrong if name not in told)
+
+
+def _arrays(lengths: Mapping[str, Any]) -> list[bytes]:
+    return [lengths[name].tobytes() for name in sorted(lengths)]
+
+
+def _model(field: str, path: str, revision: str | None, scratch: bool) -> dict[str, str]:
+    from jaxalign.models.hub import CONFIG, TOKENIZER_FILES, locate, read_json
+    from jaxalign.models.identity import identify
+
+    local = Path(path).expanduser().is_dir()
+    directory = locate(path, revision, weights=is_url(path) and not scratch)
+    config = {k: v for k, v in read_json(directory / CONFIG).items() if k not in _VOLATILE}
+    found = {f"the config.json of {field}": digest(config)}
+    if not local and not is_url(path):
+        return {f"the commit of {field}": directory.name}
+    if not scratch:
+        try:
+            found[f"the weights of {field}"] = identify(directory)
+        except InputError:  # they are gone: another thing than any that was there
+            found[f"the weights of {field}"] = "none"
+    if field == "rewards.model":  # its text goes through a tokenizer of its own
+        found[f"the tokenizer of {field}"] = digest({name: _content(directory / name) for name in TOKENIZER_FILES})
+    return found
+
+
+def _content(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if os.path.isfile(file) else "none"
