@@ -11,6 +11,7 @@ from jaxalign.data.report import as_text
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.rollout.pairs import completions_per_row
+from jaxalign.train.best import check_best_metric
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import num_bytes
@@ -36,7 +37,7 @@ def report(stage: Any) -> dict[str, Any]:
     """
     say = print if is_main() else (lambda *_: None)
     c = stage.config
-    stage.check_best_metric()
+    check_best_metric(stage)
     stage.write_report()
     data = stage.dataset.report
     say("data:")

@@ -12,6 +12,8 @@ from jaxalign.config import get
 from jaxalign.data.cache import digest
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
+from jaxalign.parallel.processes import first_problem
+from jaxalign.train.metrics import say
 from jaxalign.train.models import revision_of
 
 # Fields that name models, beside `model.path`.
@@ -70,6 +72,43 @@ def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     wrong = [name for name in before if name in now and before[name] != now[name]]
     told = {name for first in wrong for name in _FOLLOWS.get(first, ())}
     return ", ".join(name for name in wrong if name not in told)
+
+
+def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """Refuses to go on with a run that has other inputs now, or that is longer than it is to be.
+
+    Args:
+      stage: a `trainer.Stage`.
+      start: batches done.
+      meta: of the checkpoint.
+      inputs: digests by what they are of, see `inputs_of`.
+
+    Raises:
+      InputError: what changed, and the two ways on; the directory is as it was.
+    """
+    where = stage.directory.path
+    if start > stage.num_steps:
+        raise InputError(
+            f"{where} holds a run of {start} steps, and {stage.num_steps} are asked for",
+            f"at least {start}: what was learned stays learned",
+            f"--config.num_train_steps={start}, or --config.workdir=ANOTHER",
+        )
+    if not start and (where / "DONE").exists():
+        raise InputError(
+            f"{where} holds a finished run without a checkpoint to go on from",
+            "its last checkpoint, to make it longer",
+            "the length that it had, or --config.workdir=ANOTHER",
+        )
+    before = meta.get("inputs")
+    if start and before is None:
+        say(f"warning: checkpoint {start} does not say what it was made of (an earlier version's): not compared")
+    problem = first_problem(changed(before or {}, inputs))
+    if problem:
+        raise InputError(
+            f"since checkpoint {start} of {where} there is a change in {problem}",
+            "what the run was begun with",
+            "put it back to go on, or begin anew with --config.workdir=ANOTHER",
+        )
 
 
 def _arrays(lengths: Mapping[str, Any]) -> list[bytes]:

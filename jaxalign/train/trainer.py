@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import os
 import platform
 import time
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,16 +20,16 @@ from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel import processes
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
-from jaxalign.parallel.processes import first_problem
-from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings, replicated, unsplit
+from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
+from jaxalign.train.best import check_best_metric
 from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
-from jaxalign.train.inputs import changed, inputs_of
+from jaxalign.train.inputs import check_past, inputs_of
 from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
@@ -194,7 +192,7 @@ class Stage:
     def train(self) -> dict[str, Any]:
         """Trains to the end, exports, and says how it went."""
         c, program = self.config, self.program
-        self.check_best_metric()
+        check_best_metric(self)
         for sentence in unsplit(self.mesh, self.like.params):
             warnings.warn(sentence, stacklevel=2)
         for sentence in data_warnings(self.dataset, self.eval_dataset):
@@ -208,7 +206,7 @@ class Stage:
         found = checkpoints.resume(self.like, whole=c.checkpoint.resume == "whole")
         start = found[0] if found else 0
         inputs = inputs_of(self)
-        self._check_past(start, found[2] if found else {}, inputs)
+        check_past(self, start, found[2] if found else {}, inputs)
         self.directory.begin(configuration.to_dict(c))
         self.write_report()
         state = found[1] if found else self.start()
@@ -258,79 +256,6 @@ class Stage:
     def write_report(self) -> None:
         """Writes what the data are and what became of them to `data_report.json`."""
         self.directory.write_json("data_report.json", self.dataset.report)
-
-    def _check_past(self, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Refuses to go on with a run that has other inputs now, or that is longer than it is to be.
-
-        Args:
-          start: batches done.
-          meta: of the checkpoint.
-          inputs: digests by what they are of, see `inputs_of`.
-
-        Raises:
-          InputError: what changed, and the two ways on; the directory is as it was.
-        """
-        where = self.directory.path
-        if start > self.num_steps:
-            raise InputError(
-                f"{where} holds a run of {start} steps, and {self.num_steps} are asked for",
-                f"at least {start}: what was learned stays learned",
-                f"--config.num_train_steps={start}, or --config.workdir=ANOTHER",
-            )
-        if not start and (where / "DONE").exists():
-            raise InputError(
-                f"{where} holds a finished run without a checkpoint to go on from",
-                "its last checkpoint, to make it longer",
-                "the length that it had, or --config.workdir=ANOTHER",
-            )
-        before = meta.get("inputs")
-        if start and before is None:
-            say(f"warning: checkpoint {start} does not say what it was made of (an earlier version's): not compared")
-        problem = first_problem(changed(before or {}, inputs))
-        if problem:
-            raise InputError(
-                f"since checkpoint {start} of {where} there is a change in {problem}",
-                "what the run was begun with",
-                "put it back to go on, or begin anew with --config.workdir=ANOTHER",
-            )
-
-    def check_best_metric(self) -> None:
-        """Refuses a `checkpoint.best_metric` that evaluations will not have; nothing is computed.
-
-        Raises:
-          InputError: naming those that they will have.
-        """
-        name = self.config.checkpoint.best_metric
-        if not name:
-            return
-        if self.eval_dataset is None:
-            raise InputError(
-                f"checkpoint.best_metric is {name!r} and there is nothing to evaluate on",
-                "held-out data",
-                "--config.data.eval_fraction=0.05, or --config.data.eval_sources=FILE",
-            )
-        known = [f"eval/{metric}" for metric in self._eval_metrics()]
-        wanted = f"eval/{name.removeprefix('eval/')}"
-        if wanted not in known:
-            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"checkpoint.best_metric is {name!r}",
-                f"one of {', '.join(known)}",
-                f"--config.checkpoint.best_metric={near}",
-            )
-
-    def _eval_metrics(self) -> list[str]:
-        """What evaluations measure, by the shapes of a batch alone."""
-        program, rows, part = self.program, batch_sharding(self.mesh), batch_part(self.mesh)
-        if program.eval_metrics is not None:
-            return program.eval_metrics()
-        frozen = {name: role.model.abstract() for name, role in program.frozen.items()}
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[0] * part[1], *x.shape[1:]), x.dtype, sharding=rows),
-            self.eval_dataset.batch(0, *part),
-        )
-        step = make_eval_step(program.objective)
-        return sorted(jax.eval_shape(step, self.like.params, frozen, self.like.extra, batch))
 
     def _evaluate(self, frozen, dataset):
         if dataset is None:

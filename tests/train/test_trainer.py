@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.errors import InputError
 from jaxalign.train import reference, trainer
+from jaxalign.train.best import eval_metrics
 
 DOUBLES = {"model.dtype": "float64", "model.param_dtype": "float64"}
 
@@ -146,7 +147,7 @@ def test_evaluations_measure_what_the_check_of_names_expects(shared, tmp_path):
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
             stage = trainer.Stage(config, mesh, trainer.RunDir(config.workdir))
-            assert set(found) == {f"eval/{name}" for name in stage._eval_metrics()}
+            assert set(found) == {f"eval/{name}" for name in eval_metrics(stage)}
 
 
 def test_a_foreign_file_where_the_export_goes_is_refused_before_training(shared, tmp_path):

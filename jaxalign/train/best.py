@@ -1,0 +1,55 @@
+"""The metric that the best checkpoint is chosen by, checked before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import jax
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.sharding import batch_part, batch_sharding
+from jaxalign.steps.step import make_eval_step
+
+
+def check_best_metric(stage: Any) -> None:
+    """Refuses a `checkpoint.best_metric` that evaluations will not have; nothing is computed.
+
+    Args:
+      stage: a `trainer.Stage`.
+
+    Raises:
+      InputError: naming those that they will have.
+    """
+    name = stage.config.checkpoint.best_metric
+    if not name:
+        return
+    if stage.eval_dataset is None:
+        raise InputError(
+            f"checkpoint.best_metric is {name!r} and there is nothing to evaluate on",
+            "held-out data",
+            "--config.data.eval_fraction=0.05, or --config.data.eval_sources=FILE",
+        )
+    known = [f"eval/{metric}" for metric in eval_metrics(stage)]
+    wanted = f"eval/{name.removeprefix('eval/')}"
+    if wanted not in known:
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"checkpoint.best_metric is {name!r}",
+            f"one of {', '.join(known)}",
+            f"--config.checkpoint.best_metric={near}",
+        )
+
+
+def eval_metrics(stage: Any) -> list[str]:
+    """What evaluations measure, by the shapes of a batch alone."""
+    program, rows, part = stage.program, batch_sharding(stage.mesh), batch_part(stage.mesh)
+    if program.eval_metrics is not None:
+        return program.eval_metrics()
+    frozen = {name: role.model.abstract() for name, role in program.frozen.items()}
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * part[1], *x.shape[1:]), x.dtype, sharding=rows),
+        stage.eval_dataset.batch(0, *part),
+    )
+    step = make_eval_step(program.objective)
+    return sorted(jax.eval_shape(step, stage.like.params, frozen, stage.like.extra, batch))
