@@ -45,6 +45,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, (1 << 31) - 1),
     ("batch_size", 1, 1 << 20),
     ("grad_accum_steps", 1, 1 << 20),
+    ("process_timeout", 6, _MANY),
     ("profile", 0, _MANY),
     ("num_train_steps", 1, _MANY),
     ("num_epochs", 1, _MANY),

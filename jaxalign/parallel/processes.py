@@ -17,7 +17,7 @@ from jaxalign.errors import InputError
 _PORT = 8476
 
 
-def initialize() -> bool:
+def initialize(timeout: int = 100) -> bool:
     """Joins this process to the others of the run; with one process, does nothing.
 
     What is looked for, in this order:
@@ -28,6 +28,10 @@ def initialize() -> bool:
       4. a TPU slice of several hosts: `TPU_WORKER_HOSTNAMES`, or on any TPU VM what its metadata say.
 
     After it SIGTERM is swallowed by the runtime; the loop polls `reached_preemption_sync_point` instead.
+
+    Args:
+      timeout: seconds without a sign of life after which a process counts as lost; the runtime, which then ends the
+        others without words, waits a little longer than `watch.watched`.
 
     Returns:
       True where several processes were joined.
@@ -43,11 +47,13 @@ def initialize() -> bool:
         # for each; where threads are as few as cores, devices wait for each other's next one, until they are aborted.
         env.setdefault("NPROC", "64")
     found = settings(env)
+    heartbeat = {"heartbeat_timeout_seconds": int(timeout) + 30}
     if found is None:
-        return on_tpu_vm(env) and _ask_tpu_metadata()
+        return on_tpu_vm(env) and _ask_tpu_metadata(heartbeat)
     if found.get("num_processes") == 1:
         return False
-    jax.distributed.initialize(**found)  # an empty dict: jax asks the cluster (Slurm, Open MPI, TPU metadata)
+    # Where nothing is found, jax asks the cluster (Slurm, Open MPI, TPU metadata).
+    jax.distributed.initialize(**found, **heartbeat)
     return jax.process_count() > 1
 
 
@@ -97,9 +103,9 @@ def on_tpu_vm(env: Mapping[str, str]) -> bool:
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and find_spec("libtpu") is not None
 
 
-def _ask_tpu_metadata() -> bool:
+def _ask_tpu_metadata(heartbeat: dict[str, int]) -> bool:
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**heartbeat)
     except ValueError:  # chips that no cluster owns: one process
         return False
     return jax.process_count() > 1

@@ -19,7 +19,7 @@ FORMAT = 1
 
 # Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
 _NOT_IN_KEY = (
-    "workdir", "logging", "profile", "mesh", "from", "model.remat", "data.cache_dir",
+    "workdir", "logging", "process_timeout", "profile", "mesh", "from", "model.remat", "data.cache_dir",
     "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
 )  # fmt: skip
 

@@ -110,7 +110,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
             require_dtypes(dtype=model.dtype, param_dtype=model.param_dtype, frozen_dtype=model.frozen_dtype)
         except InputError as error:
             raise (_in_stage(stage.name, error) if stage.name else error) from None
-    initialize()
+    initialize(stages[0].config.process_timeout)
     say = log if is_main() else _silent
     for stage in stages:
         for warning in stage.warnings:
@@ -147,7 +147,9 @@ def _in_order(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]
 
 def is_done(workdir: str) -> bool:
     """Whether a run reached its end in this directory."""
-    return _path(workdir, "DONE").exists()
+    from jaxalign.train.rundir import results
+
+    return results(_path(workdir)) is not None
 
 
 def _check_alone(config: ConfigDict) -> None:
@@ -326,12 +328,24 @@ def _is_fresh(workdir: str) -> bool:
 
 
 def _known(stage: Stage) -> dict:
-    """The record of what lies in a stage's directory; empty where there is none that can be read."""
-    try:
-        record = json.loads(_path(stage.config.workdir, RECORD).read_text())
-    except (OSError, ValueError):
+    """The record of what lies in a stage's directory; empty where there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = _path(stage.config.workdir, RECORD)
+    if not path.exists():
         return {}
-    return record if isinstance(record, dict) else {}
+    try:
+        record = json.loads(path.read_text())
+        record["key"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path} is damaged: which configuration this stage was made by is not known",
+            "the file as it was written",
+            f"rm {path}, and the stage's directory is put aside and the stage run anew",
+        ) from error
+    return record
 
 
 def _check_inputs(stages: list[Stage]) -> None:

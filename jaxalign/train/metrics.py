@@ -17,7 +17,7 @@ import numpy as np
 from jaxalign.disk import write_whole, writing
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import is_main
-from jaxalign.train.rundir import RunDir
+from jaxalign.train.rundir import DAMAGED, RunDir
 
 
 class Writer:
@@ -162,26 +162,32 @@ def cut_back(run: RunDir, step: int) -> None:
     """Drops the rows after `step`, and a last row that a crash cut short."""
     if not run.metrics.exists():
         return
-    text = run.metrics.read_text()
-    kept = "".join(json_line for json_line, row in _rows(text) if row["step"] <= step)
-    if kept == text:
+    data = run.metrics.read_bytes()
+    rows = list(_rows(data))
+    kept = b"".join(line for line, row in rows if row is not None and row["step"] <= step)
+    if kept == data:
         return
+    if foreign := sum(row is None and line.endswith(b"\n") for line, row in rows):
+        aside = run.path / DAMAGED
+        write_whole(aside, data)
+        say(f"warning: {foreign} lines of {run.metrics} are none of a run's and are left out; all are kept in {aside}")
     write_whole(run.metrics, kept)
 
 
 def read_metrics(run: RunDir) -> list[dict]:
     """All whole rows of `metrics.jsonl`."""
-    return [row for _, row in _rows(run.metrics.read_text())] if run.metrics.exists() else []
+    return [row for _, row in _rows(run.metrics.read_bytes()) if row is not None] if run.metrics.exists() else []
 
 
-def _rows(text: str) -> Iterator[tuple[str, dict]]:
-    for line in text.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if line.endswith("\n"):
-            yield line, row
+def _rows(data: bytes) -> Iterator[tuple[bytes, dict | None]]:
+    """Lines and their rows; None for what no run has written, and for what a crash cut short."""
+    for line in data.splitlines(keepends=True):
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(line.decode())
+            if isinstance(found, dict) and type(found.get("step")) is int and line.endswith(b"\n"):
+                row = found
+        yield line, row
 
 
 def say(line: str) -> None:

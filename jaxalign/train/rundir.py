@@ -29,6 +29,7 @@ _FREE = (
     "eval",
     "checkpoint",
     "logging",
+    "process_timeout",
     "profile",
     "model.remat",
     "algorithm.offload",
@@ -50,7 +51,9 @@ _OWN = (
     "profile",
     "DONE",
     "stage.json",
+    "metrics.jsonl.damaged",
 )
+DAMAGED = "metrics.jsonl.damaged"  # what metrics.jsonl was, where it held foreign lines
 _PRINTED = (".log", ".out", ".err")
 
 
@@ -86,7 +89,7 @@ class RunDir:
             or it cannot be made, or holds what no run has written.
         """
         self.make()
-        old = self.read_json("config.json")
+        old = self._read_config()
         if old is not None:
             self._check(old, config)
             if self.checkpoints.exists() and not resume and any(self.checkpoints.iterdir()):
@@ -95,14 +98,14 @@ class RunDir:
                     "a fresh directory, or leave to go on",
                     "--config.workdir=ANOTHER or --config.checkpoint.resume=True",
                 )
-            done = self.read_json("DONE")
+            done = results(self.path)
             if done is not None and _pick(old["config"], _LENGTH) == _pick(config, _LENGTH):
                 return done
         elif self.path.exists() and any(self.path.glob("checkpoints/*")):
             raise InputError(
-                f"{self.path} has checkpoints but no config.json",
+                f"{self.path} has checkpoints but no config.json, and none of them says which configuration it is of",
                 "a run directory of jaxalign, or an empty one",
-                "--config.workdir=ANOTHER",
+                f"--config.workdir={beside(self.path)}",
             )
         if jax.process_count() > 1:  # all have read before one writes
             from jax.experimental import multihost_utils
@@ -156,8 +159,31 @@ class RunDir:
         return not (
             (self.path / "DONE").exists()
             or (checkpoints.exists() and any(checkpoints.iterdir()))
-            or (metrics.exists() and metrics.read_text().strip())
+            or (metrics.exists() and metrics.read_bytes().strip())
         )
+
+    def _read_config(self) -> Any:
+        """`config.json`; where it is gone or damaged, what the last checkpoint has kept of it; None for a new run."""
+        problem = None
+        try:
+            found = self.read_json("config.json")
+        except InputError as error:
+            found, problem = None, error
+        if found is not None:
+            return found
+        if self.checkpoints.exists():
+            from jaxalign.train.checkpoints import read_meta
+            from jaxalign.train.metrics import say
+
+            steps = sorted((int(p.name) for p in self.checkpoints.iterdir() if p.name.isdigit()), reverse=True)
+            for step in steps:
+                with contextlib.suppress(Exception):  # whatever a reader says of damaged bytes: the next one then
+                    kept = read_meta(self.checkpoints / str(step))["config"]
+                    say(f"{self.path / 'config.json'} is gone or damaged: made again from checkpoint {step}")
+                    return {"format": FORMAT, "config": kept}
+        if problem is not None:
+            raise problem
+        return None
 
     def _check(self, old: Any, config: Mapping[str, Any]) -> None:
         if not isinstance(old, Mapping) or "config" not in old or "format" not in old:
@@ -209,6 +235,21 @@ class RunDir:
                 "JSON, as a run writes it",
                 f"--config.workdir={beside(self.path)}, or remove that file",
             ) from error
+
+
+def results(path: Any) -> dict[str, Any] | None:
+    """The results of a run that is done, from `DONE`; None where there is none, or it is not what a run writes.
+
+    A damaged one is made again: the run goes on from its last checkpoint, which is its end.
+
+    Args:
+      path: the run's directory, an `epath.Path`.
+    """
+    try:
+        found = json.loads((path / "DONE").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "steps" in found else None
 
 
 @contextlib.contextmanager

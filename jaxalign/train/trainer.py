@@ -21,6 +21,7 @@ from jaxalign.parallel import processes
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
+from jaxalign.parallel.watch import watched
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
@@ -65,13 +66,13 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     config, told = fit_length(config)
     for warning in [*configuration.validate(config), *told]:
         warnings.warn(warning, stacklevel=2)
-    processes.initialize()
+    processes.initialize(config.process_timeout)
     use_compilation_cache()
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     directory = RunDir(config.workdir)
     directory.make()
-    with exclusive(directory.path) as lock:
+    with watched(config.process_timeout), exclusive(directory.path) as lock:
         if not dry_run:
             require_shared(directory)
             done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
@@ -232,7 +233,12 @@ class Stage:
             evaluate=self._evaluate(frozen, eval_dataset),
             sample=self._sampler(),
             seconds_per_token=self._seconds_per_token(),
-            meta={"mesh": dict(self.mesh.shape), "algorithm": c.algorithm.name, "inputs": inputs},
+            meta={
+                "config": configuration.to_dict(c),
+                "mesh": dict(self.mesh.shape),
+                "algorithm": c.algorithm.name,
+                "inputs": inputs,
+            },
             directory=self.directory,
             lock=self.lock,
             offload=self.offload,
@@ -241,8 +247,12 @@ class Stage:
             state, results = loop.run(state, start)
             checkpoints.wait()
         finally:
-            writer.close()
-            checkpoints.close()
+            try:
+                writer.close()
+            finally:
+                checkpoints.close()
+        if start == self.num_steps:  # it had come to its end before: all that was left to do is to export
+            results |= last_figures(read_metrics(self.directory))
         results["export"] = self._export(state, checkpoints)
         results |= {
             "steps": self.num_steps,
@@ -362,6 +372,14 @@ def use_compilation_cache() -> None:
                 flags += next((line for line in file if line.startswith(("flags", "Features"))), "")
         kind += f"-{hashlib.blake2b(flags.encode(), digest_size=6).hexdigest()}"
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/jaxalign/xla/{kind}"))
+
+
+def last_figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The `metrics` and `eval` of a run's results, from the rows that it has written."""
+    figures = [{k: v for k, v in row.items() if k not in ("step", "time")} for row in rows]
+    train = [row for row in figures if any(k == "loss" or k.startswith("loss/") for k in row)]
+    held_out = [row for row in figures if any(k.startswith("eval/") for k in row)]
+    return {"metrics": train[-1] if train else {}, "eval": held_out[-1] if held_out else {}}
 
 
 def _check_export(directory: RunDir) -> None:

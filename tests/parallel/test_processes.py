@@ -53,8 +53,9 @@ def test_one_process_does_nothing_and_several_join(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    processes.initialize()
-    assert calls == [{"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}]
+    processes.initialize(60)
+    found = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
+    assert calls == [found | {"heartbeat_timeout_seconds": 90}]  # later than our own words
 
 
 def test_a_tpu_vm_asks_its_metadata(monkeypatch):

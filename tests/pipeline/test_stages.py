@@ -30,7 +30,7 @@ def trainer(monkeypatch):
         (workdir / "export").mkdir(parents=True, exist_ok=True)
         (workdir / "export" / "weights").write_text(str(config.optimizer.learning_rate))
         if calls.stop != workdir.name:
-            (workdir / "DONE").write_text("")
+            (workdir / "DONE").write_text('{"steps": 1}')
         return {"loss": 1.0}
 
     fake = types.ModuleType("jaxalign.train.trainer")
@@ -420,3 +420,23 @@ def test_float64_of_a_later_stage_is_refused_before_the_first_one_runs(road, tra
     with pytest.raises(InputError, match=r"stage dpo: model\.dtype is float64"):
         module.run(config, log=lambda line: None)
     assert trainer.names == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00"])
+def test_a_damaged_record_of_a_stage_is_refused_with_advice_that_works(road, trainer, tmp_path, text):
+    module.run(road(), log=lambda line: None)
+    record = tmp_path / "run" / "dpo" / "stage.json"
+    record.write_text(text)
+    with pytest.raises(InputError, match=r"stage\.json is damaged") as error:
+        module.run(road(), log=lambda line: None)
+    assert f"rm {record}" in error.value.fix and len(trainer.names) == 4
+    record.unlink()
+    module.run(road(), log=lambda line: None)
+    assert trainer.names[4:] == ["dpo"] and (tmp_path / "run" / "dpo.old-1").is_dir()
+
+
+def test_a_stage_whose_end_is_damaged_is_not_skipped(road, trainer, tmp_path):
+    module.run(road(), log=lambda line: None)
+    (tmp_path / "run" / "dpo" / "DONE").write_text("{}")
+    module.run(road(), log=lambda line: None)
+    assert trainer.names[4:] == ["dpo"] and not (tmp_path / "run" / "dpo.old-1").exists()

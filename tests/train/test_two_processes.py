@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,31 @@ def test_two_processes_stop_together_go_on_and_equal_one(shared, tmp_path):
                 np.testing.assert_allclose(r[name], s[name], rtol=1e-9, atol=1e-9, err_msg=name)
     assert json.loads((tmp_path / "results.json").read_text())["num_compiles"] == 1
     assert os.listdir(two / "checkpoints") == ["5"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_is_named_and_the_same_command_goes_on(lost, shared, tmp_path):
+    workdir = tmp_path / "run"
+    spec = stories(shared, workdir, "sft", process_timeout=6, checkpoint__every=1, num_train_steps=6)
+    pair = start_both(spec, None, pace=0.3, stderr=str(tmp_path / "stderr"))
+    deadline = time.monotonic() + 200
+    while len([p for p in workdir.glob("checkpoints/*") if p.name.isdigit()]) == 0:
+        assert all(p.is_alive() for p in pair) and time.monotonic() < deadline
+        time.sleep(0.02)
+    pair[lost].kill()
+    left = pair[1 - lost]
+    assert finish(left) not in (0, None)
+    said = Path(f"{tmp_path}/stderr-{left.pid}").read_text()
+    named = f"process 1 (pid {pair[1].pid} on" if lost else "process 0, which the others meet at (localhost:"
+    assert f"lost: {named}" in said and "the same command" in said
+    if lost == 0:
+        return
+    assert finish(left) == 1
+    assert [finish(p) for p in start_both(spec, tmp_path / "results.json")] == [
+        0,
+        0,
+    ]  # at once: the lock is a dead one's
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == 6
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "ppo"])
