@@ -17,6 +17,7 @@ import jax
 from jaxalign.errors import InputError
 
 _BEATS, _LOST = "jaxalign/beats/", "jaxalign/lost"
+_STORE = "process 0, which the others meet at ({})"
 _SLICE = 1.0  # seconds that a question to process 0 waits for news
 # What libraries say when another process does not answer.
 _SILENCE = re.compile(
@@ -46,6 +47,8 @@ class Watch:
         self._seen: dict[int, tuple[str, float]] = {}
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._thread.start()
+        if index:
+            threading.Thread(target=self._hold, name="watch of process 0", daemon=True).start()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -80,9 +83,24 @@ class Watch:
                 now = time.monotonic()
                 failing = now if failing is None else failing
                 if "UNAVAILABLE" in str(error) or now - failing > self._timeout:
-                    self._end(f"process 0, which the others meet at ({_address()})")
+                    self._end(_STORE.format(_address()))
             if self._index == 0:
                 self._ended.wait(self._every)
+
+    def _hold(self) -> None:
+        """Keeps a connection to process 0: it breaks at once where that is killed, and the runtime gives no time."""
+        host, _, port = _address().rpartition(":")
+        while not self._ended.is_set():
+            try:
+                with socket.create_connection((host.strip("[]"), int(port)), timeout=self._timeout) as line:
+                    line.settimeout(None)
+                    while line.recv(4096):  # what its server says to a stranger
+                        pass
+            except ConnectionRefusedError:
+                self._end(_STORE.format(_address()))
+            except OSError:
+                pass
+            self._ended.wait(0.01)  # servers hang up on who says nothing: then it is called again
 
     def _news(self) -> str:
         """What process 0 has told, "" for nothing; takes as long as two beats are apart."""

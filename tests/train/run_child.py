@@ -73,8 +73,6 @@ def child(spec, results, options):
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={options.get('devices', DEVICES)}")
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    if options.get("stderr"):  # the file's own name ends in the process's id
-        os.dup2(os.open(f"{options['stderr']}-{os.getpid()}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     import jax
 
     # Compiled once for all children: they run the same few programs.
