@@ -86,7 +86,7 @@ def _common() -> ConfigDict:
             "num_epochs": 1,
             "batch_size": 64,  # rows of a global batch: records, pairs or prompts where rows are not packed
             "grad_accum_steps": 1,
-            "process_timeout": 100,  # seconds without a sign of life after which another process of the run is lost
+            "process_timeout": 300,  # seconds without a sign of life after which another process of the run is lost
             "profile": 0,  # steps whose time is told by phase, with a trace in workdir/profile; 0: none
             "model": {
                 "path": none(str),  # directory or hub id

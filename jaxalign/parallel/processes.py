@@ -17,7 +17,7 @@ from jaxalign.errors import InputError
 _PORT = 8476
 
 
-def initialize(timeout: int = 100) -> bool:
+def initialize(timeout: int = 300) -> bool:
     """Joins this process to the others of the run; with one process, does nothing.
 
     What is looked for, in this order:
@@ -47,7 +47,7 @@ def initialize(timeout: int = 100) -> bool:
         # for each; where threads are as few as cores, devices wait for each other's next one, until they are aborted.
         env.setdefault("NPROC", "64")
     found = settings(env)
-    heartbeat = {"heartbeat_timeout_seconds": int(timeout) + 30}
+    heartbeat: dict[str, Any] = {"heartbeat_timeout_seconds": int(timeout) + 30}
     if found is None:
         return on_tpu_vm(env) and _ask_tpu_metadata(heartbeat)
     if found.get("num_processes") == 1:
@@ -103,7 +103,7 @@ def on_tpu_vm(env: Mapping[str, str]) -> bool:
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and find_spec("libtpu") is not None
 
 
-def _ask_tpu_metadata(heartbeat: dict[str, int]) -> bool:
+def _ask_tpu_metadata(heartbeat: dict[str, Any]) -> bool:
     try:
         jax.distributed.initialize(**heartbeat)
     except ValueError:  # chips that no cluster owns: one process

@@ -82,7 +82,7 @@ class Watch:
                     return
                 now = time.monotonic()
                 failing = now if failing is None else failing
-                if "UNAVAILABLE" in str(error) or now - failing > self._timeout:
+                if now - failing > self._timeout:
                     self._end(_STORE.format(_address()))
             if self._index == 0:
                 self._ended.wait(self._every)
