@@ -77,7 +77,7 @@ class Watch:
                 if self._index and (lost := self._news()):
                     self._end(lost)
                 failing = None
-            except Exception as error:
+            except Exception:
                 if self._ended.is_set():
                     return
                 now = time.monotonic()
