@@ -21,10 +21,19 @@ def config(tmp_path):
     return c
 
 
+def opened(config):
+    """As the trainer does: what is there is compared, then the run begins."""
+    run = RunDir(config.workdir)
+    done = run.open(to_dict(config), resume=True)
+    if done is None:
+        run.begin(to_dict(config))
+    return done
+
+
 def trained(config, *, checkpoint=True):
     """A directory in which this configuration was trained for two steps."""
     run = RunDir(config.workdir)
-    assert run.open(to_dict(config), resume=True) is None
+    assert opened(config) is None
     writer = Writer(run, config.logging, start=0, config={})
     for step in (1, 2):
         writer.write(step, {"loss": 1.0 / step})
@@ -55,7 +64,7 @@ def test_foreign_lines_among_the_figures_are_put_aside(config, foreign, capsys):
     assert run.metrics.read_bytes() == whole
     assert (run.path / DAMAGED).read_bytes() == first + foreign + second
     assert "1 lines" in capsys.readouterr().err
-    assert RunDir(config.workdir).open(to_dict(config), resume=True) is None  # the copy is the run's own
+    assert opened(config) is None  # the copy is the run's own
 
 
 def test_a_line_that_a_crash_cut_short_is_no_damage(config, capsys):
@@ -76,7 +85,7 @@ def test_a_damaged_configuration_is_made_again_from_a_checkpoint(config, text, c
     changed = to_dict(config) | {"batch_size": 2}
     with pytest.raises(InputError, match=r"batch_size \(was 64, is 2\)"):  # it is still compared
         RunDir(config.workdir).open(changed, resume=True)
-    assert RunDir(config.workdir).open(to_dict(config), resume=True) is None
+    assert opened(config) is None
     assert path.read_text() == before and "checkpoint 2" in capsys.readouterr().err
 
 
@@ -88,7 +97,7 @@ def test_without_a_checkpoint_a_damaged_configuration_is_removed_as_advised(conf
         RunDir(config.workdir).open(to_dict(config), resume=True)
     assert "remove that file" in error.value.fix
     path.unlink()
-    assert RunDir(config.workdir).open(to_dict(config), resume=True) is None
+    assert opened(config) is None
     assert json.loads(path.read_text())["config"]["batch_size"] == 64
 
 
@@ -109,6 +118,6 @@ def test_an_end_that_says_nothing_is_no_end(config, text):
     run = trained(config)
     (run.path / "DONE").write_text(text)
     assert results(run.path) is None
-    assert RunDir(config.workdir).open(to_dict(config), resume=True) is None  # it goes on, and writes it anew
+    assert opened(config) is None  # it goes on, and writes it anew
     run.write_json("DONE", {"steps": 2})
-    assert RunDir(config.workdir).open(to_dict(config), resume=True) == {"steps": 2}
+    assert opened(config) == {"steps": 2}
