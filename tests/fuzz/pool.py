@@ -1,0 +1,137 @@
+"""Worker processes for many cases: one that hangs or dies is ended and replaced, and the case is told of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.fuzz.case import Case, Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 300.0  # seconds until a worker is ready, its world built
+
+
+class Worker:
+    """A process that runs cases, and is started again after one that it did not survive."""
+
+    def __init__(self, directory: Path, seed: int):
+        self.directory, self.seed = directory, seed
+        self.process: subprocess.Popen | None = None
+
+    def run(self, case: Case) -> Outcome:
+        """A case's outcome."""
+        if self.process is None:
+            self._start()
+        started = time.monotonic()
+        self.process.stdin.write(f"{case.title}\n".encode())
+        self.process.stdin.flush()
+        answer = self._answer(case.limit)
+        if answer is not None and answer.startswith("{"):
+            return Outcome(**json.loads(answer))
+        self.stop()
+        ended = "hang" if answer is None else "died"
+        return Outcome(None, self._log(), time.monotonic() - started, ended)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def _start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        command = [*_apart(), sys.executable, "-m", "tests.fuzz.worker", str(self.directory), str(self.seed)]
+        flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join(flags),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self.directory / "worker.log", "wb"),  # noqa: SIM115
+            env=environment,
+            cwd=ROOT,
+        )
+        if self._answer(START) != "ready":
+            log = self._log()
+            self.stop()
+            raise RuntimeError(f"a worker did not start:\n{log}")
+
+    def _answer(self, limit: float) -> str | None:
+        """A line of the process: None where none came in time, "" where it has ended."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(limit):
+                return None
+        return self.process.stdout.readline().decode().strip()
+
+    def _log(self) -> str:
+        texts = [self.directory / "worker.log", self.directory / "here" / "printed.txt"]
+        return "\n".join(t.read_text(errors="replace")[-2000:] for t in texts if t.exists())
+
+
+def _apart() -> list[str]:
+    """A prefix that gives a process mounts of its own, for disks that are full; none where that is not allowed."""
+    if os.geteuid() == 0 and shutil.which("unshare"):
+        prefix = ["unshare", "--mount"]
+        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            return prefix
+    return []
+
+
+def run_all(
+    cases: Iterable[Case], *, seed: int, workers: int = 2, told: Callable[[Case, Outcome], None]
+) -> None:
+    """Runs cases on so many processes.
+
+    Args:
+      cases: each is run once.
+      seed: that the cases were made from.
+      workers: processes.
+      told: called with each outcome, from one thread at a time.
+    """
+    waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
+    for case in cases:
+        waiting.put(case)
+    lock, errors = threading.Lock(), []
+    with tempfile.TemporaryDirectory(prefix="jaxalign-fuzz-") as folder:
+
+        def work(number: int) -> None:
+            worker = Worker(Path(folder) / f"worker-{number}", seed)
+            try:
+                while not errors:
+                    case = waiting.get_nowait()
+                    outcome = worker.run(case)
+                    with lock:
+                        told(case, outcome)
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                worker.stop()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
