@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from tests.fuzz import cases_config, cases_configfile
+from tests.fuzz import cases_config, cases_configfile, cases_data, cases_datafiles
 from tests.fuzz.case import Case
 
-MODULES = (cases_config, cases_configfile)
+MODULES = (cases_config, cases_configfile, cases_data, cases_datafiles)
 
 
 def all_cases(seed: int = 0) -> list[Case]:
