@@ -45,6 +45,8 @@ def main() -> int:
     def told(case, outcome):
         verdict, why = judge(case, outcome)
         counts[case.group, verdict] += 1
+        if sum(counts.values()) % 100 == 0:
+            print(f"{sum(counts.values())} of {len(cases)} cases, {time.monotonic() - started:.0f} s", flush=True)
         rows.append({"title": case.title, "verdict": verdict, "why": why, **outcome._asdict()})
         if verdict != OK:
             print(f"{verdict}: {case.title} (expected: {case.expect}): {why}", flush=True)

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import random
 
-from tests.fuzz import cases_config, cases_configfile, cases_data, cases_datafiles
+from tests.fuzz import (
+    cases_commands,
+    cases_config,
+    cases_configfile,
+    cases_data,
+    cases_datafiles,
+    cases_models,
+    cases_rewards,
+)
 from tests.fuzz.case import Case
 
-MODULES = (cases_config, cases_configfile, cases_data, cases_datafiles)
+MODULES = (
+    cases_config,
+    cases_configfile,
+    cases_data,
+    cases_datafiles,
+    cases_models,
+    cases_rewards,
+    cases_commands,
+)
 
 
 def all_cases(seed: int = 0) -> list[Case]:
