@@ -32,12 +32,12 @@ LONGEST = 6000  # characters of a refusal: more is a dump, not a message
 class Case(NamedTuple):
     """One bad input."""
 
-    group: str  # config, data, models, rewards, commands, files, damage, change
+    group: str  # the kind of input
     name: str  # unique in its group
-    make: Callable[[Place], list[str]]  # writes the input, returns the arguments of the command
+    make: Callable[[Place], list[str] | Outcome]  # writes the input; gives a command's arguments, or what it ran did
     expect: str = REFUSED
     words: tuple[str, ...] = ()  # the answer names these; "a|b" is either
-    after: Callable[[Place], str] | None = None  # looks at an accepted case's results: what is wrong, or ""
+    after: Callable[[Place, int], str] | None = None  # looks at results, by the exit status: what is wrong, or ""
     limit: float = 60.0  # seconds
 
     @property
@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
     text: str  # all that was printed, with the traceback
     seconds: float
     ended: str = ""  # "hang" or "died" where the process had to be ended, or ended
-    complaint: str = ""  # what is wrong with the results of an accepted case
+    complaint: str = ""  # what is wrong with the results
 
 
 _REFUSAL = re.compile(r"^\s*found: +(\S.*?)^\s*expected: +(\S.*?)^\s*fix: +(\S.*)", re.MULTILINE | re.DOTALL)

@@ -10,8 +10,10 @@ from tests.fuzz import (
     cases_configfile,
     cases_data,
     cases_datafiles,
+    cases_faults,
     cases_models,
     cases_rewards,
+    cases_signals,
 )
 from tests.fuzz.case import Case
 
@@ -23,6 +25,8 @@ MODULES = (
     cases_models,
     cases_rewards,
     cases_commands,
+    cases_faults,
+    cases_signals,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -51,7 +52,7 @@ class Worker:
 
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = [*_apart(), sys.executable, "-m", "tests.fuzz.worker", str(self.directory), str(self.seed)]
+        command = [*(["unshare", "--mount"] if own_mounts() else []), sys.executable, "-m", "tests.fuzz.worker", str(self.directory), str(self.seed)]
         flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -83,17 +84,17 @@ class Worker:
         return self.process.stdout.readline().decode().strip()
 
     def _log(self) -> str:
-        texts = [self.directory / "worker.log", self.directory / "here" / "printed.txt"]
+        texts = [self.directory / "worker.log", self.directory / "printed.txt"]
         return "\n".join(t.read_text(errors="replace")[-2000:] for t in texts if t.exists())
 
 
-def _apart() -> list[str]:
-    """A prefix that gives a process mounts of its own, for disks that are full; none where that is not allowed."""
-    if os.geteuid() == 0 and shutil.which("unshare"):
-        prefix = ["unshare", "--mount"]
-        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
-            return prefix
-    return []
+@functools.cache
+def own_mounts() -> bool:
+    """Whether a process can have mounts of its own, for disks that are full."""
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        return False
+    tried = ["unshare", "--mount", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tempfile.gettempdir()]
+    return subprocess.run(tried, capture_output=True).returncode == 0
 
 
 def run_all(
