@@ -262,16 +262,15 @@ def _names(rng):
     everywhere = fields((int, float, bool, str, tuple))
     for field, algorithms in everywhere.items():
         *parents, leaf = field.split(".")
-        for _ in range(2):
-            wrong = ".".join([*parents, _misspelt(leaf, rng)])
-            if wrong not in everywhere and wrong not in _ALIASES:
-                yield _name(rng.choice(algorithms), wrong, field if len(leaf) > 3 else "", rng)
+        wrong = ".".join([*parents, _misspelt(leaf, rng)])
+        if wrong not in everywhere and wrong not in _ALIASES:
+            yield _name(rng.choice(algorithms), wrong, field if len(leaf) > 3 else "", rng)
         if parents:  # without its section, or in another one
             other = rng.choice([s for s in ("model", "data", "optimizer", "checkpoint") if s != parents[0]])
-            for wrong in (leaf, f"{other}.{leaf}"):
-                if wrong not in everywhere and wrong not in _ALIASES:
-                    same = [f for f in everywhere if f.rsplit(".", 1)[-1] == leaf]
-                    yield _name(rng.choice(algorithms), wrong, leaf if len(same) == 1 else "", rng)
+            wrong = rng.choice((leaf, f"{other}.{leaf}"))
+            if wrong not in everywhere and wrong not in _ALIASES:
+                same = [f for f in everywhere if f.rsplit(".", 1)[-1] == leaf]
+                yield _name(rng.choice(algorithms), wrong, leaf if len(same) == 1 else "", rng)
 
 
 def _name(algorithm: str, wrong: str, ours: str, rng: random.Random) -> Case:

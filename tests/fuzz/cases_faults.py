@@ -188,7 +188,6 @@ def _changes():
         "weights-one-bit": (lambda p: _weights(p, lambda v: _one_bit(v)), ("model",)),
         "theta-other": (lambda p: changed(p.here / "model" / "config.json",
                                           rope_parameters={"rope_type": "default", "rope_theta": 500.0}), ("model",)),
-        "model-gone": (lambda p: (p.here / "model" / "model.safetensors").unlink(), ("model",)),
         "learning-rate": (add("c.optimizer.learning_rate = 2e-3"), ("learning_rate",)),
         "batch-size": (add("c.batch_size = 8"), ("batch_size",)),
         "seed": (add("c.seed = 1"), ("seed",)),
@@ -201,10 +200,8 @@ def _changes():
     }  # fmt: skip
     for run in ALL:
         for name, (change, words) in changes.items():
-            if run == "stages" and not name.startswith(("data", "model-gone")):
+            if run == "stages" and not name.startswith("data"):
                 continue  # another key: the stage is run anew, its earlier result kept
-            if run == "stages" and name == "model-gone":
-                continue
 
             def make(place, run=run, change=change):
                 put(place, run, "killed")
@@ -219,6 +216,14 @@ def _changes():
         return ARGUMENTS
 
     yield Case("change", "reward-eval-sources", held_out, REFUSED, ("eval",), limit=LIMIT)
+    for run in ALL:
+
+        def without(place, run=run):
+            put(place, run, "killed")
+            (place.here / "model" / "model.safetensors").unlink()
+            return ARGUMENTS
+
+        yield Case("change", f"{run}-weights-gone", without, SOUND, ("model",), _resumed(run), LIMIT)
     fine = {
         "nothing": lambda p: None,
         "logging": add("c.logging.every = 2; c.logging.every = 1"),

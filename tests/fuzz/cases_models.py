@@ -239,7 +239,7 @@ def _tensors():
         "bias": (lambda t: {**t, q.replace("weight", "bias"): np.ones(16, np.float32)}, REFUSED, ("bias",)),
         "transposed": (of("model.layers.0.mlp.up_proj.weight", lambda a: a.T.copy()), REFUSED, ("up_proj",)),
         "flat": (of(q, lambda a: a.ravel()), REFUSED, (q,)),
-        "scalar": (of(norm, lambda a: np.float32(1).reshape(())), REFUSED, (norm,)),
+        "scalar": (of(norm, lambda a: np.ones((), np.float32)), REFUSED, (norm,)),
         "empty": (of(norm, lambda a: a[:0]), REFUSED, (norm,)),
         "longer": (of(norm, lambda a: np.ones(17, np.float32)), REFUSED, (norm,)),
         "integers": (of(q, lambda a: np.zeros(a.shape, np.int32)), REFUSED, (q,)),
@@ -366,7 +366,7 @@ def _tokenizers():
         ]
 
     changes = {
-        "too-many-ids": (vocabulary(more), REFUSED, ("<extra199>",)),
+        "too-many-ids": (vocabulary(more), REFUSED, ("<extra",)),
         "model-null": (tokenizer(model=None), REFUSED, ("tokenizer",)),
         "model-unknown": (tokenizer(model={"type": "Mystery"}), REFUSED, ("tokenizer",)),
         "vocabulary-empty": (vocabulary(lambda v: v["model"].update(vocab={}, merges=[])), REFUSED, ()),
@@ -398,7 +398,7 @@ def _tokenizers():
             vocabulary(more)(m)
             return train(place, algorithm, "c.model.tokenizer = 'm'", *lines, dry=True)
 
-        return Case("tokenizer", name, make, REFUSED, ("<extra199>",))
+        return Case("tokenizer", name, make, REFUSED, ("<extra",))
 
     for algorithm in ("sft", "dpo", "reward", "ppo"):
         yield dry(f"too-many-ids-{algorithm}", algorithm)

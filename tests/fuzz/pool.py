@@ -76,12 +76,29 @@ class Worker:
             raise RuntimeError(f"a worker did not start:\n{log}")
 
     def _answer(self, limit: float) -> str | None:
-        """A line of the process: None where none came in time, "" where it has ended."""
+        """A line of the process: None where none came in time, "" where it has ended.
+
+        Past the limit a process hangs where it does nothing, or has worked for as long; on a machine that is busy
+        with other things it is given more time.
+        """
+        started, before, seen = time.monotonic(), self._worked(), [self._worked()] * 10
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(limit):
-                return None
+            while not selector.select(2.0):
+                waited, worked = time.monotonic() - started, self._worked()
+                seen = [*seen[1:], worked]
+                idle = worked - seen[0] < 0.1
+                if waited > limit and (idle or worked - before > limit or waited > 8 * limit):
+                    return None
         return self.process.stdout.readline().decode().strip()
+
+    def _worked(self) -> float:
+        """Seconds of processor time that the process has had."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _log(self) -> str:
         texts = [self.directory / "worker.log", self.directory / "printed.txt"]

@@ -75,8 +75,9 @@ def made(place: Place, run: str, state: str) -> Path:
             if status != 0:
                 raise RuntimeError(f"the whole run of {run} fails:\n{text}")
         else:
-            child = Child(ARGUMENTS, here=here, pace=0.2)
+            child = Child(ARGUMENTS, here=here, pace=0.5)
             child.until(KILLED, directory(here, run) / "metrics.jsonl")
+            child.until_true((directory(here, run) / "checkpoints" / str(KILLED - 1)).exists)
             child.send(signal.SIGKILL)
             outcome = child.end()
             if outcome.status != -signal.SIGKILL:
