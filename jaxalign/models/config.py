@@ -160,7 +160,9 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
         raise _wrong("id2label", labels, "an object of names by number, or no such field")
     if "max_position_embeddings" in hf:
         _integer(hf, "max_position_embeddings")
-    token_ids(hf, "eos_token_id")
+    ends, vocabulary = token_ids(hf, "eos_token_id"), _integer(hf, "vocab_size")
+    if any(i >= vocabulary for i in ends):
+        raise _wrong("eos_token_id", hf["eos_token_id"], f"an id of the vocabulary, below {vocabulary}")
     if architectures[0] == "LlamaForSequenceClassification" and labels is not None and len(labels) != 1:
         raise InputError(
             f"id2label with {len(labels)} labels in config.json",
@@ -177,7 +179,7 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
     if head_dim % 2:
         raise _wrong("head_dim", head_dim, "an even number: rotary embeddings turn pairs")
     config = ModelConfig(
-        vocab_size=_integer(hf, "vocab_size"),
+        vocab_size=vocabulary,
         num_layers=_integer(hf, "num_hidden_layers"),
         embed_dim=embed,
         mlp_dim=_integer(hf, "intermediate_size"),

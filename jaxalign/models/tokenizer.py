@@ -11,6 +11,8 @@ from jaxalign.errors import InputError
 from jaxalign.models.config import token_ids
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
 
+# What transformers reads of a tokenizer.
+_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 
 
@@ -47,6 +49,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # transformers raises whatever its back end raised
+            for name in _JSON_FILES:  # one that is no JSON is named
+                if (directory / name).is_file():
+                    read_json(directory / name)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
                 f"the tokenizer in {directory} cannot be read: {reason[:400]}",
@@ -56,6 +61,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
         _check_syntax(tokenizer, chat_template)
+    _check_settings(tokenizer, directory)
     tokenizer.pad_token_id = choose_pad(tokenizer)
     return tokenizer
 
@@ -68,7 +74,10 @@ def _template(chat_template: str) -> str:
     file = Path(chat_template).expanduser()
     try:
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            if text.strip():
+                return text
+            raise InputError(f"chat_template {chat_template[:80]!r}: the file is empty", "a Jinja template", fix)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"chat_template {chat_template[:80]!r}: {error}", "a file of UTF-8 text", fix) from error
     raise InputError(f"chat_template {chat_template[:80]!r}", "a file that is there, or a Jinja template", fix)
@@ -89,6 +98,18 @@ def _check_syntax(tokenizer: Any, chat_template: str) -> None:
         ) from error
     except Exception:  # it may want a system message, tools, or another order of turns
         return
+
+
+def _check_settings(tokenizer: Any, directory: Path) -> None:
+    """Settings that transformers takes as they are and trips over when the first text comes."""
+    for name, kinds in (("chat_template", (str, dict, list, type(None))), ("model_max_length", (int, float))):
+        value = getattr(tokenizer, name, None)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise InputError(
+                f"{name} is {value!r} in {directory / 'tokenizer_config.json'}",
+                "a template" if name == "chat_template" else "a number",
+                f"that file with a right {name}, or without it",
+            )
 
 
 def choose_pad(tokenizer: Any) -> int:

@@ -48,6 +48,8 @@ def main() -> int:
         if sum(counts.values()) % 100 == 0:
             print(f"{sum(counts.values())} of {len(cases)} cases, {time.monotonic() - started:.0f} s", flush=True)
         rows.append({"title": case.title, "verdict": verdict, "why": why, **outcome._asdict()})
+        if outcome.seconds > case.limit and verdict == OK:
+            print(f"slow: {case.title}: {outcome.seconds:.0f} s", flush=True)
         if verdict != OK:
             print(f"{verdict}: {case.title} (expected: {case.expect}): {why}", flush=True)
         if args.show:

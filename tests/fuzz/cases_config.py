@@ -77,7 +77,8 @@ def _numbers(rng):
     for kind in (int, float):
         for field, algorithms in fields((kind,)).items():
             for name, value in _NONSENSE.items():
-                yield _case(rng, field, algorithms, name, value, REFUSED)
+                cast = kind is float and name == "true"  # ml_collections makes it 1.0 before anybody looks
+                yield _case(rng, field, algorithms, name, value, SOUND if cast else REFUSED)
             negative = SOUND if field.startswith(_MAY_BE_NEGATIVE) else REFUSED
             yield _case(rng, field, algorithms, "minus-1", ("-1", "-1"), negative)
             yield _case(rng, field, algorithms, "0", ("0", "0"), REFUSED if field in _NOT_ZERO else SOUND)
@@ -92,7 +93,7 @@ def _numbers(rng):
                 yield _case(rng, field, algorithms, "part", ("2.5", "2.5"), REFUSED)
             else:  # float32 does not hold these
                 yield _case(rng, field, algorithms, "huge", ("1e300", "1e300"), REFUSED)
-                yield _case(rng, field, algorithms, "digits", ("1" + "0" * 400, "10**400"), REFUSED)
+                yield _case(rng, field, algorithms, "digits", ("1" + "0" * 400, "10**400"), REFUSED, words=(f"{field.rsplit('.', 1)[-1]}|config.py",))
 
 
 def _choices(rng):

@@ -121,7 +121,7 @@ def _fields(rng):
     harmless |= {"bos_token_id": others["bos_token_id"], "pad_token_id": others["pad_token_id"], "dtype": others["dtype"]}
     for field, wrong in others.items():
         for number, value in enumerate(wrong):
-            soft = value in harmless.get(field, ()) or (field, number) in {("rope_parameters", 2), ("eos_token_id", 4)}
+            soft = value in harmless.get(field, ()) or (field, number) in {("rope_parameters", 2), ("eos_token_id", 1), ("eos_token_id", 4)}
             head = field in ("id2label",)
 
             def change(m, field=field, value=value):
@@ -369,13 +369,13 @@ def _tokenizers():
         "too-many-ids": (vocabulary(more), REFUSED, ("<extra",)),
         "model-null": (tokenizer(model=None), REFUSED, ("tokenizer",)),
         "model-unknown": (tokenizer(model={"type": "Mystery"}), REFUSED, ("tokenizer",)),
-        "vocabulary-empty": (vocabulary(lambda v: v["model"].update(vocab={}, merges=[])), REFUSED, ()),
+        "vocabulary-empty": (vocabulary(lambda v: v["model"].update(vocab={}, merges=[])), SOUND, ()),
         "added-null": (tokenizer(added_tokens=None), REFUSED, ("tokenizer",)),
         "added-number": (tokenizer(added_tokens=[3]), REFUSED, ("tokenizer",)),
         "version-unknown": (tokenizer(version="9.0"), SOUND, ()),
         "no-eos": (settings(eos_token=None), SOUND, ()),
         "no-tokens": (settings(eos_token=None, bos_token=None, pad_token=None, unk_token=None), SOUND, ()),
-        "eos-unknown": (settings(eos_token="<nowhere>"), REFUSED, ("<nowhere>",)),
+        "eos-unknown": (settings(eos_token="<nowhere>"), SOUND, ()),
         "pad-unknown": (settings(pad_token="<nowhere>"), SOUND, ()),
         "eos-number": (settings(eos_token=3), REFUSED, ()),
         "eos-list": (settings(eos_token=["</s>"]), REFUSED, ()),
@@ -429,7 +429,7 @@ def _templates():
         "blank": (" ", REFUSED),
         "drops-answers": ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", REFUSED),
         "drops-users": ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", SOUND),
-        "backwards": ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", REFUSED),
+        "backwards": ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", SOUND),
         "changes-text": ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", SOUND),
         "of-the-clock": ("{{ strftime_now('%f') }}{% for m in messages %}{{ m.content }}{% endfor %}", SOUND),
     }

@@ -24,7 +24,7 @@ class Child:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.child", str(pace), *argv],
             cwd=here,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(here.parents[1] / "xla")},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=open(self.log, "wb"),  # noqa: SIM115
             stderr=subprocess.STDOUT,
@@ -64,9 +64,6 @@ class Child:
 def main() -> int:
     """Runs the command at its pace."""
     pace = float(sys.argv[1])
-    import jax
-
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if pace:
         from jaxalign.data.loader import Dataset
 

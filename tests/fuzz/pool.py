@@ -19,7 +19,9 @@ from pathlib import Path
 from tests.fuzz.case import Case, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-START = 300.0  # seconds until a worker is ready, its world built
+START = 600.0  # seconds until a worker is ready, its world built
+# Programs that are compiled once for all campaigns.
+COMPILED = Path(tempfile.gettempdir()) / f"jaxalign-tests-{os.getuid()}" / "xla-fuzz"
 
 
 class Worker:
@@ -57,6 +59,8 @@ class Worker:
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": " ".join(flags),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

@@ -57,10 +57,6 @@ def main() -> None:
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(directory.parent / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     from tests.fuzz.cases import all_cases
 
     cases = {case.title: case for case in all_cases(seed)}

@@ -77,6 +77,8 @@ def get_config():
     if algorithm == "ppo":
         text += f'    c.rewards.function = "{world}/r.py:reward"\n    c.rollout.max_new_tokens = 4\n'
         text += "    c.algorithm.num_ppo_epochs = 1\n"
+    else:  # one shape for all data: what is compiled for one case serves the next
+        text += f"    c.data.row_length = {64 if algorithm == 'sft' else 128}\n"
     if algorithm in ("dpo", "ppo"):
         text += "    c.logging.samples_every = 0\n"
     return text + "".join(f"    {line}\n" for line in lines) + "    return c\n"

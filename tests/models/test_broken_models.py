@@ -70,6 +70,7 @@ def test_a_config_that_is_no_object_is_named(checkpoint, text):
         ("eos_token_id", "x"),
         ("eos_token_id", [[1]]),
         ("eos_token_id", 2.5),
+        ("eos_token_id", [2, 10**9]),
         ("id2label", 3),
     ],
 )

@@ -101,6 +101,31 @@ def test_a_template_that_can_never_render_is_told_at_once(shared, tmp_path, text
         load_tokenizer(source, chat_template="a" * 5000)
 
 
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{% mystery %}", "{{ messages", " ", b"{{ \xff }}"])
+def test_a_template_that_cannot_be_read_is_refused_before_a_record_needs_it(shared, tmp_path, template):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(template if isinstance(template, bytes) else template.encode())
+    with pytest.raises(InputError, match=r"chat_template .*chat\.jinja"):
+        load_tokenizer(shared / "models" / "stories260k-llama", chat_template=str(file))
+
+
+def test_a_template_may_use_what_transformers_adds_to_jinja(shared):
+    marked = "{% for m in messages %}{%- generation -%}{{ m.content }}{% break %}{% endgeneration %}{% endfor %}"
+    assert load_tokenizer(shared / "models" / "stories260k-llama", chat_template=marked).chat_template == marked
+
+
+@pytest.mark.parametrize("field, value", [("chat_template", 3), ("model_max_length", "x"), (None, b"{"), (None, b"[]")])
+def test_settings_that_cannot_be_are_named_with_their_file(shared, tmp_path, field, value):
+    for file in (shared / "models" / "stories260k-llama").iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    settings = tmp_path / "tokenizer_config.json"
+    text = value if field is None else json.dumps(json.loads(settings.read_text()) | {field: value}).encode()
+    settings.write_bytes(text)
+    with pytest.raises(InputError) as refused:
+        load_tokenizer(tmp_path)
+    assert str(settings) in refused.value.found and (field or "JSON") in str(refused.value)
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer(tmp_path)
