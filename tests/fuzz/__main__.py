@@ -1,9 +1,9 @@
 """The fuzz campaign: hundreds of bad inputs, each to be refused with words, never with a traceback or in silence.
 
-    python -m tests.fuzz                      everything, with a count by group and verdict; status 1 where one failed
-    python -m tests.fuzz config data/fifo     groups, or cases whose title begins so
-    python -m tests.fuzz --list               the titles
-    python -m tests.fuzz --show config/...    what was printed, too
+python -m tests.fuzz                      everything, with a count by group and verdict; status 1 where one failed
+python -m tests.fuzz config data/fifo     groups, or cases whose title begins so
+python -m tests.fuzz --list               the titles
+python -m tests.fuzz --show config/...    what was printed, too
 """
 
 from __future__ import annotations

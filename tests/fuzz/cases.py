@@ -14,6 +14,7 @@ from tests.fuzz import (
     cases_models,
     cases_rewards,
     cases_signals,
+    cases_tokenizers,
 )
 from tests.fuzz.case import Case
 
@@ -23,6 +24,7 @@ MODULES = (
     cases_data,
     cases_datafiles,
     cases_models,
+    cases_tokenizers,
     cases_rewards,
     cases_commands,
     cases_faults,

@@ -54,7 +54,15 @@ def _case(name, command, changes, expect=REFUSED, words=(), prepare=write_lines,
 
 
 def _numbers():
-    values = {"nan": "nan", "inf": "inf", "minus-inf": "-inf", "negative": "-1", "zero": "0", "text": "x", "none": "None"}
+    values = {
+        "nan": "nan",
+        "inf": "inf",
+        "minus-inf": "-inf",
+        "negative": "-1",
+        "zero": "0",
+        "text": "x",
+        "none": "None",
+    }
     values |= {"true": "True", "huge": "1" + "0" * 30, "digits": "9" * 5000, "exponent": "1e300", "part": "2.5"}
     for command, names in _NUMBERS.items():
         more = {"ref": "{w}/model", "beta": "0.1"} if command == "score" else {}
@@ -75,8 +83,10 @@ def _numbers():
                     filled = {k: v.format(w=place.world) for k, v in more.items()}
                     if command == "score":
                         filled["model"] = f"{place.world}/model"
-                    return arguments(place, command, **filled, **{flag: value}) if not more or flag not in more else (
-                        arguments(place, command, **(filled | {flag: value}))
+                    return (
+                        arguments(place, command, **filled, **{flag: value})
+                        if not more or flag not in more
+                        else (arguments(place, command, **(filled | {flag: value})))
                     )
 
                 yield Case("commands", f"{command}-{flag}-{name}", make, expect, (flag,) if expect == REFUSED else ())
@@ -105,8 +115,9 @@ def _flags(rng):
         if command != "export":
             for dtype in ("float8", "int8", "", "None", "FLOAT32", "float64"):
                 expect = SOUND if dtype in ("float64",) else REFUSED
-                yield _case(f"{command}-dtype-{dtype or 'blank'}", command, {}, expect, ("dtype",) * (expect == REFUSED),
-                            more=(f"--dtype={dtype}",))  # fmt: skip
+                words = ("dtype",) if expect == REFUSED else ()
+                name = f"{command}-dtype-{dtype or 'blank'}"
+                yield _case(name, command, {}, expect, words, more=(f"--dtype={dtype}",))
     prompts = {"blank": "", "space": " ", "surrogate": "a\udcff", "nul": "a\0b", "long": "word " * 20_000,
                "special": "<s></s>", "emoji": "🦊"}  # fmt: skip
     for name, text in prompts.items():

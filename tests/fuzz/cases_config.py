@@ -1,4 +1,4 @@
-"""Fields of a configuration: every number, choice, truth value and tuple at values that mean nothing; misspelt names."""
+"""Fields of a configuration: numbers, choices, truth values, tuples at values that mean nothing; misspelt names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from tests.fuzz.case import REFUSED, RUNS, SOUND, Case
 from tests.fuzz.world import ALGORITHMS, train
 
 # Fields at which 0 means nothing; at the others it switches something off, or is a number like any other.
-_NOT_ZERO = set(
-    """batch_size grad_accum_steps num_train_steps num_epochs data.max_records data.max_length data.max_prompt_length
-    data.max_completion_length data.row_length mesh.data mesh.fsdp mesh.tensor logging.every logging.num_samples
-    eval.num_batches checkpoint.keep algorithm.beta algorithm.kl_target algorithm.kl_horizon algorithm.clip_range
-    algorithm.value_clip_range algorithm.num_ppo_epochs algorithm.num_minibatches algorithm.max_approx_kl
-    rollout.max_new_tokens rollout.num_samples rollout.top_p rewards.clip""".split()
-)
+_NOT_ZERO = (
+    "batch_size", "grad_accum_steps", "num_train_steps", "num_epochs",
+    "data.max_records", "data.max_length", "data.max_prompt_length", "data.max_completion_length",
+    "data.row_length", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "logging.every", "logging.num_samples", "eval.num_batches", "checkpoint.keep",
+    "algorithm.beta", "algorithm.kl_target", "algorithm.kl_horizon", "algorithm.clip_range",
+    "algorithm.value_clip_range", "algorithm.num_ppo_epochs", "algorithm.num_minibatches", "algorithm.max_approx_kl",
+    "rollout.max_new_tokens", "rollout.num_samples", "rollout.top_p", "rewards.clip",
+)  # fmt: skip
 # Fields at which -1 has a meaning.
 _MAY_BE_NEGATIVE = ("mesh.", "rewards.scale", "rewards.missing_eos_penalty")
 # Whole numbers whose greatness does no harm, or is seen only in what the run would then do.
@@ -76,6 +78,7 @@ def _case(
 def _numbers(rng):
     for kind in (int, float):
         for field, algorithms in fields((kind,)).items():
+            leaf = field.rsplit(".", 1)[-1]
             for name, value in _NONSENSE.items():
                 cast = kind is float and name == "true"  # ml_collections makes it 1.0 before anybody looks
                 yield _case(rng, field, algorithms, name, value, SOUND if cast else REFUSED)
@@ -93,7 +96,8 @@ def _numbers(rng):
                 yield _case(rng, field, algorithms, "part", ("2.5", "2.5"), REFUSED)
             else:  # float32 does not hold these
                 yield _case(rng, field, algorithms, "huge", ("1e300", "1e300"), REFUSED)
-                yield _case(rng, field, algorithms, "digits", ("1" + "0" * 400, "10**400"), REFUSED, words=(f"{field.rsplit('.', 1)[-1]}|config.py",))
+                digits = ("1" + "0" * 400, "10**400")
+                yield _case(rng, field, algorithms, "digits", digits, REFUSED, words=(f"{leaf}|config.py",))
 
 
 def _choices(rng):

@@ -169,12 +169,16 @@ def _pairs():
 
     for algorithm in ("dpo", "reward"):
         yield _case("data", f"pairs-equal-{algorithm}", algorithm, every(rejected=lambda r: r["chosen"]))
-        yield _case("data", f"pair-equal-{algorithm}", algorithm, one(rejected=lambda r: r["chosen"]), WARNS, ("equal",))
+        yield _case(
+            "data", f"pair-equal-{algorithm}", algorithm, one(rejected=lambda r: r["chosen"]), WARNS, ("equal",)
+        )
         spaced = every(rejected=lambda r: r["chosen"] + " ")
         yield _case("data", f"pairs-but-for-a-space-{algorithm}", algorithm, spaced, SOUND)
         yield _case("data", f"pairs-empty-{algorithm}", algorithm, every(chosen="", rejected=""))
         yield _case("data", f"pairs-chosen-empty-{algorithm}", algorithm, every(chosen=""))
-        yield _case("data", f"pairs-no-prompt-{algorithm}", algorithm, lambda rows: [_without(r, "prompt") for r in rows])
+        yield _case(
+            "data", f"pairs-no-prompt-{algorithm}", algorithm, lambda rows: [_without(r, "prompt") for r in rows]
+        )
         yield _case("data", f"pairs-blank-prompt-{algorithm}", algorithm, every(prompt=""), SOUND, dry=False)
         long = every(chosen="word " * 200, rejected="other " * 200)
         yield _case("data", f"pairs-too-long-{algorithm}", algorithm, long)
@@ -351,7 +355,12 @@ def _labels():
 
         def change(rows, values=values):
             return [
-                {"instruction": r["prompt"], "output_1": "this", "output_2": "that", "preference": values[n % len(values)]}
+                {
+                    "instruction": r["prompt"],
+                    "output_1": "this",
+                    "output_2": "that",
+                    "preference": values[n % len(values)],
+                }
                 for n, r in enumerate(rows)
             ]
 
@@ -374,7 +383,9 @@ def _whole_sets():
     yield _case("data", "all-too-long", "sft", lambda rows: [r | {"completion": "word " * 500} for r in rows])
     yield _case("data", "prompts-as-pairs", "dpo", lambda rows: [{"prompt": "a"} for _ in rows])
     yield _case("data", "texts-as-pairs", "reward", lambda rows: [{"text": "a"} for _ in rows])
-    yield _case("data", "pairs-as-sft", "sft", lambda rows: [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 9, SOUND)
+    yield _case(
+        "data", "pairs-as-sft", "sft", lambda rows: [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 9, SOUND
+    )
     yield _case("data", "labelled-false", "sft", lambda rows: [r | {"label": False} for r in rows])
     fraction = ("c.data.eval_fraction = 0.5",)
     yield _case("data", "eval-of-one-row", "sft", lambda rows: rows[:1], REFUSED, lines=fraction)

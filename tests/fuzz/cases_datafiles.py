@@ -87,7 +87,9 @@ def _bytes(rng):
             if damage in ("nul-within", "garbage-within") and name == "x.parquet":
                 expect = SOUND
 
-            def make(place, name=name, change=change, algorithm=algorithm, seed=rng.random()):
+            seed = rng.random()
+
+            def make(place, name=name, change=change, algorithm=algorithm, seed=seed):
                 data = change(encode(good_rows(place.world, algorithm), name), random.Random(seed))
                 (place.here / name).write_bytes(data)
                 return train(place, algorithm, f"c.data.sources = ({name!r},)", dry=True)
@@ -246,8 +248,9 @@ def _saved():
         "state-object": {"state.json": "{}", "dataset_info.json": "{}"},
         "state-text": {"state.json": '"x"', "dataset_info.json": "[]"},
         "state-files-gone": {
-            "state.json": '{"_data_files": [{"filename": "data-0.arrow"}], "_fingerprint": "x", "_format_columns": null,'
-            ' "_format_kwargs": {}, "_format_type": null, "_output_all_columns": false, "_split": null}',
+            "state.json": '{"_data_files": [{"filename": "data-0.arrow"}], "_fingerprint": "x", '
+            '"_format_columns": null, "_format_kwargs": {}, "_format_type": null, '
+            '"_output_all_columns": false, "_split": null}',
             "dataset_info.json": '{"features": {"prompt": {"dtype": "string", "_type": "Value"}}}',
         },
         "dict-empty": {"dataset_dict.json": ""},

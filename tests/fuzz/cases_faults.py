@@ -65,8 +65,9 @@ def _checkpoints(rng):
         chosen += [(f"file-{n}", rng.choice(plain)) for n in rng.sample(range(16), 10)]
         chosen += [("both", "bit-flipped"), ("both", "deleted")]
         for which, damage in chosen:
+            seed = rng.random()
 
-            def make(place, run=run, which=which, damage=damage, seed=rng.random()):
+            def make(place, run=run, which=which, damage=damage, seed=seed):
                 folder = put(place, run, "killed") / "checkpoints"
                 steps = sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
                 assert len(steps) == 2, [p.name for p in folder.iterdir()]
@@ -106,8 +107,9 @@ def _side_files(rng):
             if "reference" in pattern and run != "dpo":
                 continue
             for damage in rng.sample(damages, min(3, len(damages))):
+                seed = rng.random()
 
-                def make(place, run=run, pattern=pattern, damage=damage, seed=rng.random()):
+                def make(place, run=run, pattern=pattern, damage=damage, seed=seed):
                     files = sorted(put(place, run, "killed").glob(pattern))
                     assert files, pattern
                     for file in files:

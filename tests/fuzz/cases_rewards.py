@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tests.fuzz.case import REFUSED, RUNS, SOUND, Case
-from tests.fuzz.cases_models import changed, copied
+from tests.fuzz.cases_models import changed, copied, edit
 from tests.fuzz.world import train
 
 _BODIES = {  # name: (what the function does, what is expected)
@@ -80,8 +80,7 @@ _SIGNATURES = {
         "import asyncio\nasync def reward(prompts, completions):\n    raise asyncio.CancelledError\n"
     ),
     "coroutine-timeout": (
-        "import asyncio\nasync def reward(prompts, completions):\n"
-        "    await asyncio.wait_for(asyncio.sleep(9), 0.01)\n"
+        "import asyncio\nasync def reward(prompts, completions):\n    await asyncio.wait_for(asyncio.sleep(9), 0.01)\n"
     ),
     "async-generator": "async def reward(prompts, completions):\n    yield 1.0\n",
     "generator": "def reward(prompts, completions):\n    yield 1.0\n",
@@ -174,20 +173,18 @@ def _models():
 
     import numpy as np
 
-    from tests.fuzz.cases_models import _edit
-
     score = "score.weight"
     yield case("whole", lambda m: None, RUNS)
     yield case("no-config", lambda m: (m / "config.json").unlink())
     yield case("no-weights", lambda m: (m / "model.safetensors").unlink())
     yield case("no-tokenizer", lambda m: (m / "tokenizer.json").unlink())
     yield case("two-labels", lambda m: changed(m / "config.json", id2label={"0": "a", "1": "b"}))
-    yield case("no-head", lambda m: _edit(m, lambda t: {k: v for k, v in t.items() if k != score}), words=(score,))
-    wide = lambda m: _edit(m, lambda t: {**t, score: np.ones((2, 16), np.float32)})  # noqa: E731
+    yield case("no-head", lambda m: edit(m, lambda t: {k: v for k, v in t.items() if k != score}), words=(score,))
+    wide = lambda m: edit(m, lambda t: {**t, score: np.ones((2, 16), np.float32)})  # noqa: E731
     yield case("wide-head", wide, words=(score,))
-    yield case("nan-head", lambda m: _edit(m, lambda t: {**t, score: t[score] * np.nan}), words=(score,))
-    yield case("inf-head", lambda m: _edit(m, lambda t: {**t, score: t[score] * np.inf}), words=(score,))
-    yield case("huge-head", lambda m: _edit(m, lambda t: {**t, score: t[score] * 0 + 3e38}), SOUND, ())
+    yield case("nan-head", lambda m: edit(m, lambda t: {**t, score: t[score] * np.nan}), words=(score,))
+    yield case("inf-head", lambda m: edit(m, lambda t: {**t, score: t[score] * np.inf}), words=(score,))
+    yield case("huge-head", lambda m: edit(m, lambda t: {**t, score: t[score] * 0 + 3e38}), SOUND, ())
     yield case("is-lm", lambda m: changed(m / "config.json", architectures=["LlamaForCausalLM"]))
     yield case("other-family", lambda m: changed(m / "config.json", model_type="gpt2"))
     yield case("is-value-too", lambda m: None, SOUND, (), ("c.algorithm.value_path = 'm'",))

@@ -37,7 +37,13 @@ def cases(rng: random.Random) -> list[Case]:
         for name, plan in plans.items():
             dice = rng.random()
             found.append(
-                Case("signals", f"{run}-{name}", lambda p, r=run, s=plan, d=dice: _stopped(p, r, s, d), GOES_ON, limit=LIMIT)
+                Case(
+                    "signals",
+                    f"{run}-{name}",
+                    lambda p, r=run, s=plan, d=dice: _stopped(p, r, s, d),
+                    GOES_ON,
+                    limit=LIMIT,
+                )
             )
         for name, function in (("two-at-once", _two_at_once), ("second-while-running", _second)):
             found.append(Case("signals", f"{run}-{name}", lambda p, r=run, f=function: f(p, r), GOES_ON, limit=LIMIT))

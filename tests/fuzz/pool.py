@@ -54,7 +54,14 @@ class Worker:
 
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = [*(["unshare", "--mount"] if own_mounts() else []), sys.executable, "-m", "tests.fuzz.worker", str(self.directory), str(self.seed)]
+        command = [
+            *(["unshare", "--mount"] if own_mounts() else []),
+            sys.executable,
+            "-m",
+            "tests.fuzz.worker",
+            str(self.directory),
+            str(self.seed),
+        ]
         flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -118,9 +125,7 @@ def own_mounts() -> bool:
     return subprocess.run(tried, capture_output=True).returncode == 0
 
 
-def run_all(
-    cases: Iterable[Case], *, seed: int, workers: int = 2, told: Callable[[Case, Outcome], None]
-) -> None:
+def run_all(cases: Iterable[Case], *, seed: int, workers: int = 2, told: Callable[[Case, Outcome], None]) -> None:
     """Runs cases on so many processes.
 
     Args:

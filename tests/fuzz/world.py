@@ -22,7 +22,7 @@ REWARD = "def reward(prompts, completions):\n    return [float(len(c)) for c in 
 
 
 def build(world: Path) -> Path:
-    """Writes the world where it is not yet: `model`, `model-rm`, the data files of `jaxalign.pipeline.assets`, `r.py`."""
+    """Writes the world where it is not yet: `model`, `model-rm`, the files of `jaxalign.pipeline.assets`, `r.py`."""
     if (world / "ready").exists():
         return world
     from jaxalign.pipeline import assets
