@@ -110,6 +110,13 @@ def _check_settings(tokenizer: Any, directory: Path) -> None:
                 "a template" if name == "chat_template" else "a number",
                 f"that file with a right {name}, or without it",
             )
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and named and "default" not in named:
+        raise InputError(
+            f"the tokenizer in {directory} has chat templates {', '.join(map(repr, named))}, none of them 'default'",
+            "one that is taken where none is asked for",
+            "--config.model.chat_template=FILE.jinja",
+        )
 
 
 def choose_pad(tokenizer: Any) -> int:

@@ -32,7 +32,7 @@ def main() -> int:
     args = parser.parse_args()
     cases = all_cases(args.seed)
     if args.which:
-        cases = [c for c in cases if any(c.group == w or c.title.startswith(w) for w in args.which)]
+        cases = [c for c in cases if any(c.group == w or ("/" in w and c.title.startswith(w)) for w in args.which)]
     if args.sample:
         cases = sample(cases, args.sample, args.seed)
     if args.list:
