@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -269,7 +270,9 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), sort_keys=True, default=_plain))
 
 
-def _plain(value: ConfigDict | Mapping) -> dict[str, Any]:
+def _plain(value: ConfigDict | Mapping | os.PathLike) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.to_dict() if isinstance(value, ConfigDict) else dict(value)
 
 
@@ -414,8 +417,23 @@ def _check_value(field: str, value: Any, default: Any, kind: type) -> None:
             proposed = high if isinstance(value, (int, float)) and value > high else low
     elif not isinstance(value, (tuple, list) if kind is tuple else kind):
         expected = f"a value of type {kind.__name__}"
+    else:
+        expected = _unwritable(value)
     if expected:
         raise InputError(f"{field} is {shown(value)}", expected, f"--config.{field}={proposed}")
+
+
+def _unwritable(value: Any) -> str:
+    """What is expected in place of a value that no file holds and no path can bear; "" for any other."""
+    if isinstance(value, str):
+        broken = any("\ud800" <= letter <= "\udfff" for letter in value)
+        return "text without NUL or halves of surrogate pairs" if broken or "\0" in value else ""
+    if isinstance(value, (ConfigDict, Mapping)):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (tuple, list)):
+        return next(filter(None, map(_unwritable, value)), "")
+    plain = value is None or isinstance(value, (bool, int, float, os.PathLike))
+    return "" if plain else "texts, numbers, and dicts or tuples of them"
 
 
 if __name__ == "__main__":  # python -m jaxalign.config dpo: the fields of an algorithm and their defaults

@@ -148,14 +148,15 @@ def misfit(value: Any, low: float, high: float, *, whole: bool = False) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: thousands apart, and never thousands of digits.
+    """A value as a message shows it: thousands apart, and never thousands of digits or letters.
 
     >>> shown(1048576), shown(1e6), shown("x"), shown(10**400)
     ('1,048,576', '1e+06', "'x'", 'a number of 1,329 bits')
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) < 10**30 else f"a number of {value.bit_length():,} bits"
-    return f"{value:g}" if isinstance(value, float) else repr(value)
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def check_flags(**values: Any) -> None:

@@ -1,5 +1,7 @@
 """The configuration: defaults that pass, mistakes that are named, values outside the guides' ranges that warn."""
 
+from pathlib import Path
+
 import pytest
 
 from jaxalign import config as configuration
@@ -217,3 +219,31 @@ def test_samples_longer_than_max_length_are_told():
     c = ready("dpo")
     c.rollout.max_new_tokens = 5000
     assert [w for w in validate(c) if "rollout.max_new_tokens" in w]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("workdir", "runs/x\0y"),
+        ("data.cache_dir", "\ud83d"),
+        ("data.sources", ("a\0.jsonl",)),
+        ("data.sources", ({"path": "a.jsonl", "columns": {"prompt": "\ud83d"}},)),
+        ("data.eval_sources", (len,)),
+        ("rollout.stop", ("\ud83d",)),
+    ],
+)
+def test_what_no_file_holds_and_no_path_can_bear_is_refused(field, value):
+    c = ready("ppo")
+    *parents, leaf = field.split(".")
+    section = c[parents[0]] if parents else c
+    section[leaf] = value
+    with pytest.raises(InputError, match=field) as refused:
+        validate(c)
+    str(refused.value).encode()  # the message itself can be printed
+
+
+def test_a_source_may_be_a_path_object():
+    c = ready("sft")
+    c.data.sources = (Path("data.jsonl"), {"path": Path("more.jsonl")})
+    validate(c)
+    assert to_dict(c)["data"]["sources"] == ["data.jsonl", {"path": "more.jsonl"}]

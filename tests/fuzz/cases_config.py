@@ -185,7 +185,7 @@ def _tuples(rng):
 
 def _texts(rng):
     """Texts that name something which is not there."""
-    empty = {"model.revision", "model.tokenizer", "model.chat_template", "data.cache_dir", "logging.wandb_project"}
+    empty = {"checkpoint.best_metric", "model.revision", "model.tokenizer", "model.chat_template", "data.cache_dir", "logging.wandb_project"}
     skipped = {field for field, _ in CHOICES} | {"algorithm.name"}
     for field, algorithms in fields((str,)).items():
         if field in skipped:

@@ -160,3 +160,14 @@ def test_a_foreign_file_where_the_export_goes_is_refused_before_training(shared,
             trainer.run(config, dry_run=dry_run)
         assert f"mv {workdir / 'export'} " in error.value.fix and f"workdir={tmp_path / 'run-2'}" in error.value.fix
     assert not (workdir / "data_report.json").exists() and not (workdir / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("stop", [(10**6,), ("two words",)])
+def test_a_stop_token_that_the_tokenizer_does_not_have_is_refused(shared, stop):
+    from jaxalign.models.tokenizer import load_tokenizer
+    from jaxalign.train.trainer import more_stops
+
+    tokenizer = load_tokenizer(shared / "models" / "stories260k-llama")
+    assert more_stops((5, "</s>"), tokenizer) == (5, 2)
+    with pytest.raises(InputError, match=r"rollout\.stop"):
+        more_stops(stop, tokenizer)
