@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import logging
 import os
@@ -110,11 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _came_of_interrupt(error):
             return _interrupted(program)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"jaxalign {argv[0]}: the input cannot be used\n{_too_long(argv, error)}", file=sys.stderr)
+            return 2
         if (words := trouble(error)) is None:
             raise
         place = getattr(error, "filename", None) or f"a file of jaxalign {argv[0]}"
         print(f"jaxalign {argv[0]}: cannot go on\n{cannot_write(place, words)}", file=sys.stderr)
         return 1
+
+
+def _too_long(argv: Sequence[str], error: OSError) -> InputError:
+    """What to say of a path that no file system takes; the flag that gave it is named, where it was one."""
+    path = str(error.filename)
+    given = (flag for flag, _, value in (arg.partition("=") for arg in argv) if value and value[:300] in path)
+    return InputError(
+        f"{next(given, 'a path')}: {path[:100]}... of {len(path):,} characters: {error.strerror}",
+        "a path whose every name has at most 255 bytes",
+        "a shorter one",
+    )
 
 
 def _came_of_interrupt(error: Exception) -> bool:

@@ -64,7 +64,7 @@ def load_model(
     """
     file, tokenizer = require_head(path, head, flag)
     common = defaults("sft")
-    dtype = dtype or common.model.dtype
+    dtype = common.model.dtype if dtype is None else dtype
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype}", f"one of {', '.join(_DTYPES)}", f"--dtype {_DTYPES[0]}")
     try:

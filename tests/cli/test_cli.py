@@ -231,3 +231,12 @@ def test_compare_refuses_an_impossible_out_before_it_begins(tmp_path, capsys, mo
             capsys, "compare", "--base", "no/model", "--aligned", "no/model", "--data", "d.jsonl", "--out", out
         )
         assert f"--out {out}" in err
+
+
+@pytest.mark.parametrize(
+    "argv", [("train", "--config=" + "x" * 3000), ("generate", "--prompt=a", "--model=" + "y" * 3000)]
+)
+def test_a_path_that_no_file_system_takes_is_named_by_its_flag(capsys, argv):
+    assert main(list(argv)) == 2
+    said = capsys.readouterr().err
+    assert f"found:    {argv[-1].partition('=')[0]}" in said and "expected:" in said and len(said) < 1000

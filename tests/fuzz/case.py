@@ -12,7 +12,7 @@ REFUSED = "refused"  # exit status 2 and the three lines: found, expected, fix
 RUNS = "runs"  # exit status 0: it only looks bad
 WARNS = "warns"  # exit status 0, and the words are said
 SOUND = "sound"  # either: what is accepted must end well (finite weights), what is refused must say why
-STATUSES = {REFUSED: (2,), RUNS: (0,), WARNS: (0,), SOUND: (0, 2)}
+STATUSES = {REFUSED: (2,), RUNS: (0,), WARNS: (0,), SOUND: (0, 1, 2)}  # 1: it could not go on, and says why
 
 # What a case can be found to be.
 OK, TRACEBACK, HANG, SILENT, UNCLEAR, OVERZEALOUS, DIED, WRONG = VERDICTS = (
@@ -78,11 +78,11 @@ def judge(case: Case, outcome: Outcome) -> tuple[str, str]:
     if outcome.status is None or _TRACE.search(outcome.text):
         return TRACEBACK, outcome.text.strip().splitlines()[-1][:300] if outcome.text.strip() else "no word"
     refusal = _REFUSAL.search(outcome.text)
-    if outcome.status not in (0, 2):
+    if outcome.status not in (0, *STATUSES[case.expect], 2):
         return UNCLEAR, f"exit status {outcome.status}"
-    if outcome.status == 2:
+    if outcome.status != 0:
         if refusal is None:
-            return UNCLEAR, "exit status 2 without found, expected, fix"
+            return UNCLEAR, f"exit status {outcome.status} without found, expected, fix"
         if len(refusal[0]) > LONGEST:
             return UNCLEAR, f"a message of {len(refusal[0])} characters"
     if outcome.status not in STATUSES[case.expect]:
@@ -90,10 +90,10 @@ def judge(case: Case, outcome: Outcome) -> tuple[str, str]:
         return (SILENT, "exit status 0") if outcome.status == 0 else (OVERZEALOUS, found[:300])
     if outcome.complaint:
         return (SILENT if outcome.complaint.startswith("not finite") else WRONG), outcome.complaint
-    if case.words and (outcome.status == 2 or case.expect == WARNS):
+    if case.words and (outcome.status != 0 or case.expect == WARNS):
         said = (refusal[0] if refusal else outcome.text).lower()
         missing = [w for w in case.words if not any(part.lower() in said for part in w.split("|"))]
         if missing:
-            verdict = UNCLEAR if outcome.status == 2 else SILENT
+            verdict = UNCLEAR if outcome.status != 0 else SILENT
             return verdict, f"does not name {', '.join(missing)}: " + (refusal[1].strip()[:200] if refusal else "")
     return OK, ""

@@ -96,12 +96,12 @@ def _flags(rng):
     for command, good in GOOD.items():
         for argument in good:
             flag = argument.lstrip("-").split("=", 1)[0]
-            yield _case(f"{command}-{flag}-twice", command, {}, SOUND, more=(argument.replace("{w}", "/nowhere"),))
+            yield _case(f"{command}-{flag}-twice", command, {}, SOUND, more=(argument.replace("{w}", "/proc/nowhere"),))
             if flag in ("model", "base", "aligned", "data", "workdir"):
                 yield _case(f"{command}-without-{flag}", command, {flag: None}, words=(flag,))
-                yield _case(f"{command}-{flag}-nowhere", command, {flag: "/nowhere/at/all"}, words=(flag,))
+                yield _case(f"{command}-{flag}-nowhere", command, {flag: "/proc/nowhere/at/all"}, words=(flag,))
                 yield _case(f"{command}-{flag}-blank", command, {flag: " "}, words=(flag,))
-                yield _case(f"{command}-{flag}-long", command, {flag: "x" * 5000}, words=(flag,))
+                yield _case(f"{command}-{flag}-long", command, {flag: "x" * 1500}, words=(flag,))
                 yield _case(f"{command}-{flag}-surrogate", command, {flag: "x\udcff"}, words=(flag,))
                 yield _case(f"{command}-{flag}-device", command, {flag: "/dev/zero"}, words=(flag,))
                 yield _case(f"{command}-{flag}-file", command, {flag: "file"}, words=(flag,), prepare=_file)
@@ -128,7 +128,7 @@ def _flags(rng):
 
             expect = REFUSED if name in ("surrogate", "long") else SOUND
             yield Case("commands", f"generate-prompt-{name}{'-chat' if chat else ''}", make, expect, ("prompt",))
-    for name in ("", "trian", "TRAIN", "--train", "\udcff", "x" * 5000, "help me", "-x"):
+    for name in ("", "trian", "TRAIN", "--train", "\udcff", "x" * 1500, "help me", "-x"):
         yield Case("commands", f"command-{name[:8].encode('ascii', 'replace').decode() or 'blank'}",
                    lambda p, name=name: [name], REFUSED)  # fmt: skip
     for command in (*GOOD, "train", "doctor"):
@@ -217,10 +217,10 @@ def _places():
     yield with_world("score-with-language-model", "score", model="{w}/model", words=("model",))
     yield with_world("score-beta-alone", "score", model="{w}/model", beta="0.1", words=("ref",))
     yield with_world("score-ref-alone", "score", model="{w}/model", ref="{w}/model", words=("beta",))
-    yield with_world("score-ref-nowhere", "score", model="{w}/model", ref="/nowhere", beta="0.1", words=("ref",))
+    yield with_world("score-ref-nowhere", "score", model="{w}/model", ref="/proc/nowhere", beta="0.1", words=("ref",))
     yield with_world("score-ref-reward", "score", model="{w}/model", ref="{w}/model-rm", beta="0.1", words=("ref",))
     yield with_world("compare-base-reward", "compare", base="{w}/model-rm", words=("base",))
-    yield with_world("compare-reward-nowhere", "compare", reward="/nowhere", words=("reward",))
+    yield with_world("compare-reward-nowhere", "compare", reward="/proc/nowhere", words=("reward",))
     yield with_world("compare-reward-lm", "compare", reward="{w}/model", words=("reward",))
     yield with_world("compare-reward-blank", "compare", reward=" ", words=("reward",))
     yield with_world("compare-reward-no-function", "compare", reward="{w}/r.py:nothing", words=("nothing",))

@@ -185,17 +185,24 @@ def _tuples(rng):
 
 def _texts(rng):
     """Texts that name something which is not there."""
-    empty = {"checkpoint.best_metric", "model.revision", "model.tokenizer", "model.chat_template", "data.cache_dir", "logging.wandb_project"}
+    empty = {
+        "checkpoint.best_metric",
+        "model.revision",
+        "model.tokenizer",
+        "model.chat_template",
+        "data.cache_dir",
+        "logging.wandb_project",
+    }
     skipped = {field for field, _ in CHOICES} | {"algorithm.name"}
     for field, algorithms in fields((str,)).items():
         if field in skipped:
             continue
         for name, value in {
-            "nowhere": ("/nowhere/at/all", '"/nowhere/at/all"'),
+            "nowhere": ("/proc/nowhere/at/all", '"/proc/nowhere/at/all"'),
             "number": ("7", "7"),
             "nul": ("a\0b", r'"a\0b"'),
             "newline": ("a\nb", r'"a\nb"'),
-            "long": ("x" * 5000, '"x" * 5000'),
+            "long": ("x" * 1500, '"x" * 1500'),
         }.items():
             fine = {"workdir": ("nowhere", "number", "newline"), "data.cache_dir": ("nowhere", "number", "newline")}
             fine["logging.wandb_project"] = ("nowhere", "number", "newline", "long", "nul")

@@ -84,7 +84,7 @@ def _whole_files():
             "own-base": 'raise type("Own", (BaseException,), {})("mine")',
             "generator-exit": "raise GeneratorExit",
             "memory": "raise MemoryError",
-            "os-error": 'open("/nowhere/at/all")',
+            "os-error": 'open("/proc/nowhere/at/all")',
             "long-message": 'raise ValueError("x" * 100_000)',
             "many-lines": 'raise ValueError("\\n" * 1000)',
             "surrogate-message": 'raise ValueError("\\ud83d")',
@@ -145,7 +145,7 @@ def _lines(rng):
         "dpo": {
             "new-tokens-beyond": ("c.logging.samples_every = 1; c.rollout.max_new_tokens = 10**6", REFUSED),
             "new-tokens-all": ("c.logging.samples_every = 1; c.rollout.max_new_tokens = 64", SOUND),
-            "reference-nowhere": ("c.algorithm.reference_path = '/nowhere'", REFUSED),
+            "reference-nowhere": ("c.algorithm.reference_path = '/proc/nowhere'", REFUSED),
             "ipo-smoothing": ("c.algorithm.loss = 'ipo'; c.algorithm.label_smoothing = 0.1", SOUND),
             "name-sft": ("c.unlock(); c.algorithm.name = 'sft'", REFUSED),
         },
@@ -153,7 +153,7 @@ def _lines(rng):
             "no-reward": ("c.rewards.function = None", REFUSED),
             "two-rewards": ("c.rewards.model = c.model.path", REFUSED),
             "reward-is-lm": ("c.rewards.function = None; c.rewards.model = c.model.path", REFUSED),
-            "value-nowhere": ("c.algorithm.value_path = '/nowhere'", REFUSED),
+            "value-nowhere": ("c.algorithm.value_path = '/proc/nowhere'", REFUSED),
             "value-is-lm": ("c.algorithm.value_path = c.model.path", SOUND),
             "minibatches-more": ("c.algorithm.num_minibatches = 8", REFUSED),
             "new-tokens-beyond": ("c.rollout.max_new_tokens = 64", REFUSED),
@@ -276,7 +276,7 @@ def _paths():
     yield at("no-suffix", lambda p: (p.here / "config").write_text("def get_config(): pass\n"), "--config=config")
     yield at("json", lambda p: (p.here / "config.json").write_text("{}"), "--config=config.json")
     yield at("nul", good, "--config=con\0fig.py")
-    yield at("long", good, "--config=" + "x" * 5000 + ".py")
+    yield at("long", good, "--config=" + "x" * 1500 + ".py")
     yield at("argument-not-taken", good, "--config=config.py:tiny")
     yield at("colon", good, "--config=config.py:")
     yield at("twice", good, more=("--config=other.py",))

@@ -274,7 +274,7 @@ def _disks():
             def after(place, status, run=run):
                 out = place.here / "out"
                 try:
-                    if status == 2:
+                    if status != 0:
                         subprocess.run(["mount", "-o", "remount,size=64m", str(out)], check=True)
                         status, text = call(ARGUMENTS)
                         if status != 0:

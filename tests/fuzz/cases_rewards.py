@@ -158,7 +158,7 @@ def _names():
     yield case("fifo", "f.py:reward", lambda p: __import__("os").mkfifo(p.here / "f.py"))
     yield case("loop", "l.py:reward", lambda p: (p.here / "l.py").symlink_to("l.py"))
     yield case("device", "z.py:reward", lambda p: (p.here / "z.py").symlink_to("/dev/zero"))
-    yield case("long", "x" * 5000 + ".py:reward")
+    yield case("long", "x" * 1500 + ".py:reward")
     yield case("url", "https://localhost:1/r.py:reward")
 
 

@@ -43,7 +43,7 @@ def run(case: Case, here: Path, world: Path) -> Outcome:
             complaint = not_finite(here)
         elif status == 2 and not case.after and any(here.glob("out*/**/DONE")):
             complaint = "a refused run says that it is done"
-        if status in (0, 2) and case.after and not complaint:
+        if status in (0, 1, 2) and case.after and not complaint:
             complaint = case.after(place, status)
         return Outcome(status, text, seconds, "", complaint)
     finally:
