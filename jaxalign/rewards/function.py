@@ -91,7 +91,9 @@ def _load_file(where: str, attribute: str):
     sys.modules[name] = module  # dataclasses and pickles of the file look their module up
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a file that calls sys.exit must not end the run as if it were done
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a file that calls sys.exit must not end the run as if it were done
         del sys.modules[name]
         raise _raised(
             error, spec.origin or where, f"{where}, read for {attribute!r},", "a file that Python runs"
@@ -102,7 +104,9 @@ def _load_file(where: str, attribute: str):
 def _import(where: str, attribute: str):
     try:
         return importlib.import_module(where)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
         theirs = [f for f in frames if f != __file__ and "importlib" not in f]
         if theirs or isinstance(error, SyntaxError):  # the module is there; it or what it imports is wrong
@@ -238,9 +242,9 @@ class FunctionScorer:
             result = self.function(samples.prompts, samples.completions, **keywords)
             if inspect.isawaitable(result):
                 result = _wait(result)
-        except (InputError, MemoryError):
+        except (InputError, MemoryError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # sys.exit(0) in a reward must not end the run as if it were done
+        except BaseException as error:  # sys.exit(0) in a reward must not end the run as if it were done
             count = len(samples.completions)
             code = _code(self.function)
             raise _raised(
@@ -304,6 +308,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters of {type(value).__name__})"
 
 
+_LONGEST = 1000  # characters of what somebody else's code says
+
+
 def _expected(count: int) -> str:
     return f"a list of {count} numbers (or None), one per completion"
 
@@ -326,7 +333,12 @@ def _raised(error: BaseException, file: str, who: str, expected: str) -> InputEr
         last = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
         place = f"{last.filename}:{last.lineno}" if last else file or "it"
         shown = [f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames[-8:]]
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    try:
+        message = str(error.msg if isinstance(error, SyntaxError) else error)
+    except Exception:  # an error of their own that cannot say what it is
+        message = ""
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]}... ({len(message):,} characters)"
     said = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return InputError("\n            ".join([f"{who} raised {said}", *shown]), expected, f"correct {place}")
 
