@@ -183,4 +183,6 @@ class memory_errors:
         if isinstance(error, (RuntimeError, MemoryError)) and (
             isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
         ):
-            raise out_of_memory(self._name, self._memory, device_limit(), (text.strip() or type(error).__name__).splitlines()[0][:300]) from error
+            raise out_of_memory(
+                self._name, self._memory, device_limit(), (text.strip() or type(error).__name__).splitlines()[0][:300]
+            ) from error

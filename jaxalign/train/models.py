@@ -91,8 +91,9 @@ class Loader:
 
         def load() -> Params:
             make = hf.from_scratch if scratch else hf.load
+            fresh = None if head == "score" and not learning_rate else key  # a frozen head is never a fresh one
             with named(field):
-                return make(path, shardings=shardings, key=key, **options)[1]
+                return make(path, shardings=shardings, key=key if scratch else fresh, **options)[1]
 
         fields = {k: v for k, v in options.items() if k != "revision"}
         with named(field):

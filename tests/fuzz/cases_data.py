@@ -271,7 +271,7 @@ def _messages(rng):
             def change(rows, value=value, scope=scope):
                 return [{"messages": value if scope == "all" or n == 5 else good} for n, _ in enumerate(rows)]
 
-            soft = name in ("none", "empty", "only-user", "only-system", "tool-alone", "weight-zero-all")
+            soft = name in ("none", "empty", "object", "only-user", "only-system", "tool-alone", "weight-zero-all")
             softer = SOUND if scope == "one" and soft else expect
             lines = (template,) if rng.random() < 0.5 else ()
             yield _case("messages", f"sft-{name}-{scope}", "sft", change, softer, lines=lines)

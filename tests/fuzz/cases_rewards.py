@@ -125,7 +125,8 @@ def _functions(rng):
         expect = SOUND if name == "swapped" else REFUSED
         yield _case(f"signature-{name}", text, expect, ("reward",) if expect == REFUSED else ())
         if not name.startswith("coroutine") and name not in ("async-generator", "generator", "swapped"):
-            yield _case(f"signature-{name}-dry", text, REFUSED, ("reward",), dry=True)
+            told = name != "builtin"  # it does not say what it takes
+            yield _case(f"signature-{name}-dry", text, REFUSED if told else SOUND, ("reward",), dry=True)
     for name, text in _FILES.items():
         yield _case(f"file-{name}", text, REFUSED, ("r.py",))
     later = "def reward(prompts, completions, step):\n    return [{}] * len(completions)\n"
@@ -153,7 +154,7 @@ def _names():
     yield case("nul", "a\0b:reward")
     yield case("dotted-function", "math:fsum.x")
     yield case("not-callable", "math:pi", words=("pi",))
-    yield case("module-builtin", "math:sqrt")
+    yield case("module-number", "math:e", words=("e",))
     yield case("directory", "d.py:reward", lambda p: (p.here / "d.py").mkdir())
     yield case("fifo", "f.py:reward", lambda p: __import__("os").mkfifo(p.here / "f.py"))
     yield case("loop", "l.py:reward", lambda p: (p.here / "l.py").symlink_to("l.py"))

@@ -169,6 +169,39 @@ def test_an_error_is_never_blamed_on_a_file_of_ours():
         assert "rewards/function.py" not in error.value.fix
 
 
+class Own(BaseException):
+    """An error that is no Exception."""
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    "error", [Own("mine"), GeneratorExit(), asyncio.CancelledError(), Mute(), ValueError("x" * 100_000)]
+)
+@pytest.mark.parametrize("awaited", [False, True])
+def test_whatever_a_reward_raises_is_told_in_a_few_lines(error, awaited):
+    def reward(prompts, completions):
+        raise error
+
+    async def later(prompts, completions):
+        raise error
+
+    with pytest.raises(InputError, match=f"mine.py:reward.*{type(error).__name__}") as told:
+        FunctionScorer(later if awaited else reward, "mine.py:reward")(samples())
+    assert len(str(told.value)) < 3000
+
+
+def test_ctrl_c_in_a_reward_is_no_mistake_of_it():
+    def reward(prompts, completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FunctionScorer(reward)(samples())
+
+
 EXITS = {
     "at import": "import sys\nsys.exit(0)\ndef reward(prompts, completions):\n    return [0.0] * len(prompts)\n",
     "in the call": "import sys\ndef reward(prompts, completions):\n    sys.exit(0)\n",

@@ -42,6 +42,8 @@ def test_out_of_memory_says_bytes_needed_bytes_there_and_what_to_change(monkeypa
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_errors("rollout"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(InputError, match="MemoryError"), memory_errors("rollout"):
+        raise MemoryError
     assert "out of memory in the x" in str(out_of_memory("x", {}, None))
 
 

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from run_child import make_config, stories
+from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import InputError
 from jaxalign.train import trainer
@@ -73,3 +74,14 @@ def test_a_revision_of_a_directory_is_told(refusal, algorithm):
 def test_a_template_that_no_record_needs_is_read_before_the_first_step(refusal):
     error, _ = refusal("sft", lambda bad: None, **{"model.chat_template": "{% for m in messages %}"})
     assert "chat_template" in error.found
+
+
+def test_trap_a_reward_model_without_its_head_is_refused(refusal):
+    """A fresh head in its place would give noise for scores."""
+
+    def headless(bad):
+        tensors = load_file(bad / "model.safetensors")
+        save_file({name: value for name, value in tensors.items() if name != "score.weight"}, bad / "model.safetensors")
+
+    error, bad = refusal("rewards", headless)
+    assert "score.weight" in error.found and bad in error.found
