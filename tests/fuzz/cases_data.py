@@ -324,7 +324,8 @@ def _numbers():
             def change(rows, value=value):
                 return [row | {"weight": value} for row in rows]
 
-            yield _case("data", f"weight-{name}-{algorithm}", algorithm, change, expect, dry=False)
+            mapped = "c.data.sources = ({'path': 'x.jsonl', 'columns': {'weight': 'weight'}},)"
+            yield _case("data", f"weight-{name}-{algorithm}", algorithm, change, expect, lines=(mapped,), dry=False)
 
         def change(rows, value=value):
             return [row | {"margin": value} for row in rows]
