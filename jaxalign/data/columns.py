@@ -206,7 +206,7 @@ def _numeric(sample: list[Raw], name: str) -> bool:
     try:
         for value in values:
             float(value or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 

