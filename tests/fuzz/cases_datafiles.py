@@ -84,6 +84,8 @@ def _bytes(rng):
                 binary = name in _BINARY
                 expect = {"half": SOUND if ".csv" in name or ".tsv" in name else REFUSED, "bom": RUNS}[damage]
                 expect = REFUSED if binary else expect
+            if damage == "utf-16" and name not in _BINARY:
+                expect = SOUND
             if damage in ("nul-within", "garbage-within") and name == "x.parquet":
                 expect = SOUND
 
@@ -103,12 +105,13 @@ def _bytes(rng):
             )
             return train(place, "sft", f"c.data.sources = ({name!r},)", dry=True)
 
-        yield Case("datafiles", f"{name}-encoded-{encoding}", make, REFUSED, ("utf-8",))
+        expect = SOUND if encoding == "utf-16" else REFUSED
+        yield Case("datafiles", f"{name}-encoded-{encoding}", make, expect, ("utf-8",))
     separated = "prompt;completion\n" + "a;b\n" * 8
     for name, text, expect, words in (
-        ("semicolons", separated, REFUSED, (";",)),
+        ("semicolons", separated, SOUND, ()),
         ("pipes", separated.replace(";", "|"), REFUSED, ()),
-        ("tabs-in-csv", separated.replace(";", "\t"), REFUSED, ()),
+        ("tabs-in-csv", separated.replace(";", "\t"), SOUND, ()),
         ("more-cells", "prompt,completion\na,b,c\n", REFUSED, ("x.csv:2",)),
         ("fewer-cells", "prompt,completion\na\n", REFUSED, ("x.csv:2",)),
         ("open-quote", 'prompt,completion\n"a,b\n', REFUSED, ("x.csv:2",)),

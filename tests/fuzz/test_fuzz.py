@@ -27,7 +27,8 @@ REFUSAL = "jaxalign train: the input cannot be used\nfound:    seed is -1\nexpec
 
 
 def test_a_sample_of_bad_inputs_is_refused_with_words():
-    cases = sample([case for case in all_cases() if case.group not in SLOW], 100)
+    quick = [case for case in all_cases() if case.expect == REFUSED and case.group not in SLOW]
+    cases = sample(quick, 110)  # what is refused is refused in moments; what runs must compile
     wrong = []
 
     def told(case, outcome):
