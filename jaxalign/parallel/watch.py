@@ -18,7 +18,9 @@ from jaxalign.errors import InputError
 
 _BEATS, _LOST = "jaxalign/beats/", "jaxalign/lost"
 _STORE = "process 0, which the others meet at ({})"
+_AGAIN = "the same command, started again for all processes, resumes from the last checkpoint"
 _SLICE = 1.0  # seconds that a question to process 0 waits for news
+_REFUSED = 10.0  # seconds for which process 0 refuses connections before it counts as lost
 # What libraries say when another process does not answer.
 _SILENCE = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|coordination|heartbeat|unavailable|barrier", re.I
@@ -59,7 +61,7 @@ class Watch:
         """Waits for the thread to find out who is lost, which ends this process; returns where nobody is."""
         self._doubt = True
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        print(f"another process does not answer ({first}); waiting to learn which", file=sys.stderr, flush=True)
+        _say(f"another process does not answer ({first}); waiting to learn which")
         self._thread.join(timeout=self._timeout + 2 * self._every)
 
     def _work(self) -> None:
@@ -88,19 +90,31 @@ class Watch:
                 self._ended.wait(self._every)
 
     def _hold(self) -> None:
-        """Keeps a connection to process 0: it breaks at once where that is killed, and the runtime gives no time."""
+        """Keeps a connection to process 0: it breaks at once where that is killed, and the runtime gives no time.
+
+        So the words come first, and the end only when process 0 has refused for a while: a proxy that restarts between
+        two hosts refuses, too.
+        """
         host, _, port = _address().rpartition(":")
+        refused: float | None = None
         while not self._ended.is_set():
+            begun = time.monotonic()
             try:
                 with socket.create_connection((host.strip("[]"), int(port)), timeout=self._timeout) as line:
+                    refused = None
                     line.settimeout(None)
                     while line.recv(4096):  # what its server says to a stranger
                         pass
             except ConnectionRefusedError:
-                self._end(_STORE.format(_address()))
+                if refused is None:
+                    refused = begun
+                    _say(f"{_STORE.format(_address())} refuses connections. Where it was killed: {_AGAIN}")
+                if begun - refused > _REFUSED:
+                    self._end(_STORE.format(_address()))
             except OSError:
                 pass
-            self._ended.wait(0.01)  # servers hang up on who says nothing: then it is called again
+            # Servers hang up on who says nothing: then they are called again, but never in haste.
+            self._ended.wait(0.01 if time.monotonic() - begun > _SLICE else _SLICE / 5)
 
     def _news(self) -> str:
         """What process 0 has told, "" for nothing; takes as long as two beats are apart."""
@@ -132,13 +146,12 @@ class Watch:
         error = InputError(
             f"lost: {lost}: killed, crashed, or cut off; {self._count} processes work together on this run",
             "all of them; what was saved is whole",
-            "look at the end of what that process printed; the same command, started again for all processes, goes on "
-            f"from the last checkpoint (process_timeout, now {self._timeout:g} s, says how long a silent one is "
-            "waited for)",
+            f"look at the end of what that process printed; {_AGAIN} (process_timeout, now {self._timeout:g} s, says "
+            "how long a silent one is waited for)",
         )
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        os.write(2, f"\njaxalign: the run ends on process {self._index}\n{error}\n".encode())
+        _say(f"\njaxalign: the run ends on process {self._index}\n{error}")
         os._exit(1)
 
 
@@ -163,6 +176,11 @@ def watched(timeout: float) -> Iterator[None]:
         raise
     finally:
         watch.close()
+
+
+def _say(text: str) -> None:
+    """One write, past all buffers: the runtime may end the process at any moment."""
+    os.write(2, f"{text}\n".encode())
 
 
 def _address() -> str:

@@ -85,7 +85,8 @@ def test_a_store_that_does_not_answer_is_process_0(ended, server, error):
     assert ended()[0][1].startswith("process 0, which the others meet at (localhost:")
 
 
-def test_a_connection_that_breaks_is_process_0(ended, server):
+def test_a_connection_that_breaks_is_process_0(ended, server, monkeypatch, capfd):
+    monkeypatch.setattr(module, "_REFUSED", 0.2)
     watch = Watch(Store(), 1, 2, 60)
     server.accept()[0].close()  # it hangs up, but is there
     again, _ = server.accept()
@@ -93,3 +94,18 @@ def test_a_connection_that_breaks_is_process_0(ended, server):
     server.close()
     again.close()
     assert ended()[0][1].startswith("process 0")
+    assert "resumes" in capfd.readouterr().err  # said before the end
+
+
+def test_a_proxy_that_restarts_ends_nothing(ended, server, capfd):
+    watch = Watch(Store(), 1, 2, 60)
+    line, _ = server.accept()
+    address = server.getsockname()
+    server.close()
+    line.close()
+    while "refuses" not in capfd.readouterr().err:
+        time.sleep(0.01)
+    with socket.create_server(address) as again:
+        again.accept()
+        assert not watch._ended.is_set()
+        watch._ended.set()
