@@ -84,7 +84,7 @@ def _bytes(rng):
                 binary = name in _BINARY
                 expect = {"half": SOUND if ".csv" in name or ".tsv" in name else REFUSED, "bom": RUNS}[damage]
                 expect = REFUSED if binary else expect
-            if damage == "utf-16" and name not in _BINARY:
+            if damage in ("utf-16", "utf-32") and name not in _BINARY:
                 expect = SOUND
             if damage in ("nul-within", "garbage-within") and name == "x.parquet":
                 expect = SOUND
