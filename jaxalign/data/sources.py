@@ -382,10 +382,12 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
             subset = {"data_dir" if folder else "name": source.name} if source.name else {}
             sliced = {"split": source.split} if source.split and "[" in source.split else {}
             loaded = datasets.load_dataset(path, revision=source.revision, **subset, **sliced)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # `datasets` raises whatever its readers of YAML, JSON and Arrow raise
         raise _not_loaded(source, error) from error
     if hasattr(loaded, "keys"):  # a dict of splits
         split = choose_split(source, list(loaded.keys()))
+        if split is None:
+            raise InputError(f"{path}: a set without a split", "records", f"ls {path}")
         rows, label = loaded[split], f"{path}[{split}]"
     else:
         rows, label = loaded, path if saved else f"{path}[{source.split or 'train'}]"

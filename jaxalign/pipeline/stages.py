@@ -255,10 +255,12 @@ _BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "eve
 def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
     """Decides what to do with a stage's directory, and makes it ready; not while another run is at work in it."""
     from jaxalign.train.lock import Lock
-    from jaxalign.train.rundir import usable
+    from jaxalign.train.rundir import RunDir, usable
 
     if is_done(stage.config.workdir) and _known(stage).get("key") == stage.key:
         say(f"stage {stage.name}: done before, kept ({_path(stage.config.workdir)})")
+        if lost := RunDir(stage.config.workdir).lost_export():
+            say(f"warning: stage {stage.name}: {lost}")
         return _SKIP
     lock = Lock(_path(stage.config.workdir))
     lock.take()

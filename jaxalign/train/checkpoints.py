@@ -9,12 +9,9 @@ found whatever stores it, on any mesh and with any number of processes.  It cost
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import shutil
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,32 +24,11 @@ from jaxalign.ops.checksum import checksum
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.processes import first_problem, is_main
 from jaxalign.parallel.sharding import path_name
+from jaxalign.train.echoes import silence_echoes
 from jaxalign.train.metrics import say
 from jaxalign.types import TrainState
 
 _OWN = ("checksums", "digest")  # of a checkpoint's meta: what `save` adds
-
-
-def _no_echo(record: logging.LogRecord) -> bool:
-    return not (record.levelno >= logging.ERROR and record.exc_info and "orbax" in record.pathname)
-
-
-def _silence_echoes() -> None:
-    """Drops what threads of Orbax print of an error in the background: our own thread raises and tells it.
-
-    They log it with their tracebacks, and TensorStore's callbacks find the loop closed that waited for them.
-    """
-    logging.getLogger("absl").addFilter(_no_echo)
-    if not getattr(sys.excepthook, "without_echoes", False):
-        shown = sys.excepthook
-
-        def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            apart = threading.current_thread() is not threading.main_thread()
-            if not (apart and kind is RuntimeError and str(error) == "Event loop is closed"):
-                shown(kind, error, trace)
-
-        hook.without_echoes = True  # type: ignore[attr-defined]
-        sys.excepthook = hook
 
 
 class Checkpoints:
@@ -82,7 +58,7 @@ class Checkpoints:
             policies.append(
                 BestN(get_metric_fn=value, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False)
             )
-        _silence_echoes()
+        silence_echoes()
         self._manager = ocp.CheckpointManager(
             directory,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},

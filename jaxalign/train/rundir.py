@@ -153,6 +153,13 @@ class RunDir:
             probe.write_text("")
             probe.unlink()
 
+    def lost_export(self) -> str:
+        """What to say of a finished run whose exported model is gone; "" where it is there."""
+        if any(self.export.glob("*.safetensors")):
+            return ""
+        remedy = f"jaxalign export --workdir={self.path} --out={self.export}"
+        return f"the run is done, and {self.export} holds no model any more: {remedy}"
+
     def untrained(self) -> bool:
         """Whether nothing was learned here yet: no checkpoint, no figures, no end."""
         checkpoints, metrics = self.checkpoints, self.metrics

@@ -77,6 +77,8 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
             require_shared(directory)
             done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
             if done is not None:
+                if lost := directory.lost_export():
+                    say(f"warning: {lost}")
                 return done
         processes.on_main(functools.partial(_check_export, directory))
         with jax.set_mesh(mesh):

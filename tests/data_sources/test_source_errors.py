@@ -320,3 +320,10 @@ def test_a_number_too_large_for_a_float_is_told(tmp_path):
     margins = write(tmp_path / "y.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 10**400}])
     with pytest.raises(InputError):
         load_records({"path": margins, "columns": {"score": "margin"}}, "reward")
+
+
+def test_a_folder_whose_card_is_no_yaml_is_told(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    write(tmp_path / "x.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match=str(tmp_path)):
+        load_records({"path": str(tmp_path)}, "sft")

@@ -31,6 +31,8 @@ def trainer(monkeypatch):
         (workdir / "export" / "weights").write_text(str(config.optimizer.learning_rate))
         if calls.stop != workdir.name:
             (workdir / "DONE").write_text('{"steps": 1}')
+            (workdir / "export").mkdir(exist_ok=True)
+            (workdir / "export" / "model.safetensors").write_text("")
         return {"loss": 1.0}
 
     fake = types.ModuleType("jaxalign.train.trainer")

@@ -1,0 +1,57 @@
+"""An error in the background is told once, by our own thread."""
+
+import logging
+import sys
+import types
+
+import pytest
+
+from jaxalign.train.echoes import silence_echoes
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """What comes through both hooks, and through the loggers."""
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda *said: shown.append(said[1]))
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: shown.append(said.exc_value))
+    silence_echoes()
+    once = sys.excepthook, sys.unraisablehook
+    silence_echoes()
+    assert (sys.excepthook, sys.unraisablehook) == once
+    return shown
+
+
+def caught(code, file, error):
+    """The error as it comes out of code in such a file."""
+    try:
+        exec(compile(code, file, "exec"), {"error": error})
+    except BaseException as found:
+        return type(found), found, found.__traceback__.tb_next
+
+
+def test_only_a_loop_that_is_closed_in_a_callback_is_dropped(hooks):
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("something else")
+    sys.excepthook(*caught("raise error", "lib/asyncio/base_events.py", closed))
+    sys.excepthook(*caught("raise error", "mine.py", closed))
+    sys.excepthook(*caught("raise error", "lib/asyncio/base_events.py", other))
+    assert hooks == [closed, other]
+
+
+def test_only_coroutines_of_orbax_are_dropped(hooks):
+    for file in ("lib/orbax/read.py", "mine.py"):
+        space = {}
+        exec(compile("async def f(): pass", file, "exec"), space)
+        coroutine = space["f"]()
+        coroutine.close()
+        sys.unraisablehook(types.SimpleNamespace(object=coroutine, exc_value=file))
+    assert hooks == ["mine.py"]
+
+
+def test_logged_tracebacks_of_orbax_are_dropped(hooks):
+    logger = logging.getLogger("absl")
+    for path in ("lib/orbax/future.py", "mine.py"):
+        record = logging.LogRecord("absl", logging.ERROR, path, 1, "failed", (), (ValueError, ValueError(), None))
+        assert bool(logger.filter(record)) == (path == "mine.py")
+    warning = logging.LogRecord("absl", logging.WARNING, "lib/orbax/x.py", 1, "told", (), None)
+    assert logger.filter(warning)
