@@ -23,6 +23,8 @@ from jaxalign.data.dialogues import (
 )
 from jaxalign.data.records import Content, Message
 
+_LARGEST = 1e18  # of a number for the loss: float32 holds its square
+
 
 class Dropped(Exception):
     """A row that gives no record; its text is the reason that the report counts."""
@@ -46,6 +48,8 @@ def number(row: dict[str, Any], name: str, absent: float) -> float:
         raise ValueError(f"{name} is {kind_of(value)}, not a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}")
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{name} is {number:g}, beyond {_LARGEST:g}")
     return number
 
 

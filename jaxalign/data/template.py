@@ -213,12 +213,12 @@ class _Conversation:
 
     def _words(self, i: int, text: str) -> Span:
         """The words of message `i`, whoever speaks, with the end of the turn that is written behind them."""
-        before = self.render_or_none(i) if i else ""
         through = text if i == len(self._messages) - 1 else self.render_or_none(i + 1)
-        if before is not None and through is not None and text.startswith(before) and text.startswith(through):
-            at = text.find(self._messages[i]["content"].strip(), len(before), len(through))
-            if at >= 0:
-                return at, len(through)
+        replaced = [*self._messages[:i], {**self._messages[i], "content": _SENTINEL}]  # short words are in markers too
+        shown = self.render_or_none(i + 1, messages=replaced) or ""
+        at = shown.find(_SENTINEL)
+        if through is not None and text.startswith(through) and at >= 0 and through.startswith(shown[:at]):
+            return at, len(through)
         return self._turn_by_replacement(i, text)
 
     def render(self, count: int, add_generation_prompt: bool = False, messages=None) -> str:

@@ -161,10 +161,12 @@ def _conversation(encoder: Encoder, record: Record, messages, train_on: TrainOn,
     if roles:
         rendered = template.conversation(messages, 0, tools=tools, roles=roles)
     else:
+        last = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight") != 0][-1:]
+        if train_on.what == "last" and last:
+            first = last[0]
         rendered = template.conversation(messages, first, tools=tools)
     if train_on.what == "last" and rendered.spans:
-        start = rendered.spans[-1][0]
-        rendered = Rendered(rendered.text, rendered.spans[-1:], start, rendered.words_end[-1:])
+        rendered = rendered._replace(boundary=rendered.spans[0][0])
     return _Part(rendered, not template.is_plain, messages)
 
 
@@ -226,12 +228,15 @@ def _scored(encoder: Encoder, encoded: Encoded, rendered: Rendered) -> np.ndarra
         stops = behind + np.flatnonzero(np.isin(encoded.ids[behind:last], list(encoder.eos_ids)))
         if len(stops):  # a template may open the next turn behind it, whoever speaks then
             last = int(stops[0]) + 1
-        ends = first + np.flatnonzero(np.isin(encoded.ids[first:last], list(encoder.eos_ids)))
-        # A template's newline behind the end of a turn is never generated, so it is not scored.
-        if len(ends) and not encoder.tokenizer.decode(encoded.ids[ends[-1] + 1 : last].tolist()).strip():
-            last = int(ends[-1]) + 1
-        mask[first:last] = True
+        mask[first : _end(encoder, encoded.ids, first, last)] = True
     return mask
+
+
+def _end(encoder: Encoder, ids: np.ndarray, first: int, last: int) -> int:
+    """Where `ids[first:last]` ends: a template's newline behind the end of a turn is never generated, nor scored."""
+    ends = first + np.flatnonzero(np.isin(ids[first:last], list(encoder.eos_ids)))
+    blank = len(ends) and not encoder.tokenizer.decode(ids[ends[-1] + 1 : last].tolist()).strip()
+    return int(ends[-1]) + 1 if blank else last
 
 
 def _without_prompt(encoder: Encoder, sequences: list[np.ndarray], masks: list[np.ndarray], shared: int):
@@ -271,6 +276,8 @@ def _example(
     if train_on.what == "all":
         shared = min(shared, int(bool(encoder.prefix) and sequences[0][0] == encoder.bos_id))
         masks = [np.ones(len(s), bool) for s in sequences]
+        for tokens, mask in zip(sequences, masks, strict=True):
+            mask[_end(encoder, tokens, 0, len(tokens)) :] = False
     for tokens, mask, end in zip(sequences, masks, stated, strict=True):
         mask[shared:end] = True  # tokens that the other side's merge moved out of the prompt
         if train_on.eos != "turn":

@@ -74,8 +74,8 @@ def _reward(config, loader, context) -> Program:
     cfg = config.algorithm
     if cfg.use_margin:
         check_margins(context.dataset, "data.sources")
-        if context.eval_dataset is not None:
-            check_margins(context.eval_dataset, "data.eval_sources" if config.data.eval_sources else "data.sources")
+        if config.data.eval_sources:  # of a held-out share it is chance
+            check_margins(context.eval_dataset, "data.eval_sources")
     objective = reward_objective(
         role.model.apply,
         role.model.score_kernel,

@@ -226,9 +226,14 @@ class Loop:
                     "look at those records; --config.optimizer.learning_rate smaller, or warmup_steps larger; "
                     + self._elsewhere(),
                 )
-        # An update without weight has changed nothing, and so has the smaller batch at an epoch's end.
-        if updates and all(map(weightless, updates)) and self.dataset.is_whole(pending.step - 1):
-            expected, fix = _why_empty(pending.batch)
+        # An update without weight has changed nothing, and so has the smaller batch at an epoch's end, if it is not all
+        # that an epoch has.
+        if (
+            updates
+            and all(map(weightless, updates))
+            and (self.dataset.batches_per_epoch == 1 or self.dataset.is_whole(pending.step - 1))
+        ):
+            expected, fix = _why_empty(pending.batch, pending.prepared)
             found = f"a batch that nothing can be learned from at {where}"
             return InputError(found, expected, f"{fix}; {self._elsewhere()}")
         return None
@@ -254,7 +259,9 @@ def note_end(updates: Any) -> Callable[[], float]:
     if all(x.is_ready() for x in jax.tree.leaves(updates)):
         wait()
         return noted.pop
-    thread = threading.Thread(target=wait, name="end of updates", daemon=True)
+    # No daemon: the interpreter waits for it, as the runtime does for the updates; one that was inside the runtime when
+    # the interpreter goes would abort the process.
+    thread = threading.Thread(target=wait, name="end of updates", daemon=False)
     thread.start()
 
     def ended() -> float:
@@ -300,8 +307,13 @@ def _shortened(ids: list[int]) -> str:
     return f"[{text}{f', ... {len(ids)} in all' if len(ids) > 16 else ''}]"
 
 
-def _why_empty(batch: Any) -> tuple[str, str]:
+def _why_empty(batch: Any, prepared: Mapping[str, float]) -> tuple[str, str]:
     """(what was expected, what to do) for a batch of zero weight."""
+    if prepared.get("objective/scores_share") == 0:
+        return (
+            "a score for some completion: the reward gave None for all",
+            "a reward that applies to these prompts: --config.rewards.function=...",
+        )
     if not np.any(batch.record_ids >= 0):
         return "records in every batch: this one holds only padding", "--config.batch_size smaller"
     if batch.readouts.mask.size and not np.any(batch.readouts.mask):  # prompts to sample from have no places

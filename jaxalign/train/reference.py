@@ -81,7 +81,7 @@ def attach(stage: Any, datasets: list[Any]) -> list[Any]:
         }
         cache = Cache(folder, keys, dataset.num_records)
         table = cache.read()
-        if np.isnan(table).any():
+        if not np.isfinite(table).all():
             table = _compute(dataset, table, cache, lambda batch: logprobs(params, batch), stage.mesh)
         wrapped.append(WithReference(dataset, table))
     return wrapped

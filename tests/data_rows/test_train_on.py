@@ -29,6 +29,12 @@ COUNTS = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 END = "<|im_end|>"
+PIECES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "So:{% endgeneration %} -- {% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def learned(tokenizer, record, plain=None, **options):
@@ -70,6 +76,30 @@ def test_roles_and_the_last_turn(qwen, train_on, want):
     whole = qwen.apply_chat_template(CHAT, return_dict=True)["input_ids"]
     tokens = [*example.prompt.tolist(), *example.completions[0].tolist()]
     assert tokens == whole[: len(tokens)], "what is learned changes the mask, never the tokens"
+
+
+@pytest.mark.parametrize("words", ["s", "user", "m", "im_end"])
+def test_words_that_are_in_the_markers_too_begin_at_their_own_place(qwen, words):
+    chat = [{"role": role, "content": words} for role in ("user", "assistant", "user", "assistant")]
+    record = Record(0, "x", 1, "messages", messages=chat)
+    assert learned(qwen, record, train_on="user")[0] == [words + END] * 2
+    assert learned(qwen, record, train_on="assistant,user")[0] == [words + END] * 4
+
+
+def test_a_last_turn_that_is_marked_in_pieces_is_all_of_them(tokenizer_of):
+    tokenizer = copy.copy(tokenizer_of("tokenizers/qwen2-rebuilt"))
+    tokenizer.chat_template = PIECES
+    record = Record(0, "x", 1, "messages", messages=CHAT[1:3] + CHAT[5:])
+    for train_on, want in (("completion", ["So:", *said(2), "So:", *said(6)]), ("last", ["So:", *said(6)])):
+        assert [run.strip() for run in learned(tokenizer, record, train_on=train_on)[0]] == want
+
+
+def test_nothing_is_appended_behind_the_end_of_the_last_turn(qwen):
+    record = Record(0, "x", 1, "messages", messages=CHAT[1:3])
+    (run,), example = learned(qwen, record, train_on="all")
+    assert run.endswith(said(2)[0]) and example.complete == (True,)
+    whole = qwen.apply_chat_template(record.messages, return_dict=True)["input_ids"]
+    assert [*example.prompt.tolist(), *example.completions[0].tolist()] == whole[:-1]  # but for the newline
 
 
 def test_turns_of_the_prompt_count_for_roles_alone(qwen):

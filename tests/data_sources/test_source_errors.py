@@ -199,6 +199,8 @@ def test_wrong_numbers(fails):
     row = {**GOOD_PAIR, "w": -1, "s": "high"}
     assert fails([row], "dpo", columns={"weight": "w"})[0] == "x.jsonl:1: weight is -1, less than 0"
     assert fails([row], "dpo", columns={"score": "s"})[0] == "x.jsonl:1: score is the string 'high', not a number"
+    for row in ({**GOOD_PAIR, "w": 1e39}, {**GOOD_PAIR, "w": -1e300}):  # infinite in float32
+        assert fails([row], "dpo", columns={"weight": "w"})[0].startswith("x.jsonl:1: weight is ")
 
 
 def test_nothing_left(fails, tmp_path):

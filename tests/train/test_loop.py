@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -95,6 +97,26 @@ def test_the_last_step_is_timed_too_where_updates_are_not_asynchronous(tmp_path)
     assert max(row["tokens_per_second"] for row in rows(world)) <= fastest
 
 
+ENDS_AT_WORK = """
+import jax, jax.numpy as jnp
+from jaxalign.train.loop import note_end
+
+work = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda i, a: jnp.tanh(a @ a), x))
+x = jnp.ones((700, 700))
+work(x).block_until_ready()
+updates = [work(x + 1)]
+note_end(updates)
+assert not updates[0].is_ready()
+raise SystemExit(3)
+"""
+
+
+def test_a_process_that_ends_while_updates_are_under_way_keeps_its_status():
+    """A thread that is inside the runtime when the interpreter goes would abort it, status 134."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_AT_WORK], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 def test_trap_a_loss_that_is_not_finite_stops_with_step_records_and_checkpoint(tmp_path):
     world = World(tmp_path, num_steps=6, data=Data({3: host_batch(3, value=-1)}), checkpoint__every=2)
     with pytest.raises(InputError) as error:
@@ -126,6 +148,16 @@ def test_trap_the_smaller_batch_of_an_epoch_may_have_nothing_to_learn_from(tmp_p
     assert (empty["weight"], empty["empty"]) == (0, 1) and not {"loss", "x", "grad_norm"} & empty.keys()
     assert first["x"] == 0 and last["x"] == pytest.approx(0.2) and int(state.step) == 3
     assert results["metrics"]["loss"] == last["loss"]
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_trap_data_smaller_than_a_batch_that_teach_nothing_are_an_error(tmp_path, scores):
+    """The only batch of an epoch is never whole; without an error such a run would end as done."""
+    data = Data({i: host_batch(i, weight=0.0) for i in range(3)}, batches_per_epoch=1, partial=range(3))
+    prepare = lambda state, frozen, batch: (state, [batch], {"objective/scores_share": float(scores)})  # noqa: E731
+    with pytest.raises(InputError, match="nothing can be learned from at step 1") as error:
+        World(tmp_path, num_steps=3, data=data, prepare=prepare).run()
+    assert ("weight" if scores else "score") in error.value.expected
 
 
 def test_an_update_without_weight_among_others_is_skipped(tmp_path):

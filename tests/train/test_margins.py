@@ -5,7 +5,9 @@ import json
 import pytest
 
 from jaxalign.config import defaults
+from jaxalign.data.loader import Dataset
 from jaxalign.errors import InputError
+from jaxalign.models.tokenizer import load_tokenizer
 from jaxalign.train import trainer
 
 PAIR = {"prompt": "a b c", "chosen": "d e f", "rejected": "g h i"}
@@ -44,3 +46,13 @@ def test_data_without_margins_is_refused(case, shared, tmp_path):
 def test_some_margins_are_enough(shared, tmp_path):
     lines = [PAIR | {"margin": float(i == 3)} for i in range(8)]
     trainer.run(config(shared, tmp_path, lines), dry_run=True)
+
+
+def test_a_held_out_share_may_have_no_margin(shared, tmp_path):
+    """Which of the records are held out is chance, and the training data have margins."""
+    lines = [PAIR | {"prompt": f"a b {i}", "margin": float(i < 4)} for i in range(40)]
+    c = config(shared, tmp_path, lines)
+    c.data.eval_fraction, c.seed = 0.1, 1
+    margins = Dataset.build(c, load_tokenizer(c.model.path), "reward", "eval").lengths()["score"]
+    assert len(margins) and not margins.any(), "this seed's are without"
+    trainer.run(c, dry_run=True)

@@ -91,6 +91,14 @@ def test_a_damaged_cache_is_made_again(attach, tmp_path, capsys, harm):
     assert attach() == 2 and [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
+def test_a_whole_table_with_a_number_that_is_not_finite_is_not_taken(attach, tmp_path, monkeypatch):
+    """Written on the way, before the pass that made it has looked at its numbers."""
+    attach()
+    whole = reference._parse
+    monkeypatch.setattr(reference, "_parse", lambda data, keys: np.where(whole(data, keys) < 0, -np.inf, 0))
+    assert attach() == 2
+
+
 def test_a_cache_of_other_inputs_under_this_name_is_not_taken(attach, tmp_path):
     attach()
     (one,) = tmp_path.glob("reference-*.npz")
