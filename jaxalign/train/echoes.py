@@ -18,7 +18,7 @@ def silence_echoes() -> None:
     if not getattr(sys.excepthook, "without_echoes", False):
         sys.excepthook = _without_echoes(sys.excepthook, _of_a_closed_loop)
     if not getattr(sys.unraisablehook, "without_echoes", False):
-        sys.unraisablehook = _without_echoes(sys.unraisablehook, _of_a_coroutine)
+        sys.unraisablehook = _without_echoes(sys.unraisablehook, _unheard)
 
 
 def _no_echo(record: logging.LogRecord) -> bool:
@@ -32,9 +32,10 @@ def _of_a_closed_loop(kind: Any, error: Any, trace: Any) -> bool:
     return kind is RuntimeError and str(error) == "Event loop is closed" and "asyncio" in begun
 
 
-def _of_a_coroutine(unraisable: Any) -> bool:
+def _unheard(unraisable: Any) -> bool:
     code = getattr(unraisable.object, "cr_code", None)
-    return code is not None and "orbax" in code.co_filename
+    coroutine = code is not None and "orbax" in code.co_filename
+    return coroutine or _of_a_closed_loop(unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
 
 
 def _without_echoes(shown: Any, is_echo: Any) -> Any:

@@ -44,8 +44,19 @@ def test_only_coroutines_of_orbax_are_dropped(hooks):
         exec(compile("async def f(): pass", file, "exec"), space)
         coroutine = space["f"]()
         coroutine.close()
-        sys.unraisablehook(types.SimpleNamespace(object=coroutine, exc_value=file))
+        sys.unraisablehook(_unraisable(coroutine, ValueError, file, None))
     assert hooks == ["mine.py"]
+
+
+def test_a_closed_loop_in_a_callback_of_no_object_is_dropped(hooks):
+    closed = RuntimeError("Event loop is closed")
+    sys.unraisablehook(_unraisable(None, *caught("raise error", "lib/asyncio/base_events.py", closed)))
+    sys.unraisablehook(_unraisable(None, *caught("raise error", "mine.py", closed)))
+    assert hooks == [closed]
+
+
+def _unraisable(source, kind, error, trace):
+    return types.SimpleNamespace(object=source, exc_type=kind, exc_value=error, exc_traceback=trace)
 
 
 def test_logged_tracebacks_of_orbax_are_dropped(hooks):
