@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -380,7 +381,8 @@ def _compare(argv: list[str]) -> int:
         except InputError:
             print(text)  # minutes of work: not lost
             raise
-    print(text if args.json else page(result, show=args.show))
+    width = min(120, shutil.get_terminal_size((120, 0)).columns)
+    print(text if args.json else page(result, show=args.show, width=width))
     return 0
 
 

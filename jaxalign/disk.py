@@ -50,7 +50,7 @@ def cannot_write(path: Any, words: str) -> InputError:
     return InputError(
         f"{path}: {words}",
         "a place with room to write; what was saved before is still there and whole",
-        f"{remedy}, then run the same command again: it goes on from what was saved",
+        f"{remedy}, then run the same command again: it resumes from the last checkpoint, where there is one",
     )
 
 

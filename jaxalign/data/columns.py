@@ -252,8 +252,9 @@ def to_record(plan: Plan, raw: Raw) -> Record:
 
 def _bad(plan: Plan, raw: Raw, problem: str, expected: str) -> BadRow:
     names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else {}
-    line = config_line(plan.source, columns={**names, **plan.source.columns})
-    fix = f"repair or delete that record, or {line}"
+    fix = "repair or delete that record"
+    if names:  # which may be the wrong columns
+        fix += f", or {config_line(plan.source, columns={**names, **plan.source.columns})}"
     return BadRow(raw.where, problem, expected, fix, _reason(problem))
 
 

@@ -79,6 +79,15 @@ def load(
     return model, params
 
 
+def check(directory: Path, config: ModelConfig) -> None:
+    """Makes sure that a checkpoint holds the tensors that its config describes: headers alone are read.
+
+    Raises:
+      InputError: as `load` does, but for numbers that are not finite.
+    """
+    match(config, Model(config).abstract(), list_tensors(directory))
+
+
 def from_scratch(
     path: str | Path,
     *,

@@ -84,11 +84,12 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
         where = _weight_map(index)
         files = sorted({directory / name for name in where.values()})
     else:
-        found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
+        others = sorted(p.name for p in directory.glob("*.bin"))
+        convert = "convert it once: transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
         raise InputError(
-            f"{found} in {directory}",
+            f"{', '.join(others[:4]) or 'no weights'} in {directory}",
             f"{_NAME}, or {_INDEX} and its shards",
-            "convert it once: transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)",
+            convert if others else "copy or download the weights into it, or --config.model.from_scratch=True",
         )
     tensors: dict[str, Tensor] = {}
     for file in files:

@@ -222,8 +222,8 @@ def _run(path: str) -> ConfigDict:
         file = Path(name)
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path("configs")
-        names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
-        near = difflib.get_close_matches(str(file), names, n=1, cutoff=0.0) or ["configs/sft.py"]
+        names = sorted(str(p) for p in folder.glob("*.py") if _is_config(p)) if folder.is_dir() else []
+        near = difflib.get_close_matches(str(file), names, n=1, cutoff=0.0) or ["FILE.py"]
         raise InputError(f"no file {file}", "a Python file with get_config()", f"--config={near[0]}")
     spec = importlib.util.spec_from_file_location(f"jaxalign_config_{file.stem}", file)
     if spec is None or spec.loader is None:
@@ -245,9 +245,16 @@ def _run(path: str) -> ConfigDict:
         raise InputError(
             f"get_config() of {file} returns {type(config).__name__}",
             "a tree that starts from jaxalign.config.defaults(...) or stages(...)",
-            'config = defaults("dpo")',
+            "return config" if config is None else 'config = defaults("dpo")',
         )
     return config
+
+
+def _is_config(file: Path) -> bool:
+    try:
+        return "def get_config(" in file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from jaxalign.pipeline.configfile import load_config, run_script
 from jaxalign.pipeline.findings import FIGURES
 
 CONFIG = "configs/quickstart.py"
+WIDTH = 150  # of its tables, in characters, where the terminal has them
 ROADS = ("dpo", "ppo")
 _MODELS = {  # models in memory while a stage trains
     "sft": ("policy",),
@@ -116,7 +118,7 @@ def _quality(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def page(summary: dict[str, Any], width: int = 150) -> str:
+def page(summary: dict[str, Any], width: int = WIDTH) -> str:
     """The summary for people: a table and samples side by side."""
     import io
 
@@ -150,7 +152,7 @@ def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
     print(f"{CONFIG} leaves the guides' ranges where warnings say so, and gives its reasons: its model is tiny")
     summary = run(config)
     picture = draw(Path(config.workdir))
-    print(page(summary))
+    print(page(summary, min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
     print(f"summary   {Path(config.workdir, 'summary.json')}\ncurves    {picture}")
     print(f"the aligned models are in {config.workdir}/dpo/export and {config.workdir}/ppo/export; ask one with")
     asked = f'--prompt "{summary["samples"][0]["prompt"]}"'

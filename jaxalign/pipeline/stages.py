@@ -102,6 +102,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     from jaxalign.ops.precision import require_dtypes
     from jaxalign.parallel.processes import initialize, is_main  # jax from here on
     from jaxalign.train.lock import exclusive
+    from jaxalign.train.rundir import results
 
     stages = plan(config)
     _check_inputs(stages)
@@ -119,8 +120,9 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     if not stages[0].name:
         if dry_run:
             return _dry(stages, say)[""]
+        before = results(_path(stages[0].config.workdir))
         result = _train(stages[0])
-        _report(stages[0], result, say)
+        _report(stages[0], result, say, again=result == before)
         return result
     with exclusive(_path(config.workdir)):
         return _dry(stages, say) if dry_run else _in_order(stages, say)
@@ -416,13 +418,14 @@ def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:
 _TELLING = ("loss", "rewards/accuracies", "objective/scores", "objective/kl")
 
 
-def _report(stage: Stage, result: dict[str, Any], say: Callable[[str], None]) -> None:
-    """What came out, in a line."""
+def _report(stage: Stage, result: dict[str, Any], say: Callable[[str], None], *, again: bool = False) -> None:
+    """What came out, in a line; `again` where it had come out before, and nothing was trained now."""
     figures = {**(result.get("metrics") or {}), **(result.get("eval") or {})}
     names = [f"{where}{name}" for name in _TELLING for where in ("", "eval/")]
     shown = "".join(f", {name} {figures[name]:.4g}" for name in names if figures.get(name) is not None)
     where = f" -> {result['export']}" if "export" in result else ""
-    say(f"{f'stage {stage.name}: ' if stage.name else ''}done{shown}{where}")
+    told = "done before, nothing was trained now (another --config.workdir trains anew)" if again else "done"
+    say(f"{f'stage {stage.name}: ' if stage.name else ''}{told}{shown}{where}")
 
 
 def _release() -> None:

@@ -97,7 +97,10 @@ class Loader:
 
         fields = {k: v for k, v in options.items() if k != "revision"}
         with named(field):
-            described = read_config(locate(path, revision, weights=False), **fields)
+            directory = locate(path, revision, weights=False)
+            described = read_config(directory, **fields)
+            if not scratch and os.path.isdir(os.path.expanduser(path)):  # a hub's weights come when they are needed
+                hf.check(directory, described)
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
         described = dataclasses.replace(described, attention=c.attention, causal=causal(self.config))
         return Role(Model(described), load, learning_rate)

@@ -192,7 +192,7 @@ GOOD_PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 def test_bad_records_are_named_with_their_line(fails, good, bad, purpose, found):
     got, expected, fix = fails([good, good, bad], purpose)
     assert got.startswith(f"x.jsonl:3: {found}")
-    assert expected and fix.startswith("repair or delete that record, or data.sources=(")
+    assert expected and fix.startswith("repair or delete that record")
 
 
 def test_wrong_numbers(fails):

@@ -224,10 +224,17 @@ def test_the_fields_own_value_is_proposed(field, text, fix):
 
 
 def test_a_missing_file_is_offered_the_nearest(tmp_path, file):
-    file("", "stories.py")
+    file("def get_config(): ...", "stories.py")
+    file("def reward(prompts, completions): ...", "storys_.py")  # no config
     with pytest.raises(InputError) as error:
         load_config(str(tmp_path / "storys.py"))
     assert error.value.fix.endswith("stories.py")
+
+
+def test_a_forgotten_return_is_told(file):
+    with pytest.raises(InputError) as error:
+        load_config(str(file("def get_config():\n    config = 1\n", "empty.py")))
+    assert error.value.fix == "return config"
 
 
 def test_overriding_one_stage_leaves_the_other():

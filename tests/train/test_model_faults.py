@@ -85,3 +85,15 @@ def test_trap_a_reward_model_without_its_head_is_refused(refusal):
 
     error, bad = refusal("rewards", headless)
     assert "score.weight" in error.found and bad in error.found
+
+
+@pytest.mark.parametrize("role", ["sft", "reference", "value", "rewards"])
+def test_a_dry_run_reads_the_headers_of_weights(shared, tmp_path, role):
+    base, (algorithm, field) = shared / "models" / "stories260k-llama", ROLES[role]
+    bad = copied(make_reward(base, tmp_path / "reward") if role == "rewards" else base, tmp_path / "bad")
+    weights = bad / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500_000])
+    fields = {field: str(bad), "data.max_records": 8} | ({"rewards.function": None} if role == "rewards" else {})
+    config = make_config(stories(shared, tmp_path / "run", algorithm, **fields))
+    with pytest.raises(InputError, match="cut short"):
+        trainer.run(config, dry_run=True, devices=jax.devices()[:1])
