@@ -77,10 +77,10 @@ def _template(chat_template: str) -> str:
             text = file.read_text(encoding="utf-8")
             if text.strip():
                 return text
-            raise InputError(f"chat_template {chat_template[:80]!r}: the file is empty", "a Jinja template", fix)
+            raise InputError(f"chat_template {chat_template[:300]!r}: the file is empty", "a Jinja template", fix)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"chat_template {chat_template[:80]!r}: {error}", "a file of UTF-8 text", fix) from error
-    raise InputError(f"chat_template {chat_template[:80]!r}", "a file that is there, or a Jinja template", fix)
+        raise InputError(f"chat_template {chat_template[:300]!r}: {error}", "a file of UTF-8 text", fix) from error
+    raise InputError(f"chat_template {chat_template[:300]!r}", "a file that is there, or a Jinja template", fix)
 
 
 def _check_syntax(tokenizer: Any, chat_template: str) -> None:
