@@ -83,7 +83,12 @@ def write_whole(path: Any, data: str | bytes) -> None:
         if "://" in os.fspath(path):
             path.write_bytes(raw)
             return
-        draft = os.path.join(os.path.dirname(path), f".{path.name}.{os.getpid()}.tmp")
+        path = os.path.realpath(path)  # a link stays one
+        if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe, which nothing may take the place of
+            with open(path, "wb") as file:
+                file.write(raw)
+            return
+        draft = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
         try:
             with open(draft, "wb") as file:
                 file.write(raw)

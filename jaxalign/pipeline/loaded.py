@@ -122,14 +122,14 @@ def require_head(path: str, head: str, flag: str = "") -> tuple[dict[str, Any], 
     """
     with _without_config(path, flag):
         config = read_config(locate(path, weights=False), dtype="float32", param_dtype="float32", remat="none")
-    scalar = config.head == "score"
+    scalar, given = config.head == "score", f"{flag} {path}".strip()
     if scalar and head == "lm":
         raise InputError(
-            f"{path} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
+            f"{given} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
         )
     if not scalar and head == "score":
         raise InputError(
-            f"{path} is a language model, without a score",
+            f"{given} is a language model, without a score",
             "a reward model, or a reference for DPO's implicit reward",
             "jaxalign score --model DIR --ref DIR --beta B",
         )

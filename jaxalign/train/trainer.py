@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign import config as configuration
-from jaxalign.errors import InputError
+from jaxalign.errors import InputError, named
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel import processes
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
@@ -110,7 +110,8 @@ class Stage:
             require_host_memory(mesh, "algorithm.offload", "--config.algorithm.offload=False")
         described = describe_start(c)
         path = c.model.tokenizer or c.model.path
-        self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
+        with named("model.tokenizer" if c.model.tokenizer else "model.path"):
+            self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
         purpose = c.algorithm.name
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import stat
 
 from tests.fuzz.case import REFUSED, RUNS, SOUND, Case
 
@@ -140,8 +143,6 @@ def _flags(rng):
 
 
 def _file(place):
-    import os
-
     write_lines(place)
     (place.here / "file").write_text("hello")
     (place.here / "loop").symlink_to("loop")
@@ -183,7 +184,7 @@ def _lines(rng):
             )  # fmt: skip
             if command == "compare" and name in ("empty", "blank", "both-empty"):
                 expect = REFUSED
-            if command == "logprobs" and name in ("messages", "long", "long-completion"):
+            if name in ("long", "long-completion") or (command, name) == ("logprobs", "messages"):
                 expect = SOUND
 
             def make(place, command=command, text=text):
@@ -229,5 +230,13 @@ def _places():
     for name, out in {"directory": "{w}", "nowhere": "/proc/nope/x.json", "blank": " ", "long": "x" * 300}.items():
         expect = SOUND if name == "blank" else REFUSED
         yield with_world(f"compare-out-{name}", "compare", expect, ("out",) * (expect == REFUSED), out=out)
-    full = with_world("compare-out-full", "compare", REFUSED, ("/dev/full",), out="/dev/full")
-    yield full
+
+    def full(place):  # a device of its own: root could put a file in the place of the machine's
+        write_lines(place)
+        out = "/dev/full"
+        with contextlib.suppress(OSError):
+            os.mknod(place.here / "full", stat.S_IFCHR | 0o666, os.makedev(1, 7))
+            out = "full"
+        return arguments(place, "compare", out=out)
+
+    yield Case("commands", "compare-out-full", full, REFUSED, ("full",))

@@ -6,7 +6,7 @@ import random
 import re
 import string
 
-from jaxalign.config import defaults, leaves
+from jaxalign.config import defaults, get, leaves
 from jaxalign.ranges import CHOICES
 from tests.fuzz.case import REFUSED, RUNS, SOUND, Case
 from tests.fuzz.world import ALGORITHMS, train
@@ -113,7 +113,8 @@ def _choices(rng):
 def _truths(rng):
     for field, algorithms in fields((bool,)).items():
         for name, value in {"maybe": ("maybe", '"maybe"'), "two": ("2", "2"), "none": ("None", "None")}.items():
-            yield _case(rng, field, algorithms, name, value, REFUSED)
+            may_be_empty = name == "none" and get(defaults(algorithms[0]), field) is None
+            yield _case(rng, field, algorithms, name, value, SOUND if may_be_empty else REFUSED)
 
 
 _SOURCES = {
@@ -185,14 +186,8 @@ def _tuples(rng):
 
 def _texts(rng):
     """Texts that name something which is not there."""
-    empty = {
-        "checkpoint.best_metric",
-        "model.revision",
-        "model.tokenizer",
-        "model.chat_template",
-        "data.cache_dir",
-        "logging.wandb_project",
-    }
+    # An empty text empties a field that may be empty; these may not.
+    required = ("workdir", "model.path", "algorithm.reference_path", "rewards.function")
     skipped = {field for field, _ in CHOICES} | {"algorithm.name"}
     for field, algorithms in fields((str,)).items():
         if field in skipped:
@@ -210,7 +205,7 @@ def _texts(rng):
             expect = SOUND if name in fine.get(field, ()) else REFUSED
             yield _case(rng, field, algorithms, name, value, expect, words=(), dry=field == "workdir")
         yield _case(
-            rng, field, algorithms, "blank", ("", '""'), SOUND if field in empty else REFUSED, words=(), dry=True
+            rng, field, algorithms, "blank", ("", '""'), REFUSED if field in required else SOUND, words=(), dry=True
         )
 
 

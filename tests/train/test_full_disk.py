@@ -202,3 +202,18 @@ def test_export(tmp_path):
         save(target, model, params)
     assert {name: (target / name).read_bytes() for name in left(target)} == before
     assert os.listdir(tmp_path) == ["export"]
+
+
+def test_trap_a_device_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
+    """`--out /dev/null` as root put a file in the device's place."""
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
+    os.close(reader)
+    file.write_text("old")
+    link.symlink_to(file)
+    write_whole(link, "new")
+    assert link.is_symlink() and file.read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
