@@ -10,6 +10,7 @@ from run_child import make_config, stories
 from safetensors.numpy import load_file
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import reference, trainer
 from jaxalign.train.best import eval_metrics
 
