@@ -101,11 +101,13 @@ def test_ppo_reads_text_where_the_policy_ends_by_another_token(turns, directory)
     assert scorer.encoder.eos_ids == {TEXT_END, TURN_END}
 
 
-def test_a_value_model_starts_from_a_reward_model_of_the_same_tokens_alone(directory, shared):
+def test_a_value_model_starts_from_a_reward_model_of_the_same_tokens_alone(turns, directory, shared, tmp_path):
+    policy = tiny_model(vocab_size=6400, hidden_size=32)
+    hf.save(tmp_path / "policy", policy, drawn(policy), tokenizer=turns)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     c = defaults("ppo")
     c.rewards.model, c.batch_size = str(directory), 8
-    for path, size in ((directory, 16), (shared / "models" / "stories260k-llama", 64)):
+    for path, size in ((tmp_path / "policy", 16), (shared / "models" / "stories260k-llama", 64)):
         c.model.path = str(path)
         tokenizer = load_tokenizer(path)
         context = algorithms.Context(mesh, tokenizer, stop_ids(path, tokenizer), Namespace(record=None))
