@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxalign.data.cache import digest
 from jaxalign.disk import writing
@@ -26,6 +27,7 @@ from jaxalign.parallel.processes import first_problem, is_main
 from jaxalign.parallel.sharding import path_name
 from jaxalign.train.echoes import silence_echoes
 from jaxalign.train.metrics import say
+from jaxalign.train.quantised_moments import count_not_finite
 from jaxalign.types import TrainState
 
 _OWN = ("checksums", "digest")  # of a checkpoint's meta: what `save` adds
@@ -292,7 +294,7 @@ def reading_problem(error: Exception) -> str:
 
 
 def checksums(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """`ops.checksum` of each leaf by its path, one leaf after the other, as numpy arrays.
+    """`ops.checksum` of each leaf by its path, one leaf after the other, as numpy arrays; 8-bit moments count blocks.
 
     Args:
       tree: arrays on a mesh; those that wait in the host's memory are copied to the devices one at a time.
@@ -301,7 +303,8 @@ def checksums(tree: Any, prefix: str = "") -> dict[str, Any]:
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         found[prefix + path_name(path)] = _checksum(in_memory(leaf, DEVICE))
-    return jax.device_get(found)
+    found, counts = jax.device_get((found, count_not_finite(tree)))
+    return found | {prefix + name: found[prefix + name] + np.array([0, 0, n], np.uint32) for name, n in counts.items()}
 
 
 _checksum = jax.jit(checksum)

@@ -32,6 +32,8 @@ import jax.numpy as jnp
 
 from jaxalign.ops.chance import chance
 from jaxalign.ops.precision import at_least_float32
+from jaxalign.parallel.host_memory import DEVICE, in_memory
+from jaxalign.parallel.sharding import path_name
 
 BLOCK = 32  # numbers that share a scale: 2 bytes for 32; divides the parts of a vocabulary of 128,256 on 8 devices
 _SHORTEST = 8  # rows shorter than this stay float32
@@ -109,10 +111,37 @@ def unpack(packed: Packed) -> Any:
     return jax.tree_util.tree_map_with_path(one, packed.moments, packed.scales)
 
 
+def count_not_finite(tree: Any) -> dict[str, jax.Array]:
+    """How many blocks of 8-bit moments hold a number that is not finite: codes are integers, and do not show it.
+
+    Args:
+      tree: a training state, or any part of it.
+
+    Returns:
+      uint32 by the path of the moment's codes in the tree; empty where nothing is kept in 8 bits.
+    """
+    found = {}
+    for path, packed in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Packed))[0]:
+        if isinstance(packed, Packed):
+            for inner, scale in jax.tree_util.tree_flatten_with_path(packed.scales)[0]:
+                name = path_name((*path, jax.tree_util.GetAttrKey("moments"), *inner))
+                found[name] = _count(in_memory(scale, DEVICE), _moment(inner).infinite)
+    return found
+
+
+@jax.jit
+def _count(scale: jax.Array, infinite: int) -> jax.Array:
+    return jnp.sum(scale >= infinite, dtype=jnp.uint32)
+
+
 def _code(path: tuple, x: Any) -> _Code | None:
     """How a leaf of an optimizer's state is kept; None: as it is."""
     if not x.ndim or x.shape[-1] < _SHORTEST or getattr(path[-1], "key", None) in ("scale", "bias"):
         return None
+    return _moment(path)
+
+
+def _moment(path: tuple) -> _Code | None:
     return next((_CODES[name] for name in (getattr(k, "name", None) for k in path) if name in _CODES), None)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from loop_world import World, objective
 
@@ -16,6 +17,7 @@ from jaxalign.parallel.sharding import param_shardings
 from jaxalign.steps.step import make_train_step
 from jaxalign.train.checkpoints import checksums
 from jaxalign.train.compiled import Compiled
+from jaxalign.train.quantised_moments import pack
 
 
 def saved(world):
@@ -198,6 +200,19 @@ def test_checksums_see_every_bit_and_no_mesh():
         assert (checksums({"x": x})["x"] != checksums({"x": other})["x"])[:2].any()
     x = jnp.array([1.0, jnp.nan, jnp.inf, 2.0])
     assert checksums({"x": x})["x"][2] == 2
+
+
+@pytest.mark.parametrize("moment", ["mu", "nu"])
+def test_moments_of_8_bits_that_are_no_numbers_are_counted(moment):
+    """Their codes are integers: what is not finite shows in a block's scale alone."""
+    state = optax.scale_by_adam().init({"kernel": jnp.ones((4, 64))})
+    moments = getattr(state, moment)["kernel"]
+    for value in (jnp.nan, jnp.inf):
+        spoilt = state._replace(**{moment: {"kernel": moments.at[1, 2].set(value).at[3, 40].set(value)}})
+        found = checksums({"opt_state": pack(spoilt, 0)}, "train/")
+        wrong = {name: int(sums[2]) for name, sums in found.items() if sums[2]}
+        assert wrong == {f"train/opt_state/moments/{moment}/kernel": 2}
+    assert not any(sums[2] for sums in checksums({"opt_state": pack(state, 0)}).values())
 
 
 def test_checksums_of_eight_bytes(x64):
