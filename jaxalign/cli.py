@@ -163,6 +163,7 @@ def _train(argv: list[str]) -> int:
     from absl import flags
 
     from jaxalign.pipeline.configfile import load_config, split_overrides
+    from jaxalign.pipeline.mistakes import no_flag
 
     own, overrides = split_overrides(argv)
     values = flags.FlagValues()
@@ -170,14 +171,17 @@ def _train(argv: list[str]) -> int:
     flags.DEFINE_bool("dry_run", False, "check without training", flag_values=values)
     flags.DEFINE_bool("help", False, "this page", short_name="h", flag_values=values)
     try:
-        rest = values(["train", *own])[1:]
+        rest = values(["train", *own], known_only=True)[1:]
     except flags.Error as error:
         raise InputError(str(error), "--config=FILE --config.FIELD=VALUE --dry_run", "jaxalign train --help") from None
     if values.help:
         print(TRAIN_HELP, end="")
         return 0
+    if rest and values.config and (rest[0].startswith("-") or "=" in rest[0]):
+        raise no_flag(load_config(values.config), rest, [name for name in values if len(name) > 1])
     if rest:
-        raise InputError(f"argument {rest[0]!r}", "flags: --name=value", f"jaxalign train --config={rest[0]}")
+        file = "FILE" if rest[0].startswith("-") else rest[0]
+        raise InputError(f"argument {rest[0]!r}", "flags: --name=value", f"jaxalign train --config={file}")
     if not values.config:
         raise InputError("no --config", "a config file", "jaxalign train --config=configs/dpo.py")
 

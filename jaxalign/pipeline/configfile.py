@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference
 
 from jaxalign.errors import InputError
-from jaxalign.pipeline.mistakes import broken, no_field
+from jaxalign.pipeline.mistakes import broken, no_field, no_flag, no_section
 
 
 def load_config(path: str, overrides: Iterable[tuple[str, str | None]] = ()) -> ConfigDict:
@@ -95,6 +95,8 @@ def run_script(
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     try:
         rest, overrides = split_overrides(argv)
+        if rest and config:
+            raise no_flag(load_config(config), rest, ["help"])
         if rest:
             raise InputError(f"argument {rest[0]!r}", "fields of its config alone", f"{name} --config.field=value")
         run(overrides)
@@ -135,12 +137,12 @@ def override(config: ConfigDict, field: str, text: str | None, *, extend: bool =
     for key in parents:
         node = node[key] if isinstance(node, ConfigDict) and key in node else None
     if not isinstance(node, ConfigDict) or name not in node:
-        raise no_field(config, field, f"--config.{field}: there is no such field")
+        raise no_field(config, field, f"--config.{field}: there is no such field", "true" if text is None else text)
     kind = node.get_type(name)
     if issubclass(kind, ConfigDict):
         values = _literal(text)
         if not isinstance(values, dict):
-            raise _unfit(field, text, "a dict of fields to change", "{...}")
+            raise no_section(config, field, text, _given(field, text))
         for key, value in values.items():
             override(config, f"{field}.{key}", value if isinstance(value, str) else repr(value))
         return
@@ -210,8 +212,11 @@ def _is_placeholder(node: ConfigDict, name: str) -> bool:
 
 
 def _unfit(field: str, text: str | None, expected: str, example: str) -> InputError:
-    shown = f"--config.{field}" + ("" if text is None else f"={text[:300]}{'...' if len(text) > 300 else ''}")
-    return InputError(shown, expected, f"--config.{field}={example}")
+    return InputError(_given(field, text), expected, f"--config.{field}={example}")
+
+
+def _given(field: str, text: str | None) -> str:
+    return f"--config.{field}" + ("" if text is None else f"={text[:300]}{'...' if len(text) > 300 else ''}")
 
 
 def _run(path: str) -> ConfigDict:

@@ -5,86 +5,21 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import traceback
+from collections.abc import Sequence
+from keyword import iskeyword
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from jaxalign.config import defaults, get, leaves
 from jaxalign.errors import InputError
-from jaxalign.ranges import ALGORITHMS
+from jaxalign.pipeline.aliases import ALIASES, meaning
+from jaxalign.ranges import ALGORITHMS, CHOICES, bounds, misfit
 
 _NONE = object()
-
-# What other programs call a field, TRL and transformers before all; a name with a dot is meant within that section.
-# Of several fields the first that the tree has.
-_ALIASES: dict[str, tuple[str, ...]] = {
-    alias: tuple(fields.split())
-    for aliases, fields in (
-        ("output_dir save_dir logdir", "workdir"),
-        ("per_device_train_batch_size train_batch_size global_batch_size bs", "batch_size"),
-        ("gradient_accumulation_steps accumulation_steps accumulate_grad_batches", "grad_accum_steps"),
-        ("num_train_epochs epochs max_epochs n_epochs", "num_epochs"),
-        ("max_steps num_steps total_steps total_episodes", "num_train_steps"),
-        ("model_name_or_path model_name pretrained_model_name_or_path sft_model_path base_model", "model.path"),
-        ("model.name model.model model.dir model.directory model.id", "model.path"),
-        ("tokenizer_name tokenizer_name_or_path", "model.tokenizer"),
-        ("bf16 fp16 torch_dtype precision mixed_precision compute_dtype", "model.dtype"),
-        ("gradient_checkpointing activation_checkpointing", "model.remat"),
-        ("attn_implementation flash_attention", "model.attention"),
-        ("dataset_name dataset datasets train_file train_files train_dataset data_path", "data.sources"),
-        ("data.path data.paths data.file data.files data.train data.source data.train_sources", "data.sources"),
-        ("eval_dataset eval_file data.eval data.eval_path data.validation", "data.eval_sources"),
-        ("test_size val_size eval_split validation_split", "data.eval_fraction"),
-        ("max_seq_length max_seq_len seq_len seq_length sequence_length context_length cutoff_len", "data.max_length"),
-        ("max_completion_length max_target_length", "data.max_completion_length rollout.max_new_tokens"),
-        ("response_length max_response_length max_tokens", "rollout.max_new_tokens data.max_completion_length"),
-        ("max_prompt_length max_input_length", "data.max_prompt_length"),
-        ("truncation_mode", "data.truncation"),
-        ("lr optimizer.lr peak_lr policy_lr actor_lr", "optimizer.learning_rate"),
-        ("critic_lr value_lr", "optimizer.value_learning_rate"),
-        ("lr_scheduler_type lr_scheduler scheduler lr_schedule", "optimizer.schedule"),
-        ("warmup_ratio warmup num_warmup_steps", "optimizer.warmup_steps"),
-        ("min_lr min_lr_ratio", "optimizer.final_fraction"),
-        ("optim optimizer.type", "optimizer.name"),
-        ("adam_beta1 beta1", "optimizer.b1"),
-        ("adam_beta2 beta2", "optimizer.b2"),
-        ("adam_epsilon epsilon", "optimizer.eps"),
-        ("gradient_clipping grad_clip max_norm gradient_clip_val", "optimizer.max_grad_norm"),
-        ("wd", "optimizer.weight_decay"),
-        ("loss_type", "algorithm.loss"),
-        ("dpo_beta", "algorithm.beta"),
-        ("precompute_ref_log_probs", "algorithm.reference"),
-        ("ref_model ref_model_path ref_model_name_or_path reference_model", "algorithm.reference_path"),
-        ("kl_penalty init_kl_coef kl_beta kl_coeff", "algorithm.kl_coef"),
-        ("target_kl", "algorithm.max_approx_kl"),
-        ("cliprange clip_eps clip_epsilon clip_ratio", "algorithm.clip_range"),
-        ("cliprange_value value_clip vf_clip", "algorithm.value_clip_range"),
-        ("lam lambda gae", "algorithm.gae_lambda"),
-        ("ppo_epochs noptepochs num_policy_updates", "algorithm.num_ppo_epochs"),
-        ("num_mini_batches mini_batch_size", "algorithm.num_minibatches"),
-        ("center_rewards_coefficient", "algorithm.center_coef"),
-        ("value_model value_model_path critic critic_path", "algorithm.value_path"),
-        ("reward_model reward_model_path rewards.path", "rewards.model"),
-        ("reward_funcs reward_fn reward_function", "rewards.function"),
-        ("whiten_rewards", "rewards.whiten"),
-        ("stop_token stop_sequences stop_strings eos", "rollout.stop"),
-        ("num_generations num_return_sequences n_samples group_size", "rollout.num_samples"),
-        ("eval_steps evaluation_strategy eval_strategy eval_every eval_interval", "eval.every"),
-        ("save_steps save_strategy save_every save_interval checkpoint_every", "checkpoint.every"),
-        ("save_total_limit", "checkpoint.keep"),
-        ("metric_for_best_model load_best_model_at_end", "checkpoint.best_metric"),
-        ("greater_is_better", "checkpoint.best_mode"),
-        ("resume_from_checkpoint", "checkpoint.resume"),
-        ("logging_steps log_every log_interval", "logging.every"),
-        ("report_to wandb run_name wandb_name", "logging.wandb_project"),
-        ("num_sample_generations sample_every", "logging.samples_every"),
-        ("tp tensor_parallel tensor_parallel_size", "mesh.tensor"),
-        ("dp data_parallel data_parallel_size", "mesh.data"),
-    )
-    for alias in aliases.split()
-}
 
 
 def nearest_field(config: ConfigDict, name: str) -> str:
@@ -98,11 +33,7 @@ def nearest_field(config: ConfigDict, name: str) -> str:
     names = list(leaves(config))
     section, _, tail = name.rpartition(".")
     stage = name.partition(".")[0]
-    own = name.removeprefix(f"{stage}.") if stage in config.get("stages", ()) else name
-    meant = _ALIASES.get(own.lower(), ())
-    if tail not in {n.rpartition(".")[2] for n in names}:  # else it is a field's own name, in another section
-        meant = meant or _ALIASES.get(tail.lower(), ())
-    for field in meant:
+    for field in ALIASES.get(_alias(config, name), ()):
         there = [n for n in names if f".{n}".endswith(f".{field}")]
         if there:
             return next((n for n in there if n.startswith(f"{stage}.")), there[0])
@@ -115,37 +46,171 @@ def nearest_field(config: ConfigDict, name: str) -> str:
     return max(names, key=likeness, default="")
 
 
-def no_field(config: ConfigDict, field: str, found: str, where: str = "") -> InputError:
+def _alias(config: ConfigDict, name: str) -> str:
+    """The name that other programs know, of those that were written: whole, or behind a stage or a section; or ""."""
+    stage, _, rest = name.partition(".")
+    own = (rest if stage in config.get("stages", ()) and rest else name).lower()
+    tail = name.rpartition(".")[2]
+    if own in ALIASES or tail in {n.rpartition(".")[2] for n in leaves(config)}:  # a field's own name, elsewhere
+        return own if own in ALIASES else ""
+    return tail.lower() if tail.lower() in ALIASES else ""
+
+
+class Place(NamedTuple):
+    """Where a config file names a field."""
+
+    line: str  # "line 4 of c.py"
+    tree: str  # the variable that holds the tree
+
+    def __call__(self, field: str) -> str:
+        """The field as Python has it."""
+        parts = (f".{p}" if p.isidentifier() and not iskeyword(p) else f"[{p!r}]" for p in field.split("."))
+        return f"{self.line}: {self.tree}{''.join(parts)}"
+
+
+def no_field(config: ConfigDict, field: str, found: str, value: Any = None, place: Place | None = None) -> InputError:
     """What to say of a name that no field has: a stage's field without the stage, another algorithm's, or misspelt.
 
     Args:
       config: the whole tree.
       field: dotted name.
       found: the beginning of the message.
-      where: the line of a config file; "": the name came as a flag.
+      value: that it was to have; None: it was only read.
+      place: in a config file; None: the name came as a flag.
     """
+    assigned, names = value is not None, config.stages if "stages" in config else ()
 
-    def fix(name: str) -> str:
-        return f"{where}: {name}" if where else f"--config.{name}=..."
+    def fix(name: str, value: Any) -> str:
+        if place is None:
+            return _flag(config, name, value)
+        text, kind = _fitting(config, name, value)
+        return place(name) + (f" = {_as_python(text, kind) if text else repr(get(config, name))}" if assigned else "")
 
-    names = config.stages if "stages" in config else ()
     staged = [
         f"{stage}.{field}" for stage in names if stage in config and get(config[stage], field, _NONE) is not _NONE
     ]
     if staged:
-        return InputError(found, f"the name of a stage before it: {', '.join(staged)}", fix(staged[0]))
-    stage, _, rest = field.partition(".")
-    section, own = (config[stage], rest) if stage in names and stage in config else (config, field)
+        return InputError(found, f"the name of a stage before it: {', '.join(staged)}", fix(staged[0], value))
+    stage, own = _parted(config, field)
+    section = config[stage] if stage else config
     others = [name for name in ALGORITHMS if get(defaults(name), own, _NONE) is not _NONE] if own else []
     algorithm = get(section, "algorithm.name")
     if others and algorithm:
         return InputError(
             f"{found} for {algorithm}",
             f"{own} is a field of {' and '.join(others)}",
-            f"{where}: without it" if where else f"without --config.{field}, or a config of defaults({others[0]!r})",
+            f"{place.line}: without it"
+            if place
+            else f"without --config.{field}, or a config of defaults({others[0]!r})",
         )
-    near = nearest_field(config, field)
-    return InputError(found, f"the nearest name is {near}", fix(near))
+    near, alias, note = nearest_field(config, field), _alias(config, field), ""
+    its_stage, leaf = _parted(config, near)
+    if assigned and leaf in ALIASES.get(alias, ()):
+        value, note = meaning(alias, value, config[its_stage] if its_stage else config)
+    same = [f"{name}.{leaf}" for name in names if name != its_stage and not stage]
+    shown = " or ".join([near, *(name for name in same if get(config, name, _NONE) is not _NONE)])
+    return InputError(found, f"the nearest name is {shown}" + (f", which {note}" if note else ""), fix(near, value))
+
+
+def no_flag(config: ConfigDict, rest: Sequence[str], own: Sequence[str]) -> InputError:
+    """What to say of a flag that a command does not have: one of its own, misspelt, or a field without its beginning.
+
+    Args:
+      config: the whole tree.
+      rest: arguments, of which the first is none of the command's; its value may be the second.
+      own: the command's flags.
+    """
+    given = rest[0][:300]
+    name, equals, value = rest[0].lstrip("-").partition("=")
+    if not equals:
+        value = rest[1] if len(rest) > 1 and not rest[1].startswith("--") else None
+    if near := difflib.get_close_matches(name.replace("-", "_"), own, n=1, cutoff=0.75):
+        return InputError(f"{given}: there is no such flag", "one of --" + ", --".join(own), f"--{near[0]}")
+    field = name.removeprefix("config").lstrip(".-_") if name.startswith(("config.", "config-", "config_")) else name
+    field = field.replace("-", "_")
+    tails = {leaf.rpartition(".")[2] for leaf in leaves(config)}
+    known = _alias(config, field) or difflib.get_close_matches(field.rpartition(".")[2], tails, n=1, cutoff=0.7)
+    if not known:
+        return InputError(
+            f"{given}: there is no such flag", "--config=FILE --config.FIELD=VALUE --dry_run", "jaxalign train --help"
+        )
+    found = f"{given}: a field's flag begins with --config."
+    now = get(config, field, _NONE)
+    if isinstance(now, ConfigDict):
+        return no_section(config, field, value, found)
+    if now is not _NONE:
+        return InputError(found, f"--config.{field}", f"--config.{field}={shlex.quote(value or '...')}")
+    return no_field(config, field, found, "true" if value is None else value)
+
+
+def no_section(config: ConfigDict, field: str, value: str | None, found: str) -> InputError:
+    """What to say of a value that a section was given: the field in it that is most likely meant.
+
+    Args:
+      config: the whole tree.
+      field: dotted name of the section.
+      value: that it was given.
+      found: the beginning of the message.
+    """
+    if _alias(config, field):
+        near = nearest_field(config, field)
+        return InputError(found, f"a value of one field, {near}, or a dict of fields", _flag(config, near, value))
+    return InputError(found, "a dict of fields to change", f"--config.{field}={{...}}")
+
+
+def _parted(config: ConfigDict, field: str) -> tuple[str, str]:
+    """(stage, field of it); "" for a configuration without stages, and for what belongs to none."""
+    stage, _, rest = field.partition(".")
+    return (stage, rest) if stage in config.get("stages", ()) and stage in config else ("", field)
+
+
+def _flag(config: ConfigDict, field: str, value: Any) -> str:
+    """The flag that gives a field a value, or what of it is known."""
+    text, _ = _fitting(config, field, value)
+    return f"--config.{field}={shlex.quote(text) if text else '...'}"
+
+
+def _fitting(config: ConfigDict, field: str, value: Any) -> tuple[str, type]:
+    """(a value as a flag gives it, "" where the field does not take it; the field's type)."""
+    section, _, leaf = field.rpartition(".")
+    kind = (get(config, section) if section else config).get_type(leaf)
+    return _allowed(_parted(config, field)[1], _as_text(value, kind), kind) if value is not None else "", kind
+
+
+def _allowed(field: str, text: str, kind: type) -> str:
+    """A value if the field may hold it, else the nearest of those that it may; "" for a number out of bounds."""
+    choices = [str(choice) for choice in dict(CHOICES).get(field, ())]
+    if choices and text not in choices:
+        return next(iter(difflib.get_close_matches(text, choices, n=1, cutoff=0.0)), "")
+    if kind in (int, float) and text not in ("", "None") and misfit(float(text), *bounds(field)):
+        return ""
+    return text
+
+
+def _as_text(value: Any, kind: type) -> str:
+    """A value as a flag gives it to a field of this type; "" where it does not fit.
+
+    >>> _as_text("3.0", int), _as_text(True, bool), _as_text("many", int)
+    ('3', 'true', '')
+    """
+    text = ",".join(map(str, value)) if kind is tuple and isinstance(value, (tuple, list)) else str(value)
+    if kind is bool:
+        return text.lower() if text.lower() in ("true", "false") else ""
+    if text == "None" or kind not in (int, float):
+        return text
+    try:
+        number = float(text)
+        whole = number == int(number)
+        return str(int(number)) if whole else "" if kind is int else text if isinstance(value, str) else f"{number:g}"
+    except (ValueError, OverflowError):
+        return ""
+
+
+def _as_python(text: str, kind: type) -> str:
+    """What a flag's text is in a config file."""
+    if text == "None" or kind in (int, float):
+        return text
+    return text.capitalize() if kind is bool else repr(tuple(text.split(",")) if kind is tuple else text)
 
 
 _UNKNOWN_KEY = re.compile(r"""Key "(\w+)" does not exist|^'(\w+)'(\nDid you mean|$)""")
@@ -166,13 +231,15 @@ def broken(file: Path, error: BaseException) -> InputError:
     edit = f"line {line} of {file}" if line else f"edit {file}"
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     message = cause.args[0] if cause.args and isinstance(cause.args[0], str) else _said(error)
-    name_of = _names_in(error, here[-1][0].f_locals if here else {})
-    if isinstance(error, (AttributeError, KeyError)) and name_of and (match := _UNKNOWN_KEY.search(message)):
-        root, prefix = name_of
+    names = _names_in(error, here[-1][0].f_locals if here else {})
+    if isinstance(error, (AttributeError, KeyError)) and names and (match := _UNKNOWN_KEY.search(message)):
+        root, prefix, variable = names
         field = prefix + (match[1] or match[2])
-        return no_field(root, field, f"{place}: there is no field {field}", edit)
-    if isinstance(error, TypeError) and name_of and (match := _WRONG_TYPE.search(message)):
-        return _wrong_type(place, edit, *name_of, *match.groups())
+        line_of = Place(edit, variable)
+        return no_field(root, field, f"{place}: there is no field {field}", _assigned(error), line_of)
+    if isinstance(error, TypeError) and names and (match := _WRONG_TYPE.search(message)):
+        root, prefix, variable = names
+        return _wrong_type(place, Place(edit, variable), root, prefix, *match.groups())
     if isinstance(error, SystemExit):
         return InputError(f"{place}: the file ends the program (SystemExit: {error.code})", "a return of config", edit)
     said = " ".join(_said(error).split())
@@ -191,8 +258,18 @@ def _same_file(name: str, file: Path) -> bool:
     return os.path.realpath(name) == os.path.realpath(file)
 
 
-def _names_in(error: BaseException, variables: dict[str, Any]) -> tuple[ConfigDict, str] | None:
-    """The tree in which a field was looked for, and the dotted prefix of the section where that was.
+def _assigned(error: BaseException) -> Any:
+    """The value that a field was to have; None where it was only read."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if frame.f_code.co_name in ("__setattr__", "__setitem__") and isinstance(
+            frame.f_locals.get("self"), ConfigDict
+        ):
+            return frame.f_locals.get("value")
+    return None
+
+
+def _names_in(error: BaseException, variables: dict[str, Any]) -> tuple[ConfigDict, str, str] | None:
+    """The tree in which a field was looked for, the dotted prefix of the section where that was, and the tree's name.
 
     Args:
       error: raised by the tree.
@@ -202,11 +279,14 @@ def _names_in(error: BaseException, variables: dict[str, Any]) -> tuple[ConfigDi
     section = next((o for o in reversed(owners) if isinstance(o, ConfigDict)), None)
     if section is None:
         return None
-    for tree in variables.values():
+    found = None
+    for variable, tree in variables.items():
         prefix = _path_to(tree, section) if isinstance(tree, ConfigDict) else None
         if prefix:  # not the section itself: a longer name says more
-            return tree, prefix
-    return section, ""
+            return tree, prefix, variable
+        if prefix is not None:
+            found = section, "", variable
+    return found or (section, "", "config")
 
 
 def _path_to(tree: ConfigDict, section: ConfigDict, prefix: str = "") -> str | None:
@@ -217,7 +297,7 @@ def _path_to(tree: ConfigDict, section: ConfigDict, prefix: str = "") -> str | N
 
 
 def _wrong_type(
-    place: str, edit: str, root: ConfigDict, prefix: str, name: str, value: str, given: str, wanted: str
+    place: str, line_of: Place, root: ConfigDict, prefix: str, name: str, value: str, given: str, wanted: str
 ) -> InputError:
     """A value of another type than the field's."""
     quoted = repr(value) if given == "str" else value
@@ -233,4 +313,4 @@ def _wrong_type(
             example = f"{number:g}" if wanted == "float" else str(int(number)) if number == int(number) else example
         except (ValueError, OverflowError):
             pass
-    return InputError(f"{place}: {field} is {quoted}, of type {given}", expected, f"{edit}: {field} = {example}")
+    return InputError(f"{place}: {field} is {quoted}, of type {given}", expected, f"{line_of(field)} = {example}")

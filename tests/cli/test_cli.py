@@ -201,7 +201,7 @@ def test_help_and_import_load_nothing_heavy():
 def test_a_misspelt_field_in_a_process_of_its_own(config):
     done = fresh("-m", "jaxalign", "train", config, "--config.algorithm.bета=1".replace("ета", "eta_"))
     assert done.returncode == 2
-    assert "--config.algorithm.beta=..." in done.stderr
+    assert "--config.algorithm.beta=1" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 

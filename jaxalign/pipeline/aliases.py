@@ -1,0 +1,175 @@
+"""What other programs call a field, TRL and transformers before all, and what their values mean here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxalign.config import get
+
+# What other programs call a field, TRL and transformers before all; a name with a dot is meant within that section.
+# Of several fields the first that the tree has.
+ALIASES: dict[str, tuple[str, ...]] = {
+    alias: tuple(fields.split())
+    for aliases, fields in (
+        ("output_dir save_dir logdir", "workdir"),
+        ("per_device_train_batch_size train_batch_size global_batch_size bs", "batch_size"),
+        ("gradient_accumulation_steps accumulation_steps accumulate_grad_batches", "grad_accum_steps"),
+        ("num_train_epochs epochs max_epochs n_epochs", "num_epochs"),
+        ("max_steps num_steps total_steps total_episodes", "num_train_steps"),
+        ("model_name_or_path model_name pretrained_model_name_or_path sft_model_path base_model", "model.path"),
+        ("model model.name model.model model.dir model.directory model.id", "model.path"),
+        ("tokenizer_name tokenizer_name_or_path", "model.tokenizer"),
+        ("bf16 fp16 torch_dtype precision mixed_precision compute_dtype", "model.dtype"),
+        ("gradient_checkpointing activation_checkpointing", "model.remat"),
+        ("attn_implementation flash_attention", "model.attention"),
+        ("dataset_name dataset datasets train_file train_files train_dataset data_path", "data.sources"),
+        ("data data.path data.paths data.file data.files data.train data.source data.train_sources", "data.sources"),
+        ("eval_dataset eval_file data.eval data.eval_path data.validation", "data.eval_sources"),
+        ("test_size val_size eval_split validation_split", "data.eval_fraction"),
+        ("max_seq_length max_seq_len seq_len seq_length sequence_length context_length cutoff_len", "data.max_length"),
+        ("max_completion_length max_target_length", "data.max_completion_length rollout.max_new_tokens"),
+        ("response_length max_response_length max_tokens", "rollout.max_new_tokens data.max_completion_length"),
+        ("max_prompt_length max_input_length", "data.max_prompt_length"),
+        ("truncation_mode", "data.truncation"),
+        ("lr optimizer.lr peak_lr policy_lr actor_lr", "optimizer.learning_rate"),
+        ("critic_lr value_lr", "optimizer.value_learning_rate"),
+        ("lr_scheduler_type lr_scheduler scheduler lr_schedule", "optimizer.schedule"),
+        ("warmup_ratio warmup num_warmup_steps", "optimizer.warmup_steps"),
+        ("min_lr min_lr_ratio", "optimizer.final_fraction"),
+        ("optim optimizer.type", "optimizer.name"),
+        ("adam_beta1 beta1", "optimizer.b1"),
+        ("adam_beta2 beta2", "optimizer.b2"),
+        ("adam_epsilon epsilon", "optimizer.eps"),
+        ("gradient_clipping grad_clip max_norm gradient_clip_val", "optimizer.max_grad_norm"),
+        ("wd", "optimizer.weight_decay"),
+        ("loss_type", "algorithm.loss"),
+        ("dpo_beta", "algorithm.beta"),
+        ("precompute_ref_log_probs", "algorithm.reference"),
+        ("ref_model ref_model_path ref_model_name_or_path reference_model", "algorithm.reference_path"),
+        ("kl_penalty init_kl_coef kl_beta kl_coeff", "algorithm.kl_coef"),
+        ("target_kl", "algorithm.max_approx_kl"),
+        ("cliprange clip_eps clip_epsilon clip_ratio", "algorithm.clip_range"),
+        ("cliprange_value value_clip vf_clip", "algorithm.value_clip_range"),
+        ("lam lambda gae", "algorithm.gae_lambda"),
+        ("ppo_epochs noptepochs num_policy_updates", "algorithm.num_ppo_epochs"),
+        ("num_mini_batches mini_batch_size", "algorithm.num_minibatches"),
+        ("center_rewards_coefficient", "algorithm.center_coef"),
+        ("value_model value_model_path critic critic_path", "algorithm.value_path"),
+        ("reward_model reward_model_path rewards.path", "rewards.model"),
+        ("reward_funcs reward_fn reward_function", "rewards.function"),
+        ("whiten_rewards", "rewards.whiten"),
+        ("stop_token stop_sequences stop_strings eos", "rollout.stop"),
+        ("num_generations num_return_sequences n_samples group_size", "rollout.num_samples"),
+        ("eval_steps evaluation_strategy eval_strategy eval_every eval_interval", "eval.every"),
+        ("save_steps save_strategy save_every save_interval checkpoint_every", "checkpoint.every"),
+        ("save_total_limit", "checkpoint.keep"),
+        ("metric_for_best_model load_best_model_at_end", "checkpoint.best_metric"),
+        ("greater_is_better", "checkpoint.best_mode"),
+        ("resume_from_checkpoint", "checkpoint.resume"),
+        ("logging_steps log_every log_interval", "logging.every"),
+        ("report_to wandb run_name wandb_name", "logging.wandb_project"),
+        ("num_sample_generations sample_every", "logging.samples_every"),
+        ("tp tensor_parallel tensor_parallel_size", "mesh.tensor"),
+        ("dp data_parallel data_parallel_size", "mesh.data"),
+    )
+    for alias in aliases.split()
+}
+
+_DTYPES = {
+    "bf16": "bfloat16", "bf16-mixed": "bfloat16", "fp16": "float16", "16-mixed": "float16", "half": "float16",
+    "fp32": "float32", "32": "float32", "no": "float32", "float": "float32", "auto": "bfloat16",
+}  # fmt: skip
+
+# What a value is here, by what it was there; others stay as they are, and None is for the user to say.
+_VALUES: dict[str, dict[str, str | None]] = {
+    alias: values
+    for aliases, values in (
+        ("bf16", {"true": "bfloat16", "false": "float32"}),
+        ("fp16", {"true": "float16", "false": "float32"}),
+        ("torch_dtype precision mixed_precision compute_dtype", _DTYPES),
+        ("gradient_checkpointing activation_checkpointing", {"true": "full", "false": "none"}),
+        ("precompute_ref_log_probs", {"true": "cached", "false": "live"}),
+        ("metric_for_best_model", {"eval_loss": "eval/loss"}),
+        ("greater_is_better", {"true": "max", "false": "min"}),
+        ("load_best_model_at_end", {"true": "eval/loss", "false": "None"}),
+        ("attn_implementation flash_attention", dict.fromkeys(("sdpa", "eager", "flash_attention_2", "true"), "None")),
+        ("lr_scheduler_type lr_scheduler scheduler lr_schedule", {"constant_with_warmup": "constant"}),
+        ("optim optimizer.type", dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")),
+        ("evaluation_strategy eval_strategy save_strategy", {"no": "0", "epoch": None, "steps": None}),
+        ("report_to wandb", {"true": None, "wandb": None, "tensorboard": "None", "none": "None"}),
+        ("resume_from_checkpoint", {"none": "False"}),
+    )
+    for alias in aliases.split()
+}
+
+# Names whose numbers count something else here: what the field counts, and the number where it can be told.
+_Told = Callable[[float, ConfigDict], float | None]
+_COUNTS: dict[str, tuple[str, _Told]] = {
+    alias: (note, number)
+    for aliases, note, number in (
+        (
+            "per_device_train_batch_size",
+            "is global, over all devices and all grad_accum_steps: {value} x devices x accumulation",
+            lambda n, c: n if c.grad_accum_steps == 1 else n * c.grad_accum_steps,
+        ),
+        (
+            "gradient_accumulation_steps accumulation_steps accumulate_grad_batches",
+            "is how many parts batch_size (now {batch_size}) is worked on in; it does not multiply it",
+            lambda n, c: n,
+        ),
+        (
+            "warmup_ratio",
+            "counts steps: {value} x the run's steps, which --dry_run tells",
+            lambda n, c: round(n * c.num_train_steps) if c.num_train_steps else None,
+        ),
+        (
+            "total_episodes",
+            "counts batches: {value} / batch_size (now {batch_size})",
+            lambda n, c: max(1, int(n // c.batch_size)),
+        ),
+        (
+            "mini_batch_size",
+            "is how many minibatches a batch is made into: batch_size (now {batch_size}) / {value}",
+            lambda n, c: max(1, int(c.batch_size // n)) if n else None,
+        ),
+        (
+            "min_lr",
+            "is a share of optimizer.learning_rate (now {learning_rate:g})",
+            lambda n, c: n / c.optimizer.learning_rate if c.optimizer.learning_rate else None,
+        ),
+    )
+    for alias in aliases.split()
+}
+
+
+def meaning(alias: str, value: Any, section: ConfigDict) -> tuple[Any, str]:
+    """What the value of another program's option is here.
+
+    Args:
+      alias: one of `ALIASES`, or any other name, whose value stays as it is.
+      value: text of a flag, or of a config file whatever Python has.
+      section: the stage's configuration.
+
+    Returns:
+      The value, None where it is for the user to say, and what the field counts where that is something else; "" else.
+
+    >>> from jaxalign.config import defaults
+    >>> meaning("bf16", "True", defaults("sft"))
+    ('bfloat16', '')
+    >>> meaning("min_lr", 2e-6, defaults("sft"))
+    (0.1, 'is a share of optimizer.learning_rate (now 2e-05)')
+    """
+    text = str(value).strip().lower().removeprefix("torch.")
+    if alias in _COUNTS:
+        note, number = _COUNTS[alias]
+        rate = get(section, "optimizer.learning_rate", 0.0)
+        note = note.format(value=value, batch_size=get(section, "batch_size"), learning_rate=rate)
+        try:
+            return number(float(text), section), note
+        except (ValueError, OverflowError, AttributeError, TypeError):  # no number, or a section that is none any more
+            return None, note
+    known = _VALUES.get(alias, {})
+    return (known[text] if text in known else text if str(value).startswith("torch.") else value), ""
