@@ -117,6 +117,24 @@ def test_a_lost_process_is_named(lost, waits, tmp_path):
         assert status == 1 and f"lost: process 1 (pid {pair[1].pid} on " in words and "same command" in words
 
 
+def test_a_run_that_lost_a_process_resumes(shared, tmp_path):
+    """The other one ends, too; started again, both end as a run that lost nothing."""
+    fields = {"num_train_steps": 6, "process_timeout": 6}
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    assert [finish(p) for p in start_both(stories(shared, whole, "sft", **fields), None)] == [0, 0]
+    spec = stories(shared, lost, "sft", **fields)
+    pair = start_both(spec, None, pace=0.5)
+    deadline = time.monotonic() + 200
+    while not ((lost / "metrics.jsonl").exists() and (lost / "metrics.jsonl").read_text().count("\n") >= 3):
+        assert all(p.is_alive() for p in pair) and time.monotonic() < deadline
+        time.sleep(0.02)
+    pair[1].kill()
+    assert finish(pair[0]) == 1 and not (lost / "DONE").exists()
+    assert [finish(p) for p in start_both(spec, None)] == [0, 0]
+    a, b = (load_file(w / "export" / "model.safetensors") for w in (whole, lost))
+    assert a.keys() == b.keys() and all((a[name].view(np.uint32) == b[name].view(np.uint32)).all() for name in a)
+
+
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "ppo"])
 def test_two_processes_equal_one(algorithm, shared, tmp_path):
     doubles = {"model.dtype": "float64", "model.param_dtype": "float64", "num_train_steps": 2}
