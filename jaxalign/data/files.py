@@ -280,14 +280,14 @@ def _rows_of(whole: Any) -> list | None:
 def _read_csv(path: str, on_bad: OnBad, delimiter: str | None = None) -> Iterator[Raw]:
     """Rows under a header line; a cell that holds a JSON list of messages is parsed.
 
-    Without a delimiter it is the comma, or, where the header has none, the semicolon or the tab that it has.
+    Without a delimiter it is the comma, or, where the header has none, the semicolon, the tab or the | that it has.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
     with _stream(path) as stream:
         text = io.TextIOWrapper(stream, encoding=_encoding(path, stream), newline="")
         head, lines = _first_line(text)
         if delimiter is None:
-            delimiter = "," if "," in head else next((d for d in ";\t" if d in head), ",")
+            delimiter = "," if "," in head else next((d for d in ";\t|" if d in head), ",")
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         start = 1

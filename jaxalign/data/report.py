@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 GUIDE_PAIRS = {"style": (5_000, 10_000), "facts": (30_000, 100_000), "production": (10_000, 50_000)}
 
 _SAMPLE = 2_000  # records whose words are looked at
+_NOTHING = re.compile(r" is null$|^empty |^no messages$")  # reasons why records are left out: there is nothing in them
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _HEDGES = frozenset(
     ("maybe", "perhaps", "possibly", "probably", "likely", "seems", "seem", "might", "could", "may", "guess", "roughly")
@@ -194,6 +195,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     lost = sum(records["dropped"].values())
     if lost > 0.05 * (records["used"] + lost):
         found.append(f"{lost} of {records['used'] + lost} records are left out: {_counts(records['dropped'])}")
+    elif empty := {reason: n for reason, n in records["dropped"].items() if _NOTHING.search(reason)}:
+        found.append(f"{sum(empty.values())} records hold nothing and are left out: {_placed(empty, records)}")
     cut = sum(report["truncated"].values())
     if cut > 0.05 * records["used"]:
         found.append(f"{cut} prompts or completions are truncated: longer limits, or another truncation policy")

@@ -172,7 +172,25 @@ def _nulls(sample: list[Raw], listed: list[str]) -> str:
     return f"; {', '.join(null)}: null in the first {len(sample)} records" if null else ""
 
 
+_COMMAS = (
+    "import csv; w = csv.writer(open('NEW.csv', 'w')); w.writerows(csv.reader(open({file!r}), delimiter={mark!r}))"
+)
+
+
+def _delimiter(sample: list[Raw], listed: list[str]) -> str:
+    """What parts the names in one column of a csv's header, where the file was read by another mark; else ""."""
+    name = max(listed, key=len, default="") if sample[0].file.lower().endswith((".csv", ".tsv")) else ""
+    return next((mark for mark in "|;\t^~\x01\x1f" if mark in name.strip(mark)), "")
+
+
 def no_form(source: Source, sample: list[Raw], listed: list[str], purpose: str | None) -> InputError:
+    file = sample[0].file
+    if mark := _delimiter(sample, listed):
+        return InputError(
+            f"{file}: columns {', '.join(map(repr, listed))}: cells parted by {mark!r}",
+            "commas, or a header whose only marks are semicolons, tabs or |",
+            f'python -c "{_COMMAS.format(file=file, mark=mark)}"',
+        )
     if (two := _two_answers(source, sample)) and purpose in ("reward", "dpo"):
         found = f"{sample[0].file}: {two[0]} (columns {', '.join(listed)})"
         return InputError(found, f"pairs for {purpose}: {_forms_for(purpose)}", two[1])

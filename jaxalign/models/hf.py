@@ -68,15 +68,43 @@ def load(
         if leaf_path in sources:
             _put(params, leaf_path, _read_leaf(names.row_of(leaf_path), sources[leaf_path], config, leaf, sharding))
         elif key is None:
-            raise InputError(
-                f"no score.weight in {directory}",
-                "a reward model: LlamaForSequenceClassification with one label",
-                "the export of a reward stage, or such a checkpoint",
-            )
+            raise _no_head(directory)
         else:
             fresh = jax.jit(lambda k: model.init(k)["score"]["kernel"], out_shardings=sharding)
             _put(params, leaf_path, fresh(key))
     return model, params
+
+
+def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
+    """Makes sure that `load` will take a checkpoint whose turn comes late: every tensor is read once, none is kept.
+
+    Args:
+      path: as `load` takes it.
+      dtype: of the parameters.
+      head: "lm" or "score".
+
+    Raises:
+      InputError: as `load` does.
+    """
+    directory = locate(path)
+    config = read_config(directory, dtype=dtype, param_dtype=dtype, remat="none", head=head)
+    abstract = Model(config).abstract()
+    sources = match(config, abstract, list_tensors(directory))
+    for leaf_path, leaf, _ in _leaves(abstract, None):
+        if leaf_path not in sources:
+            raise _no_head(directory)
+        for layer, tensor in enumerate(sources[leaf_path]):
+            with np.errstate(over="ignore"):  # told in words
+                numbers = np.asarray(tensor.read()).astype(leaf.dtype)
+            _check_finite(numbers, tensor, names.row_of(leaf_path).name.format(layer=layer))
+
+
+def _no_head(directory: Path) -> InputError:
+    return InputError(
+        f"no score.weight in {directory}",
+        "a reward model: LlamaForSequenceClassification with one label",
+        "the export of a reward stage, or such a checkpoint",
+    )
 
 
 def check(directory: Path, config: ModelConfig) -> None:

@@ -138,7 +138,7 @@ _COUNTS: dict[str, tuple[str, _Told]] = {
         (
             "min_lr",
             "is a share of optimizer.learning_rate (now {learning_rate:g})",
-            lambda n, c: n / c.optimizer.learning_rate if c.optimizer.learning_rate else None,
+            lambda n, c: float(f"{n / c.optimizer.learning_rate:g}") if c.optimizer.learning_rate else None,
         ),
     )
     for alias in aliases.split()

@@ -22,7 +22,7 @@ from jaxalign.evaluate.perplexity import perplexity
 from jaxalign.evaluate.sequences import Tokens, completion_logprobs
 from jaxalign.evaluate.winrate import GOOD, HARM, win_rate
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.pipeline.loaded import Loaded, load_model, require_head
+from jaxalign.pipeline.loaded import Loaded, check_weights, load_model, require_head
 from jaxalign.ranges import check_flags
 from jaxalign.rewards.model import same_tokenizer
 from jaxalign.rewards.samples import Samples
@@ -77,6 +77,8 @@ def compare(
     scorer = None if reward is None else _scorer(reward, dtype)
     records = _records(data, num_prompts)
     asked = questions(records)
+    if base != aligned:
+        check_weights(base, head="lm", dtype=dtype, flag="--base")  # its turn comes late
 
     answers: dict[str, list[Completion]] = {}
     figures: dict[str, dict[str, Any]] = {"base": {}, "aligned": {}}
@@ -279,7 +281,16 @@ def page(result: dict[str, Any], *, show: int, width: int = 120) -> str:
     console.print(figures)
     if not result["same_tokenizer"]:
         console.print("the two tokenizers differ: perplexities and lengths count other tokens and do not compare")
+    for name in ("base", "aligned"):
+        if models[name]["finished"] == 0:
+            most = result["sampling"]["max_new_tokens"]
+            console.print(
+                f"no completion of {name} ended by itself within {most} tokens: a larger --max_new_tokens may show"
+                " whole ones; a model that was not taught to stop never ends"
+            )
     rate = result["win_rate"]
+    if result["reward"] is None:
+        console.print("no win rate: it takes a --reward, a reward model's directory or FILE.py:FUNCTION")
     if rate is not None:
         console.print(
             f"win rate of aligned over base: {rate['rate']:.1%} "

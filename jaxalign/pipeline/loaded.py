@@ -14,7 +14,7 @@ from jaxalign.data.tokenize import Encoder
 from jaxalign.errors import InputError
 from jaxalign.evaluate.sequences import Tokens
 from jaxalign.models.config import read_config
-from jaxalign.models.hf import load
+from jaxalign.models.hf import check_numbers, load
 from jaxalign.models.hub import locate
 from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from jaxalign.models.transformer import Model
@@ -63,15 +63,7 @@ def load_model(
       InputError: no such model, or one of the other kind.
     """
     file, tokenizer = require_head(path, head, flag)
-    common = defaults("sft")
-    dtype = common.model.dtype if dtype is None else dtype
-    if dtype not in _DTYPES:
-        raise InputError(f"--dtype {dtype}", f"one of {', '.join(_DTYPES)}", f"--dtype {_DTYPES[0]}")
-    try:
-        require_dtypes(dtype=dtype)
-    except InputError as error:
-        fix = "JAX_ENABLE_X64=1 before the command, or --dtype float32"
-        raise InputError("--dtype float64, and JAX computes in 32 bits at most", error.expected, fix) from None
+    common, dtype = defaults("sft"), _usable(dtype)
     mesh = make_mesh(common.mesh, devices)
     with _without_config(path, flag):
         model, params = load(
@@ -83,6 +75,35 @@ def load_model(
             shardings=lambda tree: param_shardings(mesh, tree),
         )
     return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
+
+
+def check_weights(path: str, *, head: str, dtype: str | None = None, flag: str = "") -> None:
+    """Makes sure that `load_model` will take a model whose turn comes after another one's work.
+
+    Args:
+      path: a directory in Hugging Face form, or a hub id.
+      head: "lm" or "score".
+      dtype: as `load_model` takes it.
+      flag: of the command line that gave the path, for messages.
+
+    Raises:
+      InputError: weights that are not there, not whole, or no numbers.
+    """
+    with _without_config(path, flag):
+        check_numbers(path, dtype=_usable(dtype), head=head)
+
+
+def _usable(dtype: str | None) -> str:
+    """The dtype of `--dtype`, or the configuration's default."""
+    dtype = defaults("sft").model.dtype if dtype is None else dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"--dtype {dtype}", f"one of {', '.join(_DTYPES)}", f"--dtype {_DTYPES[0]}")
+    try:
+        require_dtypes(dtype=dtype)
+    except InputError as error:
+        fix = "JAX_ENABLE_X64=1 before the command, or --dtype float32"
+        raise InputError("--dtype float64, and JAX computes in 32 bits at most", error.expected, fix) from None
+    return dtype
 
 
 @contextlib.contextmanager
@@ -123,15 +144,21 @@ def require_head(path: str, head: str, flag: str = "") -> tuple[dict[str, Any], 
     with _without_config(path, flag):
         config = read_config(locate(path, weights=False), dtype="float32", param_dtype="float32", remat="none")
     scalar, given = config.head == "score", f"{flag} {path}".strip()
+    of = f"{flag or '--model'} DIR"
     if scalar and head == "lm":
+        scores = f"jaxalign score --model {path} --data FILE.jsonl"
+        raise InputError(f"{given} is a reward model", "a language model, with a token head", f"{of}; or {scores}")
+    if not scalar and head == "score" and flag == "--reward":
         raise InputError(
-            f"{given} is a reward model", "a language model, with a token head", "jaxalign score --model DIR"
+            f"{given} is a language model, without a score",
+            "a reward model, or a function",
+            f"{of} or FILE.py:FUNCTION",
         )
     if not scalar and head == "score":
         raise InputError(
             f"{given} is a language model, without a score",
             "a reward model, or a reference for DPO's implicit reward",
-            "jaxalign score --model DIR --ref DIR --beta B",
+            f"jaxalign score --model {path} --ref DIR --beta 0.1 --data FILE.jsonl",
         )
     tokenizer = read_tokenizer(path, flag)
     fix = f"{flag or '--model'} DIR, a model with a tokenizer of its own"

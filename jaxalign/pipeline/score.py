@@ -50,13 +50,13 @@ def score(
         raise InputError(
             "--ref without --beta" if beta is None else "--beta without --ref",
             "both, for DPO's implicit reward, or neither, for a reward model",
-            "--ref DIR --beta 0.1",
+            f"jaxalign score --model {model} --data {data} --ref {ref or 'DIR'} --beta {beta or 0.1}",
         )
     check_flags(beta=beta)
     lines = read_lines(data)
     from jaxalign.evaluate.sequences import Tokens, completion_logprobs, final_scores
     from jaxalign.models.tokenizer import stop_ids
-    from jaxalign.pipeline.loaded import load_model, require_head, tokenize, warn_of_context
+    from jaxalign.pipeline.loaded import check_weights, load_model, require_head, tokenize, warn_of_context
     from jaxalign.rewards.model import require_finite
 
     places = [line.where for line in lines]
@@ -87,6 +87,8 @@ def score(
             "a reference with the policy's tokenizer",
             "--ref=the model that the policy started from",
         )
+    if ref not in (None, model):
+        check_weights(ref, head=head, dtype=dtype, flag="--ref")  # its turn comes late
     measure = final_scores if ref is None else completion_logprobs
     numbers = []
     for flag, path in paths.items():  # one after the other: one model in memory

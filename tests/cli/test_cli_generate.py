@@ -134,14 +134,15 @@ def test_compare_prints_json(model, heldout, capsys):
     assert main(["compare", *flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["win_rate"] is None and result["num_prompts"] == 2
-    assert "win rate" not in page(result, show=2)
+    shown = page(result, show=2)
+    assert "win rate of" not in shown and "--reward" in shown
 
 
 @pytest.mark.parametrize(
     "flags,words",
     [
         (("--reward", "nowhere.py:f"), "nowhere.py"),
-        (("--reward", "MODEL"), "without a score"),
+        (("--reward", "MODEL"), "fix:      --reward DIR"),
         (("--confidence", "95"), "--confidence"),
         (("--num_prompts", "0"), "--num_prompts"),
         (("--data", "/no/such.jsonl"), "/no/such.jsonl"),
@@ -159,9 +160,13 @@ def test_the_page_keeps_markup_and_wide_letters():
     sample = {"prompt": "[bold]x[/bold] 模型", "base": "a", "aligned": "b", "base_reward": None, "aligned_reward": 1.5}
     full = {key: 1.0 if key == "finished" else None for key, _, _ in _ROWS}
     result = {"models": {"base": full, "aligned": full}, "samples": [sample], "win_rate": None, "same_tokenizer": False}
+    result |= {"reward": None, "sampling": {"max_new_tokens": 7}}
     text = page(result, show=5)
     assert "[bold]x[/bold] 模型" in text and "[1.5]" in text and "100.0%" in text
-    assert "perplexity of" not in text and "do not compare" in text
+    assert "perplexity of" not in text and "do not compare" in text and "max_new_tokens" not in text
+    result["models"] = {"base": full, "aligned": full | {"finished": 0.0}}
+    text = page(result, show=5)
+    assert "no completion of aligned ended" in text and "within 7 tokens" in text and "--max_new_tokens" in text
 
 
 @pytest.mark.parametrize(

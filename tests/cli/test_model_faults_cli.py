@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli import main
+from jaxalign.pipeline import compare, loaded
 from tests.cli.cases import copied, make_reward, with_token, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -67,3 +68,24 @@ def test_weights_that_are_no_numbers_are_told(refusal, name):
 
     err, _ = refusal(name, poison)
     assert "found:    model.norm.weight in " in err and "holds 1 NaN" in err
+
+
+@pytest.mark.parametrize("name", ["compare_base", "score_ref"])
+def test_a_model_whose_turn_comes_late_is_looked_at_first(name, refusal, monkeypatch):
+    def poison(bad):
+        tree = load_file(bad / "model.safetensors")
+        tree["model.layers.1.mlp.up_proj.weight"][3, 4] = np.inf
+        save_file(tree, bad / "model.safetensors", {"format": "pt"})
+
+    for module in (compare, loaded):
+        monkeypatch.setattr(module, "load_model", None)
+    err, _ = refusal(name, poison)
+    assert "model.layers.1.mlp.up_proj.weight in " in err and "1 infinite" in err
+
+
+def test_score_of_a_language_model_is_told_the_whole_command(models, tmp_path, capsys):
+    data = write_lines(tmp_path / "d.jsonl")
+    assert main(["score", "--model", str(models["lm"]), "--data", data]) == 2
+    assert f"fix:      jaxalign score --model {models['lm']} --ref DIR --beta 0.1 --data " in capsys.readouterr().err
+    assert main(["score", "--model", "m", "--data", data, "--ref", "r"]) == 2
+    assert f"fix:      jaxalign score --model m --data {data} --ref r --beta 0.1" in capsys.readouterr().err

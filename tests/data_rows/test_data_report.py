@@ -147,3 +147,10 @@ def test_prompts_and_partly_scored_rows_are_shown(build, tokenizer_of):
     shown = decoded(build("sft", [Record(0, "s", 1, "messages", messages=chat)]).batch(0), 0, tokenizer)
     assert len(shown) == 1 and shown[0].count("⟦") == 2
     assert [part.split("⟧")[0].strip() for part in shown[0].split("⟦")[1:]] == ["So", "No</s>"]
+
+
+def test_rows_that_hold_nothing_are_told_however_few(build):
+    pairs = _pairs([(f"Q {i}:", " yes", " no") for i in range(99)])
+    tally = {"read": 100, "dropped": {"rejected is null": 1}, "examples": {"rejected is null": ["d.jsonl:9"]}}
+    (said,) = (w for w in build("dpo", pairs, tally=tally).report["warnings"] if "null" in w)
+    assert said.startswith("1 ") and "d.jsonl:9" in said

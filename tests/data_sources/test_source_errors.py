@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -329,3 +331,16 @@ def test_a_folder_whose_card_is_no_yaml_is_told(tmp_path):
     write(tmp_path / "x.jsonl", [{"text": "a"}])
     with pytest.raises(InputError, match=str(tmp_path)):
         load_records({"path": str(tmp_path)}, "sft")
+
+
+@pytest.mark.parametrize(
+    "header,mark", [("prompt^chosen^rejected", "^"), ("prompt|chosen, better|rejected", "|"), ("a\x01b", "\x01")]
+)
+def test_a_csv_with_another_delimiter_is_told_which(tmp_path, header, mark):
+    path = tmp_path / "x.csv"
+    path.write_text(f"{header}\n{header}\n")
+    with pytest.raises(InputError) as error:
+        load_records(str(path), "dpo")
+    assert repr(mark) in error.value.found and "python -c" in error.value.fix
+    subprocess.run(["bash", "-c", error.value.fix.replace("python", sys.executable, 1)], cwd=tmp_path, check=True)
+    assert mark not in (tmp_path / "NEW.csv").read_text()

@@ -73,6 +73,7 @@ FORMATS = {
     "a.csv.gz": gzip.compress(as_csv(ROWS)),
     "a.tsv": as_csv(ROWS, "\t"),
     "semicolon.csv": as_csv(ROWS, ";"),
+    "pipe.csv": as_csv(ROWS, "|"),
     "tab.csv": b"\xef\xbb\xbf" + as_csv(ROWS, "\t"),
     "excel.csv": as_csv(ROWS, "\t").decode().encode("utf-16"),  # what Excel calls Unicode text
     "utf16.jsonl": lines(ROWS).decode().encode("utf-16"),
