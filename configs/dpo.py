@@ -4,7 +4,7 @@ paper     Direct Preference Optimization, arXiv 2305.18290, equation 7; data and
 command   bash launch/gpu_node.sh --config=configs/dpo.py
           bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/dpo.py \
                --config.workdir=gs://BUCKET/llama3_8b/dpo --config.model.path=DIR_OF_THE_SFT_MODEL
-first     configs/sft.py: it writes runs/llama3_8b/sft/export; or another model by --config.model.path
+first     bash launch/gpu_node.sh --config=configs/sft.py     # writes runs/llama3_8b/sft/export; or --config.model.path
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=pairs.jsonl
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 13.1 GiB (float32 weights 3.7, Adam 7.5, bfloat16 reference 1.9); a step takes 28 GiB on

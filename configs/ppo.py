@@ -6,7 +6,8 @@ command   bash launch/gpu_node.sh --config=configs/ppo.py
           bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/ppo.py \
                --config.workdir=gs://BUCKET/llama3_8b/ppo --config.model.path=DIR_OF_THE_SFT_MODEL \
                --config.rewards.model=DIR_OF_THE_REWARD_MODEL
-first     configs/sft.py and configs/reward.py: they write the exports that this one starts from
+first     bash launch/gpu_node.sh --config=configs/sft.py     # these write the exports that this one starts from
+          bash launch/gpu_node.sh --config=configs/reward.py
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=prompts.jsonl, and --config.rewards.model=DIR, or
           --config.rewards.model=None --config.rewards.function=FILE.py:NAME
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts

@@ -1,6 +1,8 @@
 """The quickstart: SFT, then DPO, and reward model -> PPO from the same SFT model, on a world made from a seed.
 
 command   bash launch/quickstart.sh
+          jaxalign train --config=configs/quickstart.py trains its stages alone, in a world that is there
+first     .venv/bin/python -c 'from jaxalign.pipeline.assets import write_assets; write_assets("runs/quickstart/world")'
 hardware  2 CPU cores
 data      made on the spot by jaxalign/pipeline/world.py
 expected  win rates against SFT at seeds 0, 1, 2 (each within 3 points at 95 %, over prompts):

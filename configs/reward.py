@@ -4,7 +4,7 @@ paper     Training a Helpful and Harmless Assistant, arXiv 2204.05862; the Bradl
 command   bash launch/gpu_node.sh --config=configs/reward.py
           bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5p-16 -- --config=configs/reward.py \
                --config.workdir=gs://BUCKET/llama3_8b/reward --config.model.path=DIR_OF_THE_SFT_MODEL
-first     configs/sft.py: it writes runs/llama3_8b/sft/export; or another model by --config.model.path
+first     bash launch/gpu_node.sh --config=configs/sft.py     # writes runs/llama3_8b/sft/export; or --config.model.path
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=pairs.jsonl
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 10.5 GiB (float32 weights 3.5, Adam 7.0); a step takes 18 GiB on an H100 and 20 on a v5p

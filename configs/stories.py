@@ -3,6 +3,7 @@
 command   python -m jaxalign.pipeline.stories [--config.field=value ...]
           The same command goes on where it stopped.  Once it has written its data,
           `jaxalign train --config=configs/stories.py --config.stages=NAME,...` trains stages by themselves.
+first     python -m jaxalign.pipeline.stories     # which writes the data
 paper     controlled sentiment as in Rafailov et al. 2023 (arXiv 2305.18290, section 6); PPO as in Ouyang et al. 2022
           (arXiv 2203.02155)
 hardware  2 CPU cores; 1.7 GB of memory at the peak

@@ -187,9 +187,11 @@ def _train(argv: list[str]) -> int:
 
     config = load_config(values.config, overrides)
     from jaxalign.pipeline import stages
+    from jaxalign.pipeline.notes import first_told
 
     warnings.showwarning = _show_warning
-    stages.run(config, dry_run=values.dry_run)
+    with first_told(values.config):
+        stages.run(config, dry_run=values.dry_run)
     return 0
 
 

@@ -86,7 +86,9 @@ def _check_run(directory: Path, path: str | Path) -> None:
             return  # whoever reads it says what is wrong with it
         if not isinstance(held, dict) or not {"format", "config"} <= held.keys() or "model_type" in held:
             return
-    exports = [e for e in (directory / "export", *sorted(directory.glob("*/export"))) if (e / CONFIG).is_file()]
+    there = [e / CONFIG for e in (directory / "export", *sorted(directory.glob("*/export")))]
+    there = [file for file in there if file.is_file() and ".old-" not in file.parent.parent.name]
+    exports = [file.parent for file in sorted(there, key=lambda file: file.stat().st_mtime)]  # the last stage last
     if exports:
         shown = [os.path.join(path, e.relative_to(directory)) for e in exports]
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def find_run(workdir: str, stage: str | None) -> Any:
             raise InputError(
                 f"no stage {stage!r} in {workdir}",
                 f"one of its stages: {shown}",
-                f"--stage {names[0] if names else 'NAME'}",
+                f"--stage {next(iter(get_close_matches(stage, names, n=1, cutoff=0.0)), 'NAME')}",
             )
         return root / stage
     if (root / "config.json").exists():
@@ -115,7 +116,23 @@ def find_run(workdir: str, stage: str | None) -> Any:
         raise InputError(
             f"{workdir} holds no run", "a workdir with config.json and checkpoints/", "--workdir runs/NAME"
         )
+    current = _in_order(root, current)
     raise InputError(f"{workdir} holds the stages {', '.join(current)}", "one of them", f"--stage {current[-1]}")
+
+
+def _in_order(root: Any, names: list[str]) -> list[str]:
+    """Stages after those that they started from, and those of one depth as they were begun."""
+    inputs: dict[str, set[str]] = {}
+    for name in names:
+        try:
+            inputs[name] = set(json.loads((root / name / "stage.json").read_text())["from"].values()) & set(names)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):  # a run of its own, or a damaged record
+            inputs[name] = set()
+
+    def depth(name: str, below: frozenset[str] = frozenset()) -> int:
+        return 1 + max((depth(other, below | {name}) for other in inputs[name] - below - {name}), default=0)
+
+    return sorted(names, key=lambda name: (depth(name), (root / name / "config.json").stat().mtime))
 
 
 def _probe(out: str) -> None:

@@ -24,7 +24,7 @@ _NOT_IN_KEY = (
 )  # fmt: skip
 
 # Fields that name files or directories; where these exist on this machine their contents are part of the key.
-_INPUTS = (
+INPUTS = (
     "model.path", "model.tokenizer", "model.chat_template", "algorithm.reference_path", "algorithm.value_path",
     "rewards.model", "data.sources", "data.eval_sources",
 )  # fmt: skip
@@ -57,7 +57,7 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
             node = node.get(parent, {})
         node.pop(leaf, None)
     files: dict[str, str | None] = {}
-    for field in _INPUTS:
+    for field in INPUTS:
         if field in filled:
             section, leaf = field.split(".")
             tree[section].pop(leaf)

@@ -172,11 +172,22 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
 
 
 def test_which_stage(tmp_path, capsys):
-    for name in ("sft", "dpo", "dpo.old-1"):
+    for name, inputs in {
+        "dpo": {"model": "sft"},
+        "sft": {},
+        "a": {"model": "sft", "reward": "dpo"},
+        "sft.old-1": {},
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"format": 99, "config": {}}')
+        (tmp_path / name / "stage.json").write_text(json.dumps({"from": inputs}))
     assert main(["export", "--workdir", str(tmp_path), "--out", "o"]) == 2
-    assert "holds the stages dpo, sft" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds the stages sft, dpo, a" in error and "--stage a" in error
+    (tmp_path / "a" / "stage.json").write_text("{")
+    (tmp_path / "sft" / "stage.json").write_text('{"from": {"model": "dpo"}}')  # no run writes a circle
+    assert main(["export", "--workdir", str(tmp_path), "--out", "o"]) == 2
+    assert "holds the stages a, " in capsys.readouterr().err
     assert main(["export", "--workdir", str(tmp_path / "sft"), "--out", "o"]) == 2
     assert "run format 99" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,7 @@
 """How long a run's sequences may be, what its models' paths are called in messages, and what no model is."""
 
 import json
+import os
 
 import pytest
 
@@ -71,11 +72,13 @@ def test_a_runs_directory_is_no_model(model, tmp_path):
         locate(run)
     assert error.value.fix == f"--config.model.path={run}/export"
     stages = tmp_path / "stages"
-    for name in ("dpo", "sft"):
+    for age, name in enumerate(("dpo", "sft", "sft.old-1")):
         (stages / name / "export").mkdir(parents=True)
         (stages / name / "export" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"dpo/export or .*sft/export"):
+        os.utime(stages / name / "export" / "config.json", (1e9 - age, 1e9 - age))
+    with pytest.raises(InputError, match=r"sft/export or .*dpo/export") as error:
         locate(stages)
+    assert error.value.fix.endswith("dpo/export") and "old" not in error.value.expected
     assert locate(run / "export") == run / "export"
 
 

@@ -1,0 +1,59 @@
+"""What a config file's note says is to be done first, told where a file or model that it names is not there yet."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxalign.config import get
+from jaxalign.errors import InputError
+from jaxalign.pipeline.configfile import load_config
+from jaxalign.pipeline.keys import INPUTS, paths_in
+
+_COMMANDS = ("bash ", "python ", ".venv/", "jaxalign ")
+
+
+@contextlib.contextmanager
+def first_told(config: str) -> Iterator[None]:
+    """Makes an error about what a config file names, and what is not there, give the commands that make it.
+
+    Args:
+      config: the file, as `--config` takes it.
+    """
+    try:
+        yield
+    except InputError as error:
+        commands = first(config)
+        if not commands or not any(path in error.found for path in _missing(config)):
+            raise
+        another = ", or --config.model.path=DIR_OR_HUB_ID" * ("model.path" in error.fix)
+        raise InputError(error.found, error.expected, " && ".join(commands) + another) from error
+
+
+def first(config: str) -> list[str]:
+    """The commands under `first` in the docstring of a config file, in order.
+
+    >>> first("configs/no_such_file.py")
+    []
+    """
+    file = Path(config if os.path.exists(config) else config.rpartition(":")[0])
+    try:
+        note = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    except (OSError, ValueError, SyntaxError):
+        return []
+    block = re.search(r"^first((?: +\S.*\n?)+)", note, re.MULTILINE)
+    lines = [line.partition("  #")[0].strip() for line in (block[1] if block else "").splitlines()]
+    return [line for line in lines if line.startswith(_COMMANDS)]
+
+
+def _missing(config: str) -> list[str]:
+    """Local paths that the file itself names, whatever flags say, and that are not there."""
+    tree = load_config(config)
+    stages: list[Any] = [tree[name] for name in tree.stages] if "stages" in tree else [tree]
+    paths = [path for stage in stages for field in INPUTS for path in paths_in(get(stage, field))]
+    return [path for path in paths if path.count("/") > 1 and "://" not in path and not os.path.exists(path)]
