@@ -209,6 +209,9 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args, **named):  # type: ignore[override]
         found = super().parse_args(*args, **named)
+        for flag, value in vars(found).items():
+            if isinstance(value, str) and not value.strip() and flag != "prompt":  # a shell's variable, not set
+                raise InputError(f"--{flag} is {value!r}", "a value, or the flag left out", f"--{flag}=...")
         check_flags(**vars(found))
         return found
 

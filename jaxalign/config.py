@@ -417,6 +417,10 @@ def _check_value(field: str, value: Any, default: Any, kind: type) -> None:
             proposed = high if isinstance(value, (int, float)) and value > high else low
     elif not isinstance(value, (tuple, list) if kind is tuple else kind):
         expected = f"a value of type {kind.__name__}"
+    elif isinstance(value, str) and not value.strip():  # a variable of a shell that is not set, mostly
+        required = field in REQUIRED
+        expected = "a value" if default is not None or required else "a value, or None for none"
+        proposed = "..." if required else default
     else:
         expected = _unwritable(value)
     if expected:

@@ -95,7 +95,7 @@ def _parse(item: Any, field: str) -> Source:
             )
     for key in ("path", "split", "name", "revision", "preset"):
         value = item.get(key)
-        if (value is None and key == "path") or not isinstance(value, (str, type(None))) or value == "":
+        if (key == "path" or value is not None) and not (isinstance(value, str) and value.strip()):
             raise InputError(
                 f"a source whose {key} is {value!r}", "a string", f'{field or _FIELD}=({{"path": "data.jsonl", ...}},)'
             )

@@ -22,7 +22,7 @@ from jaxalign.evaluate.perplexity import perplexity
 from jaxalign.evaluate.sequences import Tokens, completion_logprobs
 from jaxalign.evaluate.winrate import GOOD, HARM, win_rate
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.pipeline.loaded import Loaded, check_weights, load_model, require_head
+from jaxalign.pipeline.loaded import Loaded, check_weights, load_model, require_head, warn_of_context
 from jaxalign.ranges import check_flags
 from jaxalign.rewards.model import same_tokenizer
 from jaxalign.rewards.samples import Samples
@@ -89,7 +89,9 @@ def compare(
         generator = loaded.generator(**sampling)
         prompts = generator.encode([q.prompt for q in asked]) if asked else []
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
-        figures[name] = {"path": path, **_perplexity(loaded, records), **_figures(answers[name])}
+        sizes = [len(p) + len(c.ids) for p, c in zip(prompts, answers[name], strict=True)]
+        warn_of_context(loaded, sizes, [f"a sample for {q.record.source}:{q.record.line}" for q in asked])
+        figures[name] = {"path": path, **_perplexity(loaded, records, data), **_figures(answers[name])}
         if name == "aligned":
             said = [Tokens(p.tolist(), c.ids) for p, c in zip(prompts, answers[name], strict=True)]
         if not tokenizers or same_tokenizer(tokenizers[0], loaded.tokenizer):
@@ -192,9 +194,10 @@ def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion])
     )
 
 
-def _perplexity(loaded: Loaded, records: Sequence[Any]) -> dict[str, Any]:
+def _perplexity(loaded: Loaded, records: Sequence[Any], data: str) -> dict[str, Any]:
     """Of the data's own answers."""
     tokens = references(records, loaded.tokenizer, loaded.stop_ids, render_plain)
+    warn_of_context(loaded, [len(t.prompt) + len(t.completion) for t in tokens], [f"an answer of {data}"] * len(tokens))
     sums = completion_logprobs(loaded.model, loaded.params, tokens, loaded.mesh)
     counts = [sum(t.scored) if t.scored is not None else len(t.completion) for t in tokens]
     return {"perplexity": perplexity(sums, counts), "perplexity_tokens": sum(counts)}

@@ -188,7 +188,9 @@ def _tuple(field: str, text: str) -> tuple:
     if value is _NOT_A_LITERAL:
         if text.lstrip()[:1] in tuple("([{"):
             raise _unfit(field, text, "a Python or JSON literal", '[{"path": "a.jsonl"}] (quote it for the shell)')
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        if parts := tuple(part.strip() for part in text.split(",") if part.strip()):
+            return parts
+        raise _unfit(field, text, "a value, several with commas, or None for none", "None")
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -65,19 +65,21 @@ def plan(config: ConfigDict) -> list[Stage]:
     names = _names(config)
     if expected := misfit(config.get("seed"), *bounds("seed"), whole=True):
         raise InputError(f"seed is {shown(config.get('seed'))}", expected, "--config.seed=0")
-    if not isinstance(config.get("workdir"), str) or not config.workdir:
+    if not isinstance(config.get("workdir"), str) or not config.workdir.strip():
         raise InputError("workdir is not set", "a directory for the results", "--config.workdir=runs/NAME")
     done: dict[str, Stage] = {}
     for name in names:
         stage = config[name].copy_and_resolve_references()
         with stage.unlocked():
             stage.workdir = os.path.join(config.workdir, name)
-            stage.seed = config.seed
+            own, stage.seed = stage.get("seed"), config.seed
         inputs = _resolve(name, stage, done, names)
         try:
             warnings = validate(stage)
         except InputError as error:
             raise _in_stage(name, error) from None
+        if own not in (0, config.seed):  # 0: as it is by default
+            warnings.append(f"its own seed {shown(own)} is not read: the stages share one, {config.seed}")
         filled = tuple(field for role, field, _ in _FROM if role in inputs)
         keys = {role: done[source].key for role, source in inputs.items()}
         key, base = keys_of(stage, keys, filled)

@@ -22,6 +22,9 @@ _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "u
 
 _HELD_OUT = "which records are held out of training (data.eval_fraction, data.eval_sources)"
 
+# May be other ones: nothing is learned of them, but figures before and after are not of the same records.
+_EVALUATED = "the records of data.eval_sources"
+
 # What follows from what: where the first changed, the others did too, and are not told.
 _FOLLOWS = {
     "the records of data.sources": (_HELD_OUT, "the tokens of the training records"),
@@ -51,6 +54,8 @@ def inputs_of(stage: Any) -> dict[str, str]:
         "the tokens that end a completion": digest(list(stage.stop_ids)),
         "the tokens of the training records": digest(*(data.keys("digest").tobytes(), *_arrays(data.lengths()))),
     }
+    if c.data.eval_sources:
+        found[_EVALUATED] = stage.eval_dataset.records_digest
     found |= _model("model.path", c.model.path, c.model.revision, c.model.from_scratch)
     for field in _MODELS:
         if path := get(c, field):
@@ -102,7 +107,14 @@ def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[
     before = meta.get("inputs")
     if start and before is None:
         say(f"warning: checkpoint {start} does not say what it was made of (an earlier version's): not compared")
-    problem = first_problem(changed(before or {}, inputs))
+    learned = dict(before or {})
+    evaluated = learned.pop(_EVALUATED, None)
+    if evaluated and evaluated != inputs.get(_EVALUATED, evaluated):
+        say(
+            f"warning: {_EVALUATED} are not those of checkpoint {start}: eval/ figures before and after it do not "
+            "compare, nor does the best by them"
+        )
+    problem = first_problem(changed(learned, inputs))
     if problem:
         raise InputError(
             f"since checkpoint {start} of {where} there is a change in {problem}",

@@ -90,6 +90,22 @@ def test_wrong_input_is_told_in_three_lines(capsys, argv, words):
     assert words in failed(capsys, *argv)
 
 
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize(
+    "command, flag",
+    [
+        ("score --model=m --data=d --beta=0.1", "ref"),
+        ("generate --prompt=a", "model"),
+        ("generate --model=m --prompt=a", "dtype"),
+        ("compare --base=m --aligned=m --data=d", "reward"),
+        ("compare --base=m --aligned=m --data=d", "out"),
+        ("export --workdir=w --out=o", "stage"),
+    ],
+)
+def test_a_blank_flag_is_no_value(capsys, command, flag, text):
+    assert f"--{flag} is {text!r}" in failed(capsys, *command.split(), f"--{flag}={text}")
+
+
 def test_unknown_flag_of_train(capsys, config, trainer):
     assert "bogus" in failed(capsys, "train", config, "--bogus=1")
 

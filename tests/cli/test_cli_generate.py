@@ -138,6 +138,17 @@ def test_compare_prints_json(model, heldout, capsys):
     assert "win rate of" not in shown and "--reward" in shown
 
 
+def test_compare_tells_of_texts_longer_than_a_model_was_made_for(model, heldout, tmp_path, capsys):
+    short = with_context(model, tmp_path / "short", 10)
+    flags = ["--base", str(model), "--aligned", short, "--data", heldout, "--max_new_tokens", "2"]
+    assert main(["compare", *flags]) == 0
+    said = capsys.readouterr().err
+    assert f"an answer of {heldout}" in said and f"longer than the 10 tokens that {short}" in said
+    assert f"a sample for {heldout}:" not in said and str(model) + " was" not in said
+    assert main(["compare", *flags[:-1], "13"]) == 0
+    assert f"a sample for {heldout}:1 and 2 more: longer than the 10 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags,words",
     [

@@ -242,6 +242,28 @@ def test_what_no_file_holds_and_no_path_can_bear_is_refused(field, value):
     str(refused.value).encode()  # the message itself can be printed
 
 
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+@pytest.mark.parametrize(
+    "field, fix",
+    [
+        ("workdir", "--config.workdir=..."),
+        ("model.path", "--config.model.path=..."),
+        ("model.chat_template", "--config.model.chat_template=None"),
+        ("algorithm.value_path", "--config.algorithm.value_path=None"),
+        ("rewards.model", "--config.rewards.model=None"),
+        ("from.reward", "--config.from.reward=None"),
+        ("model.dtype", "--config.model.dtype=float32"),
+    ],
+)
+def test_a_blank_is_no_value(field, fix, text):
+    c = ready("ppo")
+    section, _, leaf = field.rpartition(".")
+    (c[section] if section else c)[leaf] = text
+    with pytest.raises(InputError, match=field) as refused:
+        validate(c)
+    assert fix in refused.value.fix
+
+
 def test_a_source_may_be_a_path_object():
     c = ready("sft")
     c.data.sources = (Path("data.jsonl"), {"path": Path("more.jsonl")})

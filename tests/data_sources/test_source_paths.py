@@ -184,6 +184,7 @@ def test_sources_may_be_configs():
         ((3,), "data.sources holds 3"),
         (({},), "a source whose path is None"),
         (({"path": ""},), "a source whose path is ''"),
+        ((" ",), "a source whose path is ' '"),
         (({"path": "a", "colums": {}},), "a source with 'colums'"),
         (({"path": "a", "weight": 0},), "a: weight 0"),
         (({"path": "a", "weight": float("nan")},), "a: weight nan"),

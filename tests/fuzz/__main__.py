@@ -52,7 +52,7 @@ def main() -> int:
             print(f"slow: {case.title}: {outcome.seconds:.0f} s", flush=True)
         if verdict != OK:
             print(f"{verdict}: {case.title} (expected: {case.expect}): {why}", flush=True)
-        if args.show:
+        if args.show or outcome.ended:
             print(f"--- {case.title}: status {outcome.status}, {outcome.seconds:.1f} s\n{outcome.text}", flush=True)
 
     run_all(cases, seed=args.seed, workers=args.workers, told=told)

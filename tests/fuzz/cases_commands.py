@@ -8,7 +8,7 @@ import os
 import random
 import stat
 
-from tests.fuzz.case import REFUSED, RUNS, SOUND, Case
+from tests.fuzz.case import REFUSED, RUNS, SOUND, WARNS, Case
 
 # (command, the arguments that make it run); {w} is the world
 GOOD = {
@@ -99,6 +99,8 @@ def _flags(rng):
     for command, good in GOOD.items():
         for argument in good:
             flag = argument.lstrip("-").split("=", 1)[0]
+            if flag != "prompt":
+                yield _case(f"{command}-{flag}-empty", command, {}, words=(flag,), more=(f"--{flag}=",))
             yield _case(f"{command}-{flag}-twice", command, {}, SOUND, more=(argument.replace("{w}", "/proc/nowhere"),))
             if flag in ("model", "base", "aligned", "data", "workdir"):
                 yield _case(f"{command}-without-{flag}", command, {flag: None}, words=(flag,))
@@ -170,8 +172,8 @@ def _lines(rng):
         "both-empty": ('{"prompt": "", "completion": ""}\n', SOUND),
         "surrogate": ('{"prompt": "\\ud83d", "completion": "a"}\n', REFUSED),
         "nul": ('{"prompt": "a\\u0000b", "completion": "a"}\n', SOUND),
-        "long": (json.dumps({"prompt": "word " * 2_000, "completion": "a"}) + "\n", REFUSED),
-        "long-completion": (json.dumps({"prompt": "a", "completion": "word " * 2_000}) + "\n", REFUSED),
+        "long": (json.dumps({"prompt": "word " * 2_000, "completion": "a"}) + "\n", WARNS),
+        "long-completion": (json.dumps({"prompt": "a", "completion": "word " * 2_000}) + "\n", WARNS),
         "deep": ("[" * 100_000, REFUSED),
         "digits": ('{"prompt": "a", "completion": "b", "n": ' + "9" * 5000 + "}\n", REFUSED),
         "third-bad": ('{"prompt": "a", "completion": "b"}\n' * 2 + "oops\n", REFUSED),
@@ -180,19 +182,20 @@ def _lines(rng):
     for command in ("logprobs", "score", "compare"):
         for name, (text, expect) in texts.items():
             soft = command == "compare" and name in (
-                "no-completion", "completion-null", "surrogate", "messages", "long", "long-completion", "prompt-null"
+                "no-completion", "completion-null", "surrogate", "messages", "prompt-null"
             )  # fmt: skip
             if command == "compare" and name in ("empty", "blank", "both-empty"):
                 expect = REFUSED
-            if name in ("long", "long-completion") or (command, name) == ("logprobs", "messages"):
+            if (command, name) == ("logprobs", "messages"):
                 expect = SOUND
+            words = {REFUSED: ("lines.jsonl",), WARNS: ("longer than",)}.get(expect, ())
 
             def make(place, command=command, text=text):
                 (place.here / "lines.jsonl").write_text(text)
                 return arguments(place, command)
 
             yield Case("commands", f"{command}-lines-{name}", make, SOUND if soft else expect,
-                       () if soft or expect != REFUSED else ("lines.jsonl",))  # fmt: skip
+                       () if soft else words)  # fmt: skip
         for encoding in ("utf-16", "latin-1"):
 
             def make(place, command=command, encoding=encoding):
@@ -228,8 +231,7 @@ def _places():
     yield with_world("compare-reward-no-function", "compare", reward="{w}/r.py:nothing", words=("nothing",))
     yield with_world("compare-reward-model", "compare", RUNS, reward="{w}/model-rm")
     for name, out in {"directory": "{w}", "nowhere": "/proc/nope/x.json", "blank": " ", "long": "x" * 300}.items():
-        expect = SOUND if name == "blank" else REFUSED
-        yield with_world(f"compare-out-{name}", "compare", expect, ("out",) * (expect == REFUSED), out=out)
+        yield with_world(f"compare-out-{name}", "compare", words=("out",), out=out)
 
     def full(place):  # a device of its own: root could put a file in the place of the machine's
         write_lines(place)

@@ -186,8 +186,6 @@ def _tuples(rng):
 
 def _texts(rng):
     """Texts that name something which is not there."""
-    # An empty text empties a field that may be empty; these may not.
-    required = ("workdir", "model.path", "algorithm.reference_path", "rewards.function")
     skipped = {field for field, _ in CHOICES} | {"algorithm.name"}
     for field, algorithms in fields((str,)).items():
         if field in skipped:
@@ -204,9 +202,8 @@ def _texts(rng):
             fine["checkpoint.best_metric"] = fine["model.revision"] = ()
             expect = SOUND if name in fine.get(field, ()) else REFUSED
             yield _case(rng, field, algorithms, name, value, expect, words=(), dry=field == "workdir")
-        yield _case(
-            rng, field, algorithms, "blank", ("", '""'), REFUSED if field in required else SOUND, words=(), dry=True
-        )
+        for name, text in {"blank": "", "space": " "}.items():  # None empties a field that may be empty
+            yield _case(rng, field, algorithms, name, (text, repr(text)), REFUSED, dry=True)
 
 
 # What other libraries call a field: the name that ours has must be in the answer.

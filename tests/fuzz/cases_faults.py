@@ -177,8 +177,7 @@ def _data(place, change) -> None:
 
 def _changes():
     """What a run was begun with, changed before it is resumed."""
-    rate = "c.optimizer.learning_rate = 1e-3"
-    add = lambda text: lambda p: _line(p, rate, f"{rate}; {text}")  # noqa: E731
+    add = lambda text: lambda p: _line(p, "    return c\n", f"    {text}\n    return c\n")  # noqa: E731
     changes = {
         "row-edited": (lambda p: _data(p, lambda r: [*r[:-1], {k: f"{v} x" for k, v in r[-1].items()}]), ("data",)),
         "row-added": (lambda p: _data(p, lambda r: [*r, {k: f"{v} x" for k, v in r[0].items()}]), ("data",)),
@@ -193,31 +192,53 @@ def _changes():
         "learning-rate": (add("c.optimizer.learning_rate = 2e-3"), ("learning_rate",)),
         "batch-size": (add("c.batch_size = 8"), ("batch_size",)),
         "seed": (add("c.seed = 1"), ("seed",)),
-        "max-length": (add("c.data.max_length = 32"), ("max_length",)),
+        "max-length": (add("c.data.max_length = 40"), ("max_length",)),
         "optimizer": (add("c.optimizer.name = 'sgd'"), ("optimizer",)),
         "dtype": (add("c.model.dtype = 'bfloat16'"), ("dtype",)),
         "held-out": (add("c.data.eval_fraction = 0.5"), ("eval_fraction",)),
+        "template": (lambda p: changed(p.here / "model" / "tokenizer_config.json", chat_template="x"), ("template",)),
         "resume-off": (add("c.checkpoint.resume = False"), ("resume",)),
         "fewer-steps": (add(f"c.num_train_steps = {KILLED - 2}"), ("num_train_steps",)),
     }  # fmt: skip
     for run in ALL:
         for name, (change, words) in changes.items():
-            if run == "stages" and not name.startswith("data"):
-                continue  # another key: the stage is run anew, its earlier result kept
+            # Stages: with another key one is run anew, its earlier result kept; what is shared or not there is refused.
+            anew = run == "stages" and not name.startswith(("data", "resume", "seed"))
 
             def make(place, run=run, change=change):
                 put(place, run, "killed")
                 change(place)
                 return ARGUMENTS
 
-            yield Case("change", f"{run}-{name}", make, REFUSED, words, limit=LIMIT)
+            if (run, name) == ("stages", "seed"):  # a stage's own is not read
+                yield Case("change", f"{run}-{name}", make, WARNS, words, _resumed(run), LIMIT)
+            elif anew:
+                yield Case("change", f"{run}-{name}", make, WARNS, ("kept as",), _kept_aside, LIMIT)
+            else:
+                yield Case("change", f"{run}-{name}", make, REFUSED, words, limit=LIMIT)
 
     def held_out(place):
         put(place, "reward", "killed")
-        _line(place, rate, f"{rate}; c.data.eval_sources = ('data.jsonl',)")
+        add("c.data.eval_sources = ('data.jsonl',)")(place)
         return ARGUMENTS
 
     yield Case("change", "reward-eval-sources", held_out, REFUSED, ("eval",), limit=LIMIT)
+
+    def reward(place):
+        put(place, "ppo", "killed")
+        file = place.here / "r.py"
+        file.write_text(file.read_text().replace("len(c)", "-len(c)"))
+        return ARGUMENTS
+
+    yield Case("change", "ppo-reward-function", reward, REFUSED, ("reward",), limit=LIMIT)
+    for damage in ("halved", "emptied", "deleted", "bit-flipped", "zeroed"):
+
+        def first(place, damage=damage):
+            put(place, "stages", "killed")
+            _damaged(place.here / "out" / "sft" / "export" / "model.safetensors", damage, random.Random(damage))
+            return ARGUMENTS
+
+        yield Case("damage", f"stages-first-export-{damage}", first, SOUND, ("model",), _resumed("stages"), LIMIT)
     for run in ALL:
 
         def without(place, run=run):
@@ -244,6 +265,13 @@ def _changes():
             same = name != "remat"  # by rounding
             after = _resumed(run) if same else None
             yield Case("change", f"{run}-{name}", make, RUNS, (), after, LIMIT)
+
+
+def _kept_aside(place, status) -> str:
+    """What the killed run of the second stage had saved is still there, and the new run is done."""
+    if not list(place.here.glob("out/dpo.old-1/checkpoints/*")):
+        return "what was saved of the earlier run is gone"
+    return "" if (place.here / "out" / "dpo" / "DONE").exists() else "the run is not done"
 
 
 def _one_bit(array):

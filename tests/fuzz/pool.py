@@ -41,16 +41,17 @@ class Worker:
         answer = self._answer(case.limit)
         if answer is not None and answer.startswith("{"):
             return Outcome(**json.loads(answer))
-        self.stop()
         ended = "hang" if answer is None else "died"
-        return Outcome(None, self._log(), time.monotonic() - started, ended)
+        status = self.stop()
+        return Outcome(None, f"{self._log()}\nprocess status {status}", time.monotonic() - started, ended)
 
-    def stop(self) -> None:
-        """Ends the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+    def stop(self) -> int | None:
+        """Ends the process; gives its status."""
+        if self.process is None:
+            return None
+        self.process.kill()
+        status, self.process = self.process.wait(), None
+        return status
 
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _log(self) -> str:
-        texts = [self.directory / "worker.log", self.directory / "printed.txt"]
+        texts = [self.directory / name for name in ("worker.log", "printed.txt", "crash.txt")]
         return "\n".join(t.read_text(errors="replace")[-2000:] for t in texts if t.exists())
 
 

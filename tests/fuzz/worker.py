@@ -6,6 +6,7 @@ each by a line of JSON: the fields of `Outcome`. The pool ends a process that ha
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -55,6 +56,7 @@ def main() -> None:
     directory, seed = Path(sys.argv[1]), int(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    faulthandler.enable(open(directory / "crash.txt", "w"))  # noqa: SIM115  open as long as the process is there
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from tests.fuzz.cases import all_cases

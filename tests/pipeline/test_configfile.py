@@ -52,7 +52,6 @@ def file(tmp_path):
         ),
         ("data.sources", "()", ()),
         ("data.sources", "ünï/模型.jsonl", ("ünï/模型.jsonl",)),
-        ("data.sources", "", ()),
         ("rollout.stop", "2,</s>", ("2", "</s>")),
         ("rollout.stop", "(2, '</s>')", (2, "</s>")),
     ],
@@ -104,6 +103,7 @@ def test_a_misspelt_field_is_offered_the_nearest_name(field, near):
         ("batch_size", "many"), ("batch_size", "1.5"), ("batch_size", ""), ("batch_size", None), ("batch_size", "inf"),
         ("optimizer.learning_rate", "fast"), ("optimizer.learning_rate", "None"),
         ("data.packing", "maybe"), ("data.sources", "(a.jsonl, b.jsonl)"), ("mesh", "2"), ("mesh", None),
+        ("data.sources", ""), ("data.eval_sources", " "), ("rollout.stop", ","),
     ],
 )  # fmt: skip
 def test_text_of_the_wrong_type(field, text):

@@ -297,6 +297,7 @@ def test_part_of_the_stages(road, trainer):
         ({"ppo__from__reward": None, "ppo__rewards__function": "nowhere.py:f"}, "stage ppo: no file 'nowhere.py'"),
         ({"sft__model__path": None}, "stage sft: model.path is not set"),
         ({"workdir": None}, "workdir is not set"),
+        ({"workdir": " "}, "workdir is not set"),
     ],
 )
 def test_every_stage_is_checked_before_the_first_runs(road, trainer, changes, words):
@@ -327,6 +328,11 @@ def test_warnings_name_their_stage(road, trainer):
     assert [line for line in lines if line.startswith("warning")] == [
         "warning: dpo: algorithm.beta is 3; guides for dpo give 0.05 to 0.5"
     ]
+
+
+def test_a_seed_of_a_stages_own_is_told_to_be_without_effect(road):
+    told = [s.name for s in module.plan(road(seed=7, sft__seed=7, dpo__seed=5)) if "its own seed" in str(s.warnings)]
+    assert told == ["dpo"]
 
 
 def test_a_single_stage_is_the_trainers_own(trainer, tmp_path):

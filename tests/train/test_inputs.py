@@ -108,6 +108,25 @@ def test_eval_sources_in_place_of_a_share_move_held_out_records_into_training(be
     assert "data.eval_sources" in error.value.found
 
 
+def test_other_records_to_evaluate_on_are_told(shared, tmp_path, capsys):
+    lines = [json.dumps({"prompt": f"Once there were {i} dogs", "completion": ", and"}) + "\n" for i in range(24)]
+    for name, part in (("data", lines[:16]), ("held", lines[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+
+    def go(steps):
+        paths = {
+            f"data.{n}": (str(tmp_path / f"{f}.jsonl"),) for n, f in (("sources", "data"), ("eval_sources", "held"))
+        }
+        fields = paths | {"num_train_steps": steps, "optimizer.schedule": "constant"}
+        trainer.run(make_config(stories(shared, tmp_path / "run", "sft", **fields)), devices=jax.devices()[:1])
+        return "data.eval_sources" in capsys.readouterr().err
+
+    assert not go(1)
+    (tmp_path / "held.jsonl").write_text("".join(lines[:8]))
+    assert go(2)
+    assert not go(3)
+
+
 def test_a_run_of_an_earlier_version_goes_on_with_a_warning(begun, tmp_path, capsys, monkeypatch):
     from jaxalign.train.checkpoints import Checkpoints
 
