@@ -49,12 +49,8 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
                 "room for the other part",
                 f"--config.data.{field}={max_length // 2}",
             )
-    if c.checkpoint.best_metric and not c.eval.every:
-        raise InputError(
-            f"checkpoint.best_metric is {c.checkpoint.best_metric!r} but eval.every is 0",
-            "evaluations to choose by",
-            "--config.eval.every=100",
-        )
+    if c.checkpoint.best_metric:
+        _check_evaluated(c)
     _check_train_on(c.data.get("train_on"))
     _check_mesh(c.mesh)
     if "rollout" in c:
@@ -69,6 +65,20 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
         _check_dpo(c)
     if c.algorithm.name == "ppo":
         _check_ppo(c, inputs, max_length)
+
+
+def _check_evaluated(c: Any) -> None:
+    """A best checkpoint is chosen by evaluations; its metric's name is checked when the data are read."""
+    missing = [] if c.eval.every else [("eval.every is 0", "--config.eval.every=100")]
+    if not _is_evaluated(c):
+        missing.append(("there is nothing to evaluate on", "--config.data.eval_fraction=0.05"))
+    if missing:
+        found, flags = zip(*missing, strict=True)
+        raise InputError(
+            f"checkpoint.best_metric is {c.checkpoint.best_metric!r} but {' and '.join(found)}",
+            "evaluations of held-out data to choose by",
+            " ".join(flags),
+        )
 
 
 def _check_train_on(train_on: str | None) -> None:

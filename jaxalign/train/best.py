@@ -24,21 +24,26 @@ def check_best_metric(stage: Any) -> None:
     name = stage.config.checkpoint.best_metric
     if not name:
         return
-    if stage.eval_dataset is None:
-        raise InputError(
-            f"checkpoint.best_metric is {name!r} and there is nothing to evaluate on",
-            "held-out data",
-            "--config.data.eval_fraction=0.05, or --config.data.eval_sources=FILE",
-        )
     known = [f"eval/{metric}" for metric in eval_metrics(stage)]
     wanted = f"eval/{name.removeprefix('eval/')}"
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+        late = rarely(stage)
         raise InputError(
-            f"checkpoint.best_metric is {name!r}",
+            "; ".join([f"checkpoint.best_metric is {name!r}", *late]),
             f"one of {', '.join(known)}",
-            f"--config.checkpoint.best_metric={near}",
+            f"--config.checkpoint.best_metric={near}"
+            + f" --config.eval.every={max(1, stage.num_steps // 10)}" * bool(late),
         )
+
+
+def rarely(stage: Any) -> list[str]:
+    """What to say where evaluations are due after the run's end alone; it is evaluated then."""
+    every, best = stage.config.eval.every, stage.config.checkpoint.best_metric
+    if stage.eval_dataset is None or every <= stage.num_steps:
+        return []
+    choice = f", and checkpoint.best_metric={best} has nothing to choose from" if best else ""
+    return [f"eval.every is {every:,} and the run has {stage.num_steps:,} steps: only its end is evaluated{choice}"]
 
 
 def eval_metrics(stage: Any) -> list[str]:

@@ -11,7 +11,7 @@ from jaxalign.data.report import as_text
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.rollout.pairs import completions_per_row
-from jaxalign.train.best import check_best_metric
+from jaxalign.train.best import check_best_metric, rarely
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import num_bytes
@@ -61,8 +61,8 @@ def report(stage: Any) -> dict[str, Any]:
         say(f"  a training step needs {in_words(memory['total'])} on each device{there}: {parts}")
     updates = stage.num_steps * stage.program.updates
     say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
-    for warning in data_warnings(stage.dataset, stage.eval_dataset):
-        say(f"warning: data: {warning}")
+    for warning in [*rarely(stage), *(f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset))]:
+        say(f"warning: {warning}")
     say(f"the whole data report: {stage.directory.path / 'data_report.json'}")
     return {
         "data": data,

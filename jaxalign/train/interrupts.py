@@ -61,7 +61,8 @@ class StopRequests:
             raise KeyboardInterrupt
         self._signal = number
         if number == signal.SIGINT:  # no print: it may have been interrupted itself
-            os.write(2, b"stopping after this step, with a save; Ctrl-C again: at once\n")
+            begin = b"\n" if os.isatty(2) else b""  # the progress bar's line, and the terminal's ^C, have no end
+            os.write(2, begin + b"stopping after this step, with a save; Ctrl-C again: at once\n")
 
     def at(self, step: int) -> int:
         """The signal to stop for after this step, 0 for none; every process calls it at every step."""

@@ -25,7 +25,7 @@ from jaxalign.parallel.watch import watched
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
-from jaxalign.train.best import check_best_metric
+from jaxalign.train.best import check_best_metric, rarely
 from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
@@ -199,8 +199,8 @@ class Stage:
         check_best_metric(self)
         for sentence in unsplit(self.mesh, self.like.params):
             warnings.warn(sentence, stacklevel=2)
-        for sentence in data_warnings(self.dataset, self.eval_dataset):
-            say(f"warning: data: {sentence}")
+        for sentence in [*rarely(self), *(f"data: {said}" for said in data_warnings(self.dataset, self.eval_dataset))]:
+            say(f"warning: {sentence}")
         checkpoints = Checkpoints(
             self.directory.checkpoints,
             keep=c.checkpoint.keep,

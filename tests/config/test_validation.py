@@ -54,7 +54,7 @@ def test_trap_bfloat16_weights_that_do_not_move_are_refused():
         ("sft", "batch_size", 0, "batch_size is 0"),
         ("sft", "grad_accum_steps", 7, "not divisible by grad_accum_steps 7"),
         ("dpo", "data.max_prompt_length", 1024, "data.max_prompt_length is 1024"),
-        ("sft", "checkpoint.best_metric", "eval/loss", "eval.every is 0"),
+        ("sft", "checkpoint.best_metric", "eval/loss", "eval.every is 0 and there is nothing to evaluate on"),
         ("sft", "checkpoint.resume", "half", "checkpoint.resume is 'half'"),
         ("ppo", "rollout.temperature", 0.0, "rollout.temperature is 0"),
         ("ppo", "rollout.max_new_tokens", 1024, "rollout.max_new_tokens 1024"),

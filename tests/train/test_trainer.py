@@ -134,6 +134,10 @@ def test_the_best_metric_is_checked_before_anything_is_trained(algorithm, shared
         train(shared, tmp_path / "run", algorithm, **fields)
     known = {"sft": "eval/loss", "dpo": "eval/rewards/accuracies", "ppo": "eval/objective/scores"}[algorithm]
     assert known in error.value.expected and "eval/" in error.value.fix
+    assert "eval.every" not in error.value.found
+    with pytest.raises(InputError, match="only its end is evaluated") as error:
+        train(shared, tmp_path / "rare", algorithm, **fields | {"eval.every": 100})
+    assert "best_metric is 'eval/bogus'" in error.value.found and "--config.eval.every=" in error.value.fix
     with pytest.raises(InputError, match="nothing to evaluate on"):
         train(shared, tmp_path / "none", algorithm, **fields | {"data.eval_fraction": 0.0})
     with pytest.raises(TypeError):  # a name that is right goes on, to the weights
