@@ -162,7 +162,7 @@ def test_what_is_made_is_kept_until_its_key_changes(tmp_path):
 
 def test_an_unknown_argument_is_refused(capsys):
     assert stories.main(["--workdir=x"]) == 2
-    assert "--config.field=value" in capsys.readouterr().err
+    assert "--config.workdir=x" in capsys.readouterr().err
 
 
 def test_the_page_shows_every_stage():

@@ -62,7 +62,12 @@ def test_assets_are_written_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argument", "words"), [("--config.sft.batch_sze=1", "sft.batch_size"), ("--seed=1", "fields of its config alone")]
+    ("argument", "words"),
+    [
+        ("--config.sft.batch_sze=1", "sft.batch_size"),
+        ("--seed=1", "--config.seed=1"),
+        ("--zzzzz=1", "no such flag"),
+    ],
 )
 def test_a_wrong_flag_is_told_without_a_traceback(argument, words, capsys):
     assert quickstart.main([argument]) == 2

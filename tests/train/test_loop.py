@@ -240,7 +240,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoints.close()
 
 
-def test_two_ctrl_c_end_at_once_with_what_was_saved(tmp_path):
+@pytest.fixture
+def foreground():
+    """SIGINT as a terminal's program has it: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_two_ctrl_c_end_at_once_with_what_was_saved(tmp_path, foreground):
     def prepare(state, frozen, batch):
         if int(state.data_cursor) == 3 and world.num_steps == 6:
             with contextlib.suppress(RuntimeError):  # as a library may that calls back
