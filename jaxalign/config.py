@@ -140,7 +140,8 @@ def _common() -> ConfigDict:
                 "keep": 1,
                 "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
                 "best_mode": "min",
-                "resume": FieldReference(True, field_type=object),  # False; "whole": the newest that is not damaged
+                # False; "whole": from the newest that is not damaged; "reward": although the reward is another now
+                "resume": FieldReference(True, field_type=object),
             },
             "logging": {
                 "every": 1,

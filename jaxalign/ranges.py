@@ -13,6 +13,8 @@ REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
 TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
 TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 
+ANOTHER_REWARD = "reward"  # of checkpoint.resume: goes on although what scores is another now
+
 # (field, allowed values)
 CHOICES: tuple[tuple[str, tuple], ...] = (
     ("algorithm.name", ALGORITHMS),
@@ -33,7 +35,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("optimizer.decay_mask", ("matrices", "all")),
     ("optimizer.state_dtype", (None, "float32", "bfloat16", "int8")),
     ("checkpoint.best_mode", ("min", "max")),
-    ("checkpoint.resume", (True, False, "whole")),
+    ("checkpoint.resume", (True, False, "whole", ANOTHER_REWARD)),
 )
 
 # (field, least, greatest), both within the range: each field that holds a number has its line.  Far bounds are no

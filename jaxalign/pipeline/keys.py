@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -33,21 +33,27 @@ INPUTS = (
 _LENGTH = ("num_train_steps", "num_epochs")
 
 
+class Keys(NamedTuple):
+    """Hashes of what a stage is made of, 32 hex digits each."""
+
+    key: str  # of its configuration, the files it names and its inputs' keys
+    base: str  # but for the run's length
+    unscored: str  # but for the file of its reward function
+    files: dict[str, str | None]  # path -> digest of what is there
+
+
 def key_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> str:
     """The first of `keys_of`."""
-    return keys_of(config, inputs, filled)[0]
+    return keys_of(config, inputs, filled).key
 
 
-def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> tuple[str, str]:
-    """Hash of a stage's configuration, the files it names and its inputs' keys; and the same but for the run's length.
+def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> Keys:
+    """The keys of a stage, and what is in the files that it names.
 
     Args:
       config: of the stage, whole.
       inputs: role in `from` -> key of the stage that it names.
       filled: the fields that these inputs filled; their keys stand for them, wherever the workdir is.
-
-    Returns:
-      32 hex digits each.
     """
     tree = to_dict(config)
     for field in _NOT_IN_KEY:
@@ -64,11 +70,12 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
             continue
         for path in paths_in(get(config, field)):
             files[path] = fingerprint(path)
+    parts: dict[str, Any] = {"format": FORMAT, "inputs": dict(inputs), "files": dict(files)}
+    unscored = _hash(parts | {"config": tree})
     if function := get(config, "rewards.function"):
-        files[function] = fingerprint(module_file(function))
-    parts = {"format": FORMAT, "inputs": dict(inputs), "files": files}
+        files[function] = parts["files"][function] = fingerprint(module_file(function))
     base = {name: value for name, value in tree.items() if name not in _LENGTH}
-    return _hash(parts | {"config": tree}), _hash(parts | {"config": base})
+    return Keys(_hash(parts | {"config": tree}), _hash(parts | {"config": base}), unscored, files)
 
 
 def _hash(parts: Mapping[str, Any]) -> str:

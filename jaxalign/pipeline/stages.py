@@ -9,40 +9,26 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import os
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import get, to_dict, validate
-from jaxalign.disk import write_whole
+from jaxalign.config import get, validate
 from jaxalign.errors import InputError
-from jaxalign.pipeline.keys import key_of, keys_of
+from jaxalign.pipeline.keys import keys_of
+from jaxalign.pipeline.stagedir import RECORD as RECORD
+from jaxalign.pipeline.stagedir import SKIP, Stage, changed, is_done, note, path_of, prepare, remember
 from jaxalign.ranges import bounds, misfit, shown
-
-RECORD = "stage.json"  # in a stage's directory: its key, and what the key was made of
-FORMAT = 1
 
 # (role in `from`, the field it fills, algorithms of stages it may name)
 _FROM = (
     ("model", "model.path", ("sft", "dpo", "ppo")),
     ("reward", "rewards.model", ("reward",)),
 )
-
-
-class Stage(NamedTuple):
-    """One stage, ready to run."""
-
-    name: str  # "" for a configuration without stages
-    config: ConfigDict  # whole: workdir and inputs filled in
-    key: str  # hex digits
-    inputs: dict[str, str]  # role in `from` -> name of the stage
-    warnings: list[str]
-    base: str = ""  # the key but for the run's length
 
 
 def plan(config: ConfigDict) -> list[Stage]:
@@ -61,7 +47,8 @@ def plan(config: ConfigDict) -> list[Stage]:
     if "stages" not in config:
         _check_alone(config)
         warnings = validate(config)  # before the key is made: a section may be none
-        return [Stage("", config, key_of(config, {}, ()), {}, warnings)]
+        keys = keys_of(config, {}, ())
+        return [Stage("", config, keys.key, {}, warnings, keys)]
     names = _names(config)
     if expected := misfit(config.get("seed"), *bounds("seed"), whole=True):
         raise InputError(f"seed is {shown(config.get('seed'))}", expected, "--config.seed=0")
@@ -81,9 +68,8 @@ def plan(config: ConfigDict) -> list[Stage]:
         if own not in (0, config.seed):  # 0: as it is by default
             warnings.append(f"its own seed {shown(own)} is not read: the stages share one, {config.seed}")
         filled = tuple(field for role, field, _ in _FROM if role in inputs)
-        keys = {role: done[source].key for role, source in inputs.items()}
-        key, base = keys_of(stage, keys, filled)
-        done[name] = Stage(name, stage, key, inputs, warnings, base)
+        keys = keys_of(stage, {role: done[source].key for role, source in inputs.items()}, filled)
+        done[name] = Stage(name, stage, keys.key, inputs, warnings, keys)
     return list(done.values())
 
 
@@ -102,7 +88,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
       InputError: before the first stage runs, whichever stage it concerns, or where another run is at work.
     """
     from jaxalign.ops.precision import require_dtypes
-    from jaxalign.parallel.processes import initialize, is_main  # jax from here on
+    from jaxalign.parallel.processes import initialize, is_main, on_main  # jax from here on
     from jaxalign.train.lock import exclusive
     from jaxalign.train.rundir import results
 
@@ -122,11 +108,15 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     if not stages[0].name:
         if dry_run:
             return _dry(stages, say)[""]
-        before = results(_path(stages[0].config.workdir))
+        before = results(path_of(stages[0].config.workdir))
         result = _train(stages[0])
         _report(stages[0], result, say, again=result == before)
+        if result != before:
+            on_main(functools.partial(remember, stages[0]))
+        elif other := changed(stages[0], before):
+            say(f"warning: {other} changed since this run was done, which learned from what was there then")
         return result
-    with exclusive(_path(config.workdir)):
+    with exclusive(path_of(config.workdir)):
         return _dry(stages, say) if dry_run else _in_order(stages, say)
 
 
@@ -136,25 +126,18 @@ def _in_order(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]
 
     results: dict[str, Any] = {}
     for stage in stages:
-        action = on_main(functools.partial(_prepare, stage, say))
-        if action == _SKIP:
+        action = on_main(functools.partial(prepare, stage, say))
+        if action == SKIP:
             results[stage.name] = {"skipped": True, "workdir": stage.config.workdir}
             continue
         results[stage.name] = _train(stage)
-        on_main(functools.partial(_note, stage))  # it may be longer now than it was
+        on_main(functools.partial(note, stage))  # it may be longer now than it was
         if not on_main(functools.partial(is_done, stage.config.workdir)):  # process 0 wrote it; others may be early
             say(f"stage {stage.name} stopped before its end; the same command goes on from there")
             break
         _report(stage, results[stage.name], say)
         _release()
     return results
-
-
-def is_done(workdir: str) -> bool:
-    """Whether a run reached its end in this directory."""
-    from jaxalign.train.rundir import results
-
-    return results(_path(workdir)) is not None
 
 
 def _check_alone(config: ConfigDict) -> None:
@@ -250,111 +233,6 @@ def _in_stage(name: str, error: InputError) -> InputError:
     return InputError(f"stage {name}: {error.found}", error.expected, fix)
 
 
-_RUN, _SKIP = 1, 2
-# What a dry run leaves, a crash before the start, and a run that failed before its first step; no result among it.
-_SCRATCH = ("cache", "data_report.json")
-_BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "events")
-
-
-def _prepare(stage: Stage, say: Callable[[str], None]) -> int:
-    """Decides what to do with a stage's directory, and makes it ready; not while another run is at work in it."""
-    from jaxalign.train.lock import Lock
-    from jaxalign.train.rundir import RunDir, usable
-
-    if is_done(stage.config.workdir) and _known(stage).get("key") == stage.key:
-        say(f"stage {stage.name}: done before, kept ({_path(stage.config.workdir)})")
-        if lost := RunDir(stage.config.workdir).lost_export():
-            say(f"warning: stage {stage.name}: {lost}")
-        return _SKIP
-    lock = Lock(_path(stage.config.workdir))
-    lock.take()
-    try:
-        with usable(stage.config.workdir, "--config.workdir=runs/NAME"):
-            return _prepared(stage, say, lock)
-    finally:
-        lock.release()
-
-
-def _prepared(stage: Stage, say: Callable[[str], None], lock: Any) -> int:
-    workdir = _path(stage.config.workdir)
-    if workdir.exists() and not _is_fresh(stage.config.workdir):
-        record = _known(stage)
-        known = record.get("key")
-        if known == stage.key:
-            say(f"stage {stage.name}: goes on ({workdir})")
-            return _RUN
-        if _longer(stage, record):
-            say(f"stage {stage.name}: goes on to another length ({workdir})")
-            return _RUN
-        n = 1
-        while (aside := workdir.parent / f"{workdir.name}.old-{n}").exists():
-            n += 1
-        workdir.rename(aside)
-        lock.directory = aside  # where it went along
-        reason = "its configuration or an input changed" if known else "it was not made by this configuration"
-        say(f"stage {stage.name}: {reason}; the earlier result is kept as {aside}")
-    say(f"stage {stage.name}: runs ({workdir})")
-    workdir.mkdir(parents=True, exist_ok=True)
-    _note(stage)
-    return _RUN
-
-
-def _note(stage: Stage) -> None:
-    """Writes what a stage's directory holds."""
-    text = {
-        "format": FORMAT,
-        "key": stage.key,
-        "base": stage.base,
-        "name": stage.name,
-        "from": stage.inputs,
-        "config": to_dict(stage.config),
-    }
-    write_whole(_path(stage.config.workdir, RECORD), json.dumps(text, indent=2, sort_keys=True) + "\n")
-
-
-def _longer(stage: Stage, record: dict) -> bool:
-    """Whether a directory holds a shorter run of a stage that can go on from its last checkpoint.
-
-    So it is where nothing but the length changed, under a learning rate that does not depend on it.
-    """
-    before, now = record.get("config", {}), stage.config
-    if record.get("base") != stage.base or now.optimizer.schedule != "constant":
-        return False
-    field = "num_epochs" if now.num_train_steps is None else "num_train_steps"
-    if (before.get("num_train_steps") is None) != (now.num_train_steps is None) or before[field] > now[field]:
-        return False
-    return any(_path(now.workdir, "checkpoints").glob("[0-9]*"))
-
-
-def _is_fresh(workdir: str) -> bool:
-    """Whether a stage's directory holds nothing that was learned, and nothing but a stage's own files."""
-    from jaxalign.train.rundir import RunDir
-
-    names = {path.name for path in _path(workdir).iterdir() if not path.name.startswith(".")}
-    return names <= set(_SCRATCH) or (RECORD in names and names <= set(_BEGUN) and RunDir(workdir).untrained())
-
-
-def _known(stage: Stage) -> dict:
-    """The record of what lies in a stage's directory; empty where there is none.
-
-    Raises:
-      InputError: it is damaged.
-    """
-    path = _path(stage.config.workdir, RECORD)
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-        record["key"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{path} is damaged: which configuration this stage was made by is not known",
-            "the file as it was written",
-            f"rm {path}, and the stage's directory is put aside and the stage run anew",
-        ) from error
-    return record
-
-
 def _check_inputs(stages: list[Stage]) -> None:
     """The first record of local data, the reward function and its signature of every stage, before the first starts."""
     from jaxalign.data.files import is_url
@@ -393,7 +271,7 @@ def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
             for role, field, _ in _FROM:
                 section, leaf = field.split(".")
                 source = stage.inputs.get(role)
-                if source and not _path(stage.config[section][leaf], "config.json").exists():
+                if source and not path_of(stage.config[section][leaf], "config.json").exists():
                     stage.config[section][leaf] = by_name[source].config.model.path
                     if section == "model":
                         stage.config.model.revision = by_name[source].config.model.revision
@@ -436,13 +314,6 @@ def _release() -> None:
 
     gc.collect()
     jax.clear_caches()
-
-
-def _path(*parts: str):
-    """A path on disk or in an object store."""
-    from jaxalign.train.rundir import as_path
-
-    return as_path(*parts)
 
 
 def _silent(line: str) -> None:

@@ -13,6 +13,7 @@ from jaxalign.data.cache import digest
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import first_problem
+from jaxalign.ranges import ANOTHER_REWARD
 from jaxalign.train.metrics import say
 from jaxalign.train.models import revision_of
 
@@ -68,18 +69,18 @@ def inputs_of(stage: Any) -> dict[str, str]:
     return found
 
 
-def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What is another than it was, in words; "" where all is as it was.
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What is another than it was, in words.
 
     >>> changed({"the chat template": "a", "the tokens of the training records": "b"}, {"the chat template": "c"})
-    'the chat template'
+    ['the chat template']
     """
     wrong = [name for name in before if name in now and before[name] != now[name]]
     told = {name for first in wrong for name in _FOLLOWS.get(first, ())}
-    return ", ".join(name for name in wrong if name not in told)
+    return [name for name in wrong if name not in told]
 
 
-def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> list[dict[str, Any]]:
     """Refuses to go on with a run that has other inputs now, or that is longer than it is to be.
 
     Args:
@@ -87,6 +88,9 @@ def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[
       start: batches done.
       meta: of the checkpoint.
       inputs: digests by what they are of, see `inputs_of`.
+
+    Returns:
+      The changes that `checkpoint.resume=reward` has let pass, each with its step, the run's earlier ones too.
 
     Raises:
       InputError: what changed, and the two ways on; the directory is as it was.
@@ -114,13 +118,19 @@ def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[
             f"warning: {_EVALUATED} are not those of checkpoint {start}: eval/ figures before and after it do not "
             "compare, nor does the best by them"
         )
-    problem = first_problem(changed(learned, inputs))
-    if problem:
-        raise InputError(
-            f"since checkpoint {start} of {where} there is a change in {problem}",
-            "what the run was begun with",
-            "put it back to go on, or begin anew with --config.workdir=ANOTHER",
-        )
+    wrong, known = changed(learned, inputs), list(meta.get("changes", ()))
+    problem = first_problem(", ".join(wrong))
+    if not problem:
+        return known
+    fix = "put it back to go on, or begin anew with --config.workdir=ANOTHER"
+    if all(" of rewards." in name for name in wrong):
+        if stage.config.checkpoint.resume == ANOTHER_REWARD:
+            say(f"warning: from step {start} on there is another reward: {problem} changed; figures do not compare")
+            return [*known, {"step": start, "changed": wrong}]
+        fix += f"; --config.checkpoint.resume={ANOTHER_REWARD} goes on with another reward, and notes so"
+    raise InputError(
+        f"since checkpoint {start} of {where} there is a change in {problem}", "what the run was begun with", fix
+    )
 
 
 def _arrays(lengths: Mapping[str, Any]) -> list[bytes]:

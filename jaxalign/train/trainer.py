@@ -210,7 +210,7 @@ class Stage:
         found = checkpoints.resume(self.like, whole=c.checkpoint.resume == "whole")
         start = found[0] if found else 0
         inputs = inputs_of(self)
-        check_past(self, start, found[2] if found else {}, inputs)
+        changes = check_past(self, start, found[2] if found else {}, inputs)
         self.directory.begin(configuration.to_dict(c))
         self.write_report()
         state = found[1] if found else self.start()
@@ -241,6 +241,7 @@ class Stage:
                 "mesh": dict(self.mesh.shape),
                 "algorithm": c.algorithm.name,
                 "inputs": inputs,
+                "changes": changes,
             },
             directory=self.directory,
             lock=self.lock,

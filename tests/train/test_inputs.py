@@ -7,11 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from run_child import make_config, stories
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import InputError
 from jaxalign.train import inputs, trainer
+from jaxalign.train.checkpoints import read_meta
 
 REWARD = """
 def score(prompts, completions):
@@ -101,6 +103,25 @@ def test_a_changed_input_is_told_before_anything_is_computed(what, begun, tmp_pa
     assert before == own_files(tmp_path / "run")
 
 
+def test_a_reward_that_was_mended_is_taken_where_that_is_asked_for(begun, tmp_path, capsys, monkeypatch):
+    for name in ("start", "value", "run"):
+        shutil.copytree(begun / name, tmp_path / name)
+    for name in ("data.jsonl", "reward.py"):
+        shutil.copy(begun / name, tmp_path / name)
+    CHANGES["the file of rewards.function"](tmp_path)
+    monkeypatch.setattr(trainer.RunDir, "_check", lambda *_: None)
+    with pytest.raises(InputError, match=r"checkpoint\.resume=reward"):
+        run(tmp_path)
+    assert run(tmp_path, **{"checkpoint.resume": "reward"})["steps"] == 2
+    assert "from step 1 on there is another reward" in capsys.readouterr().err
+    meta = read_meta(epath.Path(tmp_path / "run" / "checkpoints" / "2"))
+    assert meta["changes"] == [{"step": 1, "changed": ["the file of rewards.function"]}]
+    CHANGES["the records of data.sources"](tmp_path)
+    with pytest.raises(InputError, match=r"the records of data\.sources") as error:
+        run(tmp_path, num_train_steps=3, **{"checkpoint.resume": "reward"})
+    assert "resume=reward" not in error.value.fix
+
+
 def test_eval_sources_in_place_of_a_share_move_held_out_records_into_training(begun, monkeypatch):
     monkeypatch.setattr(trainer.Stage, "frozen", None)
     with pytest.raises(InputError, match="held out") as error:
@@ -146,5 +167,5 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(begun, tmp_path, cap
 
 def test_what_follows_from_a_change_is_not_told():
     names = ["the chat template", "the tokens of the training records"]
-    assert inputs.changed(dict.fromkeys(names, "a"), dict.fromkeys(names, "b")) == names[0]
-    assert inputs.changed({"gone": "a"}, {"new": "b"}) == ""
+    assert inputs.changed(dict.fromkeys(names, "a"), dict.fromkeys(names, "b")) == names[:1]
+    assert inputs.changed({"gone": "a"}, {"new": "b"}) == []
