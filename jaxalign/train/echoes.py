@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import traceback
 from typing import Any
 
 
 def silence_echoes() -> None:
     """Drops the tracebacks that threads and coroutines of Orbax leave behind; a second call changes nothing.
 
-    They log what failed, coroutines that nobody waits for any more are reported as ignored, and TensorStore's callbacks
-    find the loop closed that waited for them.
+    They log what failed, coroutines and futures that nobody waits for any more are reported at their end, and
+    TensorStore's callbacks find the loop closed that waited for them.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_no_echo)
@@ -21,10 +23,18 @@ def silence_echoes() -> None:
         sys.unraisablehook = _without_echoes(sys.unraisablehook, _unheard)
 
 
+_READING = re.compile(r"orbax|tensorstore|ocdbt|zarr|/checkpoints/\d", re.IGNORECASE)
+
+
 def _no_echo(record: logging.LogRecord) -> bool:
     """Whether a record is to be shown."""
-    of_orbax = "orbax" in record.pathname or (record.name == "asyncio" and "orbax" in record.getMessage())
-    return not (record.levelno >= logging.ERROR and record.exc_info and of_orbax)
+    if record.levelno < logging.ERROR:
+        return True
+    text = record.getMessage()
+    if record.name == "asyncio":
+        return not (record.exc_info and _READING.search("".join([text, *traceback.format_exception(*record.exc_info)])))
+    # A file of a checkpoint that is no JSON: the checkpoint is read, checked and told of by our own thread.
+    return not ("orbax" in record.pathname and (record.exc_info or "Metadata file" in text))
 
 
 def _of_a_closed_loop(kind: Any, error: Any, trace: Any) -> bool:

@@ -56,7 +56,8 @@ def _as_it_was():
 def _printed():
     """All that is printed meanwhile, by Python or below it; gives a function that reads it."""
     name = os.path.join(os.path.dirname(os.getcwd()), "printed.txt")  # beside the case: its disk may be full
-    with open(name, "w+b") as file:
+    open(name, "wb").close()
+    with open(name, "a+b") as file:  # at its end: what loggers keep of an earlier case's streams writes there, too
         kept = os.dup(1), os.dup(2)
         streams = sys.stdout, sys.stderr
         own = [io.TextIOWrapper(os.fdopen(os.dup(file.fileno()), "wb"), "utf-8", write_through=True) for _ in kept]

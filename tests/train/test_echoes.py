@@ -59,6 +59,29 @@ def _unraisable(source, kind, error, trace):
     return types.SimpleNamespace(object=source, exc_type=kind, exc_value=error, exc_traceback=trace)
 
 
+@pytest.mark.parametrize(
+    ("code", "file", "error", "kept"),
+    [
+        ("raise error", "lib/orbax/serialization.py", Exception("Encountered error"), False),
+        ("raise ValueError from error", "mine.py", ValueError('Error reading "a" in OCDBT database'), False),
+        (None, "", ValueError('NOT_FOUND: Error opening "zarr" driver'), False),
+        (None, "", ValueError('Error reading local file "/runs/a/checkpoints/4/state/d/1"'), False),
+        ("raise error", "mine.py", ValueError("no zebra"), True),
+    ],
+)
+def test_what_no_future_of_a_checkpoint_was_asked_for_is_dropped(hooks, code, file, error, kept):
+    found = caught(code, file, error) if code else (type(error), error, None)
+    text = "%s exception was never retrieved\nfuture: %r"
+    record = logging.LogRecord("asyncio", logging.ERROR, "asyncio/base.py", 1, text, ("_GatheringFuture", error), found)
+    assert bool(logging.getLogger("asyncio").filter(record)) == kept
+
+
+def test_what_orbax_makes_of_a_damaged_description_is_told_by_us(hooks):
+    text = ("Failed to json parse Metadata file: %s, error: %s", ("x", "y"))
+    record = logging.LogRecord("absl", logging.ERROR, "lib/orbax/metadata.py", 1, *text, None)
+    assert not logging.getLogger("absl").filter(record)
+
+
 def test_logged_tracebacks_of_orbax_are_dropped(hooks):
     logger = logging.getLogger("absl")
     for path in ("lib/orbax/future.py", "mine.py"):
