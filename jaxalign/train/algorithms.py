@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,9 +74,10 @@ def _reward(config, loader, context) -> Program:
     role = loader.scorer(config.model.path, config.optimizer.learning_rate)
     cfg = config.algorithm
     if cfg.use_margin:
-        check_margins(context.dataset, "data.sources")
+        found = check_margins(context.dataset, "data.sources")
         if config.data.eval_sources:  # of a held-out share it is chance
-            check_margins(context.eval_dataset, "data.eval_sources")
+            found += check_margins(context.eval_dataset, "data.eval_sources")
+        context.dataset.report["warnings"] += found
     objective = reward_objective(
         role.model.apply,
         role.model.score_kernel,
@@ -118,18 +120,29 @@ def _dpo(config, loader, context) -> Program:
     )
 
 
-def check_margins(dataset: Any, field: str) -> None:
+def check_margins(dataset: Any, field: str) -> list[str]:
     """Refuses data of which no record states by how much its better side should win.
 
     Args:
       dataset: of pairs; a record without a stated margin has 0.
       field: that the data is from, for the message.
 
+    Returns:
+      A sentence about those of several sources that have no margins, if there are such.
+
     Raises:
       InputError: saying whether there is no margin column, or one that holds no numbers.
     """
-    if dataset.lengths()["score"].any():
-        return
+    margins = dataset.lengths()["score"]
+    if margins.any():
+        paths = [source["path"] for source in dataset.report["records"]["sources"]]
+        if len(paths) < 2:
+            return []
+        with_some, without = set(), set()
+        for i, margin in enumerate(margins):
+            (with_some if margin else without).add(_source_of(dataset.record(i).source, paths))
+        lacking = ", ".join(sorted(without - with_some))
+        return [f"algorithm.use_margin, and no record of {lacking} has a margin: theirs count as 0"] * bool(lacking)
     record = dataset.record(0)
     found = f"its `margin` column holds {record.columns['margin']!r}" if "margin" in record.columns else "no `margin`"
     raise InputError(
@@ -138,6 +151,11 @@ def check_margins(dataset: Any, field: str) -> None:
         f'--config.{field}=\'[{{"path": "{record.source}", "columns": {{"score": "COLUMN"}}}}]\', or '
         "--config.algorithm.use_margin=False",
     )
+
+
+def _source_of(file: str, paths: list[str]) -> str:
+    """The source that a record's file belongs to: it is the file, a folder or a glob, or a hub id."""
+    return next((path for path in paths if file.startswith(path) or fnmatch.fnmatch(file, path)), file)
 
 
 def check_tokens(path: str, tokenizer: Any, revision: str | None = None) -> None:

@@ -48,6 +48,15 @@ def test_some_margins_are_enough(shared, tmp_path):
     trainer.run(config(shared, tmp_path, lines), dry_run=True)
 
 
+def test_a_source_without_margins_is_named(shared, tmp_path, capsys):
+    c = config(shared, tmp_path, [PAIR | {"margin": 1.0}] * 8)
+    (tmp_path / "plain.jsonl").write_text(json.dumps(PAIR | {"prompt": "x"}) + "\n")
+    c.data.sources += ({"path": str(tmp_path / "plain.jsonl"), "weight": 2},)
+    trainer.run(c, dry_run=True)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "use_margin" in line)
+    assert said.startswith("warning: ") and f"no record of {tmp_path / 'plain.jsonl'} has a margin" in said
+
+
 def test_a_held_out_share_may_have_no_margin(shared, tmp_path):
     """Which of the records are held out is chance, and the training data have margins."""
     lines = [PAIR | {"prompt": f"a b {i}", "margin": float(i < 4)} for i in range(40)]
