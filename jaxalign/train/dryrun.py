@@ -15,6 +15,7 @@ from jaxalign.train.best import check_best_metric, rarely
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import num_bytes
+from jaxalign.train.room import check_room
 from jaxalign.train.samples import decoded
 from jaxalign.train.trainer import data_warnings
 from jaxalign.types import Batch, Completions, PolicyBatch, Readouts, Rows
@@ -59,9 +60,14 @@ def report(stage: Any) -> dict[str, Any]:
         there = f" of {in_words(limit)} there" if limit else ""
         parts = ", ".join(f"{name} {in_words(size)}" for name, size in memory.items() if name != "total")
         say(f"  a training step needs {in_words(memory['total'])} on each device{there}: {parts}")
+    room = check_room(stage)
     updates = stage.num_steps * stage.program.updates
     say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
-    for warning in [*rarely(stage), *(f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset))]:
+    for warning in [
+        *room,
+        *rarely(stage),
+        *(f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)),
+    ]:
         say(f"warning: {warning}")
     say(f"the whole data report: {stage.directory.path / 'data_report.json'}")
     return {

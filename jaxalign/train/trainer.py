@@ -36,6 +36,7 @@ from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
 from jaxalign.train.models import Loader, describe_start, fit_length, num_bytes, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
+from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.types import TrainState
 
@@ -211,6 +212,9 @@ class Stage:
         start = found[0] if found else 0
         inputs = inputs_of(self)
         changes = check_past(self, start, found[2] if found else {}, inputs)
+        if start < self.num_steps:
+            for sentence in check_room(self, len(checkpoints.steps())):
+                say(f"warning: {sentence}")
         self.directory.begin(configuration.to_dict(c))
         self.write_report()
         state = found[1] if found else self.start()

@@ -1,0 +1,59 @@
+"""Whether there is room on the disk for a run's checkpoints and its export, asked before the first step."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.processes import on_main
+from jaxalign.train.compiled import in_words
+from jaxalign.train.models import num_bytes
+
+_COMPRESSED = 0.7  # of its bytes a checkpoint takes at least: moments that are still 0 take nearly nothing
+
+
+def check_room(stage: Any, saved: int = 0) -> list[str]:
+    """Refuses a run of whose checkpoints not one has room; object stores are not asked.
+
+    A new checkpoint is whole before an old one goes, so that one more than `checkpoint.keep` are there for a while.
+
+    Args:
+      stage: a `trainer.Stage`.
+      saved: checkpoints that are there already.
+
+    Returns:
+      A sentence where there is room for fewer than the run will keep, if it is so.
+
+    Raises:
+      InputError: on every process, with the bytes needed and there.
+    """
+    return on_main(functools.partial(_check, stage, saved))
+
+
+def _check(stage: Any, saved: int) -> list[str]:
+    if stage.directory.remote:
+        return []
+    path, keep = stage.directory.path, stage.config.checkpoint.keep
+    usage = shutil.disk_usage(os.fspath(path))
+    parameters, optimizer = num_bytes(stage.like.params), num_bytes(stage.like.opt)
+    one, export = parameters + optimizer, num_bytes(stage.like.params[stage.program.exported])
+    most = one * max(1, keep + 1 - saved + bool(stage.config.checkpoint.best_metric)) + export
+    if not usage.total or usage.free >= most:
+        return []
+    found = (
+        f"{in_words(usage.free)} free in {path}; a checkpoint takes up to {in_words(one)} (parameters "
+        f"{in_words(parameters)}, optimizer {in_words(optimizer)}), the export {in_words(export)}"
+    )
+    if usage.free >= one * _COMPRESSED:
+        return [f"{found}, and all that are kept together {in_words(most)}"]
+    optimizer_config = stage.config.optimizer
+    may_shrink = optimizer_config.name == "adamw" and not optimizer_config.state_dtype
+    smaller = ", or --config.optimizer.state_dtype=int8" * may_shrink
+    raise InputError(
+        found,
+        f"room for one at least; for checkpoint.keep={keep} {in_words(most)} at most",
+        f"make room there (df -h {path}), or --config.workdir=ANOTHER{smaller}",
+    )
