@@ -63,11 +63,8 @@ def report(stage: Any) -> dict[str, Any]:
     room = check_room(stage)
     updates = stage.num_steps * stage.program.updates
     say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
-    for warning in [
-        *room,
-        *rarely(stage),
-        *(f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)),
-    ]:
+    of_data = [f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)]
+    for warning in [*room, *rarely(stage), *of_data]:
         say(f"warning: {warning}")
     say(f"the whole data report: {stage.directory.path / 'data_report.json'}")
     return {

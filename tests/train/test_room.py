@@ -41,7 +41,7 @@ def test_no_room_for_one_checkpoint_is_refused(run, dry_run, tmp_path):
 def test_room_for_fewer_than_are_kept_is_a_warning(run, capsys):
     run(5 * MIB, True)
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "free in" in line)
-    assert said.startswith("warning: ") and "together 7." in said
+    assert said.startswith("warning: ") and "together 6.9 MiB" in said
     run(8 * MIB, True)
     run(8 * MIB, True, **{"checkpoint.keep": 1})
     assert "free in" not in capsys.readouterr().out
