@@ -74,7 +74,7 @@ def compare(
     check_flags(**sampling, seed=seed, confidence=confidence, num_prompts=num_prompts)
     for flag, path in (("--base", base), ("--aligned", aligned)):
         require_head(path, "lm", flag)
-    scorer = None if reward is None else _scorer(reward, dtype)
+    scorer, reach = (None, None) if reward is None else _scorer(reward, dtype)
     records = _records(data, num_prompts)
     asked = questions(records)
     if base != aligned:
@@ -90,7 +90,7 @@ def compare(
         prompts = generator.encode([q.prompt for q in asked]) if asked else []
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
         sizes = [len(p) + len(c.ids) for p, c in zip(prompts, answers[name], strict=True)]
-        warn_of_context(loaded, sizes, [f"a sample for {q.record.source}:{q.record.line}" for q in asked])
+        warn_of_context(path, loaded.context, sizes, [_sample(q) for q in asked])
         figures[name] = {"path": path, **_perplexity(loaded, records, data), **_figures(answers[name])}
         if name == "aligned":
             said = [Tokens(p.tolist(), c.ids) for p, c in zip(prompts, answers[name], strict=True)]
@@ -102,6 +102,11 @@ def compare(
     figures["aligned"]["kl_to_base"] = _kl(figures["aligned"].pop("logprob"), figures["base"].pop("logprob", None))
     figures["base"]["kl_to_base"] = 0.0
 
+    if scorer and reach:
+        read = [
+            scorer.tokens(q.prompt, c.text, c.finished, q.record.columns) for q, c in zip(asked, answers["aligned"])
+        ]
+        warn_of_context(str(reward), reach, list(map(len, read)), [_sample(q) for q in asked])
     scores = {name: _scores(scorer, asked, found) for name, found in answers.items()}
     for name, found in answers.items():
         known = [(len(c.ids), s) for c, s in zip(found, scores[name], strict=True) if s is not None]
@@ -169,14 +174,18 @@ def _records(data: str, num_prompts: int | None) -> list[Record]:
         raise InputError(error.found, error.expected, error.fix.replace(found[0], fix)) from error
 
 
-def _scorer(reward: str, dtype: str | None) -> Any:
-    """The reward, found before anything is generated."""
+def _sample(question: Question) -> str:
+    return f"a sample for {question.record.source}:{question.record.line}"
+
+
+def _scorer(reward: str, dtype: str | None) -> tuple[Any, int | None]:
+    """The reward, found before anything is generated; and the tokens that it was made for, if it is a model."""
     from jaxalign.rewards.load import load_scorer
 
-    if ":" not in reward:
-        require_head(reward, "score", "--reward")
+    file = {} if ":" in reward else require_head(reward, "score", "--reward")[0]
     common = defaults("sft")
-    return load_scorer(reward, dtype=dtype or common.model.dtype, mesh=make_mesh(common.mesh))
+    scorer = load_scorer(reward, dtype=dtype or common.model.dtype, mesh=make_mesh(common.mesh))
+    return scorer, file.get("max_position_embeddings")
 
 
 def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion]) -> list[float | None]:
@@ -197,7 +206,8 @@ def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion])
 def _perplexity(loaded: Loaded, records: Sequence[Any], data: str) -> dict[str, Any]:
     """Of the data's own answers."""
     tokens = references(records, loaded.tokenizer, loaded.stop_ids, render_plain)
-    warn_of_context(loaded, [len(t.prompt) + len(t.completion) for t in tokens], [f"an answer of {data}"] * len(tokens))
+    sizes = [len(t.prompt) + len(t.completion) for t in tokens]
+    warn_of_context(loaded.path, loaded.context, sizes, [f"an answer of {data}"] * len(tokens))
     sums = completion_logprobs(loaded.model, loaded.params, tokens, loaded.mesh)
     counts = [sum(t.scored) if t.scored is not None else len(t.completion) for t in tokens]
     return {"perplexity": perplexity(sums, counts), "perplexity_tokens": sum(counts)}

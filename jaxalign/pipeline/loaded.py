@@ -206,18 +206,16 @@ def tokenize(
     return found
 
 
-def warn_of_context(loaded: Loaded, lengths: Sequence[int], places: Sequence[str]) -> None:
+def warn_of_context(path: str, limit: int | None, lengths: Sequence[int], places: Sequence[str]) -> None:
     """Says on standard error where sequences are longer than the model was made for; their numbers mean little.
 
     Args:
-      loaded: the model.
+      path: the model's.
+      limit: tokens that it was made for; None where its config does not say.
       lengths: tokens of each sequence.
       places: where each stands.
     """
-    limit = loaded.context
     long = [p for p, n in zip(places, lengths, strict=True) if limit is not None and n > limit]
     if long:
         more = f" and {len(long) - 1} more" if len(long) > 1 else ""
-        print(
-            f"warning: {long[0]}{more}: longer than the {limit} tokens that {loaded.path} was made for", file=sys.stderr
-        )
+        print(f"warning: {long[0]}{more}: longer than the {limit} tokens that {path} was made for", file=sys.stderr)

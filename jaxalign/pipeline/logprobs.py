@@ -36,7 +36,7 @@ def logprobs(
     sequences = tokenize(
         loaded.tokenizer, [(line.prompt, line.completion) for line in lines], places, separate=separate
     )
-    warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)
+    warn_of_context(loaded.path, loaded.context, [len(s.prompt) + len(s.completion) for s in sequences], places)
     sums = completion_logprobs(loaded.model, loaded.params, sequences, loaded.mesh)
     for total, tokens in zip(sums, sequences, strict=True):
         print(json.dumps({"sum_logprob": total, "num_tokens": len(tokens.completion)}), file=out or sys.stdout)

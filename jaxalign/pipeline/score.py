@@ -93,7 +93,7 @@ def score(
     numbers = []
     for flag, path in paths.items():  # one after the other: one model in memory
         loaded = load_model(path, head=head, dtype=dtype, flag=flag)
-        warn_of_context(loaded, [len(s.prompt) + len(s.completion) for s in sequences], places)
+        warn_of_context(loaded.path, loaded.context, [len(s.prompt) + len(s.completion) for s in sequences], places)
         numbers.append(measure(loaded.model, loaded.params, sequences, loaded.mesh))
         del loaded
     if beta is None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from jaxalign.cli import main
 from jaxalign.pipeline.compare import _ROWS, page
 from jaxalign.pipeline.generate import generate as continue_prompt
-from tests.cli.cases import with_context
+from tests.cli.cases import make_reward, with_context
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -147,6 +147,10 @@ def test_compare_tells_of_texts_longer_than_a_model_was_made_for(model, heldout,
     assert f"a sample for {heldout}:" not in said and str(model) + " was" not in said
     assert main(["compare", *flags[:-1], "13"]) == 0
     assert f"a sample for {heldout}:1 and 2 more: longer than the 10 tokens" in capsys.readouterr().err
+    reward = with_context(Path(make_reward(model, tmp_path / "reward")), tmp_path / "short-reward", 5)
+    flags = ["--base", str(model), "--aligned", str(model), "--data", heldout, "--max_new_tokens", "2"]
+    assert main(["compare", *flags, "--reward", reward]) == 0
+    assert f"longer than the 5 tokens that {reward}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
