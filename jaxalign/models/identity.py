@@ -44,9 +44,10 @@ def describe(config: ModelConfig) -> str:
 def identify(directory: Path) -> str:
     """A digest of the weights in a model's directory, from headers and samples of every tensor: none is read whole.
 
-    Files that hold the same tensors are told apart by name, type, shape and the bytes at the start, the middle and the
-    end of each, so that any trained, merged or converted copy differs; how the tensors are split over files is not
-    seen, nor is the place of the directory.
+    What is seen: name, type and shape of every tensor, and of its bytes the first 4,096, the last 4,096 and 4,096 in
+    the middle; of a tensor of up to 12 KiB all. So a copy that was trained, merged or converted differs, since that
+    changes nearly every number of some tensor. What is not seen: a change of other bytes alone, such as a few rows of
+    an embedding or one number that was set by hand; how tensors are split over files; where the directory is.
 
     Args:
       directory: on this host, see `hub.locate`.

@@ -2,8 +2,8 @@
 
 With each checkpoint lies a checksum of every array of the state, computed where the arrays lie, just before they are
 copied; what is read back must give the same.  So a file that was cut, emptied, deleted or changed by a single bit is
-found whatever stores it, on any mesh and with any number of processes.  It costs a pass over the state: about 0.1 s for
-100 MB on a core of a CPU, where writing them takes a second.
+found whatever stores it, on any mesh and with any number of processes.  It costs a pass over the state: for 100 MB of
+float32 0.24 s of a core's time (an AMD EPYC 9004 that did other work too).
 """
 
 from __future__ import annotations

@@ -59,12 +59,34 @@ def test_the_table_of_fields():
     known = {field for algorithm in ALGORITHMS for field in leaves(defaults(algorithm))}
     named = [field for row in rows for field in re.findall(r"`([\w.]+)`", row.split("|")[1])]
     assert len(named) > 20 and set(named) <= known
-    shown = {cells[0]: cells[1] for cells in ([c.strip() for c in row.split("|")[1:]] for row in rows)}
-    assert shown["`rollout.max_new_tokens`, `rollout.temperature`"] == "128, 1.0"
-    for row, values in shown.items():
-        fields = re.findall(r"`([\w.]+)`", row)
-        if len(fields) == len(values.split(",")) and "`" not in values and "sft" not in values:
-            for field, value in zip(fields, values.split(","), strict=True):
-                owners = [a for a in ALGORITHMS if field in set(leaves(defaults(a)))]
-                default = get(defaults(owners[0]), field)
-                assert value.strip() == "none" if default in (None, ()) else float(value) == default, field
+    for row in rows:
+        fields, values = (cell.strip() for cell in row.split("|")[1:3])
+        for algorithm in ALGORITHMS:
+            for field, value in stated(re.findall(r"`([\w.]+)`", fields), values, algorithm):
+                default = get(defaults(algorithm), field, missing := object())
+                assert default is missing or same(value, default), (algorithm, field, value, default)
+
+
+def stated(fields: list[str], values: str, algorithm: str) -> list[tuple[str, str]]:
+    """What a row says that an algorithm's fields are by default.
+
+    >>> stated(["a", "b"], "1, `x`", "sft"), stated(["a"], "sft 1, dpo and ppo 2, else 3", "ppo")
+    ([('a', '1'), ('b', 'x')], [('a', '2')])
+    """
+    parts = [part.strip().replace("`", "") for part in values.split(",")]
+    of = {name: part.split()[-1] for part in parts for name in part.replace(" and ", " ").split()[:-1]}
+    if not of:
+        parts *= len(fields) if len(parts) == 1 else 1
+        assert len(fields) == len(parts), (fields, values)
+        return list(zip(fields, parts, strict=True))
+    assert len(fields) == 1 and (algorithm in of or "else" in of), (fields, values)
+    return [(fields[0], of.get(algorithm, of.get("else", "")))]
+
+
+def same(value: str, default: object) -> bool:
+    """Whether a text of the table stands for a default."""
+    if default in (None, ()):
+        return value == "none"
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        return value.lower() == str(default).lower()
+    return float(value) == default

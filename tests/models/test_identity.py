@@ -63,3 +63,16 @@ def test_checkpoints_are_told_apart_by_their_weights(tmp_path):
     tree["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
     save_file(tree, one / "model.safetensors")
     assert identify(one) != identify(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "place,seen", [(0, True), (1023, True), (1024, False), (5120, True), (10239, True), (9000, False)]
+)
+def test_of_a_long_tensor_three_places_are_seen(tmp_path, place, seen):
+    """As the docstring says: who relies on more must read the whole."""
+    numbers = {"w": np.zeros(10240, np.float32)}
+    save_file(numbers, tmp_path / "model.safetensors")
+    before = identify(tmp_path)
+    numbers["w"][place] = 1
+    save_file(numbers, tmp_path / "model.safetensors")
+    assert (identify(tmp_path) != before) == seen
