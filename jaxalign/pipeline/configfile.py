@@ -259,7 +259,7 @@ def _run(path: str) -> ConfigDict:
 
 def _is_config(file: Path) -> bool:
     try:
-        return "def get_config(" in file.read_text(encoding="utf-8")
+        return file.is_file() and "def get_config(" in file.read_text(encoding="utf-8")  # a pipe would be waited for
     except (OSError, ValueError):
         return False
 

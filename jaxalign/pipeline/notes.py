@@ -42,6 +42,8 @@ def first(config: str) -> list[str]:
     []
     """
     file = Path(config if os.path.exists(config) else config.rpartition(":")[0])
+    if not file.is_file():
+        return []
     try:
         note = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     except (OSError, ValueError, SyntaxError):

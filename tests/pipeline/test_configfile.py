@@ -231,6 +231,12 @@ def test_a_missing_file_is_offered_the_nearest(tmp_path, file):
     assert error.value.fix.endswith("stories.py")
 
 
+def test_a_pipe_beside_the_files_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.py")
+    with pytest.raises(InputError, match="no file"):
+        load_config(str(tmp_path / "config.py"))
+
+
 def test_a_forgotten_return_is_told(file):
     with pytest.raises(InputError) as error:
         load_config(str(file("def get_config():\n    config = 1\n", "empty.py")))
