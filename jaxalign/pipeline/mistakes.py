@@ -49,7 +49,7 @@ def nearest_field(config: ConfigDict, name: str) -> str:
 def _alias(config: ConfigDict, name: str) -> str:
     """The name that other programs know, of those that were written: whole, or behind a stage or a section; or ""."""
     stage, _, rest = name.partition(".")
-    own = (rest if stage in config.get("stages", ()) and rest else name).lower()
+    own = (rest if stage in _stages(config) and rest else name).lower()
     tail = name.rpartition(".")[2]
     if own in ALIASES or tail in {n.rpartition(".")[2] for n in leaves(config)}:  # a field's own name, elsewhere
         return own if own in ALIASES else ""
@@ -78,7 +78,7 @@ def no_field(config: ConfigDict, field: str, found: str, value: Any = None, plac
       value: that it was to have; None: it was only read.
       place: in a config file; None: the name came as a flag.
     """
-    assigned, names = value is not None, config.stages if "stages" in config else ()
+    assigned, names = value is not None, _stages(config)
 
     def fix(name: str, value: Any) -> str:
         if place is None:
@@ -86,9 +86,7 @@ def no_field(config: ConfigDict, field: str, found: str, value: Any = None, plac
         text, kind = _fitting(config, name, value)
         return place(name) + (f" = {_as_python(text, kind) if text else repr(get(config, name))}" if assigned else "")
 
-    staged = [
-        f"{stage}.{field}" for stage in names if stage in config and get(config[stage], field, _NONE) is not _NONE
-    ]
+    staged = [f"{stage}.{field}" for stage in names if get(config[stage], field, _NONE) is not _NONE]
     if staged:
         return InputError(found, f"the name of a stage before it: {', '.join(staged)}", fix(staged[0], value))
     stage, own = _parted(config, field)
@@ -158,10 +156,15 @@ def no_section(config: ConfigDict, field: str, value: str | None, found: str) ->
     return InputError(found, "a dict of fields to change", f"--config.{field}={{...}}")
 
 
+def _stages(config: ConfigDict) -> tuple[str, ...]:
+    """The names of the sections that are stages, whatever a file has set `stages` to."""
+    return tuple(key for key in config if isinstance(config[key], ConfigDict) and "algorithm" in config[key])
+
+
 def _parted(config: ConfigDict, field: str) -> tuple[str, str]:
     """(stage, field of it); "" for a configuration without stages, and for what belongs to none."""
     stage, _, rest = field.partition(".")
-    return (stage, rest) if stage in config.get("stages", ()) and stage in config else ("", field)
+    return (stage, rest) if stage in _stages(config) else ("", field)
 
 
 def _flag(config: ConfigDict, field: str, value: Any) -> str:

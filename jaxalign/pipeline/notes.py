@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxalign.config import get
 from jaxalign.errors import InputError
@@ -56,6 +55,6 @@ def first(config: str) -> list[str]:
 def _missing(config: str) -> list[str]:
     """Local paths that the file itself names, whatever flags say, and that are not there."""
     tree = load_config(config)
-    stages: list[Any] = [tree[name] for name in tree.stages] if "stages" in tree else [tree]
-    paths = [path for stage in stages for field in INPUTS for path in paths_in(get(stage, field))]
+    parts = [tree, *(tree[key] for key in tree)]  # a stage's fields are a section's own
+    paths = [path for part in parts for field in INPUTS for path in paths_in(get(part, field))]
     return [path for path in paths if path.count("/") > 1 and "://" not in path and not os.path.exists(path)]

@@ -110,7 +110,8 @@ def _bytes(rng):
     separated = "prompt;completion\n" + "a;b\n" * 8
     for name, text, expect, words in (
         ("semicolons", separated, SOUND, ()),
-        ("pipes", separated.replace(";", "|"), REFUSED, ()),
+        ("pipes", separated.replace(";", "|"), SOUND, ()),
+        ("carets", separated.replace(";", "^"), REFUSED, ("'^'",)),
         ("tabs-in-csv", separated.replace(";", "\t"), SOUND, ()),
         ("more-cells", "prompt,completion\na,b,c\n", REFUSED, ("x.csv:2",)),
         ("fewer-cells", "prompt,completion\na\n", REFUSED, ("x.csv:2",)),

@@ -164,3 +164,15 @@ def test_the_line_of_a_file_can_be_pasted(line, field, value, tmp_path):
     assert place == f"line 4 of {path}"
     path.write_text(text.replace("LINE", fixed))
     assert get(load_config(str(path)), field) == value
+
+
+@pytest.mark.parametrize("names", ["5", "(5, None)", "('gone',)", "'sft'"])
+def test_stages_that_are_none_spoil_no_message(names, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        '"""A note.\n\nfirst     bash make.sh\n"""\nfrom jaxalign.config import defaults, stages\n'
+        'def get_config():\n    c = stages("w", sft=defaults("sft"))\n    c.unlock()\n'
+        f'    c["stages"] = {names}\n    return c\n'
+    )
+    for flags in (["--lr=1"], ["--config.sft.bf16=1"], []):
+        assert main(["train", f"--config={tmp_path / 'c.py'}", *flags]) == 2
+        assert "fix: " in capsys.readouterr().err
