@@ -76,7 +76,8 @@ def main() -> int:
         Dataset.batch = slow
     from jaxalign.cli import main as command
 
-    return command(sys.argv[2:])
+    del sys.argv[1]
+    return command()  # as a program: it ends at once when a Ctrl-C comes while it ends
 
 
 if __name__ == "__main__":
