@@ -185,9 +185,12 @@ def _allowed(field: str, text: str, kind: type) -> str:
     choices = [str(choice) for choice in dict(CHOICES).get(field, ())]
     if choices and text not in choices:
         return next(iter(difflib.get_close_matches(text, choices, n=1, cutoff=0.0)), "")
-    if kind in (int, float) and text not in ("", "None") and misfit(float(text), *bounds(field)):
-        return ""
-    return text
+    if kind not in (int, float) or text in ("", "None"):
+        return text
+    try:
+        return "" if misfit(float(text), *bounds(field)) else text
+    except KeyError:  # a field of the config file's own
+        return text
 
 
 def _as_text(value: Any, kind: type) -> str:

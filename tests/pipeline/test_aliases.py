@@ -133,6 +133,15 @@ def test_a_field_without_its_beginning(arguments, fix, tmp_path, capsys):
     assert f"fix:      {fix}\n" in error and arguments[0].partition("=")[0] in error
 
 
+def test_a_field_of_the_files_own(tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        "from jaxalign.config import defaults\nfrom ml_collections import ConfigDict\ndef get_config():\n"
+        '    c = defaults("sft")\n    c.unlock()\n    c.mine = ConfigDict({"number": 3})\n    return c\n'
+    )
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--config.mine.numbr=4"]) == 2
+    assert "fix:      --config.mine.number=4\n" in capsys.readouterr().err
+
+
 def test_a_script_takes_fields_alone(capsys, monkeypatch):
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     assert run_script("quickstart", ["--beta=1"], lambda overrides: None, "configs/quickstart.py") == 2
