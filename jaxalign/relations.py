@@ -156,7 +156,11 @@ def _check_ppo(c: Any, inputs: bool, max_length: int) -> None:
             "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME",
         )
     if c.rewards.model and c.rewards.function:
-        raise InputError("both rewards.model and rewards.function", "one of them", "--config.rewards.function=None")
+        raise InputError(
+            "both rewards.model and rewards.function",
+            "one of them",
+            "--config.rewards.model=None for the function, --config.rewards.function=None for the model",
+        )
     if c.rollout.max_new_tokens >= max_length:
         raise InputError(
             f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {max_length}",
