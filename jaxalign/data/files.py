@@ -366,6 +366,7 @@ def _read_arrow(path: str, on_bad: OnBad) -> Iterator[Raw]:
 def _arrow_rows(path: str, batches) -> Iterator[Raw]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # a damaged file's offsets point outside of it: reading there would end the process
         for row in batch.to_pylist():
             number += 1
             yield Raw(path, number, row)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
@@ -83,6 +84,19 @@ FORMATS = {
     "file.arrow": as_arrow(ROWS, pa.ipc.new_file),
     "stream.arrow": as_arrow(ROWS, pa.ipc.new_stream),
 }
+
+
+@pytest.mark.parametrize("writer", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_texts_that_an_arrow_file_has_elsewhere_do_not_end_the_process(tmp_path, writer):
+    sink = io.BytesIO()
+    with writer(sink, pa.schema([("text", pa.string())])) as file:
+        file.write_table(pa.table({"text": ["a" * 111, "b" * 111]}))
+    whole = sink.getvalue()
+    ends = np.array([[0, 111, 222], [0, 111, 1 << 30]], np.int32)  # far behind the file
+    assert whole.count(ends[0].tobytes()) == 1
+    (tmp_path / "x.arrow").write_bytes(whole.replace(ends[0].tobytes(), ends[1].tobytes()))
+    with pytest.raises(InputError, match="broken arrow"):
+        rows(tmp_path / "x.arrow")
 
 
 @pytest.mark.parametrize("name", FORMATS)
