@@ -377,6 +377,8 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
     try:
         if saved:
             loaded = datasets.load_from_disk(path)
+            for part in loaded.values() if hasattr(loaded, "keys") else (loaded,):
+                part.data.table.validate(full=True)  # damaged, it would end the process when it is read
         else:
             folder = path.lower() in _SUBSET_IS_FOLDER
             subset = {"data_dir" if folder else "name": source.name} if source.name else {}

@@ -209,3 +209,15 @@ def test_nothing_heavy_is_imported():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_saved_set_whose_texts_are_elsewhere_is_told(tmp_path):
+    import datasets
+    import numpy as np
+
+    datasets.Dataset.from_dict({"text": ["a" * 111, "b" * 111]}).save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    ends = np.array([[0, 111, 222], [0, 111, 1 << 30]], np.int32)  # far behind the file
+    assert file.read_bytes().count(ends[0].tobytes()) == 1
+    file.write_bytes(file.read_bytes().replace(ends[0].tobytes(), ends[1].tobytes()))
+    assert "ArrowInvalid" in fails(str(tmp_path / "saved")).found
