@@ -28,13 +28,14 @@ _READING = re.compile(r"orbax|tensorstore|ocdbt|zarr|/checkpoints/\d", re.IGNORE
 
 def _no_echo(record: logging.LogRecord) -> bool:
     """Whether a record is to be shown."""
+    text, of_orbax = record.getMessage(), "orbax" in record.pathname
+    if of_orbax and "Metadata file" in text:  # not there, or no JSON: our own thread reads, checks and tells
+        return False
     if record.levelno < logging.ERROR:
         return True
-    text = record.getMessage()
     if record.name == "asyncio":
         return not (record.exc_info and _READING.search("".join([text, *traceback.format_exception(*record.exc_info)])))
-    # A file of a checkpoint that is no JSON: the checkpoint is read, checked and told of by our own thread.
-    return not ("orbax" in record.pathname and (record.exc_info or "Metadata file" in text))
+    return not (of_orbax and record.exc_info)
 
 
 def _of_a_closed_loop(kind: Any, error: Any, trace: Any) -> bool:

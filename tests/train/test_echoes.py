@@ -76,9 +76,12 @@ def test_what_no_future_of_a_checkpoint_was_asked_for_is_dropped(hooks, code, fi
     assert bool(logging.getLogger("asyncio").filter(record)) == kept
 
 
-def test_what_orbax_makes_of_a_damaged_description_is_told_by_us(hooks):
-    text = ("Failed to json parse Metadata file: %s, error: %s", ("x", "y"))
-    record = logging.LogRecord("absl", logging.ERROR, "lib/orbax/metadata.py", 1, *text, None)
+@pytest.mark.parametrize(
+    ("level", "text"),
+    [(logging.ERROR, "Failed to json parse Metadata file: %s"), (logging.WARNING, "Metadata file does not exist: %s")],
+)
+def test_what_orbax_makes_of_a_damaged_description_is_told_by_us(hooks, level, text):
+    record = logging.LogRecord("absl", level, "lib/orbax/metadata.py", 1, text, ("x",), None)
     assert not logging.getLogger("absl").filter(record)
 
 
