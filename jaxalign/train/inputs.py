@@ -123,10 +123,10 @@ def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[
     if not problem:
         return known
     fix = "put it back to go on, or begin anew with --config.workdir=ANOTHER"
-    if all(" of rewards." in name for name in wrong):
+    if not first_problem(", ".join(name for name in wrong if " of rewards." not in name)):
         if stage.config.checkpoint.resume == ANOTHER_REWARD:
             say(f"warning: from step {start} on there is another reward: {problem} changed; figures do not compare")
-            return [*known, {"step": start, "changed": wrong}]
+            return [*known, {"step": start, "changed": problem}]
         fix += f"; --config.checkpoint.resume={ANOTHER_REWARD} goes on with another reward, and notes so"
     raise InputError(
         f"since checkpoint {start} of {where} there is a change in {problem}", "what the run was begun with", fix

@@ -115,7 +115,7 @@ def test_a_reward_that_was_mended_is_taken_where_that_is_asked_for(begun, tmp_pa
     assert run(tmp_path, **{"checkpoint.resume": "reward"})["steps"] == 2
     assert "from step 1 on there is another reward" in capsys.readouterr().err
     meta = read_meta(epath.Path(tmp_path / "run" / "checkpoints" / "2"))
-    assert meta["changes"] == [{"step": 1, "changed": ["the file of rewards.function"]}]
+    assert meta["changes"] == [{"step": 1, "changed": "the file of rewards.function"}]
     CHANGES["the records of data.sources"](tmp_path)
     with pytest.raises(InputError, match=r"the records of data\.sources") as error:
         run(tmp_path, num_train_steps=3, **{"checkpoint.resume": "reward"})
