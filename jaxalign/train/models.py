@@ -29,6 +29,7 @@ class Role(NamedTuple):
     model: Model
     load: Callable[[], Params]  # reads the start values; another call gives another copy
     learning_rate: float = 0.0  # peak; 0 for frozen roles
+    check: Callable[[], None] = lambda: None  # refuses a checkpoint that `load` cannot take; headers alone are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +99,16 @@ class Loader:
         fields = {k: v for k, v in options.items() if k != "revision"}
         with named(field):
             directory = locate(path, revision, weights=False)
-            described = read_config(directory, **fields)
+            found = read_config(directory, **fields)
+
+        def check() -> None:
             if not scratch and os.path.isdir(os.path.expanduser(path)):  # a hub's weights come when they are needed
-                hf.check(directory, described)
-        require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, described.head_dim)
-        described = dataclasses.replace(described, attention=c.attention, causal=causal(self.config))
-        return Role(Model(described), load, learning_rate)
+                with named(field):
+                    hf.check(directory, found)
+
+        require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, found.head_dim)
+        described = dataclasses.replace(found, attention=c.attention, causal=causal(self.config))
+        return Role(Model(described), load, learning_rate, check)
 
 
 def revision_of(path: str, config: Any) -> str | None:

@@ -84,6 +84,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
         processes.on_main(functools.partial(_check_export, directory))
         with jax.set_mesh(mesh):
             stage = Stage(config, mesh, directory, lock)
+            stage.check_weights()
             if dry_run:
                 from jaxalign.train.dryrun import report
 
@@ -175,6 +176,13 @@ class Stage:
         opt = {role: tx.init(params[role]) for role, tx in self.optimizers.items()}
         extra = {name: jnp.asarray(value) for name, value in self.initial_extra.items()}
         return TrainState(jnp.int32(0), params, opt, extra, jnp.int32(0))
+
+    def check_weights(self) -> None:
+        """Refuses checkpoints that cannot be loaded, before anything is compiled; a machine is planned without them."""
+        program = self.program
+        for role in (*program.trained.values(), *program.frozen.values(), program.reference):
+            if role is not None:
+                role.check()
 
     def start(self) -> TrainState:
         """The state of step 0 on the mesh."""
