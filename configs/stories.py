@@ -7,7 +7,7 @@ first     python -m jaxalign.pipeline.stories     # which writes the data
 paper     controlled sentiment as in Rafailov et al. 2023 (arXiv 2305.18290, section 6); PPO as in Ouyang et al. 2022
           (arXiv 2203.02155)
 hardware  2 CPU cores; 2.5 GB of memory at the peak
-time      40 minutes on cores that were shared with other work, 34 of them training; 46 to 87 of training at a load of 10
+time      40 minutes on shared cores, 34 of them training; at a load of 10, 46 to 87 minutes of training
 data      ../shared, or what JAXALIGN_SHARED names: models/stories3m-llama, IMDb, rasbt-preference, hh-rlhf
 expected  means of seeds 0, 1, 2 (the least to the greatest); a run's own 95 % interval is over its prompts or pairs and
           does not hold what another seed, or rounding on another processor, moves (seed 0 against SFT elsewhere: PPO
