@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -202,8 +203,7 @@ class Checkpoints:
                 yield
         except InputError:
             if is_main() and "://" not in os.fspath(self._manager.directory):
-                for half in self._manager.directory.glob("*orbax-checkpoint-tmp*"):
-                    shutil.rmtree(half, ignore_errors=True)
+                _remove_half_written(self._manager.directory)
             raise
 
     def close(self) -> None:
@@ -265,6 +265,17 @@ class Checkpoints:
             (folder / str(step)).rename(aside)
         first_problem("")  # nobody goes on before it is there
         return aside
+
+
+def _remove_half_written(directory: Any) -> None:
+    """Gives room back; threads that still write to other files of a checkpoint may put some there meanwhile."""
+    for _ in range(40):
+        left = list(directory.glob("*orbax-checkpoint-tmp*"))
+        if not left:
+            return
+        for half in left:
+            shutil.rmtree(half, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def read_meta(folder: Any) -> dict:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from loop_world import World
 
 from jaxalign.disk import trouble, write_whole
 from jaxalign.errors import InputError
-from jaxalign.train.checkpoints import Checkpoints
+from jaxalign.train.checkpoints import Checkpoints, _remove_half_written
 from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.rundir import RunDir
 from jaxalign.types import TrainState
@@ -136,6 +137,21 @@ def test_checkpoints(tmp_path, when):
     checkpoints = Checkpoints(tmp_path, keep=1)
     assert checkpoints.latest() in ((1, 3) if when == "saving" else (1,))
     checkpoints.close()
+
+
+def test_what_is_still_being_written_is_removed_too(tmp_path, monkeypatch):
+    half = tmp_path / "2.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    late, remove = iter([True, True, False]), shutil.rmtree
+
+    def removing(path, **options):
+        remove(path, **options)
+        if next(late):  # a thread that was not done
+            (half / "state").mkdir(parents=True)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    _remove_half_written(tmp_path)
+    assert not half.exists() and next(late, None) is None
 
 
 def test_a_run_whose_checkpoint_does_not_fit_goes_on_from_the_last_one(tmp_path):
