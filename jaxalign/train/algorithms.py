@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
@@ -139,8 +140,10 @@ def check_margins(dataset: Any, field: str) -> list[str]:
         if len(paths) < 2:
             return []
         with_some, without = set(), set()
-        for i, margin in enumerate(margins):
-            (with_some if margin else without).add(_source_of(dataset.record(i).source, paths))
+        for i in np.argsort(margins == 0, kind="stable"):  # records with a margin first: mostly they are enough
+            (with_some if margins[i] else without).add(_source_of(dataset.record(int(i)).source, paths))
+            if len(with_some) == len(set(paths)):
+                break
         lacking = ", ".join(sorted(without - with_some))
         return [f"algorithm.use_margin, and no record of {lacking} has a margin: theirs count as 0"] * bool(lacking)
     record = dataset.record(0)

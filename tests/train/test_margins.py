@@ -45,7 +45,8 @@ def test_data_without_margins_is_refused(case, shared, tmp_path):
 
 def test_some_margins_are_enough(shared, tmp_path):
     lines = [PAIR | {"margin": float(i == 3)} for i in range(8)]
-    trainer.run(config(shared, tmp_path, lines), dry_run=True)
+    found = trainer.run(config(shared, tmp_path, lines), dry_run=True)
+    assert not any("margin" in said for said in found["data"]["warnings"])
 
 
 def test_a_source_without_margins_is_named(shared, tmp_path, capsys):
