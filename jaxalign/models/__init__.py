@@ -1,0 +1,1 @@
+"""The transformer, and Hugging Face weights in and out."""

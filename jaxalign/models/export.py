@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.data.files import is_url
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
-from jaxalign.models import names, store
+from jaxalign.models import hf_names, store
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
@@ -212,11 +212,11 @@ def _pad_id(model: Model, tokenizer: Any, part: Path) -> int | None:
 
 def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
     """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
-    sizes = names.sizes(model.config)
+    sizes = hf_names.sizes(model.config)
     leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path in leaves:
-        names.row_of(path)
-    rows = [row for row in names.LLAMA if row.path in leaves]
+        hf_names.row_of(path)
+    rows = [row for row in hf_names.LLAMA if row.path in leaves]
     first = [row for row in rows if not row.stacked][:1]
     last = [row for row in rows if not row.stacked][1:]
     for row in first:
@@ -229,7 +229,7 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
         yield row.name, Planned(row.shape(sizes), functools.partial(_gather, row, leaves[row.path], None, sizes))
 
 
-def _gather(row: names.Row, leaf: Any, layer: int | None, sizes: dict[str, int]) -> np.ndarray:
+def _gather(row: hf_names.Row, leaf: Any, layer: int | None, sizes: dict[str, int]) -> np.ndarray:
     """One tensor on the host, in Hugging Face's layout."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         assert isinstance(leaf.sharding, NamedSharding)

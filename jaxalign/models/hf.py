@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxalign.errors import InputError
-from jaxalign.models import names
+from jaxalign.models import hf_names
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
 from jaxalign.models.hub import locate
@@ -66,7 +66,7 @@ def load(
     params = {}
     for leaf_path, leaf, sharding in _leaves(abstract, shardings):
         if leaf_path in sources:
-            _put(params, leaf_path, _read_leaf(names.row_of(leaf_path), sources[leaf_path], config, leaf, sharding))
+            _put(params, leaf_path, _read_leaf(hf_names.row_of(leaf_path), sources[leaf_path], config, leaf, sharding))
         elif key is None:
             raise _no_head(directory)
         else:
@@ -96,7 +96,7 @@ def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
         for layer, tensor in enumerate(sources[leaf_path]):
             with np.errstate(over="ignore"):  # told in words
                 numbers = np.asarray(tensor.read()).astype(leaf.dtype)
-            _check_finite(numbers, tensor, names.row_of(leaf_path).name.format(layer=layer))
+            _check_finite(numbers, tensor, hf_names.row_of(leaf_path).name.format(layer=layer))
 
 
 def _no_head(directory: Path) -> InputError:
@@ -154,14 +154,14 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
     Raises:
       InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
     """
-    sizes = names.sizes(config)
+    sizes = hf_names.sizes(config)
     tensors = _tied_under_its_own_name(config, tensors)
     leaves = {leaf_path: leaf for leaf_path, leaf, _ in _leaves(abstract, None)}
     found: dict[str, dict[int, Tensor]] = {leaf_path: {} for leaf_path in leaves}
     for name, tensor in tensors.items():
-        known = names.find(name)
+        known = hf_names.find(name)
         if known is None or known[0].path not in leaves or (known[1] or 0) >= config.num_layers:
-            if names.is_harmless(name) or (name == "lm_head.weight" and _headless(config, tensors)):
+            if hf_names.is_harmless(name) or (name == "lm_head.weight" and _headless(config, tensors)):
                 continue
             raise InputError(
                 f"{name} in {tensor.file}, which this model does not have",
@@ -185,7 +185,7 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
         found[row.path][layer or 0] = tensor
     complete = {}
     for leaf_path, parts in found.items():
-        row = names.row_of(leaf_path)
+        row = hf_names.row_of(leaf_path)
         wanted = range(config.num_layers) if row.stacked else range(1)
         missing = [row.name.format(layer=i) for i in wanted if i not in parts]
         if leaf_path == "score/kernel" and missing:
@@ -224,10 +224,10 @@ def _headless(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _read_leaf(
-    row: names.Row, tensors: list[Tensor], config: ModelConfig, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+    row: hf_names.Row, tensors: list[Tensor], config: ModelConfig, leaf: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> jax.Array:
     """One parameter, each device's part read on its own."""
-    sizes = names.sizes(config)
+    sizes = hf_names.sizes(config)
 
     @functools.cache  # devices that hold the same part share one array
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxalign.models.cache import Cache, Seen, extend
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.order import by_position
+from jaxalign.models.position_order import by_position
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_blocked import SAVED
@@ -222,7 +222,6 @@ class Model:
     def apply(
         self,
         params: Params,
-        adapters: None,
         rows: Rows,
         cache: Cache | None = None,
         *,
@@ -232,7 +231,6 @@ class Model:
 
         Args:
           params: as `abstract` says; with a cache also with `layers` as a tuple of each layer's own.
-          adapters: None, this model has no adapters.
           rows: [B, T]; with a cache, the intervals refer to its slots and the T tokens are written to the slots
             `index` to `index + T`.
           cache: keys and values of earlier tokens.
@@ -242,8 +240,6 @@ class Model:
           hidden [B, T, D], of sources [B, M, D], in the compute dtype, the advanced cache (None without one), auxiliary
           numbers (none).
         """
-        if adapters is not None:
-            raise ValueError("this model has no adapters")
         c = self.config
         graphdef = _graph(Block, c)[0]
         slots = None  # where each token stood, if not where it is
@@ -298,7 +294,7 @@ class Model:
         cut = [[x.squeeze(0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
         return tuple(jax.tree.unflatten(structure, own) for own in zip(*cut, strict=True))
 
-    def read(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def prefill(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states as `apply` gives them, and what a cache needs to go on from these rows.
 
         Args:

@@ -40,7 +40,7 @@ def read_hidden(
     """The hidden states that are read, and no others where the model can leave them out.
 
     Args:
-      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
+      apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       params: of the model.
       rows: [B, T].
       readouts: fields [B, M].
@@ -48,7 +48,7 @@ def read_hidden(
     Returns:
       hidden [B, M, D], and the readouts of these, for `token_logprobs` and `scalar_readout`.
     """
-    hidden, _, _ = apply(params, None, rows, sources=readouts.source)
+    hidden, _, _ = apply(params, rows, sources=readouts.source)
     return hidden, readouts._replace(source=None)
 
 

@@ -143,7 +143,7 @@ def _works(jax) -> Iterator[tuple[str, str, str]]:
         rows = Rows(index, index, np.zeros_like(index), index + 1)
 
         def loss(params, rows):
-            return jnp.mean(jnp.square(model.apply(params, None, rows)[0]))
+            return jnp.mean(jnp.square(model.apply(params, rows)[0]))
 
         start = time.perf_counter()
         with jax.set_mesh(mesh):

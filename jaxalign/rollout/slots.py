@@ -108,7 +108,7 @@ def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
     """
     chex.assert_rank(list(rows), 2)
     causal = Model(dataclasses.replace(model.config, causal="rows"))  # whatever the rows are that it learns from
-    hidden, keys, values = causal.read(params, rows)
+    hidden, keys, values = causal.prefill(params, rows)
     return Prefilled(
         keys=constrain(keys, None, "batch", "tensor", None, None),
         values=constrain(values, None, "batch", "tensor", None, None),
@@ -379,7 +379,7 @@ def advance(
             attend_start=slots.start[:, None],
             attend_end=jnp.broadcast_to(slots.cache.index + 1, (batch, 1)),
         )
-        hidden, cache, _ = model.apply(params, None, row, slots.cache)
+        hidden, cache, _ = model.apply(params, row, slots.cache)
         assert cache is not None
         live = live & ~stopped & (place < max_new_tokens)
         slots = slots._replace(cache=cache, hidden=hidden[:, -1], position=position, place=place, live=live)

@@ -36,7 +36,7 @@ def policy_objective(
     parameters, so `vf_coef` scales the value model's gradient alone.
 
     Args:
-      apply: the policy, (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
+      apply: the policy, (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: policy parameters -> [D, V].
       value_apply: the value model, as `apply`.
       value_kernel: value parameters -> [D, 1].

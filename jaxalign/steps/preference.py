@@ -41,7 +41,7 @@ def preference_objective(
     """The mean of a preference loss over the batch's pairs, each weighted by its record.
 
     Args:
-      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
+      apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: params -> [D, V].
       loss: a name in `PREFERENCE_LOSSES`.
       beta: strength of the tie to the reference.

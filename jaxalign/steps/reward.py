@@ -35,7 +35,7 @@ def reward_objective(
     """The mean Bradley-Terry loss over the batch's pairs, each weighted by its record.
 
     Args:
-      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
+      apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       kernel: params -> [D, 1], the scalar head.
       label_smoothing: share of labels taken to be wrong.
       center_coef: weight of the squared sum of a pair's scores.

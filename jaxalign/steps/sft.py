@@ -20,7 +20,7 @@ def sft_objective(
     """The mean negative log-likelihood of the scored tokens, each weighted by its completion.
 
     Args:
-      apply: (params, adapters, rows, *, sources) -> (hidden [B, M, D], cache, aux).
+      apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: params -> [D, V].
       entropy: also log the mean entropy of the predicting distributions.
 

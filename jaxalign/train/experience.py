@@ -39,13 +39,13 @@ from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import batch_sharding, put_batch, replicated
 from jaxalign.rewards.model import ModelScorer, require_finite, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
-from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
+from jaxalign.rewards.score_shaping import initial_statistics, merge_statistics, shape_scores
 from jaxalign.rollout.generate import completed_rows, decode, trimmed
 from jaxalign.rollout.host import all_rows, local_rows
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.slots import prefill, repeat_rows
 from jaxalign.train.compiled import memory_errors
-from jaxalign.train.minibatches import deal, in_parts, stream_key
+from jaxalign.train.minibatches import in_parts, shuffle_minibatches, stream_key
 from jaxalign.train.texts import read_samples, sample_lines, text_metrics
 from jaxalign.types import Array, Batch, Params, PolicyBatch, Readouts, Rows, TrainState
 
@@ -367,7 +367,7 @@ class Prepare:
         batches = [
             jax.tree.map(lambda x, order=order: jnp.take(x, order, axis=0), whole)
             for epoch in range(a.num_ppo_epochs)
-            for order in deal(
+            for order in shuffle_minibatches(
                 stream_key(self.config.seed, stream, 1 + epoch), worth, a.num_minibatches, self._num_samples // together
             )
         ]

@@ -16,7 +16,7 @@ def stream_key(seed: int, iteration: Array, use: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), use)
 
 
-def deal(key: Array, worth: Array, count: int, together: int = 1) -> list[Array]:
+def shuffle_minibatches(key: Array, worth: Array, count: int, together: int = 1) -> list[Array]:
     """Row numbers of `count` minibatches: a random order dealt out in turn, rows of the greatest worth first.
 
     Dealing gives each minibatch its share of the rows that teach something: none is empty where there are enough.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.ops.chance import chance
 from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.stochastic_rounding import rounding_bits
 from jaxalign.steps.step import global_norm
 from jaxalign.train.quantised_moments import pack, unpack
 from jaxalign.types import Params
@@ -137,7 +137,7 @@ def kept_in(optimizer: optax.GradientTransformation, dtype: Any = None) -> optax
         count = updates_made(new)
 
         def store(x, old):
-            return _round_by_chance(x, count) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
+            return _stochastic_round(x, count) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
 
         return updates, jax.tree.map(store, new, state)
 
@@ -163,12 +163,12 @@ def _wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: at_least_float32(x) if _is_float(x) else x, tree)
 
 
-def _round_by_chance(x: jax.Array, count: jax.Array) -> jax.Array:
+def _stochastic_round(x: jax.Array, count: jax.Array) -> jax.Array:
     """To one of the two bfloat16 numbers around x, the nearer one more often, so that the mean over counts is x."""
     exact = x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
     # The last 16 bits are what bfloat16 drops; a number below 2^16 added to them carries as often as they are large.
-    noise = chance(exact, count) >> 16
+    noise = rounding_bits(exact, count) >> 16
     rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(exact), rounded, exact).astype(jnp.bfloat16)
 

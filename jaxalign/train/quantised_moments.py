@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops.chance import chance
 from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.stochastic_rounding import rounding_bits
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.sharding import path_name
 
@@ -148,7 +148,7 @@ def _moment(path: tuple) -> _Code | None:
 def _quantise(x: jax.Array, code: _Code, count: Any) -> tuple[jax.Array, jax.Array]:
     """Codes of x's shape, and for each block the kept bits of its largest number."""
     exact = at_least_float32(x).astype(jnp.float32)
-    size, noise = jnp.abs(exact), chance(exact, count)
+    size, noise = jnp.abs(exact), rounding_bits(exact, count)
     # Noise below the kept bits carries into them as often as what is dropped is large.
     bits = jax.lax.bitcast_convert_type(size, jnp.uint32) + (noise >> (32 - code.dropped))
     kept = (bits >> code.dropped).astype(jnp.int32)
@@ -157,8 +157,8 @@ def _quantise(x: jax.Array, code: _Code, count: Any) -> tuple[jax.Array, jax.Arr
     below = _below(scale, code, x.shape[-1])
     smallest = jax.lax.bitcast_convert_type((below + 1) << code.dropped, jnp.float32)
     # 24 bits, so that the number is below 1 in float32.
-    by_chance = (noise >> 8).astype(jnp.float32) * 2.0**-24 * smallest < size if code.signed else size > 0
-    found = jnp.where(size < smallest, by_chance.astype(jnp.int32), kept - below)
+    by_bits = (noise >> 8).astype(jnp.float32) * 2.0**-24 * smallest < size if code.signed else size > 0
+    found = jnp.where(size < smallest, by_bits.astype(jnp.int32), kept - below)
     found = jnp.where(exact < 0, -found, found)
     return found.astype(code.dtype), scale.astype(jnp.int16)
 

@@ -50,7 +50,7 @@ def causal(n):
 def by_hand(model, params, prompt, completion):
     """One sequence alone, without padding, all logits in float64."""
     ids = np.array([[*prompt, *completion]], np.int32)
-    hidden, _, _ = model.apply(params, None, Rows(ids, *causal(ids.shape[1])))
+    hidden, _, _ = model.apply(params, Rows(ids, *causal(ids.shape[1])))
     logits = np.asarray(hidden[0], np.float64) @ np.asarray(model.head(params), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return sum(logp[len(prompt) - 1 + k, t] for k, t in enumerate(completion))
@@ -92,7 +92,7 @@ def test_trap_a_score_is_read_at_the_last_real_token(reward, mesh):
     ours = final_scores(model, params, sequences, mesh)
     for k in (0, 4):
         ids = np.array([[*sequences[k].prompt, *sequences[k].completion]], np.int32)
-        hidden, _, _ = model.apply(params, None, Rows(ids, *causal(ids.shape[1])))
+        hidden, _, _ = model.apply(params, Rows(ids, *causal(ids.shape[1])))
         expected = float((np.asarray(hidden[0, -1], np.float64) @ np.asarray(params["score"]["kernel"], np.float64))[0])
         assert math.isclose(ours[k], expected, rel_tol=1e-5, abs_tol=1e-6)
 

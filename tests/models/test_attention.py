@@ -221,5 +221,5 @@ def test_the_model_takes_what_its_config_says(asked, causal, expected, monkeypat
     taken = []
     for name, backend in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, lambda *args, n=name, b=backend: (taken.append(n), b(*args))[1])
-    jax.eval_shape(lambda: told.apply(told.init(jax.random.key(0)), None, rows)[0])
+    jax.eval_shape(lambda: told.apply(told.init(jax.random.key(0)), rows)[0])
     assert set(taken) == {expected}

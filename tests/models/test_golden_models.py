@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models import hf, names
+from jaxalign.models import hf, hf_names
 from tests.models import tiny_models as tiny
 
 SHARED_MODELS = ("stories3m-llama", "stories260k-llama")
@@ -21,7 +21,7 @@ def loss_and_grads(model, params, tokens):
     rows = tiny.causal(tokens)
 
     def loss(params):
-        logits = model.apply(params, None, rows)[0] @ model.head(params)
+        logits = model.apply(params, rows)[0] @ model.head(params)
         logprobs = jax.nn.log_softmax(logits[:, :-1])
         targets = jnp.asarray(rows.tokens)[:, 1:, None]
         return -jnp.take_along_axis(logprobs, targets, axis=-1).mean(), logits
@@ -52,9 +52,9 @@ def check_golden(model, params, tokens, stored):
     loss, logits, grads = loss_and_grads(model, params, tokens)
     assert float(loss) == pytest.approx(float(stored["loss"]), rel=1e-5)
     np.testing.assert_allclose(summary(loss, logits, {})["logits"], stored["logits"], rtol=0, atol=1e-4)
-    sizes = names.sizes(model.config)
+    sizes = hf_names.sizes(model.config)
     for name, norm, along in zip(stored["names"], stored["norms"], stored["projections"], strict=True):
-        row, layer = names.find(str(name))
+        row, layer = hf_names.find(str(name))
         leaf = np.asarray(hf.get_leaf(grads, row.path))
         grad = row.to_theirs(leaf if layer is None else leaf[layer], sizes)
         assert np.linalg.norm(grad) == pytest.approx(norm, rel=1e-4), name

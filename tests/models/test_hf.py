@@ -336,13 +336,13 @@ def test_no_second_copy_in_host_memory(tmp_path):
 
 def _shapes(config):
     """Shapes by Hugging Face name."""
-    from jaxalign.models import names
+    from jaxalign.models import hf_names
 
     described = from_hf(config, **tiny.SETTINGS)
     have = {"/".join(k.key for k in p) for p, _ in jax.tree_util.tree_flatten_with_path(Model(described).abstract())[0]}
     return {
-        row.name.format(layer=i): jax.ShapeDtypeStruct(row.shape(names.sizes(described)), jnp.float32)
-        for row in names.LLAMA
+        row.name.format(layer=i): jax.ShapeDtypeStruct(row.shape(hf_names.sizes(described)), jnp.float32)
+        for row in hf_names.LLAMA
         if row.path in have
         for i in range(described.num_layers if row.stacked else 1)
     }

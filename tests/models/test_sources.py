@@ -65,7 +65,7 @@ def test_what_is_read_is_what_all_tokens_have(length, count, tell, x64):
     weight = RNG.normal(size=(2, count, 32))
 
     def plain(params):
-        hidden = model.apply(params, None, rows)[0]
+        hidden = model.apply(params, rows)[0]
         hidden = jnp.take_along_axis(hidden, source[:, :, None], axis=1)
         return jnp.sum(hidden * weight), hidden
 
@@ -87,7 +87,7 @@ def test_the_order_of_tokens_is_not_seen(changes, monkeypatch, x64):
 
     def run(model):
         def loss(params):
-            hidden = model.apply(params, None, rows)[0]
+            hidden = model.apply(params, rows)[0]
             return jnp.sum(hidden * weight), hidden
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -103,7 +103,7 @@ def test_a_broken_promise_is_loud():
     prompt = int(np.argmin(rows.positions[0]))
     end = rows.attend_end.copy()
     end[0, prompt] += 64
-    hidden = promised(model).apply(params_of(model), None, rows._replace(attend_end=end))[0]
+    hidden = promised(model).apply(params_of(model), rows._replace(attend_end=end))[0]
     bad = np.zeros((2, 128), bool)
     bad[0, prompt] = True
     np.testing.assert_array_equal(np.isnan(hidden).all(-1), bad)
@@ -134,7 +134,7 @@ def test_what_is_read_on_a_mesh(length, tell, x64):
 def test_only_what_is_read_goes_through_the_last_layer():
     """The products of the last mlp are of the sources alone."""
     model, rows = tiny.model(), pair_rows(12)
-    apply = lambda params: model.apply(params, None, rows, sources=np.zeros((2, 2), np.int32))[0]  # noqa: E731
+    apply = lambda params: model.apply(params, rows, sources=np.zeros((2, 2), np.int32))[0]  # noqa: E731
     program = str(jax.make_jaxpr(apply)(model.abstract()))
     assert program.count("f32[2,2,48]") and program.count("f32[2,12,48]")
     mlp = [f"f32[2,{n},48] = dot_general" for n in (2, 12)]

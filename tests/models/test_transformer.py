@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models import names
+from jaxalign.models import hf_names
 from jaxalign.models.cache import init_cache
 from jaxalign.models.transformer import Block, Model
 from jaxalign.types import Rows
@@ -32,7 +32,7 @@ def loss_and_grads(model, params, rows, weights):
     """A loss that reads the hidden states where `weights` are not 0."""
 
     def loss(params):
-        hidden = model.apply(params, None, rows)[0]
+        hidden = model.apply(params, rows)[0]
         return jnp.sum(jax.nn.log_softmax(hidden @ model.head(params))[..., 7] * weights)
 
     return jax.value_and_grad(loss)(params)
@@ -40,7 +40,7 @@ def loss_and_grads(model, params, rows, weights):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, rows, cache=None):
-    return model.apply(params, None, rows, cache)
+    return model.apply(params, rows, cache)
 
 
 def assert_close(a, b, atol=1e-9):
@@ -86,10 +86,10 @@ def numpy_forward(config, weights, tokens, positions, start, end):
 def test_equals_numpy_in_float64(x64):
     """Nothing is cast below its input, or this would fail at 1e-12."""
     model = tiny.model(attention_bias=True, mlp_bias=True, head_dim=6, **WIDE)
-    params, sizes = params_of(model), names.sizes(model.config)
+    params, sizes = params_of(model), hf_names.sizes(model.config)
     by_name = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        row = names.row_of("/".join(k.key for k in path))
+        row = hf_names.row_of("/".join(k.key for k in path))
         for i in range(model.config.num_layers if row.stacked else 1):
             by_name[row.name.format(layer=i)] = row.to_theirs(np.asarray(leaf[i] if row.stacked else leaf), sizes)
     tokens = np.random.default_rng(0).integers(0, 64, 9)
@@ -117,7 +117,7 @@ def test_remat_changes_nothing(x64):
 def kept_by(remat):
     """What layers keep for the backward pass: (shape, whether it lies in the host's memory) of each array."""
     model, rows = tiny.model(remat=remat), tiny.causal(np.zeros((1, 100), np.int32))
-    loss = lambda params: jnp.sum(model.apply(params, None, rows)[0])  # noqa: E731
+    loss = lambda params: jnp.sum(model.apply(params, rows)[0])  # noqa: E731
     program = jax.make_jaxpr(jax.grad(loss))(model.abstract()).jaxpr
     forward = next(e for e in program.eqns if e.primitive.name == "scan")
     kept = [x.aval for x in forward.outvars[1:]]
@@ -279,5 +279,3 @@ def test_layers_are_traced_once(depth, traces, monkeypatch):
         forward(model, params, rows)
     assert len(calls) == traces
     assert hash(model) == hash(tiny.model(num_hidden_layers=depth)) and model == tiny.model(num_hidden_layers=depth)
-    with pytest.raises(ValueError, match="no adapters"):
-        model.apply(params, {}, rows)

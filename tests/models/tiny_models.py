@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxalign.models import names, weights
+from jaxalign.models import hf_names, weights
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.types import Rows
@@ -75,10 +75,10 @@ def tensors(hf: dict, head: str | None = None, seed: int = 0) -> dict[str, np.nd
     rng = np.random.default_rng(seed)
     have = {"/".join(k.key for k in p) for p, _ in _flat(Model(config).abstract())}
     out = {}
-    for row in names.LLAMA:
+    for row in hf_names.LLAMA:
         if row.path in have:
             for layer in range(config.num_layers if row.stacked else 1):
-                shape = row.shape(names.sizes(config))
+                shape = row.shape(hf_names.sizes(config))
                 value = rng.normal(size=shape).astype(np.float32)
                 scale = 0.02 if row.path.endswith("embedding") else 0.3
                 out[row.name.format(layer=layer)] = 1 + 0.1 * value if "norm" in row.path else scale * value

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jaxalign.models import hf, names
+from jaxalign.models import hf, hf_names
 from jaxalign.models.transformer import Model
 from tests.models import tiny_models as tiny
 from tests.models.test_golden_models import FIXED_IDS, SHARED_MODELS, loss_and_grads, summary
@@ -32,9 +32,9 @@ def torch_loss_and_grads(model, tokens):
 
 def to_names(model: Model, tree) -> dict[str, np.ndarray]:
     """A tree of parameters, or of their gradients, by Hugging Face name."""
-    sizes, out = names.sizes(model.config), {}
+    sizes, out = hf_names.sizes(model.config), {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        row = names.row_of("/".join(k.key for k in path))
+        row = hf_names.row_of("/".join(k.key for k in path))
         for layer in range(model.config.num_layers if row.stacked else 1):
             out[row.name.format(layer=layer)] = row.to_theirs(np.asarray(leaf[layer] if row.stacked else leaf), sizes)
     return out
@@ -101,7 +101,7 @@ def test_export_generates_the_same_text(shared, tmp_path, name):
     ids = tokenizer("Once upon a time, there was a little", return_tensors="pt").input_ids
     theirs = torch_model(tmp_path / "out").generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
     tokens = ids[0].tolist()
-    step = jax.jit(lambda rows: model.apply(params, None, rows)[0] @ model.head(params))
+    step = jax.jit(lambda rows: model.apply(params, rows)[0] @ model.head(params))
     while len(tokens) < len(theirs):
         rows = tiny.causal([tokens], pad_right=40 - len(tokens))
         tokens.append(int(step(rows)[0, len(tokens) - 1].argmax()))
@@ -138,7 +138,7 @@ def test_reward_model_both_directions(tmp_path, side, tied):
         out = []
         for b, n in enumerate(lengths):
             pads = {"pad_left": T - n} if side == "left" else {"pad_right": T - n}
-            hidden = model.apply(params, None, tiny.causal([ids[b, real[b]]], **pads))[0]
+            hidden = model.apply(params, tiny.causal([ids[b, real[b]]], **pads))[0]
             out.append(float((hidden @ model.score_kernel(params))[0, np.flatnonzero(real[b])[-1], 0]))
         return out
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.rollout.generate import generate
-from jaxalign.train.minibatches import deal
+from jaxalign.train.minibatches import shuffle_minibatches
 from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
 from tests.ppo.test_experience import fractional
 
@@ -108,8 +108,8 @@ def test_keys_are_by_prompt_and_number(num_samples):
 
 def test_completions_of_a_prompt_stay_in_one_minibatch():
     used = jnp.arange(8) < 5
-    plain = deal(jax.random.key(1), used, 4)
-    whole = deal(jax.random.key(1), used, 4, 3)
+    plain = shuffle_minibatches(jax.random.key(1), used, 4)
+    whole = shuffle_minibatches(jax.random.key(1), used, 4, 3)
     for rows, prompts in zip(whole, plain, strict=True):
         assert rows.tolist() == [3 * p + s for p in prompts.tolist() for s in range(3)]
         assert used[prompts].any()

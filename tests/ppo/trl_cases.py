@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models import names
+from jaxalign.models import hf_names
 from jaxalign.ops.advantages import gae
 from jaxalign.ops.kl import kl_estimate, token_rewards
 from jaxalign.ops.readout import scalar_readout, token_logprobs
 from jaxalign.rewards.model import score_rows
-from jaxalign.rewards.shape import shape_scores
+from jaxalign.rewards.score_shaping import shape_scores
 from jaxalign.rollout.generate import Rollout, completed_rows
 from jaxalign.steps.policy import policy_objective
 from jaxalign.types import PolicyBatch
@@ -85,12 +85,12 @@ def ours(case):
 
     @jax.jit
     def policy_logprobs(params):
-        hidden, _, _ = model.apply(params, None, rows)
+        hidden, _, _ = model.apply(params, rows)
         return token_logprobs(hidden, model.head(params), readouts, temperature=temperature)[0]
 
     @jax.jit
     def value_of(params):
-        hidden, _, _ = value_model.apply(params, None, rows)
+        hidden, _, _ = value_model.apply(params, rows)
         return scalar_readout(hidden, value_model.score_kernel(params), readouts)
 
     def logprobs(name):
@@ -153,9 +153,9 @@ def losses(case, batch):
     gradients, sums = jax.jit(jax.grad(mean, has_aux=True))({"policy": policy_params, "value": value_params})
     named = {}
     for role, model in (("policy", policy), ("value", value)):
-        sizes = names.sizes(model.config)
+        sizes = hf_names.sizes(model.config)
         for path, leaf in jax.tree_util.tree_flatten_with_path(gradients[role])[0]:
-            row = names.row_of("/".join(k.key for k in path))
+            row = hf_names.row_of("/".join(k.key for k in path))
             for layer, part in enumerate(leaf if row.stacked else [leaf]):
                 named[f"{role}/{row.name.format(layer=layer)}"] = row.to_theirs(np.asarray(part), sizes)
     return sums, named

@@ -11,7 +11,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.model import ModelScorer, padded_rows, same_tokenizer, score_rows
 from jaxalign.rewards.samples import Samples
-from jaxalign.rewards.shape import initial_statistics, merge_statistics, shape_scores
+from jaxalign.rewards.score_shaping import initial_statistics, merge_statistics, shape_scores
 from jaxalign.types import Rows
 from tests.ppo.ppo_world import drawn, tiny_model
 

@@ -90,7 +90,7 @@ def test_logprobs_are_those_of_the_training_forward(policy, temperature, top_k):
     batch = prompt_batch(PROMPTS, 5)
     out = run(policy, PROMPTS, [0, 1, 2, 3], temperature=temperature, top_k=top_k)
     rows, readouts = completed_rows(batch.rows, out)
-    hidden, _, _ = model.apply(params, None, rows)
+    hidden, _, _ = model.apply(params, rows)
     logprobs, _ = token_logprobs(hidden, model.head(params), readouts, temperature=temperature or 1.0)
     np.testing.assert_allclose(out.logprobs, logprobs, atol=2e-5)
 

@@ -48,7 +48,7 @@ def test_trap_no_dropout_in_training_reference_or_scoring(algorithm, x64):
         assert not draws(lambda p: sequence_logprobs(lm.apply, lm.head, p, batch), frozen["ref"])
 
 
-def linear(kernel, _, rows, *, sources):
+def linear(kernel, rows, *, sources):
     """A model of one number: the hidden state of each token is its kernel's row."""
     return jnp.take(kernel, take_sources(rows.tokens, sources), axis=0), None, {}
 

@@ -1,13 +1,17 @@
-"""The tree: what lies at the top, how long files are, what README says of each, and that no host is named."""
+"""The tree: what lies at the top, how long files are, that every file has its line in docs, and that no host is named."""
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOP = {"pyproject.toml", "README.md", "LICENSE", "jaxalign", "configs", "launch", "tests", "notebooks"}
+TOP = {
+    "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
+    "jaxalign", "configs", "docs", "launch", "tests", "notebooks",
+}  # fmt: skip
 LONGEST = 450  # lines
 
 
@@ -65,45 +69,17 @@ def test_pins_name_versions_only():
     assert len(plain) == len(set(plain))
 
 
-def described(readme: str) -> set[str]:
-    """The files that README's tree describes: an indented tree in a code block, a name and its purpose on each line."""
-    found: set[str] = set()
-    for block in re.findall(r"^```[a-z]*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
-        stack: list[tuple[int, str]] = []
-        for line in block.splitlines():
-            match = re.match(r"^([\s│├└─|`-]*)([\w.*-][\w./*-]*)(\s+\S.*)?$", line)
-            if not match:
-                continue
-            indent, name, words = len(match[1]), match[2], (match[3] or "").strip(" #-")
-            while stack and stack[-1][0] >= indent:
-                stack.pop()
-            path = "".join(part for _, part in stack) + name
-            if name.endswith("/"):
-                stack.append((indent, name))
-            if words:
-                found.add(path)
-    return found
+def test_what_is_made_from_the_code_is_up_to_date():
+    """The tree and every other part of docs/ between `<!-- made: ... -->` lines."""
+    tracked()
+    out = subprocess.run([sys.executable, "docs/make.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
 
 
-def test_readme_has_a_line_for_every_file():
-    """Folders of tests, golden values and configs may be described as a whole; the package's files one by one."""
-    readme = ROOT / "README.md"
-    names = described(readme.read_text()) if readme.exists() else set()
-    whole = {name for name in names if name.endswith("/")}
-
-    def covered(name: str) -> bool:
-        if name in names or Path(name).name == "__init__.py" or name.split("/")[0].startswith("."):
-            return True
-        return name.startswith("tests/") and any(name.startswith(folder) and folder != "tests/" for folder in whole)
-
-    missing = [name for name in tracked() if not covered(name)]
-    assert missing == [], "README's tree has no line for:\n" + "\n".join(missing)
-    gone = [name for name in names - whole if "/" in name and name.split("/")[0] in TOP and not (ROOT / name).exists()]
-    assert gone == [], "README's tree describes files that are not there:\n" + "\n".join(gone)
-
-
-def test_the_tree_reader():
-    readme = "```\njaxalign/\n  ops/     array functions\n    kl.py    estimators\n    bare.py\nREADME.md  this\n```\n"
-    assert described(readme) == {"jaxalign/ops/", "jaxalign/ops/kl.py", "README.md"}
-    readme = "```text\njaxalign/\n├── ops/          # array functions\n│   └── kl.py   # KL\n└── cli.py  # flags\n```\n"
-    assert described(readme) == {"jaxalign/ops/", "jaxalign/ops/kl.py", "jaxalign/cli.py"}
+def test_the_tree_has_a_line_with_words_for_every_file():
+    page = (ROOT / "docs/architecture.md").read_text()
+    lines = {line.split()[0]: line.split()[1:] for line in page.splitlines() if line.strip()}
+    for name in tracked():
+        path = Path(name)
+        if not name.startswith((".", "tests/")) and path.name not in {"__init__.py", "__main__.py"}:
+            assert lines.get(path.name), name

@@ -240,7 +240,7 @@ def test_a_tiny_model_learns_as_with_float32_and_goes_on_from_a_checkpoint_bit_b
     rows = Rows(tokens[:, :-1], start + np.arange(32), start, start + np.arange(1, 33))
 
     def loss(params):
-        logits = model.apply(params, None, rows)[0] @ model.head(params)
+        logits = model.apply(params, rows)[0] @ model.head(params)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     def trainer(dtype):

@@ -85,7 +85,7 @@ def decoding(params) -> None:
             options = {"max_new_tokens": LENGTH // 8, "temperature": 1.0, "stop_ids": (-1,)}
             rollout = generate(model, params, given.rows, jax.random.key(0), np.arange(4, dtype=np.int32), **options)
             rows, readouts = completed_rows(jax.device_put(given.rows), rollout)
-            hidden = jax.jit(lambda p, r, model=model: model.apply(p, None, r)[0])(params, rows)
+            hidden = jax.jit(lambda p, r, model=model: model.apply(p, r)[0])(params, rows)
             whole = token_logprobs(hidden, model.head(params), readouts)[0]
             most = 1e-4 if dtype == "float32" else EPS
             check(f"decoding against the forward, {dtype}", distance(rollout.logprobs, whole), most)

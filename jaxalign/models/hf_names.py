@@ -105,7 +105,7 @@ def row_of(path: str) -> Row:
     for row in LLAMA:
         if row.path == path:
             return row
-    raise KeyError(f"no Hugging Face name for the parameter {path}: add a row to jaxalign.models.names")
+    raise KeyError(f"no Hugging Face name for the parameter {path}: add a row to jaxalign.models.hf_names")
 
 
 def find(name: str) -> tuple[Row, int | None] | None:

@@ -1,4 +1,4 @@
-"""Rows of tokens in another order, in which none sees a later one.
+"""Rows sorted by position, so that attention is causal.
 
 A pair lies around the prompt that it shares, so that its chosen answer, reversed, sees what comes after it. By position
 the same row is causal, and attention that may rely on that leaves out the keys behind its queries.

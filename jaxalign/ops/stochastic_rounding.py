@@ -1,10 +1,10 @@
-"""Chance without a key: a hash of a number and of a counter, for rounding that is right on average."""
+"""Random bits for stochastic rounding: a hash of the number and of a step counter, so that no key is kept."""
 
 import jax
 import jax.numpy as jnp
 
 
-def chance(x: jax.Array, count: jax.Array) -> jax.Array:
+def rounding_bits(x: jax.Array, count: jax.Array) -> jax.Array:
     """32 bits for each number, the same for the same number and count: on any mesh, in any order.
 
     Args:

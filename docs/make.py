@@ -1,0 +1,163 @@
+"""Writes the parts of docs/ that are made from the code; with --check only says which of them are out of date.
+
+    python docs/make.py            after adding, renaming or removing a file
+    python docs/make.py --check    what tests/structure runs
+
+A part stands in its page between the lines `<!-- made: NAME -->` and `<!-- end: NAME -->`, NAME a function of `PARTS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+# What a file that is no Python module is for; a module says it in its docstring.
+_PURPOSES = {
+    "pyproject.toml": "package, extras, tools",
+    "README.md": "one page: what it is, the main job, your own data, launching",
+    "LICENSE": "Apache 2.0",
+    "launch/Dockerfile": "the image that kubernetes.sh runs",
+    "launch/constraints.txt": "the pinned versions, for each Python",
+    "launch/say.sh": "found, expected, fix, and what a dry run would do: the launchers' words",
+    "launch/kubernetes.yaml": "the JobSet that kubernetes.py fills in",
+    "notebooks/dpo_vs_rlhf.ipynb": "the two roads side by side, from the quickstart's results",
+}
+# What a folder that is no package is for.
+_FOLDERS = {
+    "configs": "runnable lab notes",
+    "configs/toy": "the same at toy size, for tests",
+    "docs": "pages that the README links",
+    "launch": "set-up and launchers",
+    "notebooks": "",
+    "tests": "",
+    "tests/absent": "steps compiled for TPUs and GPUs that are not there",
+    "tests/benchmarks": "jaxalign and its peers in turns: tokens/s, ratios, memory; run one file, --help says how",
+    "tests/cli": "commands",
+    "tests/config": "defaults, mistakes and warnings of the configuration",
+    "tests/configs": "every config; the toy ones run",
+    "tests/data_rows": "tokens, limits, rows, packing, loader, report",
+    "tests/data_sources": "files, columns, presets, mixtures",
+    "tests/evaluate": "win rates, perplexity",
+    "tests/fuzz": "bad inputs and faults, each to be told in words; all of them: python -m tests.fuzz",
+    "tests/golden": "values of the live oracles",
+    "tests/launch": "launchers against fake gcloud, srun, scontrol, kubectl",
+    "tests/models": "transformer, Hugging Face in and out",
+    "tests/ops": "losses and readouts against hand numbers and loops",
+    "tests/oracle": "against torch, transformers and TRL, live",
+    "tests/parallel": "mesh, shardings, start-up",
+    "tests/pipeline": "stages, export, stories",
+    "tests/plan": "memory planning",
+    "tests/ppo": "PPO: operations, experience, stored TRL values",
+    "tests/rewards": "functions and models as rewards",
+    "tests/rollout": "sampling, decoding",
+    "tests/steps": "invariances, closed form, step 0",
+    "tests/structure": "rooms, the tree, configs",
+    "tests/train": "loop, crashes, processes, checkpoints",
+}
+
+
+def tracked() -> list[str]:
+    """The files of the checkout: those git tracks, and new ones that it does not ignore."""
+    out = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return sorted(name for name in out.stdout.split("\0") if name and (ROOT / name).is_file())
+
+
+def first_sentence(path: Path) -> str:
+    """What a file says of itself: the first paragraph of its docstring, of its leading comment, or its title."""
+    if path.suffix == ".py":
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+    elif path.suffix == ".md":
+        return path.read_text().split("\n", 1)[0].lstrip("# ")
+    else:
+        lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("# ")]
+        said = lines[0] if lines else ""
+    said = " ".join(said.split("\n\n")[0].split())
+    return re.split(r"(?<=\w\w)\. ", said)[0].rstrip(".:")
+
+
+def rooms() -> dict[str, int]:
+    """The rooms' numbers, from the test that holds them."""
+    tree = ast.parse((ROOT / "tests/structure/test_rooms.py").read_text())
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ROOMS"
+    )
+
+
+def tree() -> str:
+    """Every file with its purpose; of tests the folders."""
+    numbers, seen, lines = rooms(), set(), []
+    names = [name for name in tracked() if not name.startswith(".")]
+    # The package room by room, then all else; files of a folder before its folders.
+    top = sorted({name.split("/")[0] for name in names}, key=lambda n: (n != "jaxalign", "." in n, n))
+
+    def line(depth: int, name: str, words: str) -> None:
+        lines.append(f"{'  ' * depth + name:<34}{words}".rstrip())
+
+    def folder(path: str, depth: int) -> None:
+        package = ROOT / path / "__init__.py"
+        words = _FOLDERS[path] if path in _FOLDERS else first_sentence(package)
+        number = numbers.get(path.split("/")[-1]) if path.count("/") == 1 and path.startswith("jaxalign/") else None
+        line(depth, path.split("/")[-1] + "/", words if number is None else f"{number}: {words}")
+        inside = sorted({name[len(path) + 1 :].split("/")[0] for name in names if name.startswith(path + "/")})
+        if path.startswith("jaxalign"):
+            inside.sort(key=lambda n: (numbers.get(n.removesuffix(".py"), 0) if path == "jaxalign" else 0, n))
+        for name in inside:
+            there = f"{path}/{name}"
+            if (ROOT / there).is_dir():
+                if not path.startswith("tests/"):
+                    folder(there, depth + 1)
+            elif name != "__init__.py" and not path.startswith("tests/"):
+                file(there, depth + 1)
+
+    def file(path: str, depth: int) -> None:
+        words = _PURPOSES.get(path) or first_sentence(ROOT / path)
+        number = numbers.get(Path(path).stem) if path.startswith("jaxalign/") and path.count("/") == 1 else None
+        line(depth, path.split("/")[-1], words if number is None else f"{number}: {words}")
+
+    for name in top:
+        if name in seen:
+            continue
+        seen.add(name)
+        folder(name, 0) if (ROOT / name).is_dir() else file(name, 0)
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+PARTS = {"tree": tree}
+
+
+def remade(page: str) -> str:
+    """A page with its parts made anew."""
+
+    def part(match: re.Match) -> str:
+        return f"{match[1]}\n{PARTS[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- made: (\w+) -->)\n.*?(<!-- end: \2 -->)", part, page, flags=re.DOTALL)
+
+
+def main(check: bool) -> int:
+    """Writes, or with `check` compares; returns the number of pages that are out of date."""
+    stale = 0
+    for path in sorted(DOCS.glob("*.md")):
+        old = path.read_text()
+        new = remade(old)
+        if new != old:
+            stale += 1
+            print(f"{path.relative_to(ROOT)}: {'out of date: python docs/make.py' if check else 'written'}")
+            if not check:
+                path.write_text(new)
+    return stale if check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
