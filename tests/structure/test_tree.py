@@ -1,4 +1,4 @@
-"""The tree: what lies at the top, how long files are, that every file has its line in docs, and that no host is named."""
+"""The tree: what lies at the top, how long files are, that each has its line in docs, and that no host is named."""
 
 import re
 import subprocess
