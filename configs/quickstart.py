@@ -2,9 +2,9 @@
 
 command   bash launch/quickstart.sh
           jaxalign train --config=configs/quickstart.py trains its stages alone, in a world that is there
-first     .venv/bin/python -c 'from jaxalign.pipeline.assets import write_assets; write_assets("runs/quickstart/world")'
+first     .venv/bin/python -c 'from jaxalign.examples.assets import write_assets; write_assets("runs/quickstart/world")'
 hardware  2 CPU cores
-data      made on the spot by jaxalign/pipeline/world.py
+data      made on the spot by jaxalign/examples/world.py
 expected  win rates against SFT at seeds 0, 1, 2 (each within 3 points at 95 %, over prompts):
           DPO 85.8, 83.3, 83.7 %; PPO 91.1, 86.7, 82.8 %
 """

@@ -22,7 +22,7 @@ cd "$root"
 # shellcheck source=launch/say.sh
 source launch/say.sh
 take_dry_run "$@"
-command=("${JAXALIGN_VENV:-.venv}/bin/python" -m jaxalign.pipeline.quickstart "${arguments[@]}")
+command=("${JAXALIGN_VENV:-.venv}/bin/python" -m jaxalign.examples.quickstart "${arguments[@]}")
 bash launch/setup.sh ${dry_run:+--dry_run} plots
 if [ -n "$dry_run" ]; then would "${command[@]}" && exit 0; fi
 exec "${command[@]}"

@@ -1,6 +1,6 @@
 """DPO at toy size: 32 pairs by heart, from the model that configs/toy/sft.py makes.
 
-first     .venv/bin/python -c 'from jaxalign.pipeline.assets import write_assets; write_assets("runs/toy/world")'
+first     .venv/bin/python -c 'from jaxalign.examples.assets import write_assets; write_assets("runs/toy/world")'
           bash launch/gpu_node.sh --config=configs/toy/sft.py
 command   bash launch/gpu_node.sh --config=configs/toy/dpo.py      (also without a GPU)
 hardware  1 CPU core

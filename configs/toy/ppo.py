@@ -1,6 +1,6 @@
 """PPO at toy size, from the models that configs/toy/sft.py and configs/toy/reward.py make.
 
-first     .venv/bin/python -c 'from jaxalign.pipeline.assets import write_assets; write_assets("runs/toy/world")'
+first     .venv/bin/python -c 'from jaxalign.examples.assets import write_assets; write_assets("runs/toy/world")'
           bash launch/gpu_node.sh --config=configs/toy/sft.py
           bash launch/gpu_node.sh --config=configs/toy/reward.py
 command   bash launch/gpu_node.sh --config=configs/toy/ppo.py      (also without a GPU)

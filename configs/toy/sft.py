@@ -1,6 +1,6 @@
 """SFT at toy size: a Llama of 0.2 M parameters from scratch on 256 sentences, for tests and to see a whole run at once.
 
-first     .venv/bin/python -c 'from jaxalign.pipeline.assets import write_assets; write_assets("runs/toy/world")'
+first     .venv/bin/python -c 'from jaxalign.examples.assets import write_assets; write_assets("runs/toy/world")'
 command   bash launch/gpu_node.sh --config=configs/toy/sft.py      (also without a GPU: it takes what JAX finds)
 hardware  1 CPU core
 memory    0.7 GB, nearly all of it Python and the compiler

@@ -1,1 +1,1 @@
-"""Stages, and the commands."""
+"""Stages, and one file for each command."""

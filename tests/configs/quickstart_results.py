@@ -7,7 +7,7 @@ import math
 import random
 from pathlib import Path
 
-from jaxalign.pipeline import world
+from jaxalign.examples import world
 
 _BYTES = {
     "sft": ("policy",),

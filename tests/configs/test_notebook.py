@@ -9,8 +9,8 @@ import pytest
 import quickstart_results
 
 from jaxalign.errors import InputError
-from jaxalign.pipeline import curves, findings
-from jaxalign.pipeline import quickstart as quickstart_command
+from jaxalign.examples import curves, findings
+from jaxalign.examples import quickstart as quickstart_command
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "dpo_vs_rlhf.ipynb"
 

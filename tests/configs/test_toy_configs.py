@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxalign.pipeline import assets
+from jaxalign.examples import assets
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.train import trainer
 

@@ -22,10 +22,10 @@ REWARD = "def reward(prompts, completions):\n    return [float(len(c)) for c in 
 
 
 def build(world: Path) -> Path:
-    """Writes the world where it is not yet: `model`, `model-rm`, the files of `jaxalign.pipeline.assets`, `r.py`."""
+    """Writes the world where it is not yet: `model`, `model-rm`, the files of `jaxalign.examples.assets`, `r.py`."""
     if (world / "ready").exists():
         return world
-    from jaxalign.pipeline import assets
+    from jaxalign.examples import assets
 
     shutil.rmtree(world, ignore_errors=True)
     counts, shape = dict(assets.COUNTS), dict(assets._LLAMA)

@@ -151,7 +151,7 @@ time.sleep(100)
 
 # What each launcher is told, with what it would have to call.
 DRY = {
-    "quickstart.sh": (["--config.seed=1"], "jaxalign.pipeline.quickstart --config.seed=1"),
+    "quickstart.sh": (["--config.seed=1"], "jaxalign.examples.quickstart --config.seed=1"),
     "gpu_node.sh": (["--config=c.py"], "-m jaxalign train --config=c.py"),
     "tpu_vm.sh": ([*TPU, "--type=v6e-8", "--", "--config=c.py"], "gcloud compute tpus tpu-vm create my-tpu"),
     "tpu_pod.sh": ([*TPU, "--type=v5p-32", "--spot", "--", "--config=c.py"], "jaxalign train --config=c.py"),
@@ -263,4 +263,4 @@ def test_the_quickstart_brings_what_draws_its_pictures(checkout):
     assert checkout.run("launch/quickstart.sh", "--config.seed=1").returncode == 0
     setup, run = checkout.calls()
     assert setup["args"] == ["plots"]
-    assert run["args"] == ["-m", "jaxalign.pipeline.quickstart", "--config.seed=1"]
+    assert run["args"] == ["-m", "jaxalign.examples.quickstart", "--config.seed=1"]

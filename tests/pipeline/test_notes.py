@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.cli import main
 from jaxalign.config import get
-from jaxalign.pipeline import assets
+from jaxalign.examples import assets
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.pipeline.notes import first
 
@@ -34,7 +34,7 @@ def test_a_world_that_is_not_there(said, config):
 
 def test_the_command_makes_what_is_missing(said, tmp_path):
     command = first(str(ROOT / "configs" / "toy" / "sft.py"))[0].replace(".venv/bin/python", sys.executable)
-    code = "from jaxalign.pipeline import assets; assets.COUNTS = dict.fromkeys(assets.COUNTS, 40)"
+    code = "from jaxalign.examples import assets; assets.COUNTS = dict.fromkeys(assets.COUNTS, 40)"
     subprocess.run(["bash", "-c", command.replace("-c '", f"-c '{code}; ")], check=True, cwd=tmp_path)
     assert (tmp_path / load_config(str(ROOT / "configs" / "toy" / "sft.py")).model.path / "config.json").is_file()
     error = said("toy/dpo.py")

@@ -21,7 +21,7 @@ ROOMS = {
     "steps": 6, "evaluate": 6,
     "train": 7,
     "pipeline": 8,
-    "plan": 9,
+    "plan": 9, "examples": 9,
     "cli": 10, "__main__": 11,
 }  # fmt: skip
 

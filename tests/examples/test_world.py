@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from jaxalign.pipeline import quickstart, world
-from jaxalign.pipeline.assets import write_assets
+from jaxalign.examples import quickstart, world
+from jaxalign.examples.assets import write_assets
 
 
 def test_gold_reward_by_hand():

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.config import to_dict
+from jaxalign.examples.assets import write_assets
+from jaxalign.examples.findings import FIGURES
 from jaxalign.pipeline import stages
-from jaxalign.pipeline.assets import write_assets
 from jaxalign.pipeline.configfile import load_config, run_script
-from jaxalign.pipeline.findings import FIGURES
 
 CONFIG = "configs/quickstart.py"
 WIDTH = 150  # of its tables, in characters, where the terminal has them
@@ -86,7 +86,7 @@ def _compare(config: Any, road: str, world: Path) -> dict[str, Any]:
         str(Path(config.workdir, "sft", "export")),
         str(Path(config.workdir, road, "export")),
         str(world / "prompts_heldout.jsonl"),
-        reward="jaxalign.pipeline.world:gold",
+        reward="jaxalign.examples.world:gold",
         num_prompts=None,
         confidence=0.95,
         temperature=sampling.temperature,
@@ -140,12 +140,12 @@ def page(summary: dict[str, Any], width: int = WIDTH) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m jaxalign.pipeline.quickstart [--config.field=value ...]`; the fields are those of its config."""
+    """`python -m jaxalign.examples.quickstart [--config.field=value ...]`; the fields are those of its config."""
     return run_script("quickstart", argv, _run_and_show, CONFIG)
 
 
 def _run_and_show(overrides: Sequence[tuple[str, str | None]]) -> None:
-    from jaxalign.pipeline.curves import draw, need_matplotlib
+    from jaxalign.examples.curves import draw, need_matplotlib
 
     need_matplotlib()  # before minutes of training, not after them
     config = _with_its_world(load_config(CONFIG, overrides))

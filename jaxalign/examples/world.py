@@ -128,5 +128,5 @@ def prompts(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def gold(prompts: list[str], completions: list[str], **columns) -> list[float]:
-    """The gold reward as a reward function: `--reward jaxalign.pipeline.world:gold`."""
+    """The gold reward as a reward function: `--reward jaxalign.examples.world:gold`."""
     return [gold_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.errors import InputError
 from jaxalign.evaluate.winrate import GOOD, HARM
-from jaxalign.pipeline.world import gold_reward
+from jaxalign.examples.world import gold_reward
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 ROADS = {"DPO": ("sft", "dpo"), "RLHF": ("sft", "reward", "ppo")}  # the stages of each

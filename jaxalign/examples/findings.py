@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxalign.evaluate.winrate import GOOD, HARM
-from jaxalign.pipeline.curves import ROADS, STAGES, Results
+from jaxalign.examples.curves import ROADS, STAGES, Results
 
 _Show = Callable[[dict[str, Any]], str]
 

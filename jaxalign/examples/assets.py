@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from jaxalign.pipeline import world
+from jaxalign.examples import world
 
 COUNTS = {"demonstrations": 12_000, "preferences": 8_000, "prompts": 4_000, "heldout": 512}
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

@@ -18,7 +18,8 @@ from typing import Any
 from jaxalign.config import to_dict
 from jaxalign.evaluate.winrate import wilson, win_rate
 from jaxalign.evaluate.wordbag import WordBag, accuracy, fit
-from jaxalign.pipeline import reviews, stages
+from jaxalign.examples import reviews
+from jaxalign.pipeline import stages
 from jaxalign.pipeline.configfile import load_config, run_script
 from jaxalign.pipeline.keys import fingerprint
 
@@ -354,7 +355,7 @@ def page(summary: dict[str, Any], width: int = 190) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m jaxalign.pipeline.stories [--config.field=value ...]`; the fields are those of its config."""
+    """`python -m jaxalign.examples.stories [--config.field=value ...]`; the fields are those of its config."""
     return run_script("stories", argv, _run_and_show, CONFIG)
 
 

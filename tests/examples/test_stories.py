@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.errors import InputError
 from jaxalign.evaluate import wordbag
-from jaxalign.pipeline import reviews, stories
+from jaxalign.examples import reviews, stories
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.rollout.engine import Completion
 
