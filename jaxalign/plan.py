@@ -51,7 +51,7 @@ _FORM = re.compile(r"(?P<platform>tpu|gpu):(?P<kind>[a-z0-9]+):(?P<shape>\d+(x\d
 _COLLECTIVE = re.compile(r"= .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-class Plan(NamedTuple):
+class MachinePlan(NamedTuple):
     """What a train step needs of a machine."""
 
     topology: str
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     def fits(self) -> bool | None:
         """Whether the step fits; None where the memory of the device is not known.
 
-        >>> Plan("", "", 1, {}, {"total": 2}, 1, {}, 0.0).fits
+        >>> MachinePlan("", "", 1, {}, {"total": 2}, 1, {}, 0.0).fits
         False
         """
         return None if self.limit is None else self.memory["total"] <= self.limit
@@ -136,7 +136,7 @@ def absent_devices(topology: str) -> list[Any]:
         ) from error
 
 
-def compile_for(topology: str, config: Any) -> Plan:
+def compile_for(topology: str, config: Any) -> MachinePlan:
     """Compiles the train step that `config` gives, for a machine that need not be there.
 
     Args:
@@ -176,7 +176,7 @@ def compile_for(topology: str, config: Any) -> Plan:
                     raise
                 raise out_of_memory(f"train step on {topology}", {}, _MEMORY.get(kind), str(error)[:300]) from error
         seconds = time.monotonic() - start
-    return Plan(
+    return MachinePlan(
         topology,
         kind,
         len(devices),

@@ -10,8 +10,8 @@ from jaxalign.data.files import Raw
 from jaxalign.data.forms import (
     FORMS,
     PROMPT_FIELDS,
-    Dropped,
     Form,
+    SkipRow,
     blank,
     blank_prompt,
     narrowed,
@@ -56,7 +56,7 @@ _ALIASES: tuple[tuple[str, str], ...] = (("conversations", "messages"), ("margin
 _ONLY_MAPPED = ("preference", "weight", "score")
 
 
-class Plan(NamedTuple):
+class ColumnPlan(NamedTuple):
     """How the rows of one file become records."""
 
     source: Source
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         return self.format.kind
 
 
-def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
+def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> ColumnPlan:
     """Decides which columns mean what.
 
     Mapped names come first, then our names and their aliases as the data has them.  Of the forms that the columns
@@ -131,10 +131,10 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> Plan:
     warnings = [unlabelled(source, sample, names) if asks else ""]
     if "score" in source.columns and purpose not in (None, "reward"):
         warnings.append(f"{file}: columns maps 'score' without effect: only algorithm.use_margin of reward reads it")
-    return Plan(source, form, used, labelled, codes, tuple(filter(None, warnings)))
+    return ColumnPlan(source, form, used, labelled, codes, tuple(filter(None, warnings)))
 
 
-def widened(plan: Plan, sample: list[Raw], raw: Raw, purpose: str | None) -> Plan:
+def widened(plan: ColumnPlan, sample: list[Raw], raw: Raw, purpose: str | None) -> ColumnPlan:
     """The plan from a row on that has columns which the first rows had not: what the form can use of them, it uses.
 
     Args:
@@ -215,11 +215,11 @@ def _plural(form: Form) -> str:
     return f"records of {', '.join(form.required)}"
 
 
-def to_record(plan: Plan, raw: Raw) -> Record:
+def to_record(plan: ColumnPlan, raw: Raw) -> Record:
     """One row as a record, with index 0 and every unused column in `columns`.
 
     Raises:
-      Dropped: with the reason, for a row that holds nothing to train on.
+      SkipRow: with the reason, for a row that holds nothing to train on.
       UnknownCode: where the column that says which side is better holds a code of no meaning.
       BadRow: for a row that is wrong, with its file and line.
     """
@@ -231,7 +231,7 @@ def to_record(plan: Plan, raw: Raw) -> Record:
             )
         value = raw.row.get(theirs)
         if value is None and ours in plan.format.required:
-            raise Dropped(f"{ours} is null")
+            raise SkipRow(f"{ours} is null")
         # The column itself says something.
         if value is not None or ours in ("system", "preference") or (ours == "prompt" and theirs in raw.row):
             row[ours] = value
@@ -250,7 +250,7 @@ def to_record(plan: Plan, raw: Raw) -> Record:
     return Record(0, raw.file, raw.line, plan.kind, weight=weight, score=score, columns=rest, **fields)
 
 
-def _bad(plan: Plan, raw: Raw, problem: str, expected: str) -> BadRow:
+def _bad(plan: ColumnPlan, raw: Raw, problem: str, expected: str) -> BadRow:
     names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else {}
     fix = "repair or delete that record"
     if names:  # which may be the wrong columns
@@ -276,10 +276,10 @@ def _check_text(value: Any) -> None:
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise Dropped("broken unicode (half a surrogate pair)") from None
+                raise SkipRow("broken unicode (half a surrogate pair)") from None
 
 
-def fit(record: Record, purpose: str | None, raw: Raw, plan: Plan) -> Record:
+def fit(record: Record, purpose: str | None, raw: Raw, plan: ColumnPlan) -> Record:
     """A record as an algorithm wants it.
 
     For sft what is labelled false is left out.  For ppo every record becomes a prompt: a dialogue is cut before its
@@ -287,20 +287,20 @@ def fit(record: Record, purpose: str | None, raw: Raw, plan: Plan) -> Record:
     `completion`, `answer`, whatever the data calls it.
 
     Raises:
-      Dropped: with the reason, for a record that holds nothing for the purpose.
+      SkipRow: with the reason, for a record that holds nothing for the purpose.
     """
     if purpose == "sft":
         if plan.labelled and truth(raw.row.get("label")) is False:
-            raise Dropped("labelled false")
+            raise SkipRow("labelled false")
         if record.kind == "messages" and blank(record.messages or []):
-            raise Dropped("no assistant turn")
+            raise SkipRow("no assistant turn")
     if purpose != "ppo":
         return record
     prompt = record.prompt or record.messages or record.text or ""
     if isinstance(prompt, list):
         prompt = until_request(prompt)
     if blank_prompt(prompt):
-        raise Dropped("no user turn")
+        raise SkipRow("no user turn")
     own = {plan.names[ours] for ours in (*PROMPT_FIELDS, "text") if ours in plan.names}
     columns = {name: value for name, value in raw.row.items() if name not in own}
     return record._replace(kind="prompt", prompt=prompt, text=None, messages=None, columns=columns)

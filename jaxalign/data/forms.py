@@ -1,6 +1,6 @@
 """The forms that data has: which columns make up each, and how its rows read.
 
-A maker takes a row under our names, without nulls, and returns the fields of a Record.  It raises Dropped for a row
+A maker takes a row under our names, without nulls, and returns the fields of a Record.  It raises SkipRow for a row
 that holds nothing to train on, and ValueError, saying how, for one that is wrong.
 """
 
@@ -26,7 +26,7 @@ from jaxalign.data.records import Content, Message
 _LARGEST = 1e18  # of a number for the loss: float32 holds its square
 
 
-class Dropped(Exception):
+class SkipRow(Exception):
     """A row that gives no record; its text is the reason that the report counts."""
 
 
@@ -103,23 +103,23 @@ def _with_system(row: dict[str, Any], messages: list[Message]) -> list[Message]:
 def _make_text(row: dict[str, Any]) -> dict[str, Any]:
     text = _string(row, "text")
     if not text.strip():
-        raise Dropped("empty text")
+        raise SkipRow("empty text")
     return {"text": text}
 
 
 def _make_messages(row: dict[str, Any]) -> dict[str, Any]:
     messages = _with_system(row, as_messages(row["messages"]))
     if not messages:
-        raise Dropped("no messages")
+        raise SkipRow("no messages")
     if all(not message["content"].strip() for message in messages):
-        raise Dropped("empty messages")
+        raise SkipRow("empty messages")
     return {"messages": messages}
 
 
 def _make_prompt(row: dict[str, Any]) -> dict[str, Any]:
     prompt = _prompt(row)
     if blank_prompt(prompt):
-        raise Dropped("empty prompt")
+        raise SkipRow("empty prompt")
     if isinstance(prompt, list):
         _check_prompt(prompt)
     return {"prompt": prompt}
@@ -143,13 +143,13 @@ def _check_prompt(prompt: list[Message]) -> None:
 def _make_completion(row: dict[str, Any]) -> dict[str, Any]:
     prompt, completion = _prompt(row), _content(row, "completion")
     if blank(completion):
-        raise Dropped("empty completion")
+        raise SkipRow("empty completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": completion}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     completion = [_assistant(completion)] if isinstance(completion, str) else completion
     if not prompt:
-        raise Dropped("empty prompt")
+        raise SkipRow("empty prompt")
     _check_prompt(prompt)
     if completion[0]["role"] != "assistant":
         raise ValueError(f"completion begins with a turn of {completion[0]['role']}, not of the assistant")
@@ -167,7 +167,7 @@ def _alpaca_prompt(row: dict[str, Any]) -> list[Message]:
     given = _string(row, "input") if row.get("input") else ""
     given = given if given.strip() else ""
     if not instruction.strip() and not given:
-        raise Dropped("empty prompt")
+        raise SkipRow("empty prompt")
     messages: list[Message] = []
     for turn in _history(row.get("history")):
         if not isinstance(turn, (list, tuple)) or [type(said) for said in turn] != [str, str]:
@@ -191,7 +191,7 @@ def _history(value: Any) -> list | tuple:
 def _make_alpaca(row: dict[str, Any]) -> dict[str, Any]:
     prompt, output = _alpaca_prompt(row), _string(row, "output")
     if not output.strip():
-        raise Dropped("empty completion")
+        raise SkipRow("empty completion")
     return {"prompt": prompt, "completion": [_assistant(output)]}
 
 
@@ -203,16 +203,16 @@ def _make_pair(row: dict[str, Any]) -> dict[str, Any]:
     prompt, chosen, rejected = _sides(_ordered(row))
     if isinstance(prompt, str):
         if not chosen.strip() or not rejected.strip():
-            raise Dropped("empty completion")
+            raise SkipRow("empty completion")
         if chosen == rejected:
-            raise Dropped("chosen equal to rejected")
+            raise SkipRow("chosen equal to rejected")
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     try:
         prompt, chosen, rejected = split_pair(chosen, rejected)
     except ValueError as reason:
-        raise Dropped(str(reason)) from None
+        raise SkipRow(str(reason)) from None
     if blank(chosen) or blank(rejected):
-        raise Dropped("empty completion")
+        raise SkipRow("empty completion")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -224,7 +224,7 @@ def _make_chosen(row: dict[str, Any]) -> dict[str, Any]:
         prompt = until_request(chosen)
         chosen = chosen[len(prompt) :]
     if blank(chosen):
-        raise Dropped("empty completion")
+        raise SkipRow("empty completion")
     return {"prompt": prompt, "completion": chosen}
 
 
@@ -233,7 +233,7 @@ def _make_prompt_of_pair(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list):
         prompt = until_request(until_answer(chosen))
     if blank_prompt(prompt):
-        raise Dropped("empty prompt")
+        raise SkipRow("empty prompt")
     return {"prompt": prompt}
 
 
@@ -258,7 +258,7 @@ def _sides(row: dict[str, Any]) -> tuple[Any, Any, Any]:
         if prompt is None:
             if not all(is_dialogue(side) for side in sides.values()):
                 if "prompt" in row:
-                    raise Dropped("prompt is null")
+                    raise SkipRow("prompt is null")
                 raise ValueError("no prompt, and no dialogues (\\n\\nHuman: ... \\n\\nAssistant: ...) that hold one")
             whole = {name: parse_dialogue(side) for name, side in sides.items()}
             return [], whole["chosen"], whole.get("rejected")
@@ -282,17 +282,17 @@ def _ordered(row: dict[str, Any]) -> dict[str, Any]:
         return row
     if row["preference"] == 2:
         if "rejected" not in row:
-            raise Dropped("rejected is null")
+            raise SkipRow("rejected is null")
         return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if row["preference"] != 1:
-        raise Dropped("no preference between the sides")
+        raise SkipRow("no preference between the sides")
     return row
 
 
 def _whole(prompt: Content | None, side: list[Message]) -> list[Message]:
     """A side of a pair as a whole dialogue, prompt included."""
     if not side:
-        raise Dropped("empty completion")
+        raise SkipRow("empty completion")
     if prompt is None:
         return side
     if isinstance(prompt, list):

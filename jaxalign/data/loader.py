@@ -83,7 +83,7 @@ class Dataset:
         if purpose == "ppo":
             known = like is not None and like.shape == self.shape
             self.widths = like.widths if known else prompt_widths(sizes.tokens, batch_size, self.shape.length)
-        self._plans: dict[int, packing.Plan] = {}
+        self._plans: dict[int, packing.PackingPlan] = {}
         self._lock = threading.Lock()
         first = self._make_plan(0, None)
         self._num_rows = packing.rows_per_epoch(first) if self._packed else first.num_rows
@@ -294,7 +294,7 @@ class Dataset:
         """What tokenisation and limits left out or cut, over both splits."""
         return {name: n for name, n in self._store.meta["counts"].items() if not name.startswith(_NEEDS)}
 
-    def plan(self, epoch: int) -> packing.Plan:
+    def plan(self, epoch: int) -> packing.PackingPlan:
         """Which examples share a row in an epoch, in the order of the rows."""
         with self._lock:
             if epoch not in self._plans:
@@ -303,10 +303,10 @@ class Dataset:
                 self._plans[epoch] = self._make_plan(epoch, self._num_rows)
             return self._plans[epoch]
 
-    def _make_plan(self, epoch: int, num_rows: int | None) -> packing.Plan:
+    def _make_plan(self, epoch: int, num_rows: int | None) -> packing.PackingPlan:
         if not self._packed:
             order = packing.permutation(self.num_records, self._seed, epoch, self._shuffle)
-            return packing.Plan(order, np.arange(self.num_records + 1, dtype=np.int64))
+            return packing.PackingPlan(order, np.arange(self.num_records + 1, dtype=np.int64))
         return packing.plan_epoch(
             self._sizes, self.shape[1:], seed=self._seed, epoch=epoch, shuffle=self._shuffle, num_rows=num_rows
         )

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.columns import Plan, fit, make_plan, to_record, widened
+from jaxalign.data.columns import ColumnPlan, fit, make_plan, to_record, widened
 from jaxalign.data.files import Raw
-from jaxalign.data.forms import Dropped
+from jaxalign.data.forms import SkipRow
 from jaxalign.data.preference import Codes, UnknownCode, canonical
 from jaxalign.data.presets import apply_preset
 from jaxalign.data.records import PURPOSES, BadRow, Record, Tally, check_skipped
@@ -100,7 +100,7 @@ def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Reco
         tally.warnings += [said for said in plan.warnings if said not in tally.warnings]
         try:
             record = fit(to_record(plan, raw), purpose, raw, plan)
-        except Dropped as reason:
+        except SkipRow as reason:
             tally.drop(str(reason), raw.where)
             continue
         except UnknownCode as code:
@@ -113,7 +113,7 @@ def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Reco
         yield record
 
 
-def _all_codes(source: Source, plan: Plan, purpose: str | None) -> Counter[str]:
+def _all_codes(source: Source, plan: ColumnPlan, purpose: str | None) -> Counter[str]:
     """How often each code of the preference column occurs, the whole source read again."""
     rows = apply_preset(source, read(source, lambda error: None), purpose, Tally("skip"))
     column = plan.names["preference"]
@@ -126,10 +126,10 @@ def _counted(rows: Iterable[Raw], tally: Tally) -> Iterator[Raw]:
         yield raw
 
 
-def _planned(source: Source, rows: Iterator[Raw], purpose: str | None) -> Iterator[tuple[Plan, Raw]]:
+def _planned(source: Source, rows: Iterator[Raw], purpose: str | None) -> Iterator[tuple[ColumnPlan, Raw]]:
     """Rows with the plan of their file."""
     waiting: list[Raw] = []
-    plan: Plan | None = None
+    plan: ColumnPlan | None = None
     known: set[str] = set()  # columns that have held something so far
     for raw in rows:
         if waiting and raw.file != waiting[0].file:
@@ -149,7 +149,9 @@ def _planned(source: Source, rows: Iterator[Raw], purpose: str | None) -> Iterat
         yield from _flush(source, waiting, plan, purpose)
 
 
-def _flush(source: Source, waiting: list[Raw], plan: Plan | None, purpose: str | None) -> Iterator[tuple[Plan, Raw]]:
+def _flush(
+    source: Source, waiting: list[Raw], plan: ColumnPlan | None, purpose: str | None
+) -> Iterator[tuple[ColumnPlan, Raw]]:
     """The rows of a file that ended before its plan was made."""
     if plan is None:
         plan = make_plan(source, waiting, purpose)

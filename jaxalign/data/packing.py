@@ -17,7 +17,7 @@ _GOOD_FILL = 0.98
 _DRAWS = 24  # random choices looked at before the best of them is taken
 
 
-class Plan(NamedTuple):
+class PackingPlan(NamedTuple):
     """Rows of examples: row r holds `members[offsets[r] : offsets[r + 1]]`."""
 
     members: np.ndarray  # int32 [N], each example once
@@ -134,7 +134,7 @@ def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[l
     return rows
 
 
-def _packed(sizes: Sizes, capacity: tuple[int, int, int], order: np.ndarray, seed: int) -> Plan:
+def _packed(sizes: Sizes, capacity: tuple[int, int, int], order: np.ndarray, seed: int) -> PackingPlan:
     members: list[int] = []
     lengths: list[int] = []
     for start in range(0, len(order), _WINDOW):
@@ -142,18 +142,18 @@ def _packed(sizes: Sizes, capacity: tuple[int, int, int], order: np.ndarray, see
         for row in fill_rows(Sizes(*(a[window] for a in sizes)), capacity, seed + start):
             members.extend(window[row].tolist())
             lengths.append(len(row))
-    return Plan(np.asarray(members, np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    return PackingPlan(np.asarray(members, np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
 
-def _reordered(plan: Plan, order: np.ndarray) -> Plan:
+def _reordered(plan: PackingPlan, order: np.ndarray) -> PackingPlan:
     """The same rows in another order."""
     counts = np.diff(plan.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     places = np.repeat(plan.offsets[:-1][order] - offsets[:-1], counts) + np.arange(len(plan.members))
-    return Plan(plan.members[places], offsets)
+    return PackingPlan(plan.members[places], offsets)
 
 
-def _split_to(plan: Plan, num_rows: int) -> Plan:
+def _split_to(plan: PackingPlan, num_rows: int) -> PackingPlan:
     """Splits the rows with most members in two until there are `num_rows`, where that can be done."""
     while plan.num_rows < num_rows:
         counts = np.diff(plan.offsets)
@@ -162,13 +162,13 @@ def _split_to(plan: Plan, num_rows: int) -> Plan:
         if not len(chosen):
             return plan
         cuts = plan.offsets[chosen] + counts[chosen] // 2
-        plan = Plan(plan.members, np.sort(np.concatenate([plan.offsets, cuts])))
+        plan = PackingPlan(plan.members, np.sort(np.concatenate([plan.offsets, cuts])))
     return plan
 
 
 def plan_epoch(
     sizes: Sizes, capacity: tuple[int, int, int], *, seed: int, epoch: int, shuffle: bool, num_rows: int | None = None
-) -> Plan:
+) -> PackingPlan:
     """Packs one epoch.
 
     Args:
@@ -196,7 +196,7 @@ def plan_epoch(
     return plan if num_rows is None else _split_to(plan, num_rows)
 
 
-def rows_per_epoch(plan: Plan) -> int:
+def rows_per_epoch(plan: PackingPlan) -> int:
     """A number of rows that other epochs can be given too, from epoch 0's plan.
 
     Epochs pack a little better or worse; with the same number of rows in each, the batch of an index is found
@@ -205,7 +205,7 @@ def rows_per_epoch(plan: Plan) -> int:
     return min(plan.num_rows + math.ceil(_SLACK * plan.num_rows), len(plan.members))
 
 
-def fill(sizes: Sizes, plan: Plan, length: int) -> float:
+def fill(sizes: Sizes, plan: PackingPlan, length: int) -> float:
     """Share of the rows' tokens that are not padding."""
     return float(sizes.tokens.sum() / (plan.num_rows * length)) if plan.num_rows else 0.0
 

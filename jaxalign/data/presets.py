@@ -12,7 +12,7 @@ from jaxalign.data.records import BadRow, Message, Tally
 from jaxalign.data.sources import Source, config_line
 from jaxalign.errors import InputError
 
-Rows = Iterator[Raw]
+RawRows = Iterator[Raw]
 
 
 class Preset(NamedTuple):
@@ -20,7 +20,7 @@ class Preset(NamedTuple):
 
     hub_ids: tuple[str, ...]
     signatures: tuple[tuple[str, ...], ...]  # columns by which its schemas are known
-    rows: Callable[[Rows, str | None, Tally], Rows]  # (rows, purpose, tally) -> rows under our names
+    rows: Callable[[RawRows, str | None, Tally], RawRows]  # (rows, purpose, tally) -> rows under our names
 
 
 def preset_of(source: Source, first: Raw) -> Preset | None:
@@ -52,7 +52,7 @@ def preset_of(source: Source, first: Raw) -> Preset | None:
     return None
 
 
-def apply_preset(source: Source, rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+def apply_preset(source: Source, rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
     """The rows of a source, through its preset where it has one."""
     first = next(rows, None)
     if first is None:
@@ -62,12 +62,12 @@ def apply_preset(source: Source, rows: Rows, purpose: str | None, tally: Tally) 
     return rows if preset is None else preset.rows(rows, purpose, tally)
 
 
-def _hh_rlhf(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+def _hh_rlhf(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
     """Anthropic/hh-rlhf: two whole dialogues; the common form of an implicit prompt reads them."""
     return rows
 
 
-def _ultrafeedback(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+def _ultrafeedback(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
     """argilla/ultrafeedback-binarized-preferences and -cleaned: a pair with ratings; their difference is the margin."""
     for raw in rows:
         row = dict(raw.row)
@@ -84,7 +84,7 @@ def _ultrafeedback(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
         yield raw._replace(row=row)
 
 
-def _oasst(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
+def _oasst(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
     """OpenAssistant/oasst1 and oasst2: trees of messages whose replies are ranked.
 
     Rows are single messages with `parent_id`, as on the hub, or whole nested trees.  For pairs every two replies of
@@ -100,7 +100,7 @@ def _oasst(rows: Rows, purpose: str | None, tally: Tally) -> Rows:
         yield from _walk(raw, root, tree, purpose, tally)
 
 
-def _by_shape(rows: Rows) -> tuple[list[Raw], list[Raw]]:
+def _by_shape(rows: RawRows) -> tuple[list[Raw], list[Raw]]:
     nested: list[Raw] = []
     flat: list[Raw] = []
     for raw in rows:
@@ -138,7 +138,7 @@ def _named(raw: Raw, tally: Tally) -> bool:
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally: Tally) -> Rows:
+def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally: Tally) -> RawRows:
     """The rows of one tree."""
     stack: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
     while stack:  # by hand: trees may be deeper than Python recurses

@@ -293,7 +293,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join([*(f"{name:<{width}}  {text}" for name, text in lines), *(f"! {w}" for w in report["warnings"])])
 
 
-def decoded(batch: Batch, row: int, tokenizer) -> list[str]:
+def row_texts(batch: Batch, row: int, tokenizer) -> list[str]:
     """A row of a batch as text, as the model sees it: one string per completion, with what is read out marked.
 
     Scored tokens stand in ⟦ ⟧; ⟨score⟩ stands behind a token whose score is read.  Everything is taken from the

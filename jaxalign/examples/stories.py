@@ -21,7 +21,7 @@ from jaxalign.evaluate.wordbag import WordBag, accuracy, fit
 from jaxalign.examples import reviews
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.configfile import load_config, run_script
-from jaxalign.pipeline.keys import fingerprint
+from jaxalign.pipeline.keys import file_digest
 
 CONFIG = "configs/stories.py"
 SETS = ("polite", "hh")  # the sets whose pairs are used as they stand
@@ -126,7 +126,7 @@ def _judge(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
             "accuracy_on_openings": accuracy(judge, *_columns(short)),
         }
 
-    read = fingerprint(str(path.parent / "judge_reviews.jsonl"))
+    read = file_digest(str(path.parent / "judge_reviews.jsonl"))
     found = _kept(path.with_suffix(".json"), [sizes.judge_reviews, sizes.min_words, sizes.max_words, read], make)
     return {"judge": WordBag.load(path), "accuracy": found}
 
@@ -180,7 +180,7 @@ def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _pairs_key(config: Any) -> list[Any]:
-    asked = [config.prepare.dpo_prompts, fingerprint(str(Path(config.workdir, "data/prompts.jsonl")))]
+    asked = [config.prepare.dpo_prompts, file_digest(str(Path(config.workdir, "data/prompts.jsonl")))]
     return [_stage_key(config, "sft"), _stage_key(config, "reward"), asked, to_dict(config.dpo.rollout)]
 
 

@@ -69,11 +69,11 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
             tree[section].pop(leaf)
             continue
         for path in paths_in(get(config, field)):
-            files[path] = fingerprint(path)
+            files[path] = file_digest(path)
     parts: dict[str, Any] = {"format": FORMAT, "inputs": dict(inputs), "files": dict(files)}
     unscored = _hash(parts | {"config": tree})
     if function := get(config, "rewards.function"):
-        files[function] = parts["files"][function] = fingerprint(module_file(function))
+        files[function] = parts["files"][function] = file_digest(module_file(function))
     base = {name: value for name, value in tree.items() if name not in _LENGTH}
     return Keys(_hash(parts | {"config": tree}), _hash(parts | {"config": base}), unscored, files)
 
@@ -93,7 +93,7 @@ def paths_in(value: Any) -> list[str]:
     return paths_in(value.get("path")) if hasattr(value, "get") else []
 
 
-def fingerprint(path: str) -> str | None:
+def file_digest(path: str) -> str | None:
     """What is in a local file, in all files of a directory, or of a glob; None where there is none here.
 
     A file up to 64 MiB counts by its content; a larger one by size, time of change and first and last MiB.
@@ -101,10 +101,10 @@ def fingerprint(path: str) -> str | None:
     path = os.path.expanduser(path)
     if not os.path.exists(path):  # False also for what cannot be a path, such as the text of a template
         found = sorted(filter(os.path.exists, glob.glob(path))) if len(path) < 4096 and "://" not in path else []
-        return hashlib.sha256(json.dumps([(p, fingerprint(p)) for p in found]).encode()).hexdigest() if found else None
+        return hashlib.sha256(json.dumps([(p, file_digest(p)) for p in found]).encode()).hexdigest() if found else None
     root = Path(path)
     if root.is_dir():
-        parts = [(p.relative_to(root).as_posix(), fingerprint(str(p))) for p in sorted(root.rglob("*")) if p.is_file()]
+        parts = [(p.relative_to(root).as_posix(), file_digest(str(p))) for p in sorted(root.rglob("*")) if p.is_file()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if not root.is_file():
         return None

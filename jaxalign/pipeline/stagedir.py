@@ -18,7 +18,7 @@ RECORD = "stage.json"  # in a stage's directory: its key, and what the key was m
 FORMAT = 1
 
 
-class Stage(NamedTuple):
+class PlannedStage(NamedTuple):
     """One stage, ready to run."""
 
     name: str  # "" for a configuration without stages
@@ -36,7 +36,7 @@ def is_done(workdir: str) -> bool:
     return results(path_of(workdir)) is not None
 
 
-def remember(stage: Stage) -> None:
+def remember(stage: PlannedStage) -> None:
     """Adds to the results of a run without stages what was in the files that it named, for whoever runs it again."""
     from jaxalign.train.rundir import results
 
@@ -45,7 +45,7 @@ def remember(stage: Stage) -> None:
         write_whole(path / "DONE", json.dumps(found | {"files": stage.keys.files}, indent=1, sort_keys=True) + "\n")
 
 
-def changed(stage: Stage, before: dict[str, Any]) -> str:
+def changed(stage: PlannedStage, before: dict[str, Any]) -> str:
     """The files of a finished run in which something else is now, by their paths."""
     now = stage.keys.files
     return ", ".join(p for p, digest in before.get("files", {}).items() if p in now and now[p] != digest)
@@ -57,7 +57,7 @@ _SCRATCH = ("cache", "data_report.json")
 _BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "events")
 
 
-def prepare(stage: Stage, say: Callable[[str], None]) -> int:
+def prepare(stage: PlannedStage, say: Callable[[str], None]) -> int:
     """Decides what to do with a stage's directory, and makes it ready; not while another run is at work in it."""
     from jaxalign.train.lock import Lock
     from jaxalign.train.rundir import RunDir, usable
@@ -76,7 +76,7 @@ def prepare(stage: Stage, say: Callable[[str], None]) -> int:
         lock.release()
 
 
-def _prepared(stage: Stage, say: Callable[[str], None], lock: Any) -> int:
+def _prepared(stage: PlannedStage, say: Callable[[str], None], lock: Any) -> int:
     workdir = path_of(stage.config.workdir)
     if workdir.exists() and not _is_fresh(stage.config.workdir):
         record = _known(stage)
@@ -108,7 +108,7 @@ def _prepared(stage: Stage, say: Callable[[str], None], lock: Any) -> int:
     return RUN
 
 
-def note(stage: Stage) -> None:
+def note(stage: PlannedStage) -> None:
     """Writes what a stage's directory holds."""
     text = {
         "format": FORMAT,
@@ -122,7 +122,7 @@ def note(stage: Stage) -> None:
     write_whole(path_of(stage.config.workdir, RECORD), json.dumps(text, indent=2, sort_keys=True) + "\n")
 
 
-def _longer(stage: Stage, record: dict) -> bool:
+def _longer(stage: PlannedStage, record: dict) -> bool:
     """Whether a directory holds a shorter run of a stage that can go on from its last checkpoint.
 
     So it is where nothing but the length changed, under a learning rate that does not depend on it.
@@ -136,7 +136,7 @@ def _longer(stage: Stage, record: dict) -> bool:
     return any(path_of(now.workdir, "checkpoints").glob("[0-9]*"))
 
 
-def _scored_anew(stage: Stage, record: dict) -> bool:
+def _scored_anew(stage: PlannedStage, record: dict) -> bool:
     """Whether a directory holds an unfinished run in which nothing but the file of the reward function changed."""
     if record.get("unscored") != stage.keys.unscored or is_done(stage.config.workdir):
         return False
@@ -151,7 +151,7 @@ def _is_fresh(workdir: str) -> bool:
     return names <= set(_SCRATCH) or (RECORD in names and names <= set(_BEGUN) and RunDir(workdir).untrained())
 
 
-def _known(stage: Stage) -> dict:
+def _known(stage: PlannedStage) -> dict:
     """The record of what lies in a stage's directory; empty where there is none.
 
     Raises:

@@ -21,7 +21,7 @@ from jaxalign.config import get, validate
 from jaxalign.errors import InputError
 from jaxalign.pipeline.keys import keys_of
 from jaxalign.pipeline.stagedir import RECORD as RECORD
-from jaxalign.pipeline.stagedir import SKIP, Stage, changed, is_done, note, path_of, prepare, remember
+from jaxalign.pipeline.stagedir import SKIP, PlannedStage, changed, is_done, note, path_of, prepare, remember
 from jaxalign.ranges import bounds, misfit, shown
 
 # (role in `from`, the field it fills, algorithms of stages it may name)
@@ -31,7 +31,7 @@ _FROM = (
 )
 
 
-def plan(config: ConfigDict) -> list[Stage]:
+def plan(config: ConfigDict) -> list[PlannedStage]:
     """Resolves and validates every stage before the first one runs.
 
     Args:
@@ -48,13 +48,13 @@ def plan(config: ConfigDict) -> list[Stage]:
         _check_alone(config)
         warnings = validate(config)  # before the key is made: a section may be none
         keys = keys_of(config, {}, ())
-        return [Stage("", config, keys.key, {}, warnings, keys)]
+        return [PlannedStage("", config, keys.key, {}, warnings, keys)]
     names = _names(config)
     if expected := misfit(config.get("seed"), *bounds("seed"), whole=True):
         raise InputError(f"seed is {shown(config.get('seed'))}", expected, "--config.seed=0")
     if not isinstance(config.get("workdir"), str) or not config.workdir.strip():
         raise InputError("workdir is not set", "a directory for the results", "--config.workdir=runs/NAME")
-    done: dict[str, Stage] = {}
+    done: dict[str, PlannedStage] = {}
     for name in names:
         stage = config[name].copy_and_resolve_references()
         with stage.unlocked():
@@ -69,7 +69,7 @@ def plan(config: ConfigDict) -> list[Stage]:
             warnings.append(f"its own seed {shown(own)} is not read: the stages share one, {config.seed}")
         filled = tuple(field for role, field, _ in _FROM if role in inputs)
         keys = keys_of(stage, {role: done[source].key for role, source in inputs.items()}, filled)
-        done[name] = Stage(name, stage, keys.key, inputs, warnings, keys)
+        done[name] = PlannedStage(name, stage, keys.key, inputs, warnings, keys)
     return list(done.values())
 
 
@@ -120,7 +120,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
         return _dry(stages, say) if dry_run else _in_order(stages, say)
 
 
-def _in_order(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
+def _in_order(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[str, Any]:
     """Runs what is not done yet; the results by stage."""
     from jaxalign.parallel.processes import on_main
 
@@ -181,7 +181,7 @@ def _names(config: ConfigDict) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _resolve(name: str, stage: ConfigDict, done: dict[str, Stage], names: tuple[str, ...]) -> dict[str, str]:
+def _resolve(name: str, stage: ConfigDict, done: dict[str, PlannedStage], names: tuple[str, ...]) -> dict[str, str]:
     """Fills in what `from` names and returns role -> stage."""
     inputs = {}
     for role, field, algorithms in _FROM:
@@ -233,7 +233,7 @@ def _in_stage(name: str, error: InputError) -> InputError:
     return InputError(f"stage {name}: {error.found}", error.expected, fix)
 
 
-def _check_inputs(stages: list[Stage]) -> None:
+def _check_inputs(stages: list[PlannedStage]) -> None:
     """The first record of local data, the reward function and its signature of every stage, before the first starts."""
     from jaxalign.data.files import is_url
     from jaxalign.data.records import Tally
@@ -262,7 +262,7 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
+def _dry(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[str, Any]:
     """A dry run of each stage; an input that is not trained yet is stood for by what it will start from."""
     results = {}
     by_name = {stage.name: stage for stage in stages}
@@ -282,7 +282,7 @@ def _dry(stages: list[Stage], say: Callable[[str], None]) -> dict[str, Any]:
     return results
 
 
-def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:
+def _train(stage: PlannedStage, *, dry_run: bool = False) -> dict[str, Any]:
     from jaxalign.train import trainer
 
     with warnings.catch_warnings():
@@ -298,7 +298,7 @@ def _train(stage: Stage, *, dry_run: bool = False) -> dict[str, Any]:
 _TELLING = ("loss", "rewards/accuracies", "objective/scores", "objective/kl")
 
 
-def _report(stage: Stage, result: dict[str, Any], say: Callable[[str], None], *, again: bool = False) -> None:
+def _report(stage: PlannedStage, result: dict[str, Any], say: Callable[[str], None], *, again: bool = False) -> None:
     """What came out, in a line; `again` where it had come out before, and nothing was trained now."""
     figures = {**(result.get("metrics") or {}), **(result.get("eval") or {})}
     names = [f"{where}{name}" for name in _TELLING for where in ("", "eval/")]

@@ -16,7 +16,7 @@ from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import num_bytes
 from jaxalign.train.room import check_room
-from jaxalign.train.samples import decoded
+from jaxalign.train.samples import masked_text
 from jaxalign.train.trainer import data_warnings
 from jaxalign.types import Batch, Completions, PolicyBatch, Readouts, Rows
 
@@ -100,7 +100,7 @@ def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
             lines.append(f"  record {int(i)} prompt: {tokenizer.decode(np.asarray(example.prompt).tolist())!r}")
             names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
             for name, tokens, mask in zip(names, example.completions, example.masks, strict=False):
-                lines.append(f"    {name}: {decoded(tokenizer, np.asarray(tokens), np.asarray(mask))!r}")
+                lines.append(f"    {name}: {masked_text(tokenizer, np.asarray(tokens), np.asarray(mask))!r}")
         shown.append("\n".join(lines))
     return shown
 

@@ -79,7 +79,7 @@ def attach(stage: Any, datasets: list[Any]) -> list[Any]:
             "data": dataset.fingerprint,
             "tokenizer": tokenizer_key,
         }
-        cache = Cache(folder, keys, dataset.num_records)
+        cache = ReferenceCache(folder, keys, dataset.num_records)
         table = cache.read()
         if not np.isfinite(table).all():
             table = _compute(dataset, table, cache, lambda batch: logprobs(params, batch), stage.mesh)
@@ -87,7 +87,7 @@ def attach(stage: Any, datasets: list[Any]) -> list[Any]:
     return wrapped
 
 
-def _compute(dataset: Any, table: np.ndarray, cache: Cache, logprobs: Any, mesh: Any) -> np.ndarray:
+def _compute(dataset: Any, table: np.ndarray, cache: ReferenceCache, logprobs: Any, mesh: Any) -> np.ndarray:
     """Fills the table from the batches of one epoch; rows that are there already are not computed again."""
     written = time.monotonic()
     for index in range(dataset.batches_per_epoch):
@@ -112,7 +112,7 @@ def _compute(dataset: Any, table: np.ndarray, cache: Cache, logprobs: Any, mesh:
     return table
 
 
-class Cache:
+class ReferenceCache:
     """A file of reference log-probs, named by and holding the fingerprints of weights, config, data and tokenizer."""
 
     def __init__(self, folder: Any, keys: dict[str, str], num_records: int):

@@ -130,7 +130,7 @@ class Sampler:
         return self._examples, self._batch
 
 
-def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
+def masked_text(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
     """Text in which the runs of tokens that are scored stand in brackets, `⟦so⟧`."""
     text, start = "", 0
     for end in range(1, len(tokens) + 1):

@@ -8,7 +8,7 @@ import pytest
 from jaxalign.config import defaults
 from jaxalign.data.loader import Dataset
 from jaxalign.data.records import Record
-from jaxalign.data.report import as_text, decoded
+from jaxalign.data.report import as_text, row_texts
 
 TOKENIZER = "models/stories3m-llama"
 
@@ -127,7 +127,7 @@ def test_rows_are_shown_with_what_is_scored(build, tokenizer_of, purpose, option
     pairs = _pairs([(f"Say {i}:", f" yes {i}", f" no {i} no") for i in range(5)])
     dataset = build(purpose, pairs, **options)
     batch = dataset.batch(0)
-    shown = {text for row in range(4) for text in decoded(batch, row, tokenizer_of(TOKENIZER))}
+    shown = {text for row in range(4) for text in row_texts(batch, row, tokenizer_of(TOKENIZER))}
     want = set()
     for i in range(dataset.num_records):
         for completion in dataset.example(i).completions:
@@ -140,11 +140,11 @@ def test_rows_are_shown_with_what_is_scored(build, tokenizer_of, purpose, option
 def test_prompts_and_partly_scored_rows_are_shown(build, tokenizer_of):
     tokenizer = tokenizer_of(TOKENIZER)
     dataset = build("ppo", [Record(0, "s", 1, "prompt", prompt="Once upon")])
-    assert decoded(dataset.batch(0), 0, tokenizer) == ["<s> Once upon"]
+    assert row_texts(dataset.batch(0), 0, tokenizer) == ["<s> Once upon"]
     chat = [
         {"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "So"), ("user", "Ho"), ("assistant", "No"))
     ]
-    shown = decoded(build("sft", [Record(0, "s", 1, "messages", messages=chat)]).batch(0), 0, tokenizer)
+    shown = row_texts(build("sft", [Record(0, "s", 1, "messages", messages=chat)]).batch(0), 0, tokenizer)
     assert len(shown) == 1 and shown[0].count("⟦") == 2
     assert [part.split("⟧")[0].strip() for part in shown[0].split("⟦")[1:]] == ["So", "No</s>"]
 

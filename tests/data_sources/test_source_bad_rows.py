@@ -11,7 +11,7 @@ from jaxalign.data.loader import Dataset
 from jaxalign.data.mixture import load_records
 from jaxalign.data.report import as_text
 from jaxalign.errors import InputError
-from jaxalign.pipeline.keys import fingerprint
+from jaxalign.pipeline.keys import file_digest
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 BAD_LINES = {
@@ -107,7 +107,7 @@ def test_a_stage_key_of_links_that_lead_nowhere(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in ("gone.jsonl", "loop.jsonl", "*.jsonl", "pipe.jsonl", "."):
-        fingerprint(str(tmp_path / name))
+        file_digest(str(tmp_path / name))
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -264,7 +264,7 @@ def test_a_workdir_that_cannot_be_is_input(road, trainer, tmp_path, monkeypatch,
 )
 def test_the_last_line_shows_what_came_of_it(result, line):
     lines = []
-    module._report(module.Stage("", None, "", {}, []), {**result, "export": "out"}, lines.append)
+    module._report(module.PlannedStage("", None, "", {}, []), {**result, "export": "out"}, lines.append)
     assert lines == [line]
 
 
@@ -361,23 +361,23 @@ def test_paths_of_every_kind(tmp_path):
     (tmp_path / "a.jsonl").write_text("1")
     sources = ("gs://bucket/x", {"path": "org/name"}, str(tmp_path / "*.jsonl"))
     assert keys.paths_in(sources) == ["gs://bucket/x", "org/name", str(tmp_path / "*.jsonl")]
-    assert keys.fingerprint("gs://bucket/x") is None and keys.fingerprint("org/name") is None
-    assert keys.fingerprint("{% for m in messages %}" * 1000) is None
-    before = keys.fingerprint(sources[2])
+    assert keys.file_digest("gs://bucket/x") is None and keys.file_digest("org/name") is None
+    assert keys.file_digest("{% for m in messages %}" * 1000) is None
+    before = keys.file_digest(sources[2])
     (tmp_path / "b.jsonl").write_text("2")
-    assert keys.fingerprint(sources[2]) != before is not None
+    assert keys.file_digest(sources[2]) != before is not None
 
 
 def test_large_files_count_by_size_time_and_ends(tmp_path):
     big = tmp_path / "big.bin"
     with big.open("wb") as file:
         file.truncate((64 << 20) + 10)
-    before = keys.fingerprint(str(big))
-    assert before == keys.fingerprint(str(big))
+    before = keys.file_digest(str(big))
+    assert before == keys.file_digest(str(big))
     with big.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
-    assert keys.fingerprint(str(big)) != before
+    assert keys.file_digest(str(big)) != before
 
 
 def test_a_second_run_of_the_stages_is_refused_and_nothing_is_moved(road, trainer, tmp_path):

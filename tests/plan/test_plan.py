@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxalign.errors import InputError
-from jaxalign.plan import _COLLECTIVE, Plan, parse_topology
+from jaxalign.plan import _COLLECTIVE, MachinePlan, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_wrong_name_says_what_it_may_be(name):
 
 def test_what_a_plan_says():
     memory = {"arguments": 3 * 2**30, "results": 0, "temporary": 2**30, "total": 4 * 2**30}
-    plan = Plan("tpu:v5p:2x2x4", "TPU v5", 16, {"fsdp": 16}, memory, 95 * 2**30, {"all-gather": 2}, 1.0)
+    plan = MachinePlan("tpu:v5p:2x2x4", "TPU v5", 16, {"fsdp": 16}, memory, 95 * 2**30, {"all-gather": 2}, 1.0)
     assert plan.fits is True
     assert plan._replace(limit=2**30).fits is False
     assert plan._replace(limit=None).fits is None

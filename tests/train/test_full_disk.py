@@ -182,9 +182,9 @@ def test_samples(tmp_path):
 
 
 def test_reference_cache(tmp_path):
-    from jaxalign.train.reference import Cache
+    from jaxalign.train.reference import ReferenceCache
 
-    cache = Cache(epath.Path(tmp_path), {"model": "m"}, LIMIT)
+    cache = ReferenceCache(epath.Path(tmp_path), {"model": "m"}, LIMIT)
     with refused(cache.path):
         cache.write(np.random.default_rng(0).random((LIMIT, 2)).astype(np.float32))
     assert left(tmp_path) == []

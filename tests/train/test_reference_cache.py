@@ -110,7 +110,7 @@ def test_a_cache_of_other_inputs_under_this_name_is_not_taken(attach, tmp_path):
 
 def test_every_byte_of_a_cache_is_watched(tmp_path):
     keys, table = {"model": "one"}, np.array([[-1, -2], [-3, -4]], np.float32)
-    cache = reference.Cache(epath.Path(tmp_path), keys, 2)
+    cache = reference.ReferenceCache(epath.Path(tmp_path), keys, 2)
     cache.write(table)
     whole = cache.path.read_bytes()
     for at in range(0, len(whole), 7):
@@ -120,7 +120,7 @@ def test_every_byte_of_a_cache_is_watched(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    cache = reference.Cache(epath.Path(tmp_path), {"model": "one"}, 1)
+    cache = reference.ReferenceCache(epath.Path(tmp_path), {"model": "one"}, 1)
     cache.write(np.zeros((1, 2), np.float32))
 
     def full(number):
