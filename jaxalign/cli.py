@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[argv[0]](argv[1:]) if argv[0] in _COMMANDS else _unknown(argv[0])
     except InputError as error:
-        print(f"jaxalign {argv[0]}: the input cannot be used\n{_in_own_flags(argv[0], str(error))}", file=sys.stderr)
+        print(f"jaxalign {argv[0]}: the input cannot be used\n{error.render(_flags_of(argv[0]))}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # a help page (0), or training that was asked to stop and saved (128 + the signal)
         if stop.code in (0, None) and not {"-h", "--help"} & set(argv):
@@ -146,12 +146,14 @@ def _interrupted(program: bool) -> int:
     return 130
 
 
-def _in_own_flags(command: str, message: str) -> str:
-    """Lower rooms speak of config fields; the other commands call the same things by flags."""
-    if command != "train":
-        for field, flag in (("model.path", "model"), ("data.sources", "data"), ("rewards.function", "reward")):
-            message = message.replace(f"--config.{field}", f"--{flag}")
-    return message
+def _flags_of(command: str) -> Callable[[str], str]:
+    """How a command's flags call the fields of a configuration."""
+    own = (
+        {}
+        if command == "train"
+        else {"model.path": "--model", "data.sources": "--data", "rewards.function": "--reward"}
+    )
+    return lambda field: own.get(field, f"--config.{field}")
 
 
 def _unknown(name: str) -> int:

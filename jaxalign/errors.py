@@ -1,13 +1,24 @@
 """The one error that a user's input can cause."""
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+
+_SETTING = re.compile(r"--config\.([A-Za-z_][\w.]*)")
 
 
 class InputError(ValueError):
     """Input that cannot be used, in three parts: what was found, what was expected, the line that fixes it.
 
-    The command line prints it without a traceback and exits with status 2.
+    A caller may add what it is about (`within`: a stage, a field, a record) and rename the fields of the fix; the text
+    is made once, where it is shown.  The command line prints it without a traceback and
+    exits with status 2.
+
+    Args:
+      problem: what was found.
+      expected: what it should be.
+      fix: the line that repairs it; fields of the configuration are written `--config.FIELD`.
+      places: what it is about, the outermost first.
 
     >>> raise InputError("model.dtype is 'float8'", "one of float32, bfloat16", "--config.model.dtype=bfloat16")
     Traceback (most recent call last):
@@ -17,9 +28,41 @@ class InputError(ValueError):
     fix:      --config.model.dtype=bfloat16
     """
 
-    def __init__(self, found: str, expected: str, fix: str):
-        self.found, self.expected, self.fix = found, expected, fix
-        super().__init__(f"found:    {found}\nexpected: {expected}\nfix:      {fix}")
+    def __init__(self, problem: str, expected: str, fix: str, places: tuple[str, ...] = ()):
+        self.problem, self.expected, self.fix, self.places = problem, expected, fix, places
+        super().__init__(problem, expected, fix, places)
+
+    @property
+    def found(self) -> str:
+        """The problem, and before it what it is about."""
+        return ": ".join((*self.places, self.problem))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the configuration that the fix sets, by their dotted names."""
+        return tuple(_SETTING.findall(self.fix))
+
+    def within(self, place: str, rename: Callable[[str], str] = str) -> "InputError":
+        """The same error as its caller's caller knows it.
+
+        Args:
+          place: what it is about, such as "stage dpo"; "" adds nothing.
+          rename: from the name of a field in the fix to the one it has there.
+        """
+        fix = _SETTING.sub(lambda match: f"--config.{rename(match[1])}", self.fix)
+        return InputError(self.problem, self.expected, fix, (place, *self.places) if place else self.places)
+
+    def render(self, flag: Callable[[str], str] = "--config.{}".format) -> str:
+        """The text that is shown.
+
+        Args:
+          flag: how a field of the configuration is written.
+        """
+        text = f"found:    {self.found}\nexpected: {self.expected}\nfix:      {self.fix}"
+        return _SETTING.sub(lambda match: flag(match[1]), text)
+
+    def __str__(self) -> str:
+        return self.render()
 
 
 @contextlib.contextmanager
@@ -42,5 +85,4 @@ def named(field: str) -> Iterator[None]:
     except InputError as error:
         if field == "model.path" or error.found.startswith(f"{field}: "):
             raise
-        fix = error.fix.replace("--config.model.path=", f"--config.{field}=")
-        raise InputError(f"{field}: {error.found}", error.expected, fix) from error
+        raise error.within(field, lambda name: field if name == "model.path" else name) from error

@@ -77,7 +77,7 @@ class BadRow(InputError):
     """
 
     def __init__(self, where: str, problem: str, expected: str, fix: str, reason: str):
-        super().__init__(f"{where}: {problem}", expected, fix)
+        super().__init__(problem, expected, fix, (where,))
         self.where, self.reason = where, reason
 
 
@@ -106,7 +106,7 @@ class Tally:
         """Raises the error of a row that is wrong, or counts the row as one that is skipped."""
         if self.on_error != "skip":
             way_on = ", or --config.data.on_error=skip" if self.config_field else ""
-            raise InputError(error.found, error.expected, error.fix + way_on) from error
+            raise InputError(error.problem, error.expected, error.fix + way_on, error.places) from error
         self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
         self._place(error.reason, error.where)
 

@@ -358,7 +358,7 @@ def tokenize_records(
                     wrong[number] = _reason(error)
                     continue
                 where = f"record {record.index} (line {record.line} of {record.source})"
-                raise InputError(f"{where}: {error.found}", error.expected, error.fix) from error
+                raise error.within(where) from error
         flat = [part for record_parts in parts for part in record_parts]
         encoded = iter(encoder.encode([p.rendered.text for p in flat], [p.templated for p in flat]))
         for number, (record, record_parts) in enumerate(zip(chunk, parts, strict=True)):

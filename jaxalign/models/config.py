@@ -112,9 +112,8 @@ def read_config(directory: Path, **settings: Any) -> ModelConfig:
     try:
         return from_hf(hf, **settings)
     except InputError as error:
-        raise InputError(
-            error.found.replace("in config.json", f"in {directory / CONFIG}"), error.expected, error.fix
-        ) from error
+        problem = error.problem.replace("in config.json", f"in {directory / CONFIG}")
+        raise InputError(problem, error.expected, error.fix, error.places) from error
 
 
 def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, head: str | None = None) -> ModelConfig:

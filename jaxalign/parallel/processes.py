@@ -163,7 +163,7 @@ def on_main(call: Callable[[], Any]) -> Any:
         try:
             outcome = {"value": call()}
         except InputError as found:
-            error, outcome = found, {"input": [found.found, found.expected, found.fix]}
+            error, outcome = found, {"input": found.args}
         except Exception as found:
             error, outcome = found, {"failed": f"{type(found).__name__}: {found}"}
     text = json.dumps(outcome).encode()
@@ -173,7 +173,8 @@ def on_main(call: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if "input" in outcome:
-        raise InputError(*outcome["input"])
+        problem, expected, fix, places = outcome["input"]
+        raise InputError(problem, expected, fix, tuple(places))
     if "failed" in outcome:
         raise RuntimeError(f"process 0: {outcome['failed']}")
     return outcome["value"]

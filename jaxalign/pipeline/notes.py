@@ -30,7 +30,7 @@ def first_told(config: str) -> Iterator[None]:
         commands = first(config)
         if not commands or not any(path in error.found for path in _missing(config)):
             raise
-        another = ", or --config.model.path=DIR_OR_HUB_ID" * ("model.path" in error.fix)
+        another = ", or --config.model.path=DIR_OR_HUB_ID" * ("model.path" in error.fields)
         raise InputError(error.found, error.expected, " && ".join(commands) + another) from error
 
 

@@ -99,7 +99,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
         try:
             require_dtypes(dtype=model.dtype, param_dtype=model.param_dtype, frozen_dtype=model.frozen_dtype)
         except InputError as error:
-            raise (_in_stage(stage.name, error) if stage.name else error) from None
+            raise _in_stage(stage.name, error) from None
     initialize(stages[0].config.process_timeout)
     say = log if is_main() else _silent
     for stage in stages:
@@ -229,8 +229,10 @@ def _resolve(name: str, stage: ConfigDict, done: dict[str, PlannedStage], names:
 
 
 def _in_stage(name: str, error: InputError) -> InputError:
-    fix = re.sub(r"--config\.(?!workdir\b|seed\b)", f"--config.{name}.", error.fix)  # those are all stages' own
-    return InputError(f"stage {name}: {error.found}", error.expected, fix)
+    """A stage's error as its section's: all fields but `workdir` and `seed`, which the stages share."""
+    if not name:
+        return error
+    return error.within(f"stage {name}", lambda field: field if field in ("workdir", "seed") else f"{name}.{field}")
 
 
 def _check_inputs(stages: list[PlannedStage]) -> None:
@@ -249,7 +251,7 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
             if function := get(stage.config, "rewards.function"):
                 FunctionScorer(load_function(function), function)
         except InputError as error:
-            raise (_in_stage(stage.name, error) if stage.name else error) from None
+            raise _in_stage(stage.name, error) from None
 
 
 def _looks_local(path: str) -> bool:
@@ -291,7 +293,7 @@ def _train(stage: PlannedStage, *, dry_run: bool = False) -> dict[str, Any]:
         try:
             return trainer.run(stage.config, dry_run=dry_run)
         except InputError as error:
-            raise (_in_stage(stage.name, error) if stage.name else error) from error
+            raise _in_stage(stage.name, error) from error
 
 
 # Figures that a finished stage's line shows, where it has them, of training and of held-out data.
