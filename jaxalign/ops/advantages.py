@@ -1,6 +1,15 @@
-"""Advantage estimators: from per-token rewards and values to advantages and returns."""
+"""Advantage estimators: from per-token rewards to advantages and, where there is a critic, returns.
+
+All have one form, `estimator(rewards, mask, *, values=None, group=None, **options) -> (advantages, returns or None)`:
+float [B, M] of every token, 0 where `mask` is False.  One with a critic reads `values` [B, M]; one without compares the
+completions of a `group`, int32 [B], the number of the prompt that each answers.  `options` have the names of fields of
+`config.algorithm`.
+"""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 
 import chex
 import jax
@@ -9,9 +18,18 @@ import jax.numpy as jnp
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.types import Array
 
+# (rewards, mask, *, values, group, **options) -> (advantages, returns or None)
+Estimator = Callable[..., tuple[Array, Array | None]]
+
 
 def gae(
-    rewards: Array, values: Array, mask: Array, group: Array | None = None, *, gamma: float, gae_lambda: float
+    rewards: Array,
+    mask: Array,
+    *,
+    values: Array | None = None,
+    group: Array | None = None,
+    gamma: float,
+    gae_lambda: float,
 ) -> tuple[Array, Array]:
     """Generalised advantage estimation over the real tokens of each completion.
 
@@ -25,9 +43,9 @@ def gae(
 
     Args:
       rewards: float [B, M], reward of each token.
-      values: float [B, M], value of the state before each token.
       mask: bool [B, M], the real tokens.
-      group: not read; estimators without a critic compare the completions of a group, and all share one form.
+      values: float [B, M], value of the state before each token; needed.
+      group: not read.
       gamma: discount of a token, in [0, 1].
       gae_lambda: in [0, 1]; 0 trusts the values alone, 1 the rewards alone.
 
@@ -36,11 +54,13 @@ def gae(
 
     >>> import numpy as np
     >>> one = np.ones((1, 3), np.float32)
-    >>> a, r = gae(one, 0 * one, np.array([[True, True, False]]), gamma=1.0, gae_lambda=1.0)
+    >>> a, r = gae(one, np.array([[True, True, False]]), values=0 * one, gamma=1.0, gae_lambda=1.0)
     >>> a.tolist(), r.tolist()
     ([[2.0, 1.0, 0.0]], [[2.0, 1.0, 0.0]])
     """
     del group
+    if values is None:
+        raise ValueError("generalised advantage estimation without values: it needs a value model")
     chex.assert_rank([rewards, values, mask], 2)
     chex.assert_equal_shape([rewards, values, mask])
     chex.assert_type([rewards, values, mask], [float, float, bool])
@@ -60,3 +80,16 @@ def gae(
     _, advantages = jax.lax.scan(back, (start, start), (rewards.T, values.T, mask.T), reverse=True)
     advantages = advantages.T
     return advantages, jnp.where(mask, advantages + values, 0)
+
+
+ESTIMATORS: dict[str, Estimator] = {"gae": gae}
+
+
+def estimator_options(estimator: Estimator) -> list[str]:
+    """The names of an estimator's own options: what it takes by keyword, beside `values` and `group`.
+
+    >>> estimator_options(gae)
+    ['gamma', 'gae_lambda']
+    """
+    parameters = inspect.signature(estimator).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("values", "group")]

@@ -320,7 +320,7 @@ class Prepare:
         rewards = token_rewards(shaped, kl, taught, extra["kl_coef"])
         if r.whiten:
             rewards = whiten(rewards, taught, shift_mean=False)
-        advantages, returns = gae(rewards, forward.values, taught, gamma=a.gamma, gae_lambda=a.gae_lambda)
+        advantages, returns = gae(rewards, taught, values=forward.values, gamma=a.gamma, gae_lambda=a.gae_lambda)
         explained = 1 - masked_var(returns - forward.values, taught) / jnp.maximum(masked_var(returns, taught), 1e-8)
         if a.whiten_advantages:
             advantages = whiten(advantages, taught)

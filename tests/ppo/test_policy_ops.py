@@ -40,14 +40,15 @@ def test_gae_is_the_loop(x64, gamma, lam):
     rng = np.random.default_rng(0)
     mask = ragged(rng)
     rewards, values = rng.normal(size=(2, *mask.shape))
-    got = gae(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    got = gae(rewards, mask, values=values, gamma=gamma, gae_lambda=lam)
     for one, other in zip(got, gae_loop(rewards, values, mask, gamma, lam), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 def test_gae_hand_numbers(x64):
     # V = (1, 2), r = (0, 3), gamma 1/2, lambda 1/2: delta_1 = 3 - 2 = 1, delta_0 = 0 + 1 - 1 = 0, A_0 = 0 + 1/4
-    got, returns = gae(np.array([[0.0, 3.0]]), np.array([[1.0, 2.0]]), np.ones((1, 2), bool), gamma=0.5, gae_lambda=0.5)
+    rewards, values = np.array([[0.0, 3.0]]), np.array([[1.0, 2.0]])
+    got, returns = gae(rewards, np.ones((1, 2), bool), values=values, gamma=0.5, gae_lambda=0.5)
     assert got.tolist() == [[0.25, 1.0]] and returns.tolist() == [[1.25, 3.0]]
 
 
@@ -55,7 +56,7 @@ def test_gae_steps_over_masked_places(x64):
     mask = np.array([[True, False, True, True, False]])
     rng = np.random.default_rng(1)
     rewards, values = rng.normal(size=(2, 1, 5))
-    got = gae(rewards, values, mask, gamma=0.9, gae_lambda=0.8)
+    got = gae(rewards, mask, values=values, gamma=0.9, gae_lambda=0.8)
     np.testing.assert_allclose(got[0], gae_loop(rewards, values, mask, 0.9, 0.8)[0], atol=1e-12)
 
 
@@ -64,18 +65,25 @@ def test_trap_gae_over_padding(x64):
     rng = np.random.default_rng(2)
     mask = ragged(rng)
     rewards, values = rng.normal(size=(2, *mask.shape))
-    clean = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95)
-    poisoned = gae(np.where(mask, rewards, np.nan), np.where(mask, values, 1e30), mask, gamma=1.0, gae_lambda=0.95)
-    wide = [np.pad(x, ((0, 0), (0, 4))) for x in (rewards, values, mask)]
-    padded = gae(*wide, gamma=1.0, gae_lambda=0.95)
+    options = {"gamma": 1.0, "gae_lambda": 0.95}
+    clean = gae(rewards, mask, values=values, **options)
+    poisoned = gae(np.where(mask, rewards, np.nan), mask, values=np.where(mask, values, 1e30), **options)
+    wide = [np.pad(x, ((0, 0), (0, 4))) for x in (rewards, mask, values)]
+    padded = gae(*wide[:2], values=wide[2], **options)
     for a, b, c in zip(clean, poisoned, padded, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a, c[:, :-4], atol=1e-9)
 
 
+def test_gae_without_a_critic_is_refused():
+    ones = np.ones((1, 3), np.float32)
+    with pytest.raises(ValueError, match="value model"):
+        gae(ones, ones > 0, gamma=1.0, gae_lambda=0.95)
+
+
 def test_gae_gives_no_gradient():
     ones = jnp.ones((1, 3))
-    gradient = jax.grad(lambda v: gae(ones, v, ones > 0, gamma=1.0, gae_lambda=0.95)[1].sum())(ones)
+    gradient = jax.grad(lambda v: gae(ones, ones > 0, values=v, gamma=1.0, gae_lambda=0.95)[1].sum())(ones)
     assert not gradient.any()
 
 
@@ -255,7 +263,7 @@ def test_bfloat16_is_computed_in_float32():
     x = jnp.ones((1, 2), jnp.bfloat16)
     assert policy_loss(x, x, x, x, x > 0, clip_range=0.2).loss.dtype == jnp.float32
     assert value_loss(x, x, x, x > 0, clip_range=0.2).loss.dtype == jnp.float32
-    assert gae(x, x, x > 0, gamma=1.0, gae_lambda=1.0)[0].dtype == jnp.float32
+    assert gae(x, x > 0, values=x, gamma=1.0, gae_lambda=1.0)[0].dtype == jnp.float32
 
 
 def test_trap_whitening_has_eps_inside_the_root(x64):

@@ -111,7 +111,7 @@ def ours(case):
     old, ref = logprobs("behaviour"), logprobs("ref")
     kl = kl_estimate(old, ref, c["kl_estimator"])
     rewards = token_rewards(shaped, kl, mask, c["kl_coef"])
-    advantages, returns = gae(rewards, values, mask, gamma=c["gamma"], gae_lambda=c["lam"])
+    advantages, returns = gae(rewards, mask, values=values, gamma=c["gamma"], gae_lambda=c["lam"])
     whole = batch._replace(rows=rows, readouts=readouts)
     return SimpleNamespace(
         mask=mask,
@@ -191,7 +191,7 @@ def compare(case, trl):
         close(bessel, trl["advantages"], what="advantages")
     else:
         # With lambda = 1 only the sum of later rewards counts, so that the place of the score does not matter.
-        late = np.asarray(gae(mine.rewards, mine.values, mask, gamma=1.0, gae_lambda=1.0)[1])[:, 0]
+        late = np.asarray(gae(mine.rewards, mask, values=mine.values, gamma=1.0, gae_lambda=1.0)[1])[:, 0]
         close(late, (trl["rewards"] * ~trl["padding_mask_p1"]).sum(1), what="sum of rewards")
 
     # The losses on TRL's own advantages and returns, so that they stand for themselves.
