@@ -1,4 +1,6 @@
-"""The configuration: the only home of defaults, and the checks that run before anything is loaded.
+"""The configuration: the checks that run before anything is loaded, and the defaults that algorithms share.
+
+An algorithm's own fields and defaults are those of its entry in `registry.py`.
 
 A config file is a Python file with `get_config()`.  It starts from `defaults(algorithm)` and sets what
 differs.  Every tree is locked: a field that does not exist is an error that offers the nearest name.
@@ -20,7 +22,8 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from jaxalign import relations
 from jaxalign.errors import InputError
-from jaxalign.ranges import ALGORITHMS, CHOICES, GUIDE_RANGES, REQUIRED, bounds, misfit, shown
+from jaxalign.ranges import CHOICES, REQUIRED, bounds, misfit, shown
+from jaxalign.registry import ALGORITHMS
 
 
 def defaults(algorithm: str) -> ConfigDict:
@@ -43,35 +46,16 @@ def defaults(algorithm: str) -> ConfigDict:
             f"one of {', '.join(ALGORITHMS)}",
             f"defaults({_nearest(algorithm, ALGORITHMS)!r})",
         )
-    c = _common()
-    if algorithm == "sft":
-        c.algorithm = ConfigDict({"name": "sft"})
-        c.optimizer.learning_rate = 2e-5
-        c.data.train_on = "completion"  # last: its last turn; all: prompts too; or roles: "assistant,tool"
-        c.data.train_on_eos = "turn"  # the ends of turns that are trained on: of each turn, last, none
-        c.data.packing = True
-    elif algorithm == "reward":
-        c.algorithm = _reward()
-        c.optimizer.learning_rate = 1e-5
-        c.data.shared_prompt = True
-    elif algorithm == "dpo":
-        c.algorithm = _dpo()
-        c.optimizer.learning_rate = 1e-6  # the guides: 5e-7 to 5e-6
-        c.data.shared_prompt = True
-    elif algorithm == "ppo":
-        c.algorithm = _ppo()
-        c.optimizer.learning_rate = 1e-6
-        c.optimizer.value_learning_rate = 5e-6
-        c.optimizer.schedule = "constant"
-        c.rewards = _rewards()
-        del c.data.max_completion_length  # rollout.max_new_tokens bounds the completion
-        del c.data.append_eos
-    if algorithm in ("dpo", "ppo"):
-        c.rollout = _rollout()
-        if algorithm == "ppo":
-            c.rollout.num_samples = 1  # completions of each prompt of a batch
-        c.logging.samples_every = 100  # 0: no samples
-        c.logging.num_samples = 4
+    c, entry = _common(), ALGORITHMS[algorithm]
+    for section, values in entry.fields().items():
+        if section in c:
+            for field, value in values.items():
+                c[section][field] = value
+        else:
+            c[section] = ConfigDict(values)
+    for name in entry.without:
+        section, field = name.split(".")
+        del c[section][field]
     return c.lock()
 
 
@@ -149,85 +133,6 @@ def _common() -> ConfigDict:
                 "wandb_project": none(str),
                 "progress": True,
             },
-        }
-    )
-
-
-def _reward() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "reward",
-            "label_smoothing": 0.0,
-            "center_coef": 0.0,  # adds coef * (r_chosen + r_rejected)^2
-            "use_margin": False,  # subtract the records' `margin` column
-        }
-    )
-
-
-def _dpo() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "dpo",
-            "loss": "sigmoid",  # sigmoid, ipo
-            # ipo alone: log-ratios averaged over a completion's tokens, as in TRL (True, which None means), or summed
-            # as in the paper (False); summed, the same aim takes a beta smaller by the completions' length
-            "average": config_dict.placeholder(bool),
-            "beta": 0.1,
-            "label_smoothing": 0.0,
-            "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
-            "reference_path": config_dict.placeholder(str),  # default: the policy's own start
-        }
-    )
-
-
-def _ppo() -> ConfigDict:
-    none = config_dict.placeholder
-    return ConfigDict(
-        {
-            "name": "ppo",
-            "kl_coef": 0.05,
-            "kl_estimator": "k1",  # k1, k2, k3
-            "kl_target": none(float),  # set: adaptive coefficient towards this many nats a completion
-            "kl_horizon": 10_000,  # completions over which the adaptive coefficient moves
-            "entropy_coef": 0.0,
-            "gamma": 1.0,
-            "gae_lambda": 0.95,
-            "clip_range": 0.2,
-            "value_clip_range": 0.2,
-            "vf_coef": 0.1,
-            "num_ppo_epochs": 4,
-            "num_minibatches": 1,
-            "whiten_advantages": True,
-            "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
-            "offload": False,  # what is not in use waits in host memory: frozen weights, and moments but for updates
-            "value_path": none(str),  # default: the reward model, or the policy where that has no model of its tokens
-        }
-    )
-
-
-def _rewards() -> ConfigDict:
-    none = config_dict.placeholder
-    return ConfigDict(
-        {
-            "model": none(str),  # a reward model's directory or hub id
-            "function": none(str),  # "package.module:function" or "file.py:function"
-            "scale": 1.0,
-            "clip": none(float),  # scores are clipped to [-clip, clip] after scaling
-            "whiten": False,  # over the tokens' rewards of an iteration; the mean is kept
-            "normalize": False,  # scores by their running mean and standard deviation
-            "missing_eos_penalty": none(float),  # subtracted where a completion did not finish
-        }
-    )
-
-
-def _rollout() -> ConfigDict:
-    return ConfigDict(
-        {
-            "max_new_tokens": 128,
-            "temperature": 1.0,
-            "top_k": 0,  # 0: off
-            "top_p": 1.0,  # 1: off
-            "stop": (),  # more stop tokens, beside the model's own: ids or token strings
         }
     )
 
@@ -341,9 +246,8 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
     return relations.without_effect(config, defaults(name), max_length(config)) + [
         f"{field} is {get(config, field):g}; guides for {name} give "
         + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
-        for algorithm, field, low, high in GUIDE_RANGES
-        if algorithm == name
-        and not low <= (get(config, field) or 0) <= high
+        for field, low, high in ALGORITHMS[name].guides
+        if not low <= (get(config, field) or 0) <= high
         and not (field == "num_epochs" and config.num_train_steps is not None)
     ]
 

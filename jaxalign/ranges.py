@@ -6,8 +6,8 @@ import numbers
 from typing import Any
 
 from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS
 
-ALGORITHMS = ("sft", "reward", "dpo", "ppo")
 REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
 
 TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
@@ -17,10 +17,8 @@ ANOTHER_REWARD = "reward"  # of checkpoint.resume: goes on although what scores 
 
 # (field, allowed values)
 CHOICES: tuple[tuple[str, tuple], ...] = (
-    ("algorithm.name", ALGORITHMS),
-    ("algorithm.loss", ("sigmoid", "ipo")),
-    ("algorithm.reference", ("live", "cached")),
-    ("algorithm.kl_estimator", ("k1", "k2", "k3")),
+    ("algorithm.name", tuple(ALGORITHMS)),
+    *dict.fromkeys(choice for algorithm in ALGORITHMS.values() for choice in algorithm.choices),
     ("model.dtype", ("float32", "bfloat16", "float16", "float64")),
     ("model.param_dtype", ("float32", "bfloat16", "float64")),
     ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
@@ -70,21 +68,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("optimizer.max_grad_norm", 0, 1e9),
     ("optimizer.weight_decay", 0, _BIG),
     ("optimizer.final_fraction", 0, 1),
-    ("algorithm.beta", 1e-9, _BIG),
-    ("algorithm.label_smoothing", 0, 0.4999),
-    ("algorithm.center_coef", 0, _BIG),
-    ("algorithm.kl_coef", 0, _BIG),
-    ("algorithm.kl_target", 1e-9, _BIG),
-    ("algorithm.kl_horizon", 1, _MANY),
-    ("algorithm.entropy_coef", 0, _BIG),
-    ("algorithm.vf_coef", 0, _BIG),
-    ("algorithm.gamma", 0, 1),
-    ("algorithm.gae_lambda", 0, 1),
-    ("algorithm.clip_range", 1e-9, _BIG),
-    ("algorithm.value_clip_range", 1e-9, _BIG),
-    ("algorithm.num_ppo_epochs", 1, 10_000),
-    ("algorithm.num_minibatches", 1, 1 << 20),
-    ("algorithm.max_approx_kl", 1e-9, _BIG),
+    *dict.fromkeys(bound for algorithm in ALGORITHMS.values() for bound in algorithm.bounds),
     ("rollout.max_new_tokens", 1, _TOKENS),
     ("rollout.num_samples", 1, 1 << 16),
     ("rollout.temperature", 0, 1000),  # see LEAST_TEMPERATURE
@@ -176,16 +160,3 @@ def check_flags(**values: Any) -> None:
             expected = f"0 for the likeliest token, or {LEAST_TEMPERATURE} and more"
         if expected:
             raise InputError(f"--{flag} {shown(value)}", expected, f"--{flag} {example}")
-
-
-# (algorithm, field, least, greatest): what practitioners' guides give; outside it is a warning, not an error
-GUIDE_RANGES: tuple[tuple[str, str, float, float], ...] = (
-    ("sft", "optimizer.learning_rate", 1e-7, 1e-2),  # 1e-2: small models from scratch; others start at 2e-5
-    ("reward", "optimizer.learning_rate", 1e-7, 1e-2),
-    ("dpo", "algorithm.beta", 0.05, 0.5),
-    ("dpo", "optimizer.learning_rate", 5e-7, 5e-6),
-    ("dpo", "num_epochs", 1, 1),
-    ("ppo", "optimizer.learning_rate", 1e-8, 1e-2),
-    ("ppo", "algorithm.clip_range", 0.1, 0.2),
-    ("ppo", "algorithm.gae_lambda", 0.95, 0.95),
-)

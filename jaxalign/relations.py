@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.ranges import LEAST_TEMPERATURE, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
+from jaxalign.registry import ALGORITHMS, Algorithm
 
 
 def check(c: Any, inputs: bool, max_length: int) -> None:
@@ -61,10 +62,7 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
                 f"{LEAST_TEMPERATURE} and more, or (dpo) 0 for the likeliest token",
                 "--config.rollout.temperature=1.0",
             )
-    if c.algorithm.name == "dpo":
-        _check_dpo(c)
-    if c.algorithm.name == "ppo":
-        _check_ppo(c, inputs, max_length)
+    ALGORITHMS[c.algorithm.name].check(c, inputs, max_length)
 
 
 def _check_evaluated(c: Any) -> None:
@@ -115,64 +113,11 @@ def _check_stop(stop: Any) -> None:
             )
 
 
-def _check_dpo(c: Any) -> None:
-    if c.algorithm.average is not None and c.algorithm.loss != "ipo":
-        raise InputError(
-            f"algorithm.average with the {c.algorithm.loss} loss",
-            "None: only ipo has an averaged and a summed form",
-            "--config.algorithm.average=None",
-        )
-    if c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
-        raise InputError(
-            "label_smoothing with the ipo loss",
-            "0: IPO has no smoothed form",
-            "--config.algorithm.label_smoothing=0",
-        )
-
-
-def _check_ppo(c: Any, inputs: bool, max_length: int) -> None:
-    if c.batch_size % c.algorithm.num_minibatches:
-        raise InputError(
-            f"batch_size {c.batch_size} is not divisible by num_minibatches {c.algorithm.num_minibatches}",
-            "equal minibatches",
-            f"--config.algorithm.num_minibatches={_divisor(c.batch_size, c.algorithm.num_minibatches)}",
-        )
-    if c.algorithm.kl_target is not None and not c.algorithm.kl_coef:
-        raise InputError(
-            "algorithm.kl_target with a kl_coef of 0",
-            "a positive start: the adaptive coefficient is multiplied",
-            "--config.algorithm.kl_coef=0.05, or --config.algorithm.kl_target=None",
-        )
-    if c.rollout.temperature <= 0:
-        raise InputError(
-            "rollout.temperature is 0",
-            "a positive temperature: PPO learns from samples",
-            "--config.rollout.temperature=1.0",
-        )
-    if inputs and not (c.rewards.model or c.rewards.function):
-        raise InputError(
-            "PPO without a reward",
-            "a reward model or a function",
-            "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME",
-        )
-    if c.rewards.model and c.rewards.function:
-        raise InputError(
-            "both rewards.model and rewards.function",
-            "one of them",
-            "--config.rewards.model=None for the function, --config.rewards.function=None for the model",
-        )
-    if c.rollout.max_new_tokens >= max_length:
-        raise InputError(
-            f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {max_length}",
-            "room for a prompt: max_length limits prompt + completion",
-            f"--config.rollout.max_new_tokens={max_length // 2}"
-            if c.data.max_length is None
-            else f"--config.data.max_length={c.rollout.max_new_tokens * 2}",
-        )
-
-
-def _divisor(n: int, at_most: int) -> int:
-    return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
+def _where(reads: Callable[[Algorithm], bool]) -> tuple[Callable[[Any], bool], str]:
+    """Whether a configuration's algorithm reads a field, and the names of those that do."""
+    names = [name for name, algorithm in ALGORITHMS.items() if reads(algorithm)]
+    words = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return lambda c: reads(ALGORITHMS[c.algorithm.name]), words
 
 
 # (field, whether the others let it be read, where it would be)
@@ -187,9 +132,9 @@ _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("eval.num_batches", lambda c: _is_evaluated(c), "data.eval_sources or data.eval_fraction"),
     ("data.eval_fraction", lambda c: not c.data.eval_sources, "runs without data.eval_sources"),
     ("data.max_skipped", lambda c: c.data.on_error == "skip", "data.on_error=skip"),
-    ("data.row_length", lambda c: c.algorithm.name != "ppo", "sft, reward and dpo"),
-    ("data.packing", lambda c: c.algorithm.name != "ppo", "sft, reward and dpo"),
-    ("model.frozen_dtype", lambda c: c.algorithm.name in ("dpo", "ppo"), "dpo and ppo"),
+    ("data.row_length", *_where(lambda algorithm: algorithm.reads.readout != "none")),
+    ("data.packing", *_where(lambda algorithm: algorithm.reads.readout != "none")),
+    ("model.frozen_dtype", *_where(lambda algorithm: algorithm.frozen)),
     ("algorithm.kl_horizon", lambda c: c.algorithm.kl_target is not None, "an algorithm.kl_target"),
     ("logging.num_samples", lambda c: c.logging.samples_every, "a positive logging.samples_every"),
 )
@@ -204,7 +149,7 @@ def without_effect(c: Any, usual: Any, max_length: int) -> list[str]:
       max_length: tokens of prompt + completion.
     """
     found = []
-    if c.algorithm.name == "dpo" and c.logging.samples_every:
+    if "rollout" in c and c.logging.samples_every:
         asked = c.rollout.max_new_tokens
         if asked > max_length and asked != usual.rollout.max_new_tokens:
             found.append(f"rollout.max_new_tokens is {asked:,}: samples end at data.max_length, {max_length:,} tokens")

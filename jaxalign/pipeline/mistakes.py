@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from jaxalign.config import defaults, get, leaves
 from jaxalign.errors import InputError
 from jaxalign.pipeline.aliases import ALIASES, meaning
-from jaxalign.ranges import ALGORITHMS, CHOICES, bounds, misfit
+from jaxalign.ranges import CHOICES, bounds, misfit
+from jaxalign.registry import ALGORITHMS
 
 _NONE = object()
 

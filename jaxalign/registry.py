@@ -1,0 +1,271 @@
+"""The algorithms, an entry each: fields with their bounds, the records that it reads, what it needs and what it trains.
+
+Everything else looks an algorithm up here and asks its entry; nothing compares names.  How it trains is its builder in
+`train/algorithms.py`, under the same name.  No jax here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import config_dict
+
+from jaxalign.errors import InputError
+
+_MANY = 1_000_000_000  # completions: well within 32 bits
+_BIG = 1e6  # coefficients
+
+
+class Reads(NamedTuple):
+    """What an objective reads: all that the data layer knows of an algorithm."""
+
+    forms: tuple[str, ...]  # of records, see data/forms.py; those of other forms are cut down to the first that can be
+    readout: str = "tokens"  # of a completion: a log-prob of each scored token, "last" its last token alone, or "none"
+    score: bool = False  # whether the loss may read a record's `score`
+
+
+COMPLETIONS = Reads(("completion", "messages", "text"))
+PAIRS = Reads(("pair",))
+PROMPTS = Reads(("prompt",), "none")  # to sample completions from
+
+
+class Algorithm(NamedTuple):
+    """One algorithm as configuration, data and pipeline know it."""
+
+    fields: Callable[[], dict[str, dict[str, Any]]]  # section -> field -> default: its own, and where it differs
+    reads: Reads
+    without: tuple[str, ...] = ()  # fields of all others that it does not read
+    frozen: bool = False  # whether it holds a model that is not trained: `model.frozen_dtype` is read
+    trained: str = "policy"  # the role that is exported
+    head: str = "lm"  # of that role's model: lm, score
+    choices: tuple[tuple[str, tuple], ...] = ()  # (field, allowed values)
+    bounds: tuple[tuple[str, float, float], ...] = ()  # (field, least, greatest); a name that several have, alike
+    guides: tuple[tuple[str, float, float], ...] = ()  # what practitioners' guides give; outside it is a warning
+    check: Callable[[Any, bool, int], None] = lambda config, inputs, max_length: None  # see relations.check
+
+
+def _sft() -> dict[str, dict[str, Any]]:
+    return {
+        "algorithm": {"name": "sft"},
+        "optimizer": {"learning_rate": 2e-5},
+        "data": {
+            "train_on": "completion",  # last: its last turn; all: prompts too; or roles: "assistant,tool"
+            "train_on_eos": "turn",  # the ends of turns that are trained on: of each turn, last, none
+            "packing": True,
+        },
+    }
+
+
+def _reward() -> dict[str, dict[str, Any]]:
+    return {
+        "algorithm": {
+            "name": "reward",
+            "label_smoothing": 0.0,
+            "center_coef": 0.0,  # adds coef * (r_chosen + r_rejected)^2
+            "use_margin": False,  # subtract the records' `margin` column
+        },
+        "optimizer": {"learning_rate": 1e-5},
+        "data": {"shared_prompt": True},
+    }
+
+
+def _dpo() -> dict[str, dict[str, Any]]:
+    return {
+        "algorithm": {
+            "name": "dpo",
+            "loss": "sigmoid",  # sigmoid, ipo
+            # ipo alone: log-ratios averaged over a completion's tokens, as in TRL (True, which None means), or summed
+            # as in the paper (False); summed, the same aim takes a beta smaller by the completions' length
+            "average": config_dict.placeholder(bool),
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
+            "reference_path": config_dict.placeholder(str),  # default: the policy's own start
+        },
+        "optimizer": {"learning_rate": 1e-6},  # the guides: 5e-7 to 5e-6
+        "data": {"shared_prompt": True},
+        "rollout": _rollout(),
+        "logging": _samples(),
+    }
+
+
+def _ppo() -> dict[str, dict[str, Any]]:
+    none = config_dict.placeholder
+    return {
+        "algorithm": {
+            "name": "ppo",
+            "kl_coef": 0.05,
+            "kl_estimator": "k1",  # k1, k2, k3
+            "kl_target": none(float),  # set: adaptive coefficient towards this many nats a completion
+            "kl_horizon": 10_000,  # completions over which the adaptive coefficient moves
+            "entropy_coef": 0.0,
+            "gamma": 1.0,
+            "gae_lambda": 0.95,
+            "clip_range": 0.2,
+            "value_clip_range": 0.2,
+            "vf_coef": 0.1,
+            "num_ppo_epochs": 4,
+            "num_minibatches": 1,
+            "whiten_advantages": True,
+            "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
+            "offload": False,  # what is not in use waits in host memory: frozen weights, and moments but for updates
+            "value_path": none(str),  # default: the reward model, or the policy where that has no model of its tokens
+        },
+        "optimizer": {"learning_rate": 1e-6, "value_learning_rate": 5e-6, "schedule": "constant"},
+        "rewards": _rewards(),
+        "rollout": {
+            **_rollout(),
+            "num_samples": 1,  # completions of each prompt of a batch
+        },
+        "logging": _samples(),
+    }
+
+
+def _rewards() -> dict[str, Any]:
+    none = config_dict.placeholder
+    return {
+        "model": none(str),  # a reward model's directory or hub id
+        "function": none(str),  # "package.module:function" or "file.py:function"
+        "scale": 1.0,
+        "clip": none(float),  # scores are clipped to [-clip, clip] after scaling
+        "whiten": False,  # over the tokens' rewards of an iteration; the mean is kept
+        "normalize": False,  # scores by their running mean and standard deviation
+        "missing_eos_penalty": none(float),  # subtracted where a completion did not finish
+    }
+
+
+def _rollout() -> dict[str, Any]:
+    return {
+        "max_new_tokens": 128,
+        "temperature": 1.0,
+        "top_k": 0,  # 0: off
+        "top_p": 1.0,  # 1: off
+        "stop": (),  # more stop tokens, beside the model's own: ids or token strings
+    }
+
+
+def _samples() -> dict[str, Any]:
+    return {
+        "samples_every": 100,  # 0: no samples
+        "num_samples": 4,
+    }
+
+
+def _check_dpo(c: Any, inputs: bool, max_length: int) -> None:
+    if c.algorithm.average is not None and c.algorithm.loss != "ipo":
+        raise InputError(
+            f"algorithm.average with the {c.algorithm.loss} loss",
+            "None: only ipo has an averaged and a summed form",
+            "--config.algorithm.average=None",
+        )
+    if c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
+        raise InputError(
+            "label_smoothing with the ipo loss",
+            "0: IPO has no smoothed form",
+            "--config.algorithm.label_smoothing=0",
+        )
+
+
+def _check_ppo(c: Any, inputs: bool, max_length: int) -> None:
+    if c.batch_size % c.algorithm.num_minibatches:
+        raise InputError(
+            f"batch_size {c.batch_size} is not divisible by num_minibatches {c.algorithm.num_minibatches}",
+            "equal minibatches",
+            f"--config.algorithm.num_minibatches={_divisor(c.batch_size, c.algorithm.num_minibatches)}",
+        )
+    if c.algorithm.kl_target is not None and not c.algorithm.kl_coef:
+        raise InputError(
+            "algorithm.kl_target with a kl_coef of 0",
+            "a positive start: the adaptive coefficient is multiplied",
+            "--config.algorithm.kl_coef=0.05, or --config.algorithm.kl_target=None",
+        )
+    if c.rollout.temperature <= 0:
+        raise InputError(
+            "rollout.temperature is 0",
+            "a positive temperature: PPO learns from samples",
+            "--config.rollout.temperature=1.0",
+        )
+    if inputs and not (c.rewards.model or c.rewards.function):
+        raise InputError(
+            "PPO without a reward",
+            "a reward model or a function",
+            "--config.rewards.model=DIR or --config.rewards.function=FILE.py:NAME",
+        )
+    if c.rewards.model and c.rewards.function:
+        raise InputError(
+            "both rewards.model and rewards.function",
+            "one of them",
+            "--config.rewards.model=None for the function, --config.rewards.function=None for the model",
+        )
+    if c.rollout.max_new_tokens >= max_length:
+        raise InputError(
+            f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {max_length}",
+            "room for a prompt: max_length limits prompt + completion",
+            f"--config.rollout.max_new_tokens={max_length // 2}"
+            if c.data.max_length is None
+            else f"--config.data.max_length={c.rollout.max_new_tokens * 2}",
+        )
+
+
+def _divisor(n: int, at_most: int) -> int:
+    return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
+
+
+_LABEL_SMOOTHING = ("algorithm.label_smoothing", 0, 0.4999)
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": Algorithm(
+        _sft,
+        COMPLETIONS,
+        guides=(("optimizer.learning_rate", 1e-7, 1e-2),),  # 1e-2: small models from scratch; others start at 2e-5
+    ),
+    "reward": Algorithm(
+        _reward,
+        PAIRS._replace(readout="last", score=True),
+        trained="reward",
+        head="score",
+        bounds=(_LABEL_SMOOTHING, ("algorithm.center_coef", 0, _BIG)),
+        guides=(("optimizer.learning_rate", 1e-7, 1e-2),),
+    ),
+    "dpo": Algorithm(
+        _dpo,
+        PAIRS,
+        frozen=True,
+        choices=(("algorithm.loss", ("sigmoid", "ipo")), ("algorithm.reference", ("live", "cached"))),
+        bounds=(("algorithm.beta", 1e-9, _BIG), _LABEL_SMOOTHING),
+        guides=(
+            ("algorithm.beta", 0.05, 0.5),
+            ("optimizer.learning_rate", 5e-7, 5e-6),
+            ("num_epochs", 1, 1),
+        ),
+        check=_check_dpo,
+    ),
+    "ppo": Algorithm(
+        _ppo,
+        PROMPTS,
+        without=("data.max_completion_length", "data.append_eos"),  # rollout.max_new_tokens bounds the completion
+        frozen=True,
+        choices=(("algorithm.kl_estimator", ("k1", "k2", "k3")),),
+        bounds=(
+            ("algorithm.kl_coef", 0, _BIG),
+            ("algorithm.kl_target", 1e-9, _BIG),
+            ("algorithm.kl_horizon", 1, _MANY),
+            ("algorithm.entropy_coef", 0, _BIG),
+            ("algorithm.vf_coef", 0, _BIG),
+            ("algorithm.gamma", 0, 1),
+            ("algorithm.gae_lambda", 0, 1),
+            ("algorithm.clip_range", 1e-9, _BIG),
+            ("algorithm.value_clip_range", 1e-9, _BIG),
+            ("algorithm.num_ppo_epochs", 1, 10_000),
+            ("algorithm.num_minibatches", 1, 1 << 20),
+            ("algorithm.max_approx_kl", 1e-9, _BIG),
+        ),
+        guides=(
+            ("optimizer.learning_rate", 1e-8, 1e-2),
+            ("algorithm.clip_range", 0.1, 0.2),
+            ("algorithm.gae_lambda", 0.95, 0.95),
+        ),
+        check=_check_ppo,
+    ),
+}
