@@ -232,6 +232,10 @@ def _run(path: str) -> ConfigDict:
         names = sorted(str(p) for p in folder.glob("*.py") if _is_config(p)) if folder.is_dir() else []
         near = difflib.get_close_matches(str(file), names, n=1, cutoff=0.0) or ["FILE.py"]
         raise InputError(f"no file {file}", "a Python file with get_config()", f"--config={near[0]}")
+    if file.suffix in (".yaml", ".yml", ".json") and argument is None:
+        from jaxalign.pipeline.configtext import read_config_text
+
+        return read_config_text(file)
     spec = importlib.util.spec_from_file_location(f"jaxalign_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is not a Python file", "a Python file with get_config()", "--config=FILE.py")

@@ -22,7 +22,7 @@ ROOMS = {
     "train": 7,
     "pipeline": 8,
     "plan": 9, "examples": 9,
-    "cli": 10, "__main__": 11,
+    "commands": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,77 @@
+"""The flags of the commands: how they are declared, and those that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.ranges import check_flags
+
+REQUIRED = object()
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags are wrong input, in the same three lines as any other."""
+
+    def parse_args(self, *args, **named):  # type: ignore[override]
+        found = super().parse_args(*args, **named)
+        for flag, value in vars(found).items():
+            if isinstance(value, str) and not value.strip() and flag != "prompt":  # a shell's variable, not set
+                raise InputError(f"--{flag} is {value!r}", "a value, or the flag left out", f"--{flag}=...")
+        check_flags(**vars(found))
+        return found
+
+    def error(self, message: str):
+        raise InputError(message, " ".join(self.format_usage().removeprefix("usage: ").split()), f"{self.prog} --help")
+
+
+def parser(name: str, text: str, *flags: tuple[str, type, Any, str]) -> Parser:
+    """A command's flags: (name, type, default or REQUIRED, what it is)."""
+    made = Parser(
+        prog=f"jaxalign {name}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flag, kind, default, help_text in flags:
+        if kind is bool:
+            made.add_argument(flag, action="store_true", help=help_text)
+        else:
+            shown = flag.lstrip("-").upper() if kind is str else "N" if kind is int else "X"
+            if default is not None and default is not REQUIRED:
+                help_text += f"; default {default}"
+            required = default is REQUIRED
+            made.add_argument(
+                flag, type=kind, metavar=shown, required=required, default=None if required else default, help=help_text
+            )
+    return made
+
+
+MODEL = ("--model", str, REQUIRED, "directory in Hugging Face form, or a hub id")
+LINES = ("--data", str, REQUIRED, 'JSON lines, each with strings "prompt" and "completion"')
+SEPARATE = ("--separate", bool, None, "tokenise prompt and completion apart; default: as one text, as in training")
+DTYPE = ("--dtype", str, None, "of weights and computation: float32 (default), bfloat16, float16")
+
+
+def sampling_flags(*, within_room: bool = False) -> tuple[tuple[str, type, Any, str], ...]:
+    """How to sample; the defaults are the configuration's, `within_room` no longer than the model has room for."""
+    from jaxalign.config import defaults
+
+    c = defaults("ppo")
+    most = c.rollout.max_new_tokens
+    longest = (None, f"most tokens of a completion; default: {most}, or what the model has room for")
+    return (
+        ("--temperature", float, c.rollout.temperature, "0 always takes the likeliest token"),
+        ("--max_new_tokens", int, *(longest if within_room else (most, "most tokens of a completion"))),
+        ("--top_k", int, c.rollout.top_k, "samples among the k likeliest tokens; 0: off"),
+        ("--top_p", float, c.rollout.top_p, "samples among the likeliest tokens that make up this share; 1: off"),
+        ("--seed", int, c.seed, "of the samples"),
+    )
+
+
+SAMPLING_NAMES = ("temperature", "max_new_tokens", "top_k", "top_p", "seed")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SAMPLING_NAMES}

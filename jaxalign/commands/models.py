@@ -1,0 +1,147 @@
+"""Commands that ask models: export, generate, logprobs, score, compare, and doctor, which asks the machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from jaxalign.commands.flags import DTYPE, LINES, MODEL, REQUIRED, SEPARATE, parser, sampling, sampling_flags
+from jaxalign.disk import write_whole
+from jaxalign.errors import InputError
+
+
+def export(argv: list[str]) -> int:
+    flags = parser(
+        "export",
+        "Writes a run's model as a Hugging Face directory, from one of its checkpoints.",
+        ("--workdir", str, REQUIRED, "a run's directory, or that of a run with stages"),
+        ("--out", str, REQUIRED, "where to write: a new or empty directory, or an earlier export"),
+        ("--stage", str, None, "which stage, where workdir holds several"),
+        ("--checkpoint", str, "last", "last, best, or a number"),
+        ("--dtype", str, None, "of the weights in the file; default: as they were trained"),
+    )
+    args = flags.parse_args(argv)
+    from jaxalign.pipeline.export import export
+
+    where = export(args.workdir, args.out, stage=args.stage, checkpoint=args.checkpoint, dtype=args.dtype)
+    print(where)
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    flags = parser(
+        "generate",
+        "Continues a prompt and prints the completion, nothing else.",
+        MODEL,
+        ("--prompt", str, REQUIRED, "the text to continue, as it stands"),
+        *sampling_flags(within_room=True),
+        (
+            "--chat",
+            bool,
+            None,
+            "the prompt is a user's message: put into the model's chat template, if it has one",
+        ),
+        DTYPE,
+    )
+    args = flags.parse_args(argv)
+    from jaxalign.pipeline.generate import generate
+
+    print(generate(args.model, args.prompt, chat=args.chat, dtype=args.dtype, **sampling(args)))
+    return 0
+
+
+def logprobs(argv: list[str]) -> int:
+    flags = parser(
+        "logprobs",
+        'Prints {"sum_logprob": nats, "num_tokens": n} for each line, in order: the completion given the prompt.\n'
+        "Both are tokenised as one text, as in training; EOS counts only where the completion holds it.",
+        MODEL,
+        LINES,
+        SEPARATE,
+        DTYPE,
+    )
+    args = flags.parse_args(argv)
+    from jaxalign.pipeline.logprobs import logprobs
+
+    logprobs(args.model, args.data, separate=args.separate, dtype=args.dtype)
+    return 0
+
+
+def score(argv: list[str]) -> int:
+    flags = parser(
+        "score",
+        'Prints {"score": x} for each line, in order: a reward model\'s score at the last token of prompt and\n'
+        "completion, or, with --ref and --beta, DPO's implicit reward beta (log p_model - log p_ref).",
+        MODEL,
+        LINES,
+        ("--ref", str, None, "reference policy: what the model was before DPO"),
+        ("--beta", float, None, "of the DPO run"),
+        ("--append_eos", bool, None, "end each completion by EOS, as in training; default: as it stands"),
+        SEPARATE,
+        DTYPE,
+    )
+    args = flags.parse_args(argv)
+    from jaxalign.pipeline.score import score
+
+    score(
+        args.model,
+        args.data,
+        ref=args.ref,
+        beta=args.beta,
+        append_eos=args.append_eos,
+        separate=args.separate,
+        dtype=args.dtype,
+    )
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    flags = parser(
+        "compare",
+        "Two models side by side on held-out prompts: samples, win rate under a reward with its interval, perplexity\n"
+        "of the completions in the data, diversity.",
+        ("--base", str, REQUIRED, "the model before: directory or hub id"),
+        ("--aligned", str, REQUIRED, "the model after"),
+        ("--data", str, REQUIRED, "held-out records in any format that training reads"),
+        ("--reward", str, None, "a reward model's directory, module:function or FILE.py:function"),
+        ("--num_prompts", int, None, "how many of the data's prompts; default: all"),
+        ("--show", int, 5, "how many samples to show"),
+        ("--confidence", float, 0.95, "of the win rate's interval"),
+        *sampling_flags(),
+        ("--out", str, None, "a file for all of it as JSON"),
+        ("--json", bool, None, "print the JSON instead of the page"),
+        DTYPE,
+    )
+    args = flags.parse_args(argv)
+    from jaxalign.pipeline.compare import check_out, compare, page
+
+    if args.out:
+        check_out(args.out)  # before the models answer, which takes long
+    result = compare(
+        args.base,
+        args.aligned,
+        args.data,
+        reward=args.reward,
+        num_prompts=args.num_prompts,
+        confidence=args.confidence,
+        dtype=args.dtype,
+        **sampling(args),
+    )
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if args.out:
+        try:
+            write_whole(Path(args.out).expanduser(), text + "\n")
+        except InputError:
+            print(text)  # minutes of work: not lost
+            raise
+    width = min(120, shutil.get_terminal_size((120, 0)).columns)
+    print(text if args.json else page(result, show=args.show, width=width))
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    parser("doctor", "Prints devices, versions, memory and missing extras, and tries a small step.").parse_args(argv)
+    from jaxalign.pipeline.doctor import doctor
+
+    return doctor()

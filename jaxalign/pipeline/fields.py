@@ -1,0 +1,132 @@
+"""What each field of a configuration is: its default, what it may hold, and the comment that stands beside it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxalign import config as configuration
+from jaxalign.config import defaults, get, leaves
+from jaxalign.ranges import BOUNDS, CHOICES, REQUIRED
+
+
+class Field(NamedTuple):
+    """A field as its reader needs it."""
+
+    name: str  # dotted
+    default: object
+    allowed: str  # "" where the type says it all
+    sentence: str  # "" where the name says it all
+
+
+def fields(algorithm: str) -> list[Field]:
+    """The fields of an algorithm, in the order of its tree.
+
+    >>> next(f for f in fields("dpo") if f.name == "optimizer.max_grad_norm").sentence
+    '0: no clipping'
+    """
+    tree, found = defaults(algorithm), []
+    for name in leaves(tree):
+        comment = _comment(name, algorithm)
+        found.append(Field(name, get(tree, name), _allowed(name, comment), comment))
+    return found
+
+
+def page(algorithm: str, width: int = 120) -> str:
+    """The fields with their defaults and sentences, for a terminal."""
+    lines = [f"Fields of {algorithm}, with their defaults. On the command line: --FIELD=VALUE."]
+    section = ""
+    for field in fields(algorithm):
+        own = field.name.rpartition(".")[0]
+        if own != section or len(lines) == 1:
+            lines += [""]
+            section = own
+        head = f"{field.name} = {_shown(field)}"
+        words = "; ".join(filter(None, (field.sentence, field.allowed)))
+        wrapped = textwrap.wrap(words, width - 46) or [""]
+        lines.append(f"{head:<45} {wrapped[0]}".rstrip())
+        lines += [f"{'':<45} {more}" for more in wrapped[1:]]
+    return "\n".join(lines)
+
+
+def _shown(field: Field) -> str:
+    return "required" if field.name in REQUIRED else repr(field.default)
+
+
+def _allowed(name: str, comment: str) -> str:
+    """The values that a field may hold, where its comment does not say them."""
+    choices = [str(value) for value in dict(CHOICES).get(name, ()) if value is not None]
+    if choices:
+        return "" if all(value in comment for value in choices) else f"one of {', '.join(choices)}"
+    for field, low, high in BOUNDS:
+        if field == name:
+            if high <= 1000:
+                return f"{low:g} to {high:g}"
+            return "above 0" if 0 < low < 1e-6 else f"at least {low:g}" if low > 1 else ""
+    return ""
+
+
+def _comment(name: str, algorithm: str) -> str:
+    """The comment beside a field: that of the longest name that it ends in, the algorithm's own part before others."""
+    ends = [(path, scope, text) for path, scope, text in _comments() if f".{name}".endswith(f".{path}")]
+    section = name.rpartition(".")[0]
+    best = max(
+        ends, key=lambda e: (e[0] == name, section in e[1] or algorithm in e[1], len(e[0])), default=("", "", "")
+    )
+    return best[2] if best[0] == name or best[1] != "_common" else ""
+
+
+@functools.cache
+def _comments() -> tuple[tuple[str, str, str], ...]:
+    """(dotted name as far as it is written, function, comment) of each field that has a comment in `jaxalign.config`."""
+    source = inspect.getsource(configuration)
+    beside: dict[int, str] = {}  # line: comment behind code
+    above: dict[int, str] = {}  # line: comment on a line of its own
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[: token.start[1]].strip()
+            (above if alone else beside)[token.start[0]] = token.string.lstrip("# ").strip()
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            written = list(_written(function))
+            for path, line in written:
+                text = beside.get(line, "") or _before(above, line)
+                # Of several fields in a line a comment may name the one that it is about.
+                first, _, rest = text.partition(": ")
+                named = [p for p, other in written if other == line and p.endswith(f".{first}")]
+                if text and (not named or path in named):
+                    found.append((path, function.name, rest if named else text))
+    return tuple(found)
+
+
+def _before(above: dict[int, str], line: int) -> str:
+    lines = []
+    while (line := line - 1) in above:
+        lines.insert(0, above[line])
+    return " ".join(lines)
+
+
+def _written(function: ast.FunctionDef) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of each key of a dict and each `c.name = ...` in a function."""
+
+    def inside(node: ast.Dict, prefix: str) -> Iterator[tuple[str, int]]:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                yield f"{prefix}{key.value}", key.lineno
+                if isinstance(value, ast.Dict):
+                    yield from inside(value, f"{prefix}{key.value}.")
+
+    nested: set[ast.Dict] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Dict) and node not in nested:
+            nested |= {n for n in ast.walk(node) if isinstance(n, ast.Dict)}
+            yield from inside(node, "")
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            yield ast.unparse(node.targets[0]).partition(".")[2], node.lineno

@@ -1,0 +1,139 @@
+"""A configuration from flags alone: an algorithm's name, a model, data, and fields by their names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jaxalign.config import ALGORITHMS, defaults, get, leaves
+from jaxalign.data.files import is_url
+from jaxalign.errors import InputError
+from jaxalign.pipeline.configfile import override
+from jaxalign.pipeline.mistakes import no_field
+
+# A flag of its own and the field that it stands for; `reward` is one of two fields.
+_FLAGS = {"model": "model.path", "data": "data.sources", "eval_data": "data.eval_sources", "out": "workdir"}
+_SWITCHES = ("dry_run",)
+_EXAMPLES = {"sft": "examples.jsonl", "ppo": "prompts.jsonl"}  # of data; else pairs
+
+
+def named_config(
+    name: str, argv: Sequence[str], *, fill: Mapping[str, object] | None = None
+) -> tuple[ConfigDict, list[str]]:
+    """The configuration that `jaxalign train NAME ...` stands for.
+
+    Args:
+      name: an algorithm's.
+      argv: the flags behind it: `--model`, `--data`, `--eval_data`, `--out`, `--reward`, `--dry_run`, and any field as
+        `--FIELD=VALUE`, where the last part of its name is enough if no other field ends so.
+      fill: values of required fields that no flag gives; None: these are errors.
+
+    Returns:
+      The configuration, locked, and the switches among the flags.
+
+    Raises:
+      InputError: no model, no data, no reward, no such field, or a value that does not fit.
+
+    >>> named_config("dpo", ["--model", "m", "--data=a.jsonl", "--beta=0.2"])[0].algorithm.beta
+    0.2
+    """
+    c = defaults(name)
+    given, switches = _flags(argv)
+    seen: set[str] = set()
+    for flag, text in given:
+        if flag == "config":
+            raise InputError(
+                f"both {name} and --config",
+                "an algorithm by its name, or a config file",
+                f"jaxalign train {name} --model DIR --data FILE, or jaxalign train --config={text or 'FILE'}",
+            )
+        if flag in (*_FLAGS, "reward") and not (text or "").strip():
+            raise InputError(f"--{flag} is {text or ''!r}", "a value, or the flag left out", f"--{flag}=...")
+        field = _reward_field(c, text or "") if flag == "reward" else _FLAGS.get(flag) or _field(c, flag, text)
+        override(c, field, text, extend=field in seen)
+        seen.add(field)
+    with c.unlocked():
+        c.workdir = c.workdir or f"runs/{name}"
+    for field, value in (fill or {}).items():
+        if field not in ("rewards.function",) or ("rewards" in c and not c.rewards.model):
+            section, leaf = field.split(".")
+            c[section][leaf] = c[section][leaf] or value
+    _check(name, c)
+    return c, switches
+
+
+def _flags(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """(name, value) of each flag in order, None for one without; and the switches."""
+    found: list[tuple[str, str | None]] = []
+    switches: list[str] = []
+    i = 0
+    while i < len(argv):
+        flag, equals, text = argv[i].partition("=")
+        name = flag.lstrip("-").removeprefix("config.").replace("-", "_")
+        if not flag.startswith("-") or not name:
+            raise InputError(f"argument {argv[i][:200]!r}", "flags: --name=value", "jaxalign train --help")
+        value: str | None = text if equals else None
+        if name in _SWITCHES and not equals:
+            switches.append(f"--{name}")
+            i += 1
+            continue
+        if not equals and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            value, i = argv[i + 1], i + 1
+        found.append((name, value))
+        i += 1
+    return found, switches
+
+
+def _field(c: ConfigDict, name: str, text: str | None) -> str:
+    """The field that a flag means, by its dotted name or the last part of it."""
+    if get(c, name) is not None or name in leaves(c):
+        return name
+    if name.startswith("no") and name[2:] in leaves(c):
+        raise InputError(f"--{name}", "a truth value", f"--{name[2:]}=false")
+    ends = [field for field in leaves(c) if field.endswith(f".{name}")]
+    if len(ends) > 1:
+        options = ", ".join(f"--{field}" for field in ends)
+        raise InputError(f"--{name}: several fields end so", f"one of {options}", f"--{ends[0]}={text or '...'}")
+    if ends:
+        return ends[0]
+    own = difflib.get_close_matches(name, [*_FLAGS, "reward", *_SWITCHES], n=1, cutoff=0.8)
+    if own:
+        raise InputError(f"--{name}: there is no such flag", "one of this command's, or a field", f"--{own[0]}")
+    raise no_field(c, name, f"--{name}: there is no such field", "true" if text is None else text)
+
+
+def _reward_field(c: ConfigDict, name: str) -> str:
+    """A reward is a model, or "module:function" or "file.py:function"."""
+    if "rewards" not in c:
+        raise InputError(f"--reward with {c.algorithm.name}", "a reward with ppo alone", "without --reward")
+    return "rewards.function" if ":" in name and not is_url(name) and not Path(name).is_dir() else "rewards.model"
+
+
+def _check(name: str, c: ConfigDict) -> None:
+    """What must be given is there."""
+    data = _EXAMPLES.get(name, "pairs.jsonl")
+    flags = {"--model DIR": bool(c.model.path), f"--data {data}": bool(c.data.sources)}
+    if "rewards" in c:
+        flags["--reward DIR_OR_FILE.py:FUNCTION"] = bool(c.rewards.model or c.rewards.function)
+    missing = [flag for flag, there in flags.items() if not there]
+    if missing:
+        names = " and no ".join(flag.split()[0] for flag in missing)
+        raise InputError(
+            f"train {name}: no {names}",
+            "a model's directory or hub id, data" + (", and a reward" if "rewards" in c else ""),
+            f"jaxalign train {name} {' '.join(flags)}",
+        )
+
+
+def no_algorithm(name: str, config: bool = False, command: str = "train") -> InputError:
+    """What to say of a word that is no algorithm's name."""
+    near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.0)[0]
+    rest = " --model DIR --data FILE" if command == "train" else ""
+    return InputError(
+        f"argument {name!r}" + (" beside --config" if config else ""),
+        f"an algorithm, one of {', '.join(ALGORITHMS)}" + (", or --config=FILE" if command == "train" else ""),
+        "without it" if config else f"jaxalign {command} {near}{rest}",
+    )
