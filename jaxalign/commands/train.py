@@ -6,8 +6,9 @@ import sys
 import warnings
 from typing import Any
 
-from jaxalign.config import ALGORITHMS, validate
+from jaxalign.config import validate
 from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS
 
 TRAIN_HELP = """\
 jaxalign train ALGORITHM --model DIR --data FILE [--out DIR] [--FIELD=VALUE ...] [--dry_run]

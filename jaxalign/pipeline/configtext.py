@@ -9,9 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import ALGORITHMS, defaults, get, leaves, stages, to_dict
+from jaxalign.config import defaults, get, leaves, stages, to_dict
 from jaxalign.errors import InputError
 from jaxalign.pipeline.configfile import override
+from jaxalign.registry import ALGORITHMS
 
 FORMS = ("py", "yaml", "json")
 SUFFIXES = (".yaml", ".yml", ".json")

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxalign import config as configuration
+from jaxalign import registry
 from jaxalign.config import defaults, get, leaves
 from jaxalign.ranges import BOUNDS, CHOICES, REQUIRED
+from jaxalign.registry import ALGORITHMS
 
 
 class Field(NamedTuple):
@@ -73,19 +75,22 @@ def _allowed(name: str, comment: str) -> str:
 
 
 def _comment(name: str, algorithm: str) -> str:
-    """The comment beside a field: that of the longest name that it ends in, the algorithm's own part before others."""
-    ends = [(path, scope, text) for path, scope, text in _comments() if f".{name}".endswith(f".{path}")]
-    section = name.rpartition(".")[0]
-    best = max(
-        ends, key=lambda e: (e[0] == name, section in e[1] or algorithm in e[1], len(e[0])), default=("", "", "")
-    )
-    return best[2] if best[0] == name or best[1] != "_common" else ""
+    """The comment beside a field: where its whole name is written, the algorithm's own before the common one."""
+    others = {f"_{other}" for other in ALGORITHMS} - {f"_{algorithm}"}
+    section, _, leaf = name.rpartition(".")
+    told = {(path, scope): text for path, scope, text in _comments() if path in (name, leaf) and scope not in others}
+    wanted = [(name, f"_{algorithm}"), (name, "_common"), (leaf, f"_{section}")]
+    loose = [(path, scope) for path, scope in told if path == leaf and scope not in ("_common", f"_{algorithm}")]
+    return next((told[place] for place in [*wanted, *loose] if place in told), "")
 
 
 @functools.cache
 def _comments() -> tuple[tuple[str, str, str], ...]:
-    """(dotted name as far as it is written, function, comment) of each field that has a comment in `jaxalign.config`."""
-    source = inspect.getsource(configuration)
+    """(name as far as it is written there, function, comment) of each field that has a comment where its default is."""
+    return tuple(told for module in (configuration, registry) for told in _comments_of(inspect.getsource(module)))
+
+
+def _comments_of(source: str) -> list[tuple[str, str, str]]:
     beside: dict[int, str] = {}  # line: comment behind code
     above: dict[int, str] = {}  # line: comment on a line of its own
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -103,7 +108,7 @@ def _comments() -> tuple[tuple[str, str, str], ...]:
                 named = [p for p, other in written if other == line and p.endswith(f".{first}")]
                 if text and (not named or path in named):
                     found.append((path, function.name, rest if named else text))
-    return tuple(found)
+    return found
 
 
 def _before(above: dict[int, str], line: int) -> str:

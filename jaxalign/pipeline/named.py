@@ -8,11 +8,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import ALGORITHMS, defaults, get, leaves
+from jaxalign.config import defaults, get, leaves
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
 from jaxalign.pipeline.configfile import override
 from jaxalign.pipeline.mistakes import no_field
+from jaxalign.registry import ALGORITHMS
 
 # A flag of its own and the field that it stands for; `reward` is one of two fields.
 _FLAGS = {"model": "model.path", "data": "data.sources", "eval_data": "data.eval_sources", "out": "workdir"}

@@ -7,6 +7,7 @@ import pytest
 from test_validation import ready
 
 from jaxalign import cli
+from jaxalign.commands import models
 from jaxalign.config import ALGORITHMS, defaults, leaves, validate
 from jaxalign.data.sources import parse_sources
 from jaxalign.errors import InputError
@@ -47,8 +48,8 @@ def test_every_number_has_finite_bounds_and_no_other_field_has():
 
 def test_every_numeric_flag_of_a_command_has_bounds(monkeypatch):
     flags = set()
-    parser = cli._parser
-    monkeypatch.setattr(cli, "_parser", lambda name, text, *rows: flags.update(rows) or parser(name, text, *rows))
+    parser = models.parser
+    monkeypatch.setattr(models, "parser", lambda name, text, *rows: flags.update(rows) or parser(name, text, *rows))
     for command in ("export", "generate", "logprobs", "score", "compare", "doctor"):
         assert cli.main([command, "--help"]) == 0
     assert {flag.lstrip("-") for flag, kind, *_ in flags if kind in (int, float)} == {row[0] for row in FLAG_BOUNDS}

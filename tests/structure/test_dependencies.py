@@ -21,7 +21,7 @@ EXTRAS = {
     for canonical in [Requirement(line).name.lower().replace("_", "-")]
 }
 # Distributions whose import has another name.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 
 
 def outside(path) -> list[tuple[int, str, bool]]:
