@@ -19,13 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.data.files import is_url
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
-from jaxalign.models import hf_names, store
+from jaxalign.models import store
+from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
 from jaxalign.types import Params
-
-_ARCHITECTURES = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
 
 
 def save(
@@ -44,7 +43,7 @@ def save(
 
     Args:
       directory: where, on disk or a URL that fsspec knows; replaced only where it is empty or an earlier export.
-      model: of the parameters; a model with a scalar head becomes a LlamaForSequenceClassification.
+      model: of the parameters; a model with a scalar head becomes a sequence classifier.
       params: the parameters, sharded or not.
       source: the directory or hub id the model came from: its tokenizer, generation config and licence are copied.
       tokenizer: a loaded tokenizer, saved instead of the source's files (it may have another chat template).
@@ -100,7 +99,7 @@ def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> di
       pad_token_id: for a scalar head, the id after which transformers looks for the last token of a row.
     """
     config = model.config.hf
-    config["architectures"] = [_ARCHITECTURES[model.config.head]]
+    config["architectures"] = [model.config.family.architectures[model.config.head]]
     for field in ("dtype", "torch_dtype"):  # transformers 5, and older
         config[field] = str(file_type)
     if model.config.head == "score":
@@ -212,39 +211,36 @@ def _pad_id(model: Model, tokenizer: Any, part: Path) -> int | None:
 
 def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
     """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
-    sizes = hf_names.sizes(model.config)
+    names, dims = model.config.family.names, sizes(model.config)
     leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path in leaves:
-        hf_names.row_of(path)
-    rows = [row for row in hf_names.LLAMA if row.path in leaves]
-    first = [row for row in rows if not row.stacked][:1]
-    last = [row for row in rows if not row.stacked][1:]
-    for row in first:
-        yield row.name, Planned(row.shape(sizes), functools.partial(_gather, row, leaves[row.path], None, sizes))
-    for layer in range(model.config.num_layers):
-        for row in (r for r in rows if r.stacked):
-            make = functools.partial(_gather, row, leaves[row.path], layer, sizes)
-            yield row.name.format(layer=layer), Planned(row.shape(sizes), make)
-    for row in last:
-        yield row.name, Planned(row.shape(sizes), functools.partial(_gather, row, leaves[row.path], None, sizes))
+        names.row_of(path)
+    for fused, index in names.in_order({path: leaf.shape for path, leaf in leaves.items()}):
+        make = functools.partial(_gather, fused, [leaves[row.path] for row in fused.rows], index, dims)
+        yield fused.rows[0].named(index), Planned(fused.shape(dims), make)
 
 
-def _gather(row: hf_names.Row, leaf: Any, layer: int | None, sizes: dict[str, int]) -> np.ndarray:
+def _gather(fused: Fused, leaves: list[Any], index: Index, dims: dict[str, int]) -> np.ndarray:
     """One tensor on the host, in Hugging Face's layout."""
+    parts = [_part(row, leaf, index, dims) for row, leaf in zip(fused.rows, leaves, strict=True)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=fused.rows[0].along)
+
+
+def _part(row: Row, leaf: Any, index: Index, dims: dict[str, int]) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         assert isinstance(leaf.sharding, NamedSharding)
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        leaf = _whole(whole)(leaf) if layer is None else _whole_layer(whole)(leaf, layer)
-    elif layer is not None:
-        leaf = leaf[layer]
-    return row.to_theirs(np.asarray(leaf), sizes)
+        leaf = _whole_at(whole)(leaf, index)
+    elif index:
+        leaf = leaf[index]
+    return row.to_theirs(np.asarray(leaf), dims)
 
 
 @functools.cache
-def _whole(sharding):
-    return jax.jit(lambda x: x, out_shardings=sharding)
+def _whole_at(sharding):
+    def at(x, index):
+        for i in index:
+            x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return x
 
-
-@functools.cache
-def _whole_layer(sharding):
-    return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=sharding)
+    return jax.jit(at, out_shardings=sharding)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,15 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxalign.errors import InputError
-from jaxalign.models import hf_names
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
+from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import locate
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
 from jaxalign.types import Params
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD, _SCORE = "embed/embedding", "lm_head/kernel", "score/kernel"
 _READERS = min(8, os.cpu_count() or 1)  # layers copied at once: transposing them is what loading waits for
 
 Shardings = Callable[[Params], Any] | None
@@ -61,18 +63,38 @@ def load(
     directory = locate(path, revision)
     config = read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
     model = Model(config)
-    abstract = model.abstract()
-    sources = match(config, abstract, list_tensors(directory))
-    params = {}
-    for leaf_path, leaf, sharding in _leaves(abstract, shardings):
-        if leaf_path in sources:
-            _put(params, leaf_path, _read_leaf(hf_names.row_of(leaf_path), sources[leaf_path], config, leaf, sharding))
-        elif key is None:
-            raise _no_head(directory)
-        else:
-            fresh = jax.jit(lambda k: model.init(k)["score"]["kernel"], out_shardings=sharding)
-            _put(params, leaf_path, fresh(key))
+    params: Params = {}
+    for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings):
+        if array is None and key is None:
+            raise _no_head(directory, config)
+        if array is None:
+            array = jax.jit(lambda k: model.init(k)["score"]["kernel"], out_shardings=sharding)(key)
+        _put(params, leaf_path, array)
     return model, params
+
+
+def read_leaves(
+    directory: Path, config: ModelConfig, abstract: Params, shardings: Shardings = None
+) -> Iterator[tuple[str, Sharding, jax.Array | None]]:
+    """Reads a tree of parameters, one array at a time.
+
+    Args:
+      directory: of the checkpoint.
+      config: of the model, whose family names the tensors.
+      abstract: shapes and dtypes.
+      shardings: from the abstract parameters to a tree of shardings; None: the first local device.
+
+    Yields:
+      path, sharding and array of each parameter; None for a scalar head that the checkpoint lacks.
+
+    Raises:
+      InputError: as `load` does.
+    """
+    sources, names = match(config, abstract, list_tensors(directory)), config.family.names
+    for leaf_path, leaf, sharding in _leaves(abstract, shardings):
+        row, found = names.row_of(leaf_path), sources.get(leaf_path)
+        array = None if found is None else _read_leaf(row, names.fused_of(row), found, sizes(config), leaf, sharding)
+        yield leaf_path, sharding, array
 
 
 def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
@@ -92,17 +114,19 @@ def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
     sources = match(config, abstract, list_tensors(directory))
     for leaf_path, leaf, _ in _leaves(abstract, None):
         if leaf_path not in sources:
-            raise _no_head(directory)
-        for layer, tensor in enumerate(sources[leaf_path]):
+            raise _no_head(directory, config)
+        row = config.family.names.row_of(leaf_path)
+        for index, tensor in sources[leaf_path].items():
+            whole = config.family.names.fused_of(row).part(row, tensor.read(), sizes(config))
             with np.errstate(over="ignore"):  # told in words
-                numbers = np.asarray(tensor.read()).astype(leaf.dtype)
-            _check_finite(numbers, tensor, hf_names.row_of(leaf_path).name.format(layer=layer))
+                numbers = np.ascontiguousarray(whole.astype(leaf.dtype))
+            _check_finite(numbers, tensor, row.named(index))
 
 
-def _no_head(directory: Path) -> InputError:
+def _no_head(directory: Path, config: ModelConfig) -> InputError:
     return InputError(
-        f"no score.weight in {directory}",
-        "a reward model: LlamaForSequenceClassification with one label",
+        f"no {config.family.names.row_of(_SCORE).name} in {directory}",
+        f"a reward model: {config.family.architectures['score']} with one label",
         "the export of a reward stage, or such a checkpoint",
     )
 
@@ -140,7 +164,7 @@ def from_scratch(
     return model, jax.jit(model.init, out_shardings=out)(key)
 
 
-def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) -> dict[str, dict[Index, Tensor]]:
     """Which tensors make up each parameter, every key of the checkpoint accounted for.
 
     Args:
@@ -149,31 +173,34 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
       tensors: of the checkpoint, by name.
 
     Returns:
-      For each path of a parameter its tensors, one for each layer where it is stacked. Only a scalar head may lack.
+      For each path of a parameter its tensors by index, of layers and experts where it is stacked. Only a scalar head
+      may lack.
 
     Raises:
       InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
     """
-    sizes = hf_names.sizes(config)
+    names, dims = config.family.names, sizes(config)
     tensors = _tied_under_its_own_name(config, tensors)
-    leaves = {leaf_path: leaf for leaf_path, leaf, _ in _leaves(abstract, None)}
-    found: dict[str, dict[int, Tensor]] = {leaf_path: {} for leaf_path in leaves}
+    counts = {
+        leaf_path: leaf.shape[: names.row_of(leaf_path).stacked] for leaf_path, leaf, _ in _leaves(abstract, None)
+    }
+    found: dict[str, dict[Index, Tensor]] = {leaf_path: {} for leaf_path in counts}
     for name, tensor in tensors.items():
-        known = hf_names.find(name)
-        if known is None or known[0].path not in leaves or (known[1] or 0) >= config.num_layers:
-            if hf_names.is_harmless(name) or (name == "lm_head.weight" and _headless(config, tensors)):
+        fused, index = names.find(name) or (Fused(()), ())
+        within = [all(map(operator.lt, index, counts[row.path])) for row in fused.rows if row.path in counts]
+        if not within or not all(within) or len(within) < len(fused.rows):
+            if names.is_harmless(name) or (name == _name(config, _HEAD) and _headless(config, tensors)):
                 continue
             raise InputError(
                 f"{name} in {tensor.file}, which this model does not have",
                 f"the tensors of a {config.num_layers}-layer {'tied ' if config.tied else ''}"
-                f"Llama with a {'scalar' if config.head == 'score' else 'token'} head",
+                f"{config.family.name} with a {'scalar' if config.head == 'score' else 'token'} head",
                 "a config.json that describes these weights, or weights without it",
             )
-        row, layer = known
-        if tensor.shape != row.shape(sizes):
+        if tensor.shape != fused.shape(dims):
             raise InputError(
                 f"{name} of shape {tensor.shape} in {tensor.file}",
-                f"{row.shape(sizes)}, as config.json says",
+                f"{fused.shape(dims)}, as config.json says",
                 "a config.json that describes these weights",
             )
         if tensor.dtype not in DTYPES:
@@ -182,13 +209,13 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
                 f"one of {', '.join(DTYPES)}",
                 "an unquantised copy of the checkpoint",
             )
-        found[row.path][layer or 0] = tensor
+        for row in fused.rows:
+            found[row.path][index] = tensor
     complete = {}
     for leaf_path, parts in found.items():
-        row = hf_names.row_of(leaf_path)
-        wanted = range(config.num_layers) if row.stacked else range(1)
-        missing = [row.name.format(layer=i) for i in wanted if i not in parts]
-        if leaf_path == "score/kernel" and missing:
+        wanted = list(itertools.product(*map(range, counts[leaf_path])))
+        missing = [names.row_of(leaf_path).named(index) for index in wanted if index not in parts]
+        if leaf_path == _SCORE and missing:
             continue
         if missing:
             raise InputError(
@@ -196,57 +223,63 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
                 "every tensor that config.json asks for",
                 "a whole checkpoint, or a config.json that describes it",
             )
-        complete[leaf_path] = [parts[i] for i in wanted]
+        complete[leaf_path] = {index: parts[index] for index in wanted}
     return complete
+
+
+def _name(config: ModelConfig, leaf_path: str) -> str:
+    """Of the one tensor of a parameter that is not stacked."""
+    return config.family.names.row_of(leaf_path).name
 
 
 def _tied_under_its_own_name(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A model whose head is its embedding may store the one matrix under the head's name."""
-    if not config.tied or "lm_head.weight" not in tensors or _EMBEDDING in tensors:
+    head, embedding = _name(config, _HEAD), _name(config, _EMBEDDING)
+    if not config.tied or head not in tensors or embedding in tensors:
         return tensors
-    return {_EMBEDDING if name == "lm_head.weight" else name: tensor for name, tensor in tensors.items()}
+    return {embedding if name == head else name: tensor for name, tensor in tensors.items()}
 
 
 def _headless(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a token head may be left unread: a scalar head takes its place, or it repeats the embedding."""
     if config.head == "score":
         return True
-    head, embedding = tensors["lm_head.weight"], tensors.get(_EMBEDDING)
+    head, embedding = tensors[_name(config, _HEAD)], tensors.get(_name(config, _EMBEDDING))
     if embedding is None or not config.tied:
         return True  # the missing embedding is reported by its own name
     if head.shape == embedding.shape and np.array_equal(head.read(), embedding.read()):
         return True
     raise InputError(
-        f"lm_head.weight in {head.file} differs from {_EMBEDDING}",
+        f"{_name(config, _HEAD)} in {head.file} differs from {_name(config, _EMBEDDING)}",
         "the same numbers, since tie_word_embeddings is true",
         '"tie_word_embeddings": false in config.json',
     )
 
 
 def _read_leaf(
-    row: hf_names.Row, tensors: list[Tensor], config: ModelConfig, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+    row: Row,
+    fused: Fused,
+    tensors: dict[Index, Tensor],
+    dims: dict[str, int],
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Sharding,
 ) -> jax.Array:
     """One parameter, each device's part read on its own."""
-    sizes = hf_names.sizes(config)
 
     @functools.cache  # devices that hold the same part share one array
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-        within = tuple(slice(*b) for b in (bounds[1:] if row.stacked else bounds))
-        if not row.stacked:
-            with np.errstate(over="ignore"):
-                out[...] = row.to_ours(tensors[0].read(), sizes)[within]
-            _check_finite(out, tensors[0], row.name)
-            return out
+        within = tuple(slice(*b) for b in bounds[row.stacked :])
 
-        def copy(i: int) -> None:
-            layer = bounds[0][0] + i
+        def copy(at: Index) -> None:
+            index = tuple(i + start for i, (start, _) in zip(at, bounds, strict=False))
             with np.errstate(over="ignore"):  # told in words
-                out[i] = row.to_ours(tensors[layer].read(), sizes)[within]
-            _check_finite(out[i], tensors[layer], row.name.format(layer=layer))
+                out[at] = row.to_ours(fused.part(row, tensors[index].read(), dims), dims)[within]
+            _check_finite(out[at], tensors[index], row.named(index))
 
-        with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(copy, range(len(out))))
+        places = list(itertools.product(*(range(n) for n in out.shape[: row.stacked])))
+        with ThreadPoolExecutor(min(_READERS, len(places))) as pool:
+            list(pool.map(copy, places))
         return out
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

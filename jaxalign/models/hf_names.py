@@ -1,15 +1,21 @@
-"""The two-way table between Hugging Face tensor names and the parameter tree; one row serves loading and saving."""
+"""Two-way tables between Hugging Face tensor names and the parameter tree; one row serves loading and saving."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxalign.models.config import ModelConfig
+if TYPE_CHECKING:
+    from jaxalign.models.config import ModelConfig
+
+Index = tuple[int, ...]  # within a stacked parameter: (), (layer,) or (layer, expert)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +23,27 @@ class Row:
     """One kind of tensor: its Hugging Face name, its path in the parameter tree, and how its dims move.
 
     `dims` reads "theirs -> ours": letters of DESIGN's dims, parentheses for dims that Hugging Face holds merged.
+    In a name "{layer}" and "{expert}" stand for numbers; our parameters are stacked along them, in this order.
+    Rows that follow each other under one name are parts of one fused tensor, which lie along its dim `along`.
     """
 
-    name: str  # "{layer}" stands for the number of the layer; ours are stacked along it
+    name: str
     path: str
     dims: str
+    along: int = 0
 
     @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.name
+    def stacked(self) -> int:
+        """How many leading dims of the parameter the name's numbers count."""
+        return self.name.count("{")
 
+    def named(self, index: Index) -> str:
+        """The name of the tensor that holds one index of the parameter."""
+        return self.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
+    @functools.cached_property
     def pattern(self) -> re.Pattern:
-        return re.compile(re.escape(self.name).replace(re.escape("{layer}"), r"(?P<layer>0|[1-9]\d*)"))
+        return re.compile(re.sub(r"\\{(layer|expert)\\}", r"(?P<\1>0|[1-9]\\d*)", re.escape(self.name)))
 
     def _plan(self) -> tuple[list[str], str, str]:
         theirs, ours = (side.strip() for side in self.dims.split("->"))
@@ -36,7 +51,7 @@ class Row:
         return groups, "".join(groups), ours
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Of the tensor in the file."""
+        """Of the tensor in the file, or of this part of it."""
         return tuple(math.prod(sizes[d] for d in group) for group in self._plan()[0])
 
     def to_ours(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
@@ -50,37 +65,86 @@ class Row:
         return np.ascontiguousarray(array.transpose([ours.index(d) for d in flat])).reshape(self.shape(sizes))
 
 
-_LAYER = "model.layers.{layer}."
+class Fused(NamedTuple):
+    """The rows of one tensor, mostly one; several are parts that lie one behind the other."""
 
-LLAMA: tuple[Row, ...] = (
-    Row("model.embed_tokens.weight", "embed/embedding", "VD -> VD"),
-    Row(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale", "D -> D"),
-    Row(_LAYER + "self_attn.q_proj.weight", "layers/attention/query/kernel", "(NH)D -> DNH"),
-    Row(_LAYER + "self_attn.q_proj.bias", "layers/attention/query/bias", "(NH) -> NH"),
-    Row(_LAYER + "self_attn.k_proj.weight", "layers/attention/key/kernel", "(KH)D -> DKH"),
-    Row(_LAYER + "self_attn.k_proj.bias", "layers/attention/key/bias", "(KH) -> KH"),
-    Row(_LAYER + "self_attn.v_proj.weight", "layers/attention/value/kernel", "(KH)D -> DKH"),
-    Row(_LAYER + "self_attn.v_proj.bias", "layers/attention/value/bias", "(KH) -> KH"),
-    Row(_LAYER + "self_attn.o_proj.weight", "layers/attention/out/kernel", "D(NH) -> NHD"),
-    Row(_LAYER + "self_attn.o_proj.bias", "layers/attention/out/bias", "D -> D"),
-    Row(_LAYER + "post_attention_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
-    Row(_LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", "FD -> DF"),
-    Row(_LAYER + "mlp.gate_proj.bias", "layers/mlp/gate/bias", "F -> F"),
-    Row(_LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", "FD -> DF"),
-    Row(_LAYER + "mlp.up_proj.bias", "layers/mlp/up/bias", "F -> F"),
-    Row(_LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "DF -> FD"),
-    Row(_LAYER + "mlp.down_proj.bias", "layers/mlp/down/bias", "D -> D"),
-    Row("model.norm.weight", "norm/scale", "D -> D"),
-    Row("lm_head.weight", "lm_head/kernel", "VD -> DV"),
-    Row("score.weight", "score/kernel", "OD -> DO"),
-)
+    rows: tuple[Row, ...]
 
-# Keys of old files that hold nothing trained: tables that are computed, masks that are constants.
-HARMLESS: tuple[str, ...] = (
-    r".*rotary_emb\.inv_freq",
-    r".*\.attn\.(masked_)?bias",
-    r".*\.masked_bias",
-)
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        shapes = [row.shape(sizes) for row in self.rows]
+        along = self.rows[0].along
+        return tuple(sum(s[d] for s in shapes) if d == along else n for d, n in enumerate(shapes[0]))
+
+    def part(self, row: Row, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The part of a tensor that a row names, as a view."""
+        if len(self.rows) == 1:
+            return tensor
+        before = sum(r.shape(sizes)[row.along] for r in itertools.takewhile(lambda r: r != row, self.rows))
+        return tensor[(slice(None),) * row.along + (slice(before, before + row.shape(sizes)[row.along]),)]
+
+
+class Names:
+    """A family's table of tensor names."""
+
+    def __init__(self, *rows: Row, harmless: tuple[str, ...] = ()):
+        """Args:
+        rows: in the order of a checkpoint: what comes before the layers first.
+        harmless: patterns of keys that hold nothing trained.
+        """
+        self.rows = rows
+        self._harmless = tuple(re.compile(pattern) for pattern in harmless)
+        self._by_path = {row.path: row for row in rows}
+        self._fused = {name: Fused(tuple(group)) for name, group in itertools.groupby(rows, lambda row: row.name)}
+        if len(self._by_path) < len(rows) or sum(len(f.rows) for f in self._fused.values()) < len(rows):
+            raise ValueError("two rows of one path, or parts of a tensor that do not follow each other")
+
+    def row_of(self, path: str) -> Row:
+        """The row of a parameter's path.
+
+        Raises:
+          KeyError: the table has none.
+        """
+        if path not in self._by_path:
+            raise KeyError(f"no Hugging Face name for the parameter {path}: add a row to the family's table")
+        return self._by_path[path]
+
+    def fused_of(self, row: Row) -> Fused:
+        """The tensor that a row is, or is a part of."""
+        return self._fused[row.name]
+
+    def find(self, name: str) -> tuple[Fused, Index] | None:
+        """The rows and the index of a Hugging Face name, or None where the table does not know it.
+
+        >>> names = Names(Row("h.{layer}.up.weight", "layers/mlp/up/kernel", "FD -> DF"))
+        >>> fused, index = names.find("h.3.up.weight")
+        >>> fused.rows[0].path, index
+        ('layers/mlp/up/kernel', (3,))
+        """
+        for fused in self._fused.values():
+            row = fused.rows[0]
+            if match := row.pattern.fullmatch(name):
+                return fused, tuple(int(match[n]) for n in ("layer", "expert")[: row.stacked])
+        return None
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether a key of an old file may be left unread."""
+        return any(pattern.fullmatch(name) for pattern in self._harmless)
+
+    def in_order(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Fused, Index]]:
+        """Every tensor of a checkpoint, layer by layer, in the order of the table.
+
+        Args:
+          shapes: of the parameters by path; those that the table has and these lack are left out.
+        """
+        there = [fused for fused in self._fused.values() if fused.rows[0].path in shapes]
+        for stacked, group in itertools.groupby(there, lambda fused: fused.rows[0].stacked > 0):
+            tensors = list(group)
+            for layer in range(shapes[tensors[0].rows[0].path][0] if stacked else 1):
+                for fused in tensors:
+                    experts = shapes[fused.rows[0].path][1:2] if fused.rows[0].stacked > 1 else (1,)
+                    for expert in range(experts[0]):
+                        yield fused, (layer, expert)[: fused.rows[0].stacked]
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -94,38 +158,3 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.head_dim,
         "O": 1,
     }
-
-
-def row_of(path: str) -> Row:
-    """The row of a parameter's path.
-
-    Raises:
-      KeyError: the table has none.
-    """
-    for row in LLAMA:
-        if row.path == path:
-            return row
-    raise KeyError(f"no Hugging Face name for the parameter {path}: add a row to jaxalign.models.hf_names")
-
-
-def find(name: str) -> tuple[Row, int | None] | None:
-    """The row and the layer of a Hugging Face name, or None where the table does not know it.
-
-    >>> row, layer = find("model.layers.3.mlp.up_proj.weight")
-    >>> row.path, layer
-    ('layers/mlp/up/kernel', 3)
-    """
-    for row in LLAMA:
-        match = row.pattern().fullmatch(name)
-        if match:
-            return row, int(match["layer"]) if row.stacked else None
-    return None
-
-
-def is_harmless(name: str) -> bool:
-    """Whether a key of an old file may be left unread.
-
-    >>> is_harmless("model.layers.0.self_attn.rotary_emb.inv_freq")
-    True
-    """
-    return any(re.fullmatch(pattern, name) for pattern in HARMLESS)

@@ -63,7 +63,7 @@ def from_sentencepiece(file: Path) -> Any:
     for text in _PROBES:
         if back_end.encode(text, add_special_tokens=False).ids != model.encode(text):
             raise InputError(
-                f"{file}, which is no byte-pair model in the way of Llama and Mistral",
+                f"{file}, which is no byte-pair model with byte fallback",
                 "a tokenizer.json beside it, or such a model",
                 "a directory of this tokenizer that has a tokenizer.json: --config.model.tokenizer=DIR",
             )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models import hf, hf_names
+from jaxalign.models import hf
 from tests.models import tiny_models as tiny
 
 SHARED_MODELS = ("stories3m-llama", "stories260k-llama")
@@ -52,11 +52,9 @@ def check_golden(model, params, tokens, stored):
     loss, logits, grads = loss_and_grads(model, params, tokens)
     assert float(loss) == pytest.approx(float(stored["loss"]), rel=1e-5)
     np.testing.assert_allclose(summary(loss, logits, {})["logits"], stored["logits"], rtol=0, atol=1e-4)
-    sizes = hf_names.sizes(model.config)
+    by_name = tiny.by_name(model.config, grads)
     for name, norm, along in zip(stored["names"], stored["norms"], stored["projections"], strict=True):
-        row, layer = hf_names.find(str(name))
-        leaf = np.asarray(hf.get_leaf(grads, row.path))
-        grad = row.to_theirs(leaf if layer is None else leaf[layer], sizes)
+        grad = by_name[str(name)]
         assert np.linalg.norm(grad) == pytest.approx(norm, rel=1e-4), name
         assert abs(projection(grad, str(name)) - along) < 4e-4 * norm, name  # the projection's own spread is one norm
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import InputError
-from jaxalign.models import export, hf, weights
+from jaxalign.models import export, hf, hf_names, weights
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from tests.models import tiny_models as tiny
@@ -336,13 +336,11 @@ def test_no_second_copy_in_host_memory(tmp_path):
 
 def _shapes(config):
     """Shapes by Hugging Face name."""
-    from jaxalign.models import hf_names
-
     described = from_hf(config, **tiny.SETTINGS)
-    have = {"/".join(k.key for k in p) for p, _ in jax.tree_util.tree_flatten_with_path(Model(described).abstract())[0]}
+    abstract = jax.tree_util.tree_flatten_with_path(Model(described).abstract())[0]
+    names, sizes = described.family.names, hf_names.sizes(described)
+    shapes = {"/".join(k.key for k in p): x.shape for p, x in abstract}
     return {
-        row.name.format(layer=i): jax.ShapeDtypeStruct(row.shape(hf_names.sizes(described)), jnp.float32)
-        for row in hf_names.LLAMA
-        if row.path in have
-        for i in range(described.num_layers if row.stacked else 1)
+        fused.rows[0].named(index): jax.ShapeDtypeStruct(fused.shape(sizes), jnp.float32)
+        for fused, index in names.in_order(shapes)
     }

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models import hf_names
 from jaxalign.models.cache import init_cache
 from jaxalign.models.transformer import Block, Model
 from jaxalign.types import Rows
@@ -86,12 +85,8 @@ def numpy_forward(config, weights, tokens, positions, start, end):
 def test_equals_numpy_in_float64(x64):
     """Nothing is cast below its input, or this would fail at 1e-12."""
     model = tiny.model(attention_bias=True, mlp_bias=True, head_dim=6, **WIDE)
-    params, sizes = params_of(model), hf_names.sizes(model.config)
-    by_name = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        row = hf_names.row_of("/".join(k.key for k in path))
-        for i in range(model.config.num_layers if row.stacked else 1):
-            by_name[row.name.format(layer=i)] = row.to_theirs(np.asarray(leaf[i] if row.stacked else leaf), sizes)
+    params = params_of(model)
+    by_name = tiny.by_name(model.config, params)
     tokens = np.random.default_rng(0).integers(0, 64, 9)
     positions, start, end = np.array([5, 4, 3, 0, 1, 2, 3, 9, 0]), np.array([0, 1, 2, 3, 3, 3, 3, 2, 8]), [4] * 9
     end = np.array([6, 6, 6, 4, 5, 6, 7, 9, 9])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxalign.models import hf_names, weights
-from jaxalign.models.config import from_hf
+from jaxalign.models.config import ModelConfig, from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.types import Rows
 
@@ -73,15 +73,25 @@ def tensors(hf: dict, head: str | None = None, seed: int = 0) -> dict[str, np.nd
     """Weights by Hugging Face name, large enough that every one of them shows in the output."""
     config = from_hf(hf, head=head, **SETTINGS)
     rng = np.random.default_rng(seed)
-    have = {"/".join(k.key for k in p) for p, _ in _flat(Model(config).abstract())}
+    shapes = {"/".join(k.key for k in p): x.shape for p, x in _flat(Model(config).abstract())}
     out = {}
-    for row in hf_names.LLAMA:
-        if row.path in have:
+    for row in config.family.names.rows:
+        if row.path in shapes:
             for layer in range(config.num_layers if row.stacked else 1):
                 shape = row.shape(hf_names.sizes(config))
                 value = rng.normal(size=shape).astype(np.float32)
                 scale = 0.02 if row.path.endswith("embedding") else 0.3
-                out[row.name.format(layer=layer)] = 1 + 0.1 * value if "norm" in row.path else scale * value
+                out[row.named((layer,))] = 1 + 0.1 * value if "norm" in row.path else scale * value
+    return out
+
+
+def by_name(config: ModelConfig, tree) -> dict[str, np.ndarray]:
+    """A tree of parameters, or of their gradients, by Hugging Face name."""
+    names, sizes, out = config.family.names, hf_names.sizes(config), {}
+    leaves = {"/".join(k.key for k in p): np.asarray(x) for p, x in _flat(tree)}
+    for fused, index in names.in_order({path: x.shape for path, x in leaves.items()}):
+        (row,) = fused.rows
+        out[row.named(index)] = row.to_theirs(leaves[row.path][index], sizes)
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jaxalign.models import hf, hf_names
+from jaxalign.models import hf
 from jaxalign.models.transformer import Model
 from tests.models import tiny_models as tiny
 from tests.models.test_golden_models import FIXED_IDS, SHARED_MODELS, loss_and_grads, summary
@@ -31,13 +31,7 @@ def torch_loss_and_grads(model, tokens):
 
 
 def to_names(model: Model, tree) -> dict[str, np.ndarray]:
-    """A tree of parameters, or of their gradients, by Hugging Face name."""
-    sizes, out = hf_names.sizes(model.config), {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        row = hf_names.row_of("/".join(k.key for k in path))
-        for layer in range(model.config.num_layers if row.stacked else 1):
-            out[row.name.format(layer=layer)] = row.to_theirs(np.asarray(leaf[layer] if row.stacked else leaf), sizes)
-    return out
+    return tiny.by_name(model.config, tree)
 
 
 def check_same(model, params, oracle, tokens):

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models import hf_names
 from jaxalign.ops.advantages import gae
 from jaxalign.ops.kl import kl_estimate, token_rewards
 from jaxalign.ops.readout import scalar_readout, token_logprobs
@@ -23,6 +22,7 @@ from jaxalign.rewards.score_shaping import shape_scores
 from jaxalign.rollout.generate import Rollout, completed_rows
 from jaxalign.steps.policy import policy_objective
 from jaxalign.types import PolicyBatch
+from tests.models.tiny_models import by_name
 from tests.ppo.ppo_world import VOCAB, prompt_batch, tiny_model
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "ppo_trl.npz"
@@ -153,11 +153,7 @@ def losses(case, batch):
     gradients, sums = jax.jit(jax.grad(mean, has_aux=True))({"policy": policy_params, "value": value_params})
     named = {}
     for role, model in (("policy", policy), ("value", value)):
-        sizes = hf_names.sizes(model.config)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(gradients[role])[0]:
-            row = hf_names.row_of("/".join(k.key for k in path))
-            for layer, part in enumerate(leaf if row.stacked else [leaf]):
-                named[f"{role}/{row.name.format(layer=layer)}"] = row.to_theirs(np.asarray(part), sizes)
+        named |= {f"{role}/{name}": x for name, x in by_name(model.config, gradients[role]).items()}
     return sums, named
 
 

@@ -1,0 +1,31 @@
+"""The families of models that can be read and written, one file each; nothing else names one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.models.families import llama
+from jaxalign.models.family import Family
+from jaxalign.models.hf_fields import shown
+
+FAMILIES: list[Family] = [
+    llama.FAMILY,
+]
+
+
+def find(hf: Mapping[str, Any]) -> Family:
+    """The family of a parsed `config.json`, by its `model_type`.
+
+    Raises:
+      InputError: none of them.
+    """
+    kind = hf.get("model_type")
+    for family in FAMILIES:
+        if kind in family.model_types:
+            return family
+    supported = ", ".join(repr(known) for family in FAMILIES for known in family.model_types)
+    raise InputError(
+        f"model_type {shown(kind)} in config.json", f"one of {supported}", "--config.model.path=such a checkpoint"
+    )

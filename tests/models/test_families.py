@@ -1,0 +1,153 @@
+"""A family is one file: a small one in this file is loaded and saved, with fused tensors and experts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.errors import InputError
+from jaxalign.models import export, families, hf, weights
+from jaxalign.models.config import from_hf, read_config
+from jaxalign.models.families import llama
+from jaxalign.models.hf_names import Names, Row, sizes
+from jaxalign.models.transformer import Model
+from jaxalign.models.weights import list_tensors
+from tests.models import tiny_models as tiny
+
+_FUSED = {"q_proj.weight": "qkv", "k_proj.weight": "qkv", "v_proj.weight": "qkv"}
+_FUSED |= {"gate_proj.weight": "gate_up", "up_proj.weight": "gate_up"}
+
+
+def _renamed(row: Row) -> Row:
+    for suffix, fused in _FUSED.items():
+        if row.name.endswith(suffix):
+            return dataclasses.replace(row, name=row.name.removesuffix(suffix) + f"{fused}.weight")
+    return row
+
+
+_EXPERTS = (
+    # Stored with the inputs first, gate and up side by side.
+    Row("model.layers.{layer}.experts.{expert}.gate_up", "layers/experts/gate/kernel", "DF -> DF", along=1),
+    Row("model.layers.{layer}.experts.{expert}.gate_up", "layers/experts/up/kernel", "DF -> DF", along=1),
+    Row("model.layers.{layer}.experts.{expert}.down", "layers/experts/down/kernel", "DF -> FD"),
+)
+_PLAIN = llama.FAMILY.names.rows
+_LAST = [row for row in _PLAIN if row.path in ("norm/scale", "lm_head/kernel", "score/kernel")]
+_LAYERS = sorted(
+    (_renamed(row) for row in _PLAIN if row.path.startswith("layers/")),
+    key=lambda row: next((i for i, kind in enumerate(("qkv", "gate_up")) if kind in row.name), 2),
+)
+FAKE = dataclasses.replace(
+    llama.FAMILY,
+    name="Fake",
+    model_types=("fake",),
+    architectures={"lm": "FakeForCausalLM", "score": "FakeForSequenceClassification"},
+    names=Names(_PLAIN[0], *_LAYERS, *_EXPERTS, *_LAST),
+)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, FAKE])
+    return tiny.hf_config(model_type="fake", architectures=["FakeForCausalLM"], tie_word_embeddings=False)
+
+
+def _by_leaf(tree):
+    return {"/".join(k.key for k in p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def test_fused_tensors_are_the_parts_side_by_side(tmp_path, fake):
+    """The same numbers under either family's names give the same model, and each saves what it was loaded from."""
+    plain = tiny.hf_config(tie_word_embeddings=False)
+    tensors = tiny.tensors(plain)
+    layer = "model.layers.{}.".format
+    fused = {k: v for k, v in tensors.items() if not k.endswith(tuple(_FUSED))}
+    for i in range(3):
+        attention, mlp = layer(i) + "self_attn.", layer(i) + "mlp."
+        fused[attention + "qkv.weight"] = np.concatenate([tensors[f"{attention}{n}_proj.weight"] for n in "qkv"])
+        fused[mlp + "gate_up.weight"] = np.concatenate([tensors[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")])
+    tiny.write(tmp_path / "plain", plain, tensors)
+    tiny.write(tmp_path / "fused", fake, fused, max_bytes=20_000)
+    model, params = hf.load(tmp_path / "fused", **tiny.SETTINGS)
+    jax.tree.map(np.testing.assert_array_equal, params, hf.load(tmp_path / "plain", **tiny.SETTINGS)[1])
+    hf.save(tmp_path / "again", model, params, source=tmp_path / "fused")
+    again = {name: tensor.read() for name, tensor in list_tensors(tmp_path / "again").items()}
+    assert again.keys() == fused.keys()
+    for name, value in fused.items():
+        np.testing.assert_array_equal(again[name], value)
+    assert '"FakeForCausalLM"' in (tmp_path / "again" / "config.json").read_text()
+
+
+def _with_experts(config, experts: int):
+    """A tree with experts beside the mlp; the transformer knows none yet."""
+    D, F, L = config.embed_dim, config.mlp_dim, config.num_layers
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    tree = Model(config).abstract()
+    tree["layers"]["experts"] = {
+        name: {"kernel": jax.ShapeDtypeStruct((L, experts, *shape), np.float32)} for name, shape in shapes.items()
+    }
+    return tree
+
+
+@pytest.mark.parametrize("split", [None, P(None, "x"), P(None, None, "x"), P("x")])
+def test_experts_are_stacked_behind_layers(tmp_path, fake, split):
+    """Every tensor carries its layer's and its expert's number; a device reads what it holds, both ways."""
+    config = from_hf(fake | {"num_hidden_layers": 4}, **tiny.SETTINGS)
+    abstract = _with_experts(config, 2)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
+    tiny.write(tmp_path, fake | {"num_hidden_layers": 4}, {})
+    weights.write_tensors(tmp_path, dict(export._planned(Model(config), params)), np.dtype(np.float32), 10**9)
+    tensors = list_tensors(tmp_path)
+    gate, up = (params["layers"]["experts"][name]["kernel"][3, 1] for name in ("gate", "up"))
+    np.testing.assert_array_equal(
+        tensors["model.layers.3.experts.1.gate_up"].read(), np.concatenate([gate, up], axis=1)
+    )
+    mesh = Mesh(np.array(jax.devices()[:2]), "x")
+
+    def shardings(tree):
+        def place(path, _):
+            experts = split is not None and "experts" in str(path)
+            return NamedSharding(mesh, split if experts else P())
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    read = dict((path, array) for path, _, array in hf.read_leaves(tmp_path, config, abstract, shardings))
+    for path, value in _by_leaf(params).items():
+        np.testing.assert_array_equal(np.asarray(read[path]), value)
+    if split is not None and len(mesh.devices) > 1:
+        leaf = read["layers/experts/up/kernel"]
+        assert leaf.addressable_shards[0].data.size * 2 == leaf.size
+
+
+@pytest.mark.parametrize("name, words", [("experts.2.down", "does not have"), ("experts.0.down", "no model.layers")])
+def test_an_expert_too_many_or_too_few_is_named(tmp_path, fake, name, words):
+    config = from_hf(fake, **tiny.SETTINGS)
+    shapes = {f: FAKE.names.in_order(_shapes(_with_experts(config, n))) for f, n in (("all", 3), ("two", 2))}
+    tensors = {}
+    for fused, index in shapes["all" if "2" in name else "two"]:
+        if "2" in name or not fused.rows[0].named(index).endswith(name):
+            tensors[fused.rows[0].named(index)] = np.zeros(fused.shape(sizes(config)), np.float32)
+    tiny.write(tmp_path, fake, tensors)
+    with pytest.raises(InputError, match=words) as error:
+        list(hf.read_leaves(tmp_path, config, _with_experts(config, 2)))
+    assert "experts." in str(error.value)
+
+
+def _shapes(tree):
+    return {path: x.shape for path, x in _by_leaf(jax.tree.map(lambda x: np.zeros(x.shape), tree)).items()}
+
+
+def test_an_unknown_family_is_named_with_those_there_are(tmp_path):
+    tiny.write(tmp_path, tiny.hf_config(model_type="opt"), {})
+    with pytest.raises(InputError) as error:
+        read_config(tmp_path, **tiny.SETTINGS)
+    assert "'opt'" in str(error.value) and all(repr(t) in str(error.value) for t in llama.FAMILY.model_types)
+
+
+def test_parts_of_a_tensor_follow_each_other():
+    with pytest.raises(ValueError, match="parts"):
+        Names(Row("a", "x", "D -> D"), Row("b", "y", "D -> D"), Row("a", "z", "D -> D"))
