@@ -12,16 +12,21 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+sys.path[:0] = [str(ROOT), str(DOCS)]  # this checkout, wherever the script is run from
 
 # What a file that is no Python module is for; a module says it in its docstring.
 _PURPOSES = {
     "pyproject.toml": "package, extras, tools",
-    "README.md": "one page: what it is, the main job, your own data, launching",
+    "README.md": "one page: what it is, the main job, your own pairs, what is supported, launching",
     "LICENSE": "Apache 2.0",
+    "CHANGELOG.md": "what changed, version by version",
+    "CONTRIBUTING.md": "set-up, tests, phases of .ci/run, rules",
+    "CITATION.cff": "how to cite jaxalign",
     "launch/Dockerfile": "the image that kubernetes.sh runs",
     "launch/constraints.txt": "the pinned versions, for each Python",
     "launch/say.sh": "found, expected, fix, and what a dry run would do: the launchers' words",
@@ -134,7 +139,51 @@ def tree() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-PARTS = {"tree": tree}
+def columns() -> str:
+    """Our names of columns."""
+    from jaxalign.data.columns import FIELDS
+
+    return "\n".join(
+        ["| column | what it is |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in FIELDS.items())]
+    )
+
+
+def presets() -> str:
+    """Published sets and what tells them."""
+    from jaxalign.data.presets import PRESETS
+
+    lines = ["| preset | hub ids | or any source with the columns |", "|---|---|---|"]
+    for name, preset in PRESETS.items():
+        schemas = "; or ".join(", ".join(f"`{column}`" for column in schema) for schema in preset.signatures)
+        lines.append(f"| `{name}` | {', '.join(f'`{hub}`' for hub in preset.hub_ids)} | {schemas} |")
+    return "\n".join(lines)
+
+
+def fields() -> str:
+    """Every field of a configuration."""
+    from fields import fields as tables
+
+    return tables()
+
+
+def aliases() -> str:
+    """What other programs call our fields."""
+    from jaxalign.pipeline.aliases import ALIASES
+
+    by_field: dict[str, list[str]] = {}
+    for alias, names in ALIASES.items():
+        by_field.setdefault(" or ".join(f"`{name}`" for name in names), []).append(f"`{alias}`")
+    lines = ["| here | elsewhere |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {field} | {', '.join(found)} |" for field, found in by_field.items())])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "tree": tree,
+    "columns": columns,
+    "presets": presets,
+    "fields": fields,
+    "aliases": aliases,
+}
 
 
 def remade(page: str) -> str:

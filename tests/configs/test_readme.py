@@ -1,18 +1,25 @@
-"""README's configs load and fit their commands, and the fields that it names are there with these defaults."""
+"""README and the pages of docs/: their configs load, their commands and links are there, the fields they name exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from jaxalign import cli
 from jaxalign.config import ALGORITHMS, defaults, get, leaves
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.rewards.function import load_function
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-FILES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, re.DOTALL))
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+README = PAGES["README.md"]
+TEXT = "\n".join(PAGES.values())
+FILES = dict(re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", TEXT, re.DOTALL))
 CONFIGS = sorted(name for name in FILES if name.startswith("configs/"))
+KNOWN = {field for algorithm in ALGORITHMS for field in leaves(defaults(algorithm))}
+SECTIONS = {field.partition(".")[0] for field in KNOWN if "." in field}
 
 
 @pytest.fixture
@@ -23,6 +30,17 @@ def written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def commands(page: str) -> list[list[str]]:
+    """The lines of a page's shell blocks as words; comments are gone, continued lines are one."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 170
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_are_whole(written, name):
     """Nothing is left to fill in but the files they name."""
@@ -30,61 +48,88 @@ def test_configs_are_whole(written, name):
     found = stages.plan(config)
     assert found and all(not stage.warnings for stage in found)
     if function := get(config, "rewards.function"):
-        assert load_function(function)([], ["please", "no"], records=[], completion_ids=[], finished=[], step=0) == [
-            1,
-            0,
-        ]
+        given = {"records": [], "completion_ids": [], "finished": [], "step": 0}
+        assert load_function(function)([], ["please", "no"], **given) == [1, 0]
 
 
 def test_there_are_configs_of_every_kind():
     assert {"configs/mine.py", "configs/road.py", "configs/polite.py"} <= set(CONFIGS)
 
 
-def test_overrides_in_commands_name_fields(written):
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    commands = [c for block in blocks for c in block.replace("\\\n", " ").splitlines() if "--config=" in c]
-    checked = 0
-    for command in commands:
-        name = re.search(r"--config=(\S+)", command)[1]
-        if name in FILES:
-            fields = set(leaves(load_config(name)))
-            for field in re.findall(r"--config\.([\w.]+)=", command):
-                assert field in fields, field
-                checked += 1
-    assert checked >= 3
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_overrides_in_commands_name_fields(written, page):
+    for words in commands(page):
+        name = next((word.removeprefix("--config=") for word in words if word.startswith("--config=")), "")
+        known = set(leaves(load_config(name))) if name in FILES else KNOWN
+        for word in words:
+            if found := re.match(r"--config\.([\w.]+)=", word):
+                assert found[1] in known, (words, found[1])
 
 
-def test_the_table_of_fields():
-    rows = README.split("| field | default | what it is |")[1].split("\n\n")[0].splitlines()[2:]
-    known = {field for algorithm in ALGORITHMS for field in leaves(defaults(algorithm))}
-    named = [field for row in rows for field in re.findall(r"`([\w.]+)`", row.split("|")[1])]
-    assert len(named) > 20 and set(named) <= known
-    for row in rows:
-        fields, values = (cell.strip() for cell in row.split("|")[1:3])
-        for algorithm in ALGORITHMS:
-            for field, value in stated(re.findall(r"`([\w.]+)`", fields), values, algorithm):
-                default = get(defaults(algorithm), field, missing := object())
-                assert default is missing or same(value, default), (algorithm, field, value, default)
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_commands_and_their_flags_exist(page, capsys):
+    helps = {}
+    for words in commands(page):
+        if words[0] == "jaxalign":
+            if words[1] not in helps:
+                cli.main([words[1], "--help"])
+                helps[words[1]] = capsys.readouterr().out
+            assert helps[words[1]], words
+            for flag in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
+                assert flag.startswith("--config.") or flag in helps[words[1]], (words, flag)
+        elif words[0] in ("bash", "python", "sbatch"):
+            script = next(word for word in words[1:] if not word.startswith("-"))
+            assert (ROOT / script).is_file(), words
 
 
-def stated(fields: list[str], values: str, algorithm: str) -> list[tuple[str, str]]:
-    """What a row says that an algorithm's fields are by default.
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_fields_in_text_exist(page):
+    """Whatever stands in backquotes and begins with a section's name and a dot, alone or with a value."""
+    missing = []
+    for name in re.findall(r"`(?:--config\.)?((?:\w+\.)+\w+)(?:=[^`]*)?`", PAGES[page]):
+        known = name.partition(".")[0] in SECTIONS and not name.endswith((".py", ".json", ".jsonl", ".md"))
+        if known and name not in KNOWN and page != "docs/coming_from.md":
+            missing.append(name)
+    assert missing == []
 
-    >>> stated(["a", "b"], "1, `x`", "sft"), stated(["a"], "sft 1, dpo and ppo 2, else 3", "ppo")
-    ([('a', '1'), ('b', 'x')], [('a', '2')])
-    """
-    parts = [part.strip().replace("`", "") for part in values.split(",")]
-    of = {name: part.split()[-1] for part in parts for name in part.replace(" and ", " ").split()[:-1]}
-    if not of:
-        parts *= len(fields) if len(parts) == 1 else 1
-        assert len(fields) == len(parts), (fields, values)
-        return list(zip(fields, parts, strict=True))
-    assert len(fields) == 1 and (algorithm in of or "else" in of), (fields, values)
-    return [(fields[0], of.get(algorithm, of.get("else", "")))]
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), (page, target)
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, (page, target)
+
+
+def test_paths_in_text_exist():
+    """Files of the checkout that pages name in backquotes."""
+    tops = ("docs/", "jaxalign/", "launch/", "notebooks/", "tests/")
+    for page, text in PAGES.items():
+        for name in re.findall(r"`([\w./]+)`", text):
+            if name.startswith(tops) and page != "CHANGELOG.md":
+                assert (ROOT / name).exists(), (page, name)
+
+
+def test_readme_links_every_page():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", README))
+    assert sorted(name for name in PAGES if name.startswith("docs/") and name not in linked) == []
+
+
+def test_the_tables_of_methods_give_the_defaults():
+    for section in re.split(r"^## ", PAGES["docs/methods.md"], flags=re.MULTILINE):
+        algorithm = {"SFT": "sft", "Reward model": "reward", "DPO": "dpo", "PPO": "ppo"}.get(section.split("\n")[0])
+        for field, value in re.findall(r"^\| `([\w.]+)` \| ([^|]+) \|", section, re.MULTILINE) if algorithm else ():
+            assert same(value.strip().strip("`"), get(defaults(algorithm), field)), (algorithm, field, value)
 
 
 def same(value: str, default: object) -> bool:
-    """Whether a text of the table stands for a default."""
+    """Whether a text of a table stands for a default."""
     if default in (None, ()):
         return value == "none"
     if isinstance(default, bool) or not isinstance(default, (int, float)):
