@@ -68,6 +68,10 @@ _FOLDERS = {
 }
 
 
+# In this order the page of the configuration has them; others follow.
+_SECTIONS = ("", "from", "model", "data", "algorithm", "rollout", "rewards", "optimizer", "mesh", "eval", "checkpoint")
+
+
 def tracked() -> list[str]:
     """The files of the checkout: those git tracks, and new ones that it does not ignore."""
     out = subprocess.run(
@@ -160,10 +164,55 @@ def presets() -> str:
 
 
 def fields() -> str:
-    """Every field of a configuration."""
-    from fields import fields as tables
+    """Every field of a configuration, a table for each section."""
+    from jaxalign.pipeline.fields import fields as of
+    from jaxalign.ranges import BOUNDS, CHOICES, REQUIRED
+    from jaxalign.registry import ALGORITHMS
 
-    return tables()
+    known = {name: {f.name: f for f in of(name)} for name in ALGORITHMS}
+    sections: dict[str, list[str]] = {section: [] for section in _SECTIONS}
+    for name in dict.fromkeys(name for by_name in known.values() for name in by_name):
+        sections.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def default(name: str) -> str:
+        if name in REQUIRED:
+            return "required"
+        values: dict[str, list[str]] = {}
+        for algorithm, by_name in known.items():
+            if name in by_name:
+                value = by_name[name].default
+                values.setdefault("none" if value in (None, ()) else f"`{value}`", []).append(algorithm)
+        if len(values) == 1:
+            return next(iter(values))
+        return "; ".join(f"{', '.join(names)} {value}" for value, names in values.items())
+
+    def may_be(name: str) -> str:
+        parts = [", ".join("none" if c is None else f"`{c}`" for c in of) for field, of in CHOICES if field == name]
+        parts += [f"{_number(low)} to {_number(high)}" for field, low, high in BOUNDS if field == name]
+        guides: dict[str, list[str]] = {}
+        for algorithm, entry in ALGORITHMS.items():
+            for field, low, high in entry.guides:
+                if field == name:
+                    text = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+                    guides.setdefault(text, []).append(algorithm)
+        return "; ".join(parts + [f"guides ({', '.join(names)}): {text}" for text, names in guides.items()])
+
+    lines = []
+    for section, names in sections.items():
+        lines += [f"### {section or 'The run'}", "", "| field | default | may be | what it is |", "|---|---|---|---|"]
+        for name in names:
+            having = [algorithm for algorithm, by_name in known.items() if name in by_name]
+            only = "" if len(having) == len(known) else f"{', '.join(having)}: "
+            sentence = next((known[a][name].sentence for a in having if known[a][name].sentence), "").replace(
+                "|", "\\|"
+            )
+            lines.append(f"| `{name}` | {default(name)} | {may_be(name)} | {only}{sentence} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def aliases() -> str:

@@ -63,75 +63,87 @@ def _common() -> ConfigDict:
     none = config_dict.placeholder
     return ConfigDict(
         {
-            "seed": 0,
-            "workdir": none(str),
+            "seed": 0,  # of everything that is random: initialisation, order of the data, samples
+            "workdir": none(str),  # the run's directory, on disk or in an object store
             # What this stage starts from, by the name of an earlier stage; see `stages`.
-            "from": {"model": none(str), "reward": none(str)},
+            "from": {
+                "model": none(str),  # the earlier stage whose model this one starts from
+                "reward": none(str),  # ppo: the earlier stage whose reward model is the reward
+            },
             "num_train_steps": none(int),  # batches of the data stream; PPO: iterations. Else num_epochs
-            "num_epochs": 1,
+            "num_epochs": 1,  # passes over the data, where num_train_steps is not set
             "batch_size": 64,  # rows of a global batch: records, pairs or prompts where rows are not packed
-            "grad_accum_steps": 1,
+            "grad_accum_steps": 1,  # parts in which batch_size is worked on; the result is that of the whole batch
             "process_timeout": 300,  # seconds without a sign of life after which another process of the run is lost
             "profile": 0,  # steps whose time is told by phase, with a trace in workdir/profile; 0: none
             "model": {
                 "path": none(str),  # directory or hub id
-                "revision": none(str),
-                "tokenizer": none(str),  # default: model.path
+                "revision": none(str),  # of a hub id: branch, tag or commit
+                "tokenizer": none(str),  # a directory or hub id; default: that of model.path
                 "chat_template": none(str),  # a file or a template; default: the tokenizer's own
                 "from_scratch": False,  # initialise from config.json alone
-                "dtype": "float32",  # of the computation: float32, bfloat16, float16
+                "dtype": "float32",  # of the computation
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
-                "remat": "full",  # none, dots, offload (what dots keeps, in host memory), full
-                "attention": none(str),  # blocked, splash, triton, mosaic; default: what suits the platform
+                "remat": "full",  # the backward pass keeps all, matrix products (offload: on the host), or layer inputs
+                "attention": none(str),  # the backend; default: what suits the platform
             },
             "data": {
                 "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset
-                "eval_sources": (),
+                "eval_sources": (),  # held-out records, in the form of data.sources
                 "eval_fraction": 0.0,  # share of the training records held out where eval_sources is empty
-                "max_records": none(int),
-                "on_error": "stop",  # at a row that is wrong; or skip: it is counted by reason and left out
+                "max_records": none(int),  # records that are read of all sources together
+                "on_error": "stop",  # at a row that is wrong; skip: it is counted by reason and left out
                 "max_skipped": 0.01,  # share of the rows of a source that on_error may skip
-                "max_length": none(int),  # prompt + completion, in tokens; default: see `max_length`
-                "max_prompt_length": none(int),
-                "max_completion_length": none(int),
-                "row_length": none(int),  # default: what the data needs, at most max_length (pairs: twice that)
-                "truncation": "drop",  # drop, keep_start, keep_end
-                "system_turns": "keep",  # fold: into the user's turn that follows; drop
-                "append_eos": True,  # to a completion that lacks it and was not truncated
-                "packing": False,
-                "shuffle": True,
-                "cache_dir": none(str),  # default: workdir/cache
+                "max_length": none(int),  # tokens of prompt + completion; default: 1,024, or the models' limit if less
+                "max_prompt_length": none(int),  # tokens of the prompt alone
+                "max_completion_length": none(int),  # tokens of the completion alone
+                # tokens of a row; default: what the data needs, at most max_length (pairs: twice that)
+                "row_length": none(int),
+                "truncation": "drop",  # what happens to a record that is too long
+                "system_turns": "keep",  # fold: into the user's turn that follows; drop: left out
+                "append_eos": True,  # adds EOS to a completion that lacks it and was not truncated
+                "packing": False,  # many records in a row of row_length tokens
+                "shuffle": True,  # a new order in each epoch, from the seed
+                "cache_dir": none(str),  # where tokenised records are kept; default: workdir/cache
             },
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {
+                "data": 1,  # devices that split the batch and hold whole parameters; -1: what is left
+                "fsdp": -1,  # devices that split the batch and the parameters; -1: what is left
+                "tensor": 1,  # devices that split each layer; -1: what is left
+            },
             "optimizer": {
-                "name": "adamw",  # adamw, adafactor, lion, sgd
-                "learning_rate": 1e-5,
-                "schedule": "cosine",  # constant, linear, cosine
-                "warmup_steps": 0,
-                "final_fraction": 0.1,  # of the learning rate, at the end of linear and cosine
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "decay_mask": "matrices",  # matrices, all
-                "max_grad_norm": 1.0,  # 0: no clipping
+                "name": "adamw",  # the optimizer
+                "learning_rate": 1e-5,  # the peak of the schedule
+                "schedule": "cosine",  # of the learning rate, after the warmup
+                "warmup_steps": 0,  # steps of a linear rise from 0
+                "final_fraction": 0.1,  # share of the learning rate at the end of linear and cosine
+                "b1": 0.9,  # decay of the first moment
+                "b2": 0.999,  # decay of the second moment
+                "eps": 1e-8,  # added to the root of the second moment
+                "weight_decay": 0.0,  # decoupled, scaled by the learning rate
+                "decay_mask": "matrices",  # which weights decay: matrices alone, or all
+                "max_grad_norm": 1.0,  # gradients are clipped to this norm, by role; 0: no clipping
                 "state_dtype": none(str),  # of what is kept between steps: bfloat16, int8; default: model.param_dtype
             },
-            "eval": {"every": 0, "num_batches": none(int)},  # every: 0 for the end only
+            "eval": {
+                "every": 0,  # steps between evaluations; 0: at the end only
+                "num_batches": none(int),  # of an evaluation; none: all
+            },
             "checkpoint": {
-                "every": 0,  # steps; 0 for the end only
-                "keep": 1,
+                "every": 0,  # steps between checkpoints; 0: at the end only
+                "keep": 1,  # how many checkpoints stay
                 "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
-                "best_mode": "min",
-                # False; "whole": from the newest that is not damaged; "reward": although the reward is another now
+                "best_mode": "min",  # whether less or more of best_metric is better
+                # from the last checkpoint; False: never; whole: from the newest that is not damaged; reward: though the
+                # reward changed
                 "resume": FieldReference(True, field_type=object),
             },
             "logging": {
-                "every": 1,
-                "tensorboard": True,
-                "wandb_project": none(str),
-                "progress": True,
+                "every": 1,  # steps between lines of metrics.jsonl
+                "tensorboard": True,  # write workdir/events
+                "wandb_project": none(str),  # Weights & Biases, with the extra `wandb`
+                "progress": True,  # a line on the terminal
             },
         }
     )

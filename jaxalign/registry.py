@@ -50,7 +50,7 @@ def _sft() -> dict[str, dict[str, Any]]:
         "algorithm": {"name": "sft"},
         "optimizer": {"learning_rate": 2e-5},
         "data": {
-            "train_on": "completion",  # last: its last turn; all: prompts too; or roles: "assistant,tool"
+            "train_on": "completion",  # the assistant's; last: its last turn; all: prompts too; or roles: "assistant,tool"
             "train_on_eos": "turn",  # the ends of turns that are trained on: of each turn, last, none
             "packing": True,
         },
@@ -61,12 +61,12 @@ def _reward() -> dict[str, dict[str, Any]]:
     return {
         "algorithm": {
             "name": "reward",
-            "label_smoothing": 0.0,
+            "label_smoothing": 0.0,  # share of labels taken to be wrong
             "center_coef": 0.0,  # adds coef * (r_chosen + r_rejected)^2
             "use_margin": False,  # subtract the records' `margin` column
         },
         "optimizer": {"learning_rate": 1e-5},
-        "data": {"shared_prompt": True},
+        "data": {"shared_prompt": True},  # both completions of a pair in one row around one copy of their prompt
     }
 
 
@@ -74,17 +74,17 @@ def _dpo() -> dict[str, dict[str, Any]]:
     return {
         "algorithm": {
             "name": "dpo",
-            "loss": "sigmoid",  # sigmoid, ipo
+            "loss": "sigmoid",  # the loss on pairs
             # ipo alone: log-ratios averaged over a completion's tokens, as in TRL (True, which None means), or summed
             # as in the paper (False); summed, the same aim takes a beta smaller by the completions' length
             "average": config_dict.placeholder(bool),
-            "beta": 0.1,
-            "label_smoothing": 0.0,
+            "beta": 0.1,  # how strongly the policy is held to the reference
+            "label_smoothing": 0.0,  # share of labels taken to be wrong
             "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
-            "reference_path": config_dict.placeholder(str),  # default: the policy's own start
+            "reference_path": config_dict.placeholder(str),  # directory or hub id; default: the policy's own start
         },
-        "optimizer": {"learning_rate": 1e-6},  # the guides: 5e-7 to 5e-6
-        "data": {"shared_prompt": True},
+        "optimizer": {"learning_rate": 1e-6},
+        "data": {"shared_prompt": True},  # both completions of a pair in one row around one copy of their prompt
         "rollout": _rollout(),
         "logging": _samples(),
     }
@@ -95,23 +95,24 @@ def _ppo() -> dict[str, dict[str, Any]]:
     return {
         "algorithm": {
             "name": "ppo",
-            "kl_coef": 0.05,
-            "kl_estimator": "k1",  # k1, k2, k3
-            "kl_target": none(float),  # set: adaptive coefficient towards this many nats a completion
+            "kl_coef": 0.05,  # weight of the KL penalty in the reward
+            "kl_estimator": "k1",  # of the KL in the reward: k1 unbiased, k2 low variance, k3 both
+            "kl_target": none(float),  # set: kl_coef adapts towards this many nats a completion
             "kl_horizon": 10_000,  # completions over which the adaptive coefficient moves
-            "entropy_coef": 0.0,
-            "gamma": 1.0,
-            "gae_lambda": 0.95,
-            "clip_range": 0.2,
-            "value_clip_range": 0.2,
-            "vf_coef": 0.1,
-            "num_ppo_epochs": 4,
-            "num_minibatches": 1,
-            "whiten_advantages": True,
+            "entropy_coef": 0.0,  # weight of the entropy bonus
+            "gamma": 1.0,  # discount of a token
+            "gae_lambda": 0.95,  # 0 trusts the values alone, 1 the rewards alone
+            "clip_range": 0.2,  # of the probability ratio
+            "value_clip_range": 0.2,  # of the value's move, in units of value
+            "vf_coef": 0.1,  # weight of the value loss
+            "num_ppo_epochs": 4,  # passes over an iteration's experience
+            "num_minibatches": 1,  # updates in each pass
+            "whiten_advantages": True,  # advantages to mean 0 and variance 1 over the iteration's tokens
             "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
             "offload": False,  # what is not in use waits in host memory: frozen weights, and moments but for updates
-            "value_path": none(str),  # default: the reward model, or the policy where that has no model of its tokens
+            "value_path": none(str),  # what the value model starts from; default: the reward model, or else the policy
         },
+        # value_learning_rate: the peak of the value model's schedule
         "optimizer": {"learning_rate": 1e-6, "value_learning_rate": 5e-6, "schedule": "constant"},
         "rewards": _rewards(),
         "rollout": {
@@ -127,28 +128,28 @@ def _rewards() -> dict[str, Any]:
     return {
         "model": none(str),  # a reward model's directory or hub id
         "function": none(str),  # "package.module:function" or "file.py:function"
-        "scale": 1.0,
+        "scale": 1.0,  # factor of the scores
         "clip": none(float),  # scores are clipped to [-clip, clip] after scaling
-        "whiten": False,  # over the tokens' rewards of an iteration; the mean is kept
-        "normalize": False,  # scores by their running mean and standard deviation
+        "whiten": False,  # whitens the tokens' rewards of an iteration; their mean is kept
+        "normalize": False,  # divides scores by their running standard deviation, after subtracting their running mean
         "missing_eos_penalty": none(float),  # subtracted where a completion did not finish
     }
 
 
 def _rollout() -> dict[str, Any]:
     return {
-        "max_new_tokens": 128,
-        "temperature": 1.0,
-        "top_k": 0,  # 0: off
-        "top_p": 1.0,  # 1: off
+        "max_new_tokens": 128,  # tokens of a sampled completion
+        "temperature": 1.0,  # of the samples; ppo's log-probs are at the same temperature
+        "top_k": 0,  # samples among the k likeliest tokens; 0: off
+        "top_p": 1.0,  # samples among the likeliest tokens that make up this share; 1: off
         "stop": (),  # more stop tokens, beside the model's own: ids or token strings
     }
 
 
 def _samples() -> dict[str, Any]:
     return {
-        "samples_every": 100,  # 0: no samples
-        "num_samples": 4,
+        "samples_every": 100,  # steps between samples of the model in training; 0: none
+        "num_samples": 4,  # completions of each sampling
     }
 
 

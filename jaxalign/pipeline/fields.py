@@ -31,7 +31,7 @@ def fields(algorithm: str) -> list[Field]:
     """The fields of an algorithm, in the order of its tree.
 
     >>> next(f for f in fields("dpo") if f.name == "optimizer.max_grad_norm").sentence
-    '0: no clipping'
+    'gradients are clipped to this norm, by role; 0: no clipping'
     """
     tree, found = defaults(algorithm), []
     for name in leaves(tree):

@@ -76,7 +76,8 @@ def test_commands_and_their_flags_exist(page, capsys):
                 helps[words[1]] = capsys.readouterr().out
             assert helps[words[1]], words
             for flag in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
-                assert flag.startswith("--config.") or flag in helps[words[1]], (words, flag)
+                field = flag[2:] in KNOWN or any(name.endswith(f".{flag[2:]}") for name in KNOWN)
+                assert flag.startswith("--config.") or field or flag in helps[words[1]], (words, flag)
         elif words[0] in ("bash", "python", "sbatch"):
             script = next(word for word in words[1:] if not word.startswith("-"))
             assert (ROOT / script).is_file(), words
