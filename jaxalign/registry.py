@@ -50,7 +50,7 @@ def _sft() -> dict[str, dict[str, Any]]:
         "algorithm": {"name": "sft"},
         "optimizer": {"learning_rate": 2e-5},
         "data": {
-            "train_on": "completion",  # the assistant's; last: its last turn; all: prompts too; or roles: "assistant,tool"
+            "train_on": "completion",  # its turns; last: its last turn; all: prompts too; or roles: "assistant,tool"
             "train_on_eos": "turn",  # the ends of turns that are trained on: of each turn, last, none
             "packing": True,
         },
