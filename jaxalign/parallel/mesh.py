@@ -10,7 +10,6 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxalign.errors import InputError
-from jaxalign.parallel.allocator import keep_freed_memory
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that rows of a batch are split over
@@ -38,7 +37,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     from jax.experimental import mesh_utils
 
     if devices is None:
-        keep_freed_memory()
         devices = jax.devices()
     devices = list(devices)
     shape = mesh_shape(sizes, len(devices))

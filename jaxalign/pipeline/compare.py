@@ -22,6 +22,7 @@ from jaxalign.evaluate.perplexity import perplexity
 from jaxalign.evaluate.sequences import Tokens, completion_logprobs
 from jaxalign.evaluate.winrate import GOOD, HARM, win_rate
 from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.startup import start
 from jaxalign.pipeline.loaded import Loaded, check_weights, load_model, require_head, warn_of_context
 from jaxalign.ranges import check_flags
 from jaxalign.rewards.model import same_tokenizer
@@ -184,6 +185,7 @@ def _scorer(reward: str, dtype: str | None) -> tuple[Any, int | None]:
 
     file = {} if ":" in reward else require_head(reward, "score", "--reward")[0]
     common = defaults("sft")
+    start()
     scorer = load_scorer(reward, dtype=dtype or common.model.dtype, mesh=make_mesh(common.mesh))
     return scorer, file.get("max_position_embeddings")
 

@@ -98,9 +98,9 @@ def _devices() -> Iterator[tuple[str, str, str]]:
     try:
         import jax
 
-        from jaxalign.parallel.processes import initialize
+        from jaxalign.parallel.startup import start
 
-        initialize()
+        start()
         devices = jax.devices()
     except Exception as error:  # whatever a broken driver or plugin raises
         yield BAD, "devices", f"jax finds none: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

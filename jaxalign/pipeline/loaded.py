@@ -21,6 +21,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
+from jaxalign.parallel.startup import start
 from jaxalign.rollout.engine import Generator
 from jaxalign.types import Params
 
@@ -64,6 +65,7 @@ def load_model(
     """
     file, tokenizer = require_head(path, head, flag)
     common, dtype = defaults("sft"), _usable(dtype)
+    start()
     mesh = make_mesh(common.mesh, devices)
     with _without_config(path, flag):
         model, params = load(

@@ -88,7 +88,8 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
       InputError: before the first stage runs, whichever stage it concerns, or where another run is at work.
     """
     from jaxalign.ops.precision import require_dtypes
-    from jaxalign.parallel.processes import initialize, is_main, on_main  # jax from here on
+    from jaxalign.parallel.processes import is_main, on_main  # jax from here on
+    from jaxalign.parallel.startup import start
     from jaxalign.train.lock import exclusive
     from jaxalign.train.rundir import results
 
@@ -100,7 +101,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
             require_dtypes(dtype=model.dtype, param_dtype=model.param_dtype, frozen_dtype=model.frozen_dtype)
         except InputError as error:
             raise _in_stage(stage.name, error) from None
-    initialize(stages[0].config.process_timeout)
+    start(stages[0].config.process_timeout)
     say = log if is_main() else _silent
     for stage in stages:
         for warning in stage.warnings:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import platform
 import time
 import warnings
 from typing import Any
@@ -17,7 +15,7 @@ from jax.sharding import Mesh
 from jaxalign import config as configuration
 from jaxalign.errors import InputError, named
 from jaxalign.ops.precision import require_dtypes
-from jaxalign.parallel import processes
+from jaxalign.parallel import processes, startup
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
@@ -67,8 +65,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     config, told = fit_length(config)
     for warning in [*configuration.validate(config), *told]:
         warnings.warn(warning, stacklevel=2)
-    processes.initialize(config.process_timeout)
-    use_compilation_cache()
+    startup.start(config.process_timeout)
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     directory = RunDir(config.workdir)
@@ -367,27 +364,6 @@ def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
             )
         found.append(ids[0])
     return tuple(found)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxalign/xla`.
-
-    A CPU's programs use the instructions of that very CPU, so each kind of CPU has a folder of its own. On several CPU
-    devices nothing is kept unless the folder is named: a program that XLA reads back may start its collectives in
-    another order on each device, and hang (jax 0.10.2: always with a mesh of three axes).
-    """
-    if jax.config.values.get("jax_compilation_cache_dir") is not None:
-        return
-    kind = jax.default_backend()
-    if kind == "cpu" and jax.device_count() > 1:
-        return
-    if kind == "cpu":
-        flags = platform.machine() + platform.processor()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo", encoding="utf-8") as file:
-                flags += next((line for line in file if line.startswith(("flags", "Features"))), "")
-        kind += f"-{hashlib.blake2b(flags.encode(), digest_size=6).hexdigest()}"
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/jaxalign/xla/{kind}"))
 
 
 def last_figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

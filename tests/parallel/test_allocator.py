@@ -10,9 +10,9 @@ PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
 from jaxalign.parallel.allocator import keep_freed_memory, return_freed_memory
-from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.startup import start
 
-make_mesh({"data": 1, "fsdp": -1, "tensor": 1}) if "mesh" in sys.argv else jax.devices()
+start() if "start" in sys.argv else jax.devices()
 step = jax.jit(lambda x: jnp.sin(x[:, None] * x) @ x)  # 64 MiB of temporaries
 x = jnp.arange(4096.0)
 for _ in range(3):
@@ -45,7 +45,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what ot
 @linux
 def test_a_step_finds_the_memory_of_the_last():
     """A step with 64 MiB of temporary arrays touches 16,384 pages; none are fetched anew, and all can be given back."""
-    pages, given_back = run("mesh")
+    pages, given_back = run("start")
     assert pages < 500
     assert given_back > 50
 
@@ -55,6 +55,6 @@ def test_a_step_finds_the_memory_of_the_last():
     "env", [{"MALLOC_ARENA_MAX": "2"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, {}]
 )
 def test_left_as_it_is(env):
-    """Where a person has chosen, where virtual devices wait for each other, and without a mesh."""
-    pages, _ = run(*(["mesh"] if env else []), **env)
+    """Where a person has chosen, where virtual devices wait for each other, and before anything is started."""
+    pages, _ = run(*(["start"] if env else []), **env)
     assert pages > 10_000

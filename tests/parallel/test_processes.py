@@ -6,9 +6,8 @@ import jax
 import pytest
 
 from jaxalign.errors import InputError
-from jaxalign.parallel import processes
+from jaxalign.parallel import processes, startup
 from jaxalign.parallel.processes import settings
-from jaxalign.train import trainer
 
 
 @pytest.mark.parametrize(
@@ -76,5 +75,5 @@ def test_trap_virtual_devices_get_threads_and_no_stored_programs(monkeypatch):
     processes.initialize()
     assert os.environ["NPROC"] == "64"
     assert jax.device_count() == 8
-    trainer.use_compilation_cache()
+    startup.use_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] is None

@@ -14,6 +14,7 @@ turns.count_compilation()
 from jaxalign import config as configuration  # noqa: E402
 from jaxalign.config import defaults  # noqa: E402
 from jaxalign.parallel.mesh import make_mesh  # noqa: E402
+from jaxalign.parallel.startup import start  # noqa: E402
 from jaxalign.train.metrics import count_tokens  # noqa: E402
 from jaxalign.train.rundir import RunDir  # noqa: E402
 from jaxalign.train.trainer import Stage  # noqa: E402
@@ -94,6 +95,7 @@ def check(dataset) -> None:
 
 def main() -> None:
     config = make_config()
+    start()
     mesh = make_mesh(config.mesh)
     directory = RunDir(config.workdir)
     directory.open(configuration.to_dict(config), resume=False)
