@@ -28,7 +28,7 @@ from gpu_parts.batches import texts
 from jaxalign.config import defaults
 from jaxalign.models import transformer
 from jaxalign.models.config import from_hf
-from jaxalign.parallel.startup import start
+from jaxalign.parallel import startup
 from jaxalign.steps.sft import sft_objective
 from jaxalign.steps.step import make_train_step
 from jaxalign.train.compiled import Compiled
@@ -91,7 +91,7 @@ def make_step(args: argparse.Namespace):
 def main() -> int:
     """Prints both times and their ratio."""
     args = parse()
-    start()  # as a run begins
+    startup.start()  # as a run begins
     steps, states = {}, {}
     steps["whole"], states["whole"] = make_step(args)
     with mock.patch.multiple(transformer, **REPLACED):
