@@ -11,7 +11,7 @@ memory    each device holds 10.5 GiB (float32 weights 3.5, Adam 7.0); a step tak
           chip (compiled for both by jaxalign/plan.py, not run there)
 time      about 4 min on 8 H100, 8 min on v5p-16, and as much to load and compile (an estimate: 44 k pairs of about 250
           tokens, the prompt once, as measured on the test split; 6 N FLOPs at an assumed MFU of 30 %)
-numbers   literature: 72.6 % of the held-out helpful pairs ranked rightly by a reward model of 0.8 B
+numbers   literature: 72.6 % of the held-out helpful pairs ranked correctly by a reward model of 0.8 B
           (hub: Ray2333/gpt2-large-helpful-reward_model); annotators disagree, so far more than 75 % would
           smell of a leak; of this config: not yet measured. The official test split:
           --config.data.eval_sources='{"path": "Anthropic/hh-rlhf", "name": "helpful-base", "split": "test"}'

@@ -1,7 +1,7 @@
 """Real input: a 3.1M-parameter story teller learns to like films, to be polite, and to help.
 
 command   python -m jaxalign.examples.stories [--config.field=value ...]
-          The same command goes on where it stopped.  Once it has written its data,
+          The same command resumes where it stopped.  Once it has written its data,
           `jaxalign train --config=configs/stories.py --config.stages=NAME,...` trains stages by themselves.
 first     python -m jaxalign.examples.stories     # which writes the data
 paper     controlled sentiment as in Rafailov et al. 2023 (arXiv 2305.18290, section 6); PPO as in Ouyang et al. 2022

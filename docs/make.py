@@ -41,7 +41,7 @@ _FOLDERS = {
     "launch": "set-up and launchers",
     "notebooks": "",
     "tests": "",
-    "tests/absent": "steps compiled for TPUs and GPUs that are not there",
+    "tests/absent": "ahead-of-time compilation for TPU and GPU topologies",
     "tests/benchmarks": "jaxalign and its peers in turns: tokens/s, ratios, memory; run one file, --help says how",
     "tests/cli": "commands",
     "tests/config": "defaults, mistakes and warnings of the configuration",

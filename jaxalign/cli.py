@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (words := trouble(error)) is None:
             raise
         place = getattr(error, "filename", None) or f"a file of jaxalign {argv[0]}"
-        print(f"jaxalign {argv[0]}: cannot go on\n{cannot_write(place, words)}", file=sys.stderr)
+        print(f"jaxalign {argv[0]}: cannot continue\n{cannot_write(place, words)}", file=sys.stderr)
         return 1
 
 
@@ -121,7 +121,7 @@ def _interrupted(program: bool) -> int:
     """The end after a Ctrl-C. Another one, while threads and devices are let go, ends the process on the spot."""
     if program:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    print("interrupted; a run goes on from its last checkpoint by the same command", file=sys.stderr)
+    print("interrupted; the same command resumes a run from its last checkpoint", file=sys.stderr)
     return 130
 
 

@@ -1,4 +1,4 @@
-"""Compiling a configuration's train step for a machine one does not have, to see that it compiles and fits.
+"""AOT compilation of a configuration's train step for a target topology, to see that it compiles and fits.
 
 XLA compiles for a described machine as well as for one that is there; no device is touched. The compilers come with
 the extra `plan`. An answer takes the CPU seconds of one compilation and reads no weights, only `config.json`, the

@@ -13,7 +13,7 @@ REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
 TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
 TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 
-ANOTHER_REWARD = "reward"  # of checkpoint.resume: goes on although what scores is another now
+ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although what scores is another now
 
 # (field, allowed values)
 CHOICES: tuple[tuple[str, tuple], ...] = (

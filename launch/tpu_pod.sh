@@ -12,7 +12,7 @@ usage: bash launch/${TPU_LAUNCHER:-tpu_pod.sh} --name=NAME --zone=ZONE [--projec
   --project         default: gcloud's own
   --type            accelerator type such as v5litepod-16, v5p-32, v6e-16: makes the TPU VM where it is not there yet
   --version         its software (default: the one that suits --type)
-  --spot            with --type: a spot VM; run this again after a preemption and training goes on where it was
+  --spot            with --type: a spot VM; run this again after a preemption and training resumes where it was
   --detach          return at once; the log is ~/jaxalign/train.log on each worker
   --dry_run         say what would be called, and call nothing
   after --          the arguments of \`jaxalign train\`; a slice of several hosts needs --config.workdir=gs://...

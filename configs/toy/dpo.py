@@ -1,4 +1,4 @@
-"""DPO at toy size: 32 pairs by heart, from the model that configs/toy/sft.py makes.
+"""DPO at toy size: it memorises 32 pairs, from the model that configs/toy/sft.py makes.
 
 first     .venv/bin/python -c 'from jaxalign.examples.assets import write_assets; write_assets("runs/toy/world")'
           bash launch/gpu_node.sh --config=configs/toy/sft.py

@@ -7,8 +7,8 @@ command   bash launch/gpu_node.sh --config=configs/toy/ppo.py      (also without
 hardware  1 CPU core
 memory    0.9 GB
 time      20 s
-numbers   objective/kl from 0 to a few nats a completion, the score up by 1 or so; the reward model has learnt 32 pairs
-          by heart, so the gold reward need not follow
+numbers   objective/kl from 0 to a few nats a completion, the score up by 1 or so; the reward model memorised 32
+          pairs, so the gold reward need not follow
 """
 
 from jaxalign.config import defaults

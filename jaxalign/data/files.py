@@ -1,7 +1,7 @@
 """Rows of one data file: json, jsonl, csv (each also gzipped), parquet, arrow; on disk or at a URL fsspec knows.
 
 A row comes as a plain dict with the place it stands at.  A file that cannot be read is an InputError that names it;
-one row that cannot be read is a BadRow, which is raised, or handed to whoever wants to go on without it.
+one row that cannot be read is a BadRow, which is raised, or handed to whoever wants to continue without it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_file(path: str, on_bad: OnBad = stop) -> Iterator[Raw]:
 
     Args:
       path: a file whose name ends in one of `SUFFIXES`, or in one of them and `.gz` (text formats).
-      on_bad: is told of a row that is wrong by itself; the reading goes on where it does not raise.
+      on_bad: is told of a row that is wrong by itself; reading continues where it does not raise.
 
     Raises:
       InputError: with the file, the line and what is wrong there.

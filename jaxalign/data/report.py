@@ -12,7 +12,7 @@ from jaxalign.types import CHOSEN, Batch
 if TYPE_CHECKING:
     from jaxalign.data.loader import Dataset
 
-# Pairs that practitioners' guides call for, by what is to be taught.
+# Pairs that practitioners' guides call for, by what is to be learned.
 GUIDE_PAIRS = {"style": (5_000, 10_000), "facts": (30_000, 100_000), "production": (10_000, 50_000)}
 
 _SAMPLE = 2_000  # records whose words are looked at

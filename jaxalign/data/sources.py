@@ -198,7 +198,7 @@ def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
 
 
 def _needs_datasets(source: Source) -> bool:
-    """Whether only `datasets` reads a directory rightly: it saved it, or it is a set's repository with subsets."""
+    """Whether only `datasets` reads a directory correctly: it saved it, or it is a set's repository with subsets."""
     names = set(os.listdir(source.path))
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
         return True

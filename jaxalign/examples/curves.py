@@ -161,8 +161,8 @@ def seconds(found: Results) -> Any:
 # (stage, [(metric, label)], title)
 _TRAINING: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     ("sft", (("loss", ""),), "SFT: loss (nats a token)"),
-    ("reward", (("rewards/accuracies", ""),), "reward model: pairs ranked rightly (a tie is half)"),
-    ("dpo", (("rewards/accuracies", ""),), "DPO: pairs its reward ranks rightly (a tie is half)"),
+    ("reward", (("rewards/accuracies", ""),), "reward model: pairs ranked correctly (a tie is half)"),
+    ("dpo", (("rewards/accuracies", ""),), "DPO: pairs its reward ranks correctly (a tie is half)"),
     ("dpo", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), "DPO: implicit rewards"),
     ("ppo", (("objective/scores", ""),), "PPO: score by the reward model"),
     ("ppo", (("objective/kl", ""),), "PPO: KL to SFT (nats a completion)"),

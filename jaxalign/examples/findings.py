@@ -24,7 +24,7 @@ FIGURES: tuple[tuple[str, _Show], ...] = (
             f"{s['win_rate']:.1%} ({s['win_rate_low']:.1%} to {s['win_rate_high']:.1%})" if "win_rate" in s else ""
         ),
     ),
-    ("held-out pairs ranked rightly", _shown("accuracy", "{:.1%}")),
+    ("held-out pairs ranked correctly", _shown("accuracy", "{:.1%}")),
     ("KL to SFT, nats", _shown("kl", "{:.2f}")),
     ("finished completions", _shown("finished", "{:.1%}")),
     ("distinct word pairs", _shown("distinct_2", "{:.2%}")),

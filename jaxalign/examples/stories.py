@@ -303,7 +303,7 @@ def _interval(rate: dict[str, Any] | None) -> str:
 
 # (title, how a stage's figure is shown)
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("held-out pairs ranked rightly", lambda s: _interval(s.get("accuracy"))),
+    ("held-out pairs ranked correctly", lambda s: _interval(s.get("accuracy"))),
     ("win rate over SFT, judge", lambda s: _interval(s.get("win_rate"))),
     ("by own reward model", lambda s: _interval(s.get("own_win_rate"))),
     ("judged positive", lambda s: f"{s['positive']:.1%}" if "positive" in s else ""),

@@ -68,7 +68,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def respond(scene: Scene, rng: random.Random, right: float = RIGHT) -> str:
-    """A response that states each asked colour, rightly with probability `right`, else as in the other season."""
+    """A response that states each asked colour, correctly with probability `right`, else as in the other season."""
     stated = []
     for thing in scene.asked:
         season = scene.season

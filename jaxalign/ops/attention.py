@@ -127,7 +127,7 @@ _NEEDS = {
 
 
 def _generation() -> int:
-    """Of the NVIDIA GPU (8 Ampere, 9 Hopper, 10 and 12 Blackwell); one that is not there, for which a program is
+    """Of the NVIDIA GPU (8 Ampere, 9 Hopper, 10 and 12 Blackwell); a target topology, for which a program is
     compiled, is a Hopper."""
     return int(float(getattr(jax.local_devices()[0], "compute_capability", None) or 9))
 

@@ -134,7 +134,7 @@ def _forward(blocks, q, k, v, start, end):
 def _backward(blocks, saved, d_out):
     """Everything with keys before queries: each product then reads its first operand along its rows.
 
-    A product whose first operand must be turned around takes several times as long on a CPU.
+    A product whose first operand must be transposed takes several times as long on a CPU.
     """
     q, k, v, start, end, out, log_total = saved
     wide = log_total.dtype

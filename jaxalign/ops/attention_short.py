@@ -182,7 +182,7 @@ def _backward(causal, saved, d_out):
 
 
 def _unit_backward(q, k, v, d_out, delta, weights, total):
-    """Each product reads its first operand along its rows; what has to be turned around for that is narrow."""
+    """Each product reads its first operand along its rows; what has to be transposed for that is narrow."""
     b, K, G, n, H = q.shape
     q, d_out, delta = (x.reshape(b, K, G * n, -1) for x in (q, d_out, delta))
     d_out = d_out / total

@@ -1,4 +1,4 @@
-"""Products with weights, with a derivative that never turns the larger operand around."""
+"""Matmuls with weights, whose derivative never transposes the larger operand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def linear(x, kernel, contracted: int):
     Returns:
       [..., *out], of the dtype of `x`.
     """
-    # As a matrix: in the derivative the compiler would copy a kernel of more dims, turned around, before its product.
+    # As a matrix: in the derivative the compiler would copy a kernel of more dims, transposed, before its product.
     lead, out = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inputs = math.prod(kernel.shape[:contracted])
     return _linear(x.reshape(*lead, inputs), kernel.reshape(inputs, -1)).reshape(*lead, *out)
@@ -33,7 +33,7 @@ def _linear(x, kernel):
 
     The kernel's gradient sums over all tokens, so one of its operands must be read across its rows, and the compiler
     copies that one.  By itself it is the first operand of the automatic derivative, which is the gradient of the
-    output: in an mlp the widest array of the layer, recomputed and turned around element by element, at twice the time
+    output: in an mlp the widest array of the layer, recomputed and transposed element by element, at twice the time
     of the products themselves on a CPU.  Here it is the narrower of the two.
     """
     return _forward(x, kernel)[0]

@@ -1,4 +1,4 @@
-"""Precision rules: reductions happen in at least float32, and float32 is float32 on every platform."""
+"""Precision rules: reductions in at least float32, and float32 matmuls in full float32 (no TF32 or bfloat16 passes)."""
 
 import jax
 import jax.numpy as jnp

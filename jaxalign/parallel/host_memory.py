@@ -25,7 +25,7 @@ def require_host_memory(mesh: Mesh, field: str, instead: str) -> None:
     """
     device: Any = mesh.devices.flat[0]
     found = sorted({memory.kind for memory in device.addressable_memories()})
-    if found and HOST not in found:  # of GPUs that are not there nothing is known
+    if found and HOST not in found:  # of the GPUs of a target topology nothing is known
         raise InputError(
             f"{field} on {device.device_kind}, whose memories are {', '.join(found)}",
             f"a platform with {HOST} memory",

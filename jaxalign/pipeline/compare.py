@@ -301,7 +301,7 @@ def page(result: dict[str, Any], *, show: int, width: int = 120) -> str:
             most = result["sampling"]["max_new_tokens"]
             console.print(
                 f"no completion of {name} ended by itself within {most} tokens: a larger --max_new_tokens may show"
-                " whole ones; a model that was not taught to stop never ends"
+                " whole ones; a model that was not trained to stop never ends"
             )
     rate = result["win_rate"]
     if result["reward"] is None:

@@ -1,4 +1,4 @@
-"""A stage's directory: whether what lies in it is done, goes on, or is put aside, and what was noted there."""
+"""A stage's directory: whether what lies in it is done, resumes, or is put aside, and what was noted there."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def _prepared(stage: PlannedStage, say: Callable[[str], None], lock: Any) -> int
         record = _known(stage)
         known = record.get("key")
         if known == stage.key:
-            say(f"stage {stage.name}: goes on ({workdir})")
+            say(f"stage {stage.name}: resuming ({workdir})")
             return RUN
         if _longer(stage, record):
-            say(f"stage {stage.name}: goes on to another length ({workdir})")
+            say(f"stage {stage.name}: resuming to another length ({workdir})")
             return RUN
         another = _scored_anew(stage, record)
         if another and stage.config.checkpoint.resume == ANOTHER_REWARD:
-            say(f"stage {stage.name}: goes on with another reward ({workdir})")
+            say(f"stage {stage.name}: resuming with another reward ({workdir})")
             note(stage)
             return RUN
         n = 1
@@ -100,7 +100,7 @@ def _prepared(stage: PlannedStage, say: Callable[[str], None], lock: Any) -> int
         reason = "its configuration or an input changed" if known else "it was not made by this configuration"
         if another:
             flag = f"--config.{stage.name}.checkpoint.resume={ANOTHER_REWARD}"
-            reason = f"the file of rewards.function changed, with which {flag} goes on"
+            reason = f"the file of rewards.function changed, with which {flag} resumes"
         say(f"stage {stage.name}: {reason}; the earlier result is kept as {aside}")
     say(f"stage {stage.name}: runs ({workdir})")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def note(stage: PlannedStage) -> None:
 
 
 def _longer(stage: PlannedStage, record: dict) -> bool:
-    """Whether a directory holds a shorter run of a stage that can go on from its last checkpoint.
+    """Whether a directory holds a shorter run of a stage that can resume from its last checkpoint.
 
     So it is where nothing but the length changed, under a learning rate that does not depend on it.
     """

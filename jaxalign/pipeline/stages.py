@@ -134,7 +134,7 @@ def _in_order(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[st
         results[stage.name] = _train(stage)
         on_main(functools.partial(note, stage))  # it may be longer now than it was
         if not on_main(functools.partial(is_done, stage.config.workdir)):  # process 0 wrote it; others may be early
-            say(f"stage {stage.name} stopped before its end; the same command goes on from there")
+            say(f"stage {stage.name} stopped before its end; the same command resumes it")
             break
         _report(stage, results[stage.name], say)
         _release()

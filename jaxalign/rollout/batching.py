@@ -1,4 +1,4 @@
-"""Many completions in few slots: a slot whose row has ended takes the next prompt, while the others go on.
+"""Many completions in few slots: a slot whose row has ended takes the next prompt, while the others continue.
 
 The host plans and the devices work: prompts are read one behind the other in full rows, the shortest first, each once
 however many completions it gets; then all slots decode, without a word to the host, until some have ended or the cache

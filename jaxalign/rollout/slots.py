@@ -193,7 +193,7 @@ def refill(
     *,
     window: int,
 ) -> Slots:
-    """Puts prompts into some of the slots; the others go on as they were.
+    """Puts prompts into some of the slots; the others continue.
 
     Args:
       slots: at a column no less than `window`.

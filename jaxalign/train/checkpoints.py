@@ -253,7 +253,7 @@ class Checkpoints:
         return InputError(
             "; ".join([found, *others]),
             f"a whole checkpoint; the newest is {max(whole)}",
-            f"--config.checkpoint.resume=whole goes on from {max(whole)}; or put the files of {step} back",
+            f"--config.checkpoint.resume=whole resumes from {max(whole)}; or put the files of {step} back",
         )
 
     def _put_aside(self, step: int) -> Any:
@@ -263,7 +263,7 @@ class Checkpoints:
             n += 1
         if jax.process_index() == 0:
             (folder / str(step)).rename(aside)
-        first_problem("")  # nobody goes on before it is there
+        first_problem("")  # nobody continues before it is there
         return aside
 
 

@@ -49,7 +49,7 @@ class Health:
     def __init__(self, past: Iterable[Mapping[str, float]] = (), *, beta: float | None = None):
         """
         Args:
-          past: rows of the run's metrics before a resume; the signs go on from there.
+          past: rows of the run's metrics before a resume; the signs continue from there.
           beta: of a preference loss, by which its rewards are log-ratios in nats.
         """
         self._stuck = 0

@@ -81,7 +81,7 @@ def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Refuses to go on with a run that has other inputs now, or that is longer than it is to be.
+    """Refuses to resume a run that has other inputs now, or that is longer than it is to be.
 
     Args:
       stage: a `trainer.Stage`.
@@ -104,7 +104,7 @@ def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[
         )
     if not start and (where / "DONE").exists():
         raise InputError(
-            f"{where} holds a finished run without a checkpoint to go on from",
+            f"{where} holds a finished run without a checkpoint to resume from",
             "its last checkpoint, to make it longer",
             "the length that it had, or --config.workdir=ANOTHER",
         )
@@ -122,12 +122,12 @@ def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[
     problem = first_problem(", ".join(wrong))
     if not problem:
         return known
-    fix = "put it back to go on, or begin anew with --config.workdir=ANOTHER"
+    fix = "put it back to resume, or begin anew with --config.workdir=ANOTHER"
     if not first_problem(", ".join(name for name in wrong if " of rewards." not in name)):
         if stage.config.checkpoint.resume == ANOTHER_REWARD:
             say(f"warning: from step {start} on there is another reward: {problem} changed; figures do not compare")
             return [*known, {"step": start, "changed": problem}]
-        fix += f"; --config.checkpoint.resume={ANOTHER_REWARD} goes on with another reward, and notes so"
+        fix += f"; --config.checkpoint.resume={ANOTHER_REWARD} resumes with another reward, and notes so"
     raise InputError(
         f"since checkpoint {start} of {where} there is a change in {problem}", "what the run was begun with", fix
     )

@@ -13,7 +13,7 @@ import jax
 class Interrupted(SystemExit):
     """The run was asked to stop and saved its state: the process's status is 128 + the signal, 143 or 130.
 
-    Not 0: the run is not done, and whatever restarts jobs (Kubernetes, Slurm) is to start it again, where it goes on.
+    Not 0: the run is not done, and whatever restarts jobs (Kubernetes, Slurm) is to start it again, and it resumes.
     """
 
 

@@ -157,7 +157,7 @@ class Lock:
             raise InputError(
                 f"{self.directory} was taken over by {_words(_parsed(self._read()))}",
                 f"one process at a time in a run's directory, that is stopped for less than {EXPIRY:.0f} s",
-                "leave it to that process; what was saved is there, and the same command goes on when it has ended",
+                "leave it to that process; what was saved is there, and the same command resumes when it has ended",
             )
 
     def _in_use(self, holder: dict[str, Any]) -> InputError:

@@ -86,7 +86,7 @@ class Loop:
         self._tokens, self._seconds = 0.0, 0.0
         state = self._optimizer_in(HOST, state)
         if start:
-            say(f"{self.name}: goes on from step {start} of {self.num_steps}")
+            say(f"{self.name}: resuming from step {start} of {self.num_steps}")
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
         profile = self._profile = Profile(self.directory, self.config.profile, start)
         pending: Pending | None = None
@@ -111,7 +111,7 @@ class Loop:
                         self._mark = time.monotonic()
                     if signal:
                         self.checkpoints.wait()
-                        say(f"{self.name}: stopped at step {index + 1}, saved; the same command goes on")
+                        say(f"{self.name}: stopped at step {index + 1}, saved; the same command resumes")
                         raise Interrupted(128 + signal)
         finally:
             profile.close()
@@ -210,7 +210,7 @@ class Loop:
         progress.update(step, headline(row), speed)
 
     def _problem(self, pending: Pending, updates: list[dict[str, float]]) -> InputError | None:
-        """What makes going on pointless."""
+        """What makes continuing pointless."""
         ids = sorted({int(i) for i in np.asarray(pending.batch.record_ids).ravel() if i >= 0})
         where = f"step {pending.step}, records {_shortened(ids)}"
         for metrics in updates:

@@ -31,7 +31,7 @@ class Writer:
         Args:
           run: the run's directory.
           cfg: the `logging` section.
-          start: the step that the run goes on from; rows of later steps, left by a crash, are cut.
+          start: the step that the run resumes from; rows of later steps, left by a crash, are cut.
           config: the whole configuration, for Weights & Biases.
         """
         self._run, self._events, self._wandb = run, None, None
@@ -105,7 +105,7 @@ class Events:
         """
         Args:
           directory: a path or a URL.
-          start: the step that the run goes on from; TensorBoard forgets later ones, left by a crash.
+          start: the step that the run resumes from; TensorBoard forgets later ones, left by a crash.
         """
         from tensorboardX import proto, summary
         from tensorboardX.event_file_writer import EventsWriter, directory_check
@@ -154,7 +154,7 @@ def _start_wandb(project: str, run: RunDir, config: Mapping[str, Any]) -> Any:
             "pip install 'jaxalign[wandb]', or --config.logging.wandb_project=None",
         ) from error
     name = str(run.path)
-    ident = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()  # a resumed run goes on with its own curves
+    ident = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()  # a resumed run continues its own curves
     return wandb.init(project=project, name=name, id=ident, config=dict(config), resume="allow")
 
 

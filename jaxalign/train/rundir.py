@@ -79,7 +79,7 @@ class RunDir:
 
         Args:
           config: the whole configuration as plain dicts.
-          resume: whether to go on with what is there.
+          resume: whether to resume what is there.
 
         Returns:
           The results, where such a run is already done.
@@ -95,7 +95,7 @@ class RunDir:
             if self.checkpoints.exists() and not resume and any(self.checkpoints.iterdir()):
                 raise InputError(
                     f"{self.path} holds checkpoints and checkpoint.resume is False",
-                    "a fresh directory, or leave to go on",
+                    "a fresh directory, or leave to resume",
                     "--config.workdir=ANOTHER or --config.checkpoint.resume=True",
                 )
             done = results(self.path)
@@ -116,13 +116,13 @@ class RunDir:
         return None
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Notes the configuration, once it is known that the run can go on: a refused one leaves all as it was.
+        """Notes the configuration, once it is known that the run can resume: a refused one leaves all as it was.
 
         Args:
           config: the whole configuration as plain dicts.
         """
         self.write_json("config.json", {"format": FORMAT, "config": config})
-        if is_main() and (self.path / "DONE").exists():  # a longer run goes on from a finished one
+        if is_main() and (self.path / "DONE").exists():  # a longer run resumes from a finished one
             (self.path / "DONE").unlink()
 
     def make(self) -> None:
@@ -218,7 +218,7 @@ class RunDir:
             why = " (the schedule of the learning rate depends on the run's length)" if length else ""
             raise InputError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed[:6])}",
-                f"the same configuration, to go on with that run, or a directory of its own{why}",
+                f"the same configuration, to resume that run, or a directory of its own{why}",
                 f"--config.workdir={beside(self.path)}, or remove {self.path} to begin anew in it",
             )
 
@@ -247,7 +247,7 @@ class RunDir:
 def results(path: Any) -> dict[str, Any] | None:
     """The results of a run that is done, from `DONE`; None where there is none, or it is not what a run writes.
 
-    A damaged one is made again: the run goes on from its last checkpoint, which is its end.
+    A damaged one is made again: the run resumes from its last checkpoint, which is its end.
 
     Args:
       path: the run's directory, an `epath.Path`.

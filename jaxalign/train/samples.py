@@ -121,7 +121,7 @@ class Sampler:
             self._examples = [dataset.example(i) for i in range(min(self._count, dataset.num_records))]
             index, parts = batch_part(stage.mesh)
             count = round_up(len(self._examples), batch_shards(stage.mesh))
-            # Rows that only fill the mesh repeat the first prompts: a row of padding alone has nothing to go on.
+            # Rows that only fill the mesh repeat the first prompts: a row of padding alone has nothing to continue.
             filled = [self._examples[i % len(self._examples)] for i in range(count)]
             length = round_up(max(len(e.prompt) for e in filled), 8)
             local = filled[index * count // parts : (index + 1) * count // parts]

@@ -40,7 +40,7 @@ from jaxalign.types import TrainState
 
 
 def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str, Any]:
-    """Trains one stage, or goes on with one that was stopped, and exports its model to `workdir/export`.
+    """Trains one stage, or resumes one that was stopped, and exports its model to `workdir/export`.
 
     Args:
       config: a tree made from `jaxalign.config.defaults`.
@@ -56,7 +56,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     Raises:
       InputError: anything in configuration, data or learning that the user can change, or another run that is at work
         in the same directory.
-      Interrupted: asked to stop; the state is saved and the same call goes on.
+      Interrupted: asked to stop; the state is saved and the same call resumes.
     """
     started = time.monotonic()
     reset_peak_memory()

@@ -1,4 +1,4 @@
-"""The attention kernels compiled for accelerators that are not there, forward and backward."""
+"""The attention kernels compiled ahead of time for target accelerators, forward and backward."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The train steps compiled for machines that are not there; runs where the extra `plan` is installed (.ci/run)."""
+"""The train steps compiled ahead of time for target topologies; runs where the extra `plan` is installed (.ci/run)."""
 
 import json
 

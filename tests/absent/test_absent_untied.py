@@ -1,4 +1,4 @@
-"""Accumulated gradients of an untied head, compiled for a TPU slice that is not there, as configs/ppo.py needs it."""
+"""Accumulated gradients of an untied head, compiled ahead of time for a TPU slice, as configs/ppo.py needs it."""
 
 import json
 

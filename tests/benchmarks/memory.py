@@ -3,7 +3,7 @@
     python tests/benchmarks/memory.py                      a Llama of 56 million parameters; a few minutes
     python tests/benchmarks/memory.py --markdown           tables for the README
     python tests/benchmarks/memory.py --cases sft,ppo      some of them
-    python tests/benchmarks/memory.py --topology gpu:h200:1x1x1 --dtype bfloat16     for a machine that is not there
+    python tests/benchmarks/memory.py --topology gpu:h200:1x1x1 --dtype bfloat16     AOT for a target topology
     python tests/benchmarks/memory.py --smoke              toy size
 
 Every figure is of a real `trainer.Stage`: bytes of weights, frozen models and optimizer are those of its arrays, those
@@ -264,9 +264,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="records of a batch")
     parser.add_argument("--length", type=int, help="tokens of a sequence, half of them the prompt's")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
-    parser.add_argument(
-        "--topology", help="a machine that is not there, as jaxalign.plan names it; needs the extra plan"
-    )
+    parser.add_argument("--topology", help="a target topology, as jaxalign.plan names it; needs the extra plan")
     args = parser.parse_args()
     size = TOY if args.smoke else DEFAULT
     size = dataclasses.replace(size, rows=args.rows or size.rows, length=args.length or size.length)

@@ -67,8 +67,8 @@ def test_a_stage_goes_on_with_another_reward_where_that_is_asked_for(trainer, tm
     run()
     reward = tmp_path / "reward.py"
     reward.write_text(reward.read_text() + "\n")
-    assert "goes on with another reward" in run(resume="reward")
-    assert "stage ppo: goes on (" in run()  # noted
+    assert "resuming with another reward" in run(resume="reward")
+    assert "stage ppo: resuming (" in run()  # noted
     reward.write_text(reward.read_text() + "\n")
     assert "--config.ppo.checkpoint.resume=reward" in run() and (tmp_path / "road" / "ppo.old-1").exists()
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "b"}\n')

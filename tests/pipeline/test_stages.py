@@ -146,7 +146,7 @@ def test_a_longer_stage_goes_on_where_its_past_stays_what_it_was(road, trainer, 
     lines = []
     module.run(road(**constant, dpo__num_train_steps=6), log=lines.append)
     assert trainer.names[4:] == ["dpo"] and not list((tmp_path / "run").glob("*.old-*"))
-    assert any("dpo: goes on to another length" in line for line in lines)
+    assert any("dpo: resuming to another length" in line for line in lines)
     module.run(road(**constant, dpo__num_train_steps=6), log=lambda line: None)
     assert len(trainer.names) == 5  # done at that length
     # a shorter one, another rate, a schedule that depends on the length, no checkpoint: anew, the earlier one kept

@@ -111,7 +111,7 @@ def test_the_whole_one_is_taken_where_the_user_says_so(run, tmp_path, capsys):
     DAMAGES["array files cut"](world.directory.checkpoints / "4")
     state, _ = world.run()
     err = capsys.readouterr().err
-    assert "warning: checkpoint 4 is damaged" in err and "goes on from step 2" in err
+    assert "warning: checkpoint 4 is damaged" in err and "resuming from step 2" in err
     expected, _ = good.run()
     assert (state.params["policy"]["norm"]["scale"] == expected.params["policy"]["norm"]["scale"]).all()
     assert saved(world) == ["4", "6", "damaged-4"]  # written anew, and what was damaged is kept

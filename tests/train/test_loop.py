@@ -277,11 +277,11 @@ def test_a_stop_and_a_resume_are_told(tmp_path, capsys, number):
     with pytest.raises(Interrupted):
         world.run()
     (step,) = saved(world)
-    assert f"stopped at step {step}, saved; the same command goes on" in capsys.readouterr().err
+    assert f"stopped at step {step}, saved; the same command resumes" in capsys.readouterr().err
     world.prepare = lambda state, frozen, batch: (state, [batch], {})
     world.run()
     err = capsys.readouterr().err
-    assert f"goes on from step {step} of 6" in err and "stopped" not in err
+    assert f"resuming from step {step} of 6" in err and "stopped" not in err
 
 
 def test_a_run_that_diverges_says_so_at_its_end(tmp_path, capsys):
