@@ -1,4 +1,4 @@
-"""Writing where there may be no room: what the system says becomes found, expected, fix, and no half a file stays."""
+"""Writing files whole: a full disk or a path that cannot be written becomes an InputError, and no partial file stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits on lengths: what an over-long record loses, and which records are left out."""
+"""Length limits: how over-long records are truncated, and which are dropped."""
 
 from __future__ import annotations
 

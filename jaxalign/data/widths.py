@@ -1,4 +1,4 @@
-"""How wide batches of prompts are: a few widths, so that a batch of short prompts costs what it needs."""
+"""Widths of prompt batches: few of them, so that few programs are compiled and short prompts are not padded far."""
 
 from __future__ import annotations
 

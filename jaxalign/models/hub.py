@@ -1,4 +1,4 @@
-"""From what a user calls a model, a directory, a URL or a hub id, to a directory on this host."""
+"""From a model as a user names it (directory, URL, hub id) to a local directory."""
 
 from __future__ import annotations
 

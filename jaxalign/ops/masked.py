@@ -1,4 +1,4 @@
-"""Masked reductions: what is masked never enters, not even as a NaN, and neither does its gradient."""
+"""Masked reductions: a masked number never enters, not even as a NaN, and neither does its gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which platform a program is made for: sizes of blocks and chunks depend on it."""
+"""The platform that a program is compiled for: block and chunk sizes depend on it."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""The host's memory as a place for arrays: pinned, so that devices read and write it by themselves."""
+"""Pinned host memory as a place for arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching a run's other processes: when one is lost, those that are left say which and end, instead of waiting on."""
+"""Heartbeats between a run's processes: when one is lost, the others say which and exit instead of hanging."""
 
 from __future__ import annotations
 

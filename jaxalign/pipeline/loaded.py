@@ -1,4 +1,4 @@
-"""A model that is ready to be asked: weights on this machine's devices, its tokenizer, its stop tokens."""
+"""A model ready for inference: weights on the local devices, tokenizer, stop tokens."""
 
 from __future__ import annotations
 

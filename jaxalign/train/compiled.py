@@ -1,4 +1,4 @@
-"""A jitted function compiled ahead, once for each shape of its arguments, that says what memory it needs."""
+"""A jitted function compiled ahead of time, once for each shape of its arguments, with its memory account."""
 
 from __future__ import annotations
 

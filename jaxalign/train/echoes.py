@@ -1,4 +1,4 @@
-"""What Orbax's threads print of an error in the background: dropped, since our own thread raises and tells it."""
+"""Silences the tracebacks that Orbax's background threads print, since our own thread raises the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run was made of: digests of data, tokenizer, start weights and reward, by which a resume sees a change."""
+"""Digests of what a run was made of (data, tokenizer, start weights, reward), compared at resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether there is room on the disk for a run's checkpoints and its export, asked before the first step."""
+"""Disk space for a run's checkpoints and export, checked before the first step."""
 
 from __future__ import annotations
 
