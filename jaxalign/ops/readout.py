@@ -48,8 +48,15 @@ def read_hidden(
     Returns:
       hidden [B, M, D], and the readouts of these, for `token_logprobs` and `scalar_readout`.
     """
-    hidden, _, _ = apply(params, rows, sources=readouts.source)
-    return hidden, readouts._replace(source=None)
+    return read_with_aux(apply, params, rows, readouts)[:2]
+
+
+def read_with_aux(
+    apply: Callable[..., Any], params: Params, rows: Rows, readouts: Readouts
+) -> tuple[jax.Array, Readouts, dict[str, jax.Array]]:
+    """As `read_hidden`, and the model's auxiliary sums, which training may add to its loss."""
+    hidden, _, aux = apply(params, rows, sources=readouts.source)
+    return hidden, readouts._replace(source=None), aux
 
 
 def _taken(hidden: jax.Array, readouts: Readouts) -> jax.Array:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_policy import policy_loss, value_loss
-from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
+from jaxalign.ops.readout import read_with_aux, scalar_readout, token_logprobs
+from jaxalign.steps.objective import Objective, Sums
 from jaxalign.steps.sft import readout_weights
-from jaxalign.steps.step import Objective, Sums, reduce_terms
 from jaxalign.types import Params, PolicyBatch, Terms
 
 
@@ -50,10 +50,10 @@ def policy_objective(
       The objective of the roles "policy" and "value" on a PolicyBatch, or of one of them.
     """
 
-    def of_policy(params, batch: PolicyBatch) -> Terms:
-        hidden, readouts = read_hidden(apply, params, batch.batch.rows, batch.batch.readouts)
+    def of_policy(params, batch: PolicyBatch) -> tuple[Terms, dict]:
+        hidden, readouts, aux = read_with_aux(apply, params, batch.batch.rows, batch.batch.readouts)
         logprobs, entropy = token_logprobs(hidden, head(params), readouts, temperature=temperature, entropy=True)
-        return policy_loss(
+        terms = policy_loss(
             logprobs,
             batch.old_logprobs,
             batch.ref_logprobs,
@@ -63,24 +63,27 @@ def policy_objective(
             entropy=entropy,
             entropy_coef=entropy_coef,
         )
+        return terms, aux
 
-    def of_value(params, batch: PolicyBatch) -> Terms:
-        hidden, readouts = read_hidden(value_apply, params, batch.batch.rows, batch.batch.readouts)
+    def of_value(params, batch: PolicyBatch) -> tuple[Terms, dict]:
+        hidden, readouts, aux = read_with_aux(value_apply, params, batch.batch.rows, batch.batch.readouts)
         values = scalar_readout(hidden, value_kernel(params), readouts)
-        return value_loss(values, batch.old_values, batch.returns, readouts.mask, clip_range=value_clip_range)
+        return value_loss(values, batch.old_values, batch.returns, readouts.mask, clip_range=value_clip_range), aux
 
-    def objective(params, frozen, extra, batch: PolicyBatch) -> Sums:
-        del frozen, extra
-        weights = readout_weights(batch.batch)
-        loss, metrics = {}, {}
-        for role, terms_of, coef in (("policy", of_policy, 1), ("value", of_value, vf_coef)):
+    def terms(params, frozen, extra, statistics, batch: PolicyBatch) -> Sums:
+        del frozen, extra, statistics
+        weights, counts, sums = readout_weights(batch.batch), {"tokens": jnp.sum(batch.batch.readouts.mask)}, Sums({})
+        for role, terms_of in (("policy", of_policy), ("value", of_value)):
             if role in params:
-                terms = terms_of(params[role], batch)
-                total, weight = reduce_terms(terms._replace(weight=terms.weight * weights))
-                loss[role], metrics = (coef * total, weight), metrics | terms.metrics
-        return Sums(loss, metrics, counts={"tokens": jnp.sum(batch.batch.readouts.mask)})
+                found, aux = terms_of(params[role], batch)
+                total = jnp.sum(found.loss * weights)
+                sums = Sums(sums.terms | {role: total}, sums.metrics | found.metrics, counts, sums.aux | {role: aux})
+        return sums
 
-    return objective
+    def weights(batch: PolicyBatch) -> dict[str, jax.Array]:
+        return dict.fromkeys(("policy", "value"), jnp.sum(readout_weights(batch.batch)))
+
+    return Objective(weights, terms, coefs={"value": vf_coef})
 
 
 def stop_on_kl(max_approx_kl: float) -> Callable[[dict[str, jax.Array]], jax.Array]:

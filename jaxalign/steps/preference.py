@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxalign.errors import InputError
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
-from jaxalign.ops.readout import completion_sums, pairs, read_hidden, token_logprobs
-from jaxalign.steps.step import Objective, Sums, reduce_terms
+from jaxalign.ops.readout import completion_sums, pairs, read_with_aux, token_logprobs
+from jaxalign.steps.objective import Objective, Sums, weighted_sum
 from jaxalign.types import Batch, Params
 
 
@@ -23,9 +23,14 @@ def sequence_logprobs(
 
     The one path by which policy and reference, live or cached, get their log-probs.
     """
-    hidden, readouts = read_hidden(apply, params, batch.rows, batch.readouts)
+    return logprobs_and_aux(apply, head, params, batch)[0]
+
+
+def logprobs_and_aux(apply, head, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `sequence_logprobs`, and the model's auxiliary sums."""
+    hidden, readouts, aux = read_with_aux(apply, params, batch.rows, batch.readouts)
     logprobs, _ = token_logprobs(hidden, head(params), readouts)
-    return completion_sums(logprobs, readouts, batch.completions.mask.shape[1])
+    return completion_sums(logprobs, readouts, batch.completions.mask.shape[1]), aux
 
 
 def preference_objective(
@@ -64,26 +69,28 @@ def preference_objective(
     if reference not in ("live", "cached"):
         raise ValueError(f"reference is 'live' or 'cached', not {reference!r}")
 
-    def objective(params, frozen, extra, batch: Batch) -> Sums:
-        del extra
-        completions = batch.completions
-        logprobs = sequence_logprobs(apply, head, params["policy"], batch)
+    def terms(params, frozen, extra, statistics, batch: Batch) -> Sums:
+        del extra, statistics
+        completions, weight = batch.completions, pair_weights(batch)
+        logprobs, aux = logprobs_and_aux(apply, head, params["policy"], batch)
         if reference == "live":
             ref_logprobs = jax.lax.stop_gradient(sequence_logprobs(apply, head, frozen["ref"], batch))
         else:
             ref_logprobs = completions.ref_logprob
         tokens = completion_sums(batch.readouts.mask, batch.readouts, completions.mask.shape[1])
-        policy, ref, lengths, weights = (
-            by_pair(x, batch) for x in (logprobs, ref_logprobs, tokens, completions.weight)
-        )
-        weight = weights["chosen"]
-        terms = terms_of(policy, ref, lengths, weight, beta=beta, **options)
+        policy, ref, lengths = (by_pair(x, batch) for x in (logprobs, ref_logprobs, tokens))
+        found = terms_of(policy, ref, lengths, weight, beta=beta, **options)
         scored = jnp.sum(jnp.where(weight != 0, lengths["chosen"] + lengths["rejected"], 0))
-        return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": scored})
+        return Sums({"policy": weighted_sum(found)}, found.metrics, {"tokens": scored}, {"policy": aux})
 
-    return objective
+    return Objective(lambda batch: {"policy": jnp.sum(pair_weights(batch))}, terms)
 
 
 def by_pair(values: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Values of completions, [B, C], as flat arrays of pairs [B * C']; a pair that is not whole gets zeros."""
     return {name: array.reshape(-1) for name, array in pairs(values, batch.completions).items()}
+
+
+def pair_weights(batch: Batch) -> jax.Array:
+    """Weight of each pair, [B * C']: that of its record, 0 where it is not whole."""
+    return by_pair(batch.completions.weight, batch)["chosen"]

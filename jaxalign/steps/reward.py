@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_reward import reward_loss
-from jaxalign.ops.readout import completion_sums, read_hidden, scalar_readout
-from jaxalign.steps.preference import by_pair
-from jaxalign.steps.step import Objective, Sums, reduce_terms
+from jaxalign.ops.readout import completion_sums, read_with_aux, scalar_readout
+from jaxalign.steps.objective import Objective, Sums, weighted_sum
+from jaxalign.steps.preference import by_pair, pair_weights
 from jaxalign.types import Batch, Params
 
 
@@ -19,9 +19,14 @@ def completion_scores(
     apply: Callable[..., Any], kernel: Callable[[Params], jax.Array], params: Params, batch: Batch
 ) -> jax.Array:
     """Score of each completion, [B, C], read at its one readout: its last real token, wherever the padding is."""
-    hidden, readouts = read_hidden(apply, params, batch.rows, batch.readouts)
+    return scores_and_aux(apply, kernel, params, batch)[0]
+
+
+def scores_and_aux(apply, kernel, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `completion_scores`, and the model's auxiliary sums."""
+    hidden, readouts, aux = read_with_aux(apply, params, batch.rows, batch.readouts)
     scores = scalar_readout(hidden, kernel(params), readouts)
-    return completion_sums(scores, readouts, batch.completions.mask.shape[1])
+    return completion_sums(scores, readouts, batch.completions.mask.shape[1]), aux
 
 
 def reward_objective(
@@ -45,18 +50,19 @@ def reward_objective(
       The objective of the role "reward".  Its count `tokens` is of scores, one a completion.
     """
 
-    def objective(params, frozen, extra, batch: Batch) -> Sums:
-        del frozen, extra
-        scores = by_pair(completion_scores(apply, kernel, params["reward"], batch), batch)
-        weights = by_pair(batch.completions.weight, batch)["chosen"]
-        terms = reward_loss(
+    def terms(params, frozen, extra, statistics, batch: Batch) -> Sums:
+        del frozen, extra, statistics
+        each, aux = scores_and_aux(apply, kernel, params["reward"], batch)
+        scores = by_pair(each, batch)
+        found = reward_loss(
             scores["chosen"],
             scores["rejected"],
-            weights,
+            pair_weights(batch),
             margin=by_pair(batch.completions.score, batch)["chosen"] if use_margin else None,
             center_coef=center_coef,
             label_smoothing=label_smoothing,
         )
-        return Sums({"reward": reduce_terms(terms)}, terms.metrics, {"tokens": jnp.sum(batch.readouts.mask)})
+        counts = {"tokens": jnp.sum(batch.readouts.mask)}
+        return Sums({"reward": weighted_sum(found)}, found.metrics, counts, {"reward": aux})
 
-    return objective
+    return Objective(lambda batch: {"reward": jnp.sum(pair_weights(batch))}, terms)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_language import sft_loss
-from jaxalign.ops.readout import read_hidden, token_logprobs
-from jaxalign.steps.step import Objective, Sums, reduce_terms
+from jaxalign.ops.readout import read_with_aux, token_logprobs
+from jaxalign.steps.objective import Objective, Sums, weighted_sum
 from jaxalign.types import Batch, Params
 
 
@@ -28,15 +28,16 @@ def sft_objective(
       The objective of the role "policy".
     """
 
-    def objective(params, frozen, extra, batch: Batch) -> Sums:
-        del frozen, extra
-        hidden, readouts = read_hidden(apply, params["policy"], batch.rows, batch.readouts)
+    def terms(params, frozen, extra, statistics, batch: Batch) -> Sums:
+        del frozen, extra, statistics
+        hidden, readouts, aux = read_with_aux(apply, params["policy"], batch.rows, batch.readouts)
         logprobs, entropies = token_logprobs(hidden, head(params["policy"]), readouts, entropy=entropy)
         weights = readout_weights(batch)
-        terms = sft_loss(logprobs, weights, entropy=entropies)
-        return Sums({"policy": reduce_terms(terms)}, terms.metrics, {"tokens": jnp.sum(weights != 0)})
+        found = sft_loss(logprobs, weights, entropy=entropies)
+        counts = {"tokens": jnp.sum(weights != 0)}
+        return Sums({"policy": weighted_sum(found)}, found.metrics, counts, {"policy": aux})
 
-    return objective
+    return Objective(lambda batch: {"policy": jnp.sum(readout_weights(batch))}, terms)
 
 
 def readout_weights(batch: Batch) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +12,8 @@ import optax
 
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.steps.loss_scale import LossScale
-from jaxalign.types import Params, Terms, TrainState
-
-Sum = tuple[jax.Array, jax.Array]  # (sum, weight), both scalars; divided once, at the very end
-
-
-class Sums(NamedTuple):
-    """What an objective returns for a micro-batch."""
-
-    loss: dict[str, Sum]  # by role of the trained parameters
-    metrics: dict[str, Sum]
-    counts: dict[str, jax.Array] = {}  # noqa: RUF012  totals that are added up and never divided, such as "tokens"
-
-
-# (params by role, frozen by role, extra, batch) -> Sums of the roles that are given, one or all of them: the loss of a
-# role depends on that role's parameters alone.
-Objective = Callable[[dict[str, Params], dict[str, Params], dict[str, jax.Array], Any], Sums]
-
-
-def reduce_terms(terms: Terms) -> Sum:
-    """A loss's per-item terms as (sum of weight * loss, sum of weight)."""
-    return jnp.sum(terms.loss * terms.weight), jnp.sum(terms.weight)
-
-
-def divide(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """total / weight, and 0 where nothing had weight."""
-    return total / jnp.where(weight == 0, 1, weight)
+from jaxalign.steps.objective import Objective, Sum, Sums, divide, losses, several, sums_of
+from jaxalign.types import Params, TrainState
 
 
 def make_train_step(
@@ -50,90 +26,102 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Params], Any], tuple[TrainState, dict[str, jax.Array]]]:
     """A train step: gradients of the objective over all micro-batches, then one optimizer update per role.
 
-    gradient of a role = (sum over micro-batches and devices of the loss sums)' / (sum of their weights)
+    gradient of a role = sum over its terms of coef / W * (sum over micro-batches and devices of S)'
 
     so that A micro-batches of B / A rows equal one of B rows, ragged weights included.  Micro-batch a holds the rows b
     with b % A == a, which on a batch-sharded mesh moves nothing between devices.
 
-    Nothing is updated (a mask, not a branch) where the loss or a gradient is not finite, where the batch has no weight,
-    and while `extra["skip"]` is set.  The step counter advances all the same.
+    Nothing is updated (a mask, not a branch) where the loss or a gradient is not finite, where none of a role's terms
+    has weight, and while `extra["skip"]` is set.  The step counter advances all the same.
 
     Args:
       objective: the loss of each of the roles that are the keys of `optimizers`; asked for one after the other, so
         that no more is kept than the largest of them needs.
       optimizers: an optax transformation per trained role.
       grad_accum_steps: micro-batches A; divides the number of rows.
-      loss_scaling: scale each micro-batch's mean loss for float16 gradients; the scale lives in `extra` (see
-        `LossScale.initial`).
+      loss_scaling: scale the loss for float16 gradients; the scale lives in `extra` (see `LossScale.initial`).
       early_stop: of this batch's metrics, whether this update and the following ones are to be skipped; sets
         `extra["skip"]`, which stays until whoever drives the loop clears it.
 
     Returns:
       step(state, frozen, batch) -> (state, metrics).  Pure; the caller jits it and donates `state`.  Metrics, scalars:
-      those of the objective, `loss`, `weight` (the loss's divisor), `grad_norm` (before the optimizer clips),
-      `param_norm` (after the update), `update_norm` (of what the parameters really moved), each with `/<role>` appended
-      where there are several roles; `skipped`, 1 where a non-finite value blocked the update; with loss scaling
-      `loss_scale` and `overflow`.
+      those of the objective, `loss`, `weight` (the loss's divisor, of several terms their sum), `grad_norm` (before the
+      optimizer clips), `param_norm` (after the update), `update_norm` (of what the parameters really moved), each with
+      `/<role>` appended where there are several roles; `term/<term>`, S / W, where a role has several terms;
+      `skipped`, 1 where a non-finite value blocked the update; with loss scaling `loss_scale` and `overflow`.
     """
     roles = tuple(sorted(optimizers))
 
-    def gradients(params, frozen, extra, scale, batch):
-        """Sums of one micro-batch and the gradients of its loss sums, in at least float32."""
-
-        def factor(_, weight):
-            # float16 holds the gradient of a mean: that of a sum over thousands of tokens overflows by itself.
-            return scale / jnp.where(weight == 0, 1, jax.lax.stop_gradient(weight)) if loss_scaling else 1.0
-
-        grads, found = {}, Sums({}, {}, {})
+    def by_role(loss, params, batch):
+        """Gradients of `loss(parameters of one role, batch) -> (scalar, sums)`, in at least float32, and the sums."""
+        grads, found = {}, Sums({})
         for role in roles:
             own = params[role]
             if grads:  # what a model keeps for its backward pass is gone before the next model's forward pass
                 own, grads = jax.lax.optimization_barrier((own, grads))
-
-            def scalar(own, role=role):
-                sums = objective({role: own}, frozen, extra, batch)
-                if set(sums.loss) != {role}:
-                    raise ValueError(f"the objective has losses for {sorted(sums.loss)}, the optimizer is for {role!r}")
-                return sums.loss[role][0] * factor(*sums.loss[role]), sums
-
-            grad, sums = jax.grad(scalar, has_aux=True)(own)
-            grad = jax.tree.map(at_least_float32, grad)
-            if loss_scaling:
-                scaled = factor(*sums.loss[role])
-                grad = jax.tree.map(lambda g, f=scaled: g / f, grad)
-            grads = grads | {role: grad}
+            grad, sums = jax.grad(lambda own, role=role: loss({role: own}, batch), has_aux=True)(own)
+            grads = grads | {role: jax.tree.map(at_least_float32, grad)}
             found = Sums(*(there | new for there, new in zip(found, sums, strict=True)))
         return grads, found
+
+    def gradients(params, frozen, extra, weights, statistics, scale, batch):
+        """Gradients of the batch's loss times `scale`, and its sums."""
+
+        def loss(given, batch):
+            sums = sums_of(objective, weights, given, frozen, extra, statistics, batch)
+            means = [jnp.sum(divide(*each)) for each in losses(objective, weights, sums).values()]
+            return scale * sum(means), sums
+
+        if objective.items is None:
+            return _accumulate(lambda micro: by_role(loss, params, micro), batch, grad_accum_steps)
+
+        def items(given, batch):
+            return objective.items(given, frozen, extra, batch)
+
+        if grad_accum_steps == 1:
+            return by_role(lambda own, batch: loss(items(own, batch), batch), params, batch)
+        whole = _collect(lambda micro: items(params, micro), batch, grad_accum_steps)
+        cotangents, sums = jax.grad(loss, has_aux=True)(whole, batch)
+
+        def linear(own, micro):  # its gradient is that of the loss
+            found = items(own, micro[0])
+            products = jax.tree.map(lambda x, d: jnp.sum(x * d), found, {role: micro[1][role] for role in found})
+            return sum(jax.tree.leaves(products)), Sums({})
+
+        both = batch, cotangents
+        return _accumulate(lambda micro: by_role(linear, params, micro)[0], both, grad_accum_steps), sums
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Any):
         params = {role: state.params[role] for role in roles}
         extra = dict(state.extra)
         scale = LossScale.current(extra) if loss_scaling else jnp.float32(1)
-        grads, sums = _accumulate(
-            lambda micro: gradients(params, frozen, state.extra, scale, micro), batch, grad_accum_steps
-        )
+        weights, statistics = objective.weights(batch), None
+        if objective.statistics is not None:
+            statistics = _accumulate(
+                lambda micro: objective.statistics(params, frozen, state.extra, micro), batch, grad_accum_steps
+            )
+        grads, sums = gradients(params, frozen, state.extra, weights, statistics, scale, batch)
+        if loss_scaling:
+            grads = jax.tree.map(lambda g: g * (1 / scale).astype(g.dtype), grads)
 
         name = (lambda metric, role: metric) if len(roles) == 1 else (lambda metric, role: f"{metric}/{role}")
         metrics = {key: divide(*value) for key, value in sums.metrics.items()} | dict(sums.counts)
-        loss_finite, grads_finite = jnp.array(True), jnp.array(True)
-        for role in roles:
-            total, weight = sums.loss[role]
-            metrics[name("loss", role)], metrics[name("weight", role)] = divide(total, weight), weight
-            # A product, which the compiler repeats wherever gradients are read; quotients it would keep, all of them.
-            share = 1 / jnp.where(weight == 0, 1, weight)
-            grads[role] = jax.tree.map(lambda g, s=share: g * s.astype(g.dtype), grads[role])
-            norm = global_norm(grads[role])
-            metrics[name("grad_norm", role)] = norm
-            loss_finite &= jnp.isfinite(total)
+        metrics |= {key: divide(*value) for key, value in several(weights, sums).items()}
+        loss_finite, grads_finite, weight = jnp.array(True), jnp.array(True), {}
+        for role, (totals, divisors) in losses(objective, weights, sums).items():
+            loss, weight[role] = jnp.sum(divide(totals, divisors)), jnp.sum(divisors)
+            metrics[name("loss", role)], metrics[name("weight", role)] = loss, weight[role]
+            norm = metrics[name("grad_norm", role)] = global_norm(grads[role])
+            loss_finite &= jnp.isfinite(loss)
             grads_finite &= jnp.isfinite(norm)
 
         finite = loss_finite & grads_finite
         overflow = jnp.array(False)
+        some = functools.reduce(jnp.logical_or, [weight[role] != 0 for role in roles])
         if loss_scaling:
             overflow = loss_finite & ~grads_finite & LossScale.can_shrink(extra)
-            weightless = functools.reduce(jnp.logical_and, [sums.loss[role][1] == 0 for role in roles])
             scaled = LossScale.updated(extra, finite, overflow)  # a batch that says nothing is no good step
-            extra |= {name: jnp.where(weightless, extra[name], value) for name, value in scaled.items()}
+            extra |= {name: jnp.where(some, value, extra[name]) for name, value in scaled.items()}
             metrics["loss_scale"], metrics["overflow"] = scale, at_least_float32(overflow)
         metrics["skipped"] = at_least_float32(~finite & ~overflow)
         apply = finite
@@ -142,10 +130,17 @@ def make_train_step(
         if "skip" in extra:
             apply &= ~extra["skip"]
             metrics["stopped"] = at_least_float32(extra["skip"])
+        if objective.next_extra is not None:
+            new = objective.next_extra(state.extra, statistics, sums)
+            if unknown := sorted(new.keys() - extra.keys()):
+                raise ValueError(f"the objective changes {unknown} of a state's extra, which holds {sorted(extra)}")
+            extra |= {
+                key: jnp.where(apply & some, value, extra[key]).astype(extra[key].dtype) for key, value in new.items()
+            }
 
         new_params, new_opt = dict(state.params), dict(state.opt)
         for role in roles:
-            mask = apply & (sums.loss[role][1] != 0)
+            mask = apply & (weight[role] != 0)
             new_params[role], new_opt[role] = _update(
                 optimizers[role], grads[role], state.opt[role], params[role], mask
             )
@@ -164,13 +159,21 @@ def make_train_step(
 def make_eval_step(objective: Objective):
     """An eval step: (params, frozen, extra, batch) -> {name: (sum, weight)}, to be added up over batches, then divided.
 
-    The objective's metrics and its loss (`loss`, or `loss/<role>` where there are several roles).
+    The objective's metrics and its loss (`loss`, or `loss/<role>` where there are several roles).  A loss of several
+    terms has [terms] sums and weights: it is the sum of their quotients, and each is `term/<term>` as well.  Statistics
+    and comparisons of items are within a batch.
     """
 
     def step(params, frozen, extra, batch) -> dict[str, Sum]:
-        sums = objective(params, frozen, extra, batch)
-        one = len(sums.loss) == 1
-        return {("loss" if one else f"loss/{role}"): value for role, value in sums.loss.items()} | dict(sums.metrics)
+        weights, statistics, given = objective.weights(batch), None, params
+        if objective.statistics is not None:
+            statistics = objective.statistics(params, frozen, extra, batch)
+        if objective.items is not None:
+            given = objective.items(params, frozen, extra, batch)
+        sums = sums_of(objective, weights, given, frozen, extra, statistics, batch)
+        found = losses(objective, weights, sums)
+        named = {("loss" if len(found) == 1 else f"loss/{role}"): value for role, value in found.items()}
+        return named | several(weights, sums) | dict(sums.metrics)
 
     return step
 
@@ -197,6 +200,27 @@ def _accumulate(fn, batch, count):
     """Sum of fn(micro-batch) over the `count` micro-batches."""
     if count == 1:
         return fn(batch)
+    micro = _micro_batches(batch, count)
+    shapes = jax.eval_shape(lambda: fn(micro(0)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total, index):
+        # The barrier keeps a gradient's reduction apart from the sum: the TPU compiler moves such pairs out of the loop
+        # and fails on an untied head's.
+        return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(fn(micro(index)))), None
+
+    return jax.lax.scan(body, zeros, jnp.arange(count))[0]
+
+
+def _collect(fn, batch, count):
+    """fn(micro-batch), [B / A, ...], of all micro-batches, in the order of the batch's rows: [B, ...]."""
+    micro = _micro_batches(batch, count)
+    found = jax.lax.map(lambda index: fn(micro(index)), jnp.arange(count))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+
+def _micro_batches(batch, count):
+    """The function from an index to its micro-batch."""
     rows = {x.shape[0] for x in jax.tree.leaves(batch)}
     if len(rows) != 1 or next(iter(rows)) % count:
         raise ValueError(f"{count} equal micro-batches of batches with {sorted(rows)} rows")
@@ -209,12 +233,4 @@ def _accumulate(fn, batch, count):
 
         return jax.tree.map(pick, batch)
 
-    shapes = jax.eval_shape(lambda: fn(micro(0)))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def body(total, index):
-        # The barrier keeps a gradient's reduction apart from the sum: the TPU compiler moves such pairs out of the loop
-        # and fails on an untied head's.
-        return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(fn(micro(index)))), None
-
-    return jax.lax.scan(body, zeros, jnp.arange(count))[0]
+    return micro

@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
+from jaxalign.steps.objective import Objective
 from jaxalign.steps.policy import policy_objective, stop_on_kl
 from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.reward import reward_objective
 from jaxalign.steps.sft import sft_objective
-from jaxalign.steps.step import Objective
 from jaxalign.train.models import Loader, Role, revision_of
 from jaxalign.types import Params, TrainState
 

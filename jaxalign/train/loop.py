@@ -335,7 +335,8 @@ def make_evaluate(
     """Evaluation on the same batches each time: sums and weights over all of them, divided once.
 
     Args:
-      step: (state, frozen, batch on the mesh) -> {name: (sum, weight)}.
+      step: (state, frozen, batch on the mesh) -> {name: (sum, weight)}; of several terms [terms] each, whose quotients
+        are added.
       frozen: by role.
       dataset: of which the first batches are used.
       num_batches: how many.
@@ -343,13 +344,17 @@ def make_evaluate(
     """
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        totals: dict[str, list[float]] = {}
+        totals: dict[str, list[Any]] = {}
         for index in range(num_batches):
             batch = put_batch(dataset.batch(index, *batch_part(mesh)), mesh)
             for name, (total, weight) in jax.device_get(step(state, frozen, batch)).items():
                 entry = totals.setdefault(name, [0.0, 0.0])
-                entry[0] += float(total)
-                entry[1] += float(weight)
-        return {name: total / weight for name, (total, weight) in totals.items() if weight}
+                entry[0] += np.asarray(total, np.float64)
+                entry[1] += np.asarray(weight, np.float64)
+        return {
+            name: float(np.sum(np.where(weight, total, 0) / np.where(weight, weight, 1)))
+            for name, (total, weight) in totals.items()
+            if np.any(weight)
+        }
 
     return evaluate

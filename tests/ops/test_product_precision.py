@@ -8,6 +8,7 @@ import pytest
 from jaxalign.ops.attention import attention
 from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.sft import sft_objective
+from jaxalign.steps.step import make_eval_step
 from tests.steps.layouts import examples, lay, tiny_model
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -35,7 +36,7 @@ def step_products(algorithm, dtype):
         )
 
     def loss(params, ref):
-        return objective({"policy": params}, {"ref": ref}, {}, batch).loss["policy"][0]
+        return make_eval_step(objective)({"policy": params}, {"ref": ref}, {}, batch)["loss"][0]
 
     return list(products(jax.make_jaxpr(jax.grad(loss))(params, params).jaxpr))
 

@@ -21,6 +21,7 @@ from jaxalign.rewards.model import score_rows
 from jaxalign.rewards.score_shaping import shape_scores
 from jaxalign.rollout.generate import Rollout, completed_rows
 from jaxalign.steps.policy import policy_objective
+from jaxalign.steps.step import make_eval_step
 from jaxalign.types import PolicyBatch
 from tests.models.tiny_models import by_name
 from tests.ppo.ppo_world import VOCAB, prompt_batch, tiny_model
@@ -131,7 +132,7 @@ def ours(case):
 
 
 def losses(case, batch):
-    """(sums of the objective, gradients of the mean losses by role and Hugging Face name)."""
+    """(sums of the eval step, gradients of the mean losses by role and Hugging Face name)."""
     c = CASES[case]
     (policy, policy_params), (value, value_params) = models()["policy"], models()["value"]
     objective = policy_objective(
@@ -147,8 +148,8 @@ def losses(case, batch):
     )
 
     def mean(params):
-        sums = objective(params, {}, {}, batch)
-        return sum(total / weight for total, weight in sums.loss.values()), sums
+        sums = make_eval_step(objective)(params, {}, {}, batch)
+        return sum(sums[f"loss/{role}"][0] / sums[f"loss/{role}"][1] for role in params), sums
 
     gradients, sums = jax.jit(jax.grad(mean, has_aux=True))({"policy": policy_params, "value": value_params})
     named = {}
@@ -193,16 +194,16 @@ def compare(case, trl):
     # The losses on TRL's own advantages and returns, so that they stand for themselves.
     given = mine.batch._replace(advantages=trl["advantages"], returns=trl["returns"])
     sums, gradients = losses(case, given)
-    total, weight = sums.loss["policy"]
+    total, weight = sums["loss/policy"]
     assert float(weight) == mask.sum()
     np.testing.assert_allclose(total / weight, trl["pg_loss"], rtol=1e-5, atol=1e-6)
-    clipped = {k: float(sums.metrics[k][0] / sums.metrics[k][1]) for k in ("policy/clipfrac", "val/clipfrac")}
+    clipped = {k: float(sums[k][0] / sums[k][1]) for k in ("policy/clipfrac", "val/clipfrac")}
     assert clipped["policy/clipfrac"] == pytest_approx(float(trl["pg_clipfrac"]))
     if case == "full":
-        total, weight = sums.loss["value"]
+        total, weight = sums["loss/value"]
         np.testing.assert_allclose(total / weight, 0.1 * trl["vf_loss"], rtol=1e-5, atol=1e-6)
         assert clipped["val/clipfrac"] == pytest_approx(float(trl["vf_clipfrac"]))
-        approxkl = sums.metrics["policy/approxkl"]
+        approxkl = sums["policy/approxkl"]
         np.testing.assert_allclose(approxkl[0] / approxkl[1], trl["approxkl"], rtol=1e-4)
     for name, theirs in trl.items():
         if not name.startswith("gradient/"):
@@ -215,7 +216,7 @@ def compare(case, trl):
         assert np.linalg.norm(gradients[name] - theirs) <= 1e-4 * norm, name
     if case == "ragged":
         # TRAPS: TRL's means of these are over padding too, so that they must differ from the masked ones
-        approxkl = sums.metrics["policy/approxkl"]
+        approxkl = sums["policy/approxkl"]
         masked = 0.5 * (np.asarray(mine.new_logprobs - mine.logprobs)[mask] ** 2).mean()
         np.testing.assert_allclose(approxkl[0] / approxkl[1], masked, rtol=1e-4)
         assert abs(float(trl["approxkl"]) - masked) > 0.05 * masked

@@ -11,6 +11,7 @@ from jaxalign.models.hf import load
 from jaxalign.steps.preference import preference_objective, sequence_logprobs
 from jaxalign.steps.reward import completion_scores, reward_objective
 from jaxalign.steps.sft import sft_objective
+from jaxalign.steps.step import make_eval_step
 from tests.steps.layouts import examples, lay, perturbed, tiny_model
 
 MODELS = ("tiny", "stories260k-llama")
@@ -78,12 +79,12 @@ def ours(name, algorithm, shared):
         m=2 if algorithm == "reward" else longest,
         c=2,
     )
-    role, objective = ("reward" if algorithm == "reward" else "policy"), objective_of(model, algorithm)
+    role, evaluate = ("reward" if algorithm == "reward" else "policy"), make_eval_step(objective_of(model, algorithm))
 
     def mean(params):
-        sums = objective({role: params}, {"ref": ref}, {}, batch)
-        total, weight = sums.loss[role]
-        return total / weight, sums.metrics
+        metrics = evaluate({role: params}, {"ref": ref}, {}, batch)
+        total, weight = metrics.pop("loss")
+        return total / weight, metrics
 
     def everything(params):
         (loss, metrics), gradient = jax.value_and_grad(mean, has_aux=True)(params)

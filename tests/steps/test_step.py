@@ -12,18 +12,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.steps.loss_scale import LossScale
-from jaxalign.steps.step import Sums, global_norm, make_eval_step, make_train_step
+from jaxalign.steps.objective import Objective, Sums
+from jaxalign.steps.step import global_norm, make_eval_step, make_train_step
 from jaxalign.types import TrainState
 
 
-def objective(params, frozen, extra, batch):
+def squared(params, frozen, extra, statistics, batch):
     """Weighted squared error of a linear model; rows have several items, some of weight 0."""
     x, y, w = batch["x"], batch["y"], batch["w"]
     params = params["policy"]
     error = jnp.einsum("brd,d->br", x, params["kernel"].astype(x.dtype)) + params["bias"].astype(x.dtype) - y
     error = jnp.where(w != 0, error, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     total, weight = jnp.sum(w * jnp.square(error)), jnp.sum(w)
-    return Sums({"policy": (total, weight)}, {"error": (jnp.sum(w * error), weight)}, {"tokens": jnp.sum(w != 0)})
+    return Sums({"policy": total}, {"error": (jnp.sum(w * error), weight)}, {"tokens": jnp.sum(w != 0)})
+
+
+objective = Objective(lambda batch: {"policy": jnp.sum(batch["w"])}, squared)
 
 
 def batch(rows=8, dtype=np.float64, seed=0):
@@ -77,13 +81,14 @@ def test_micro_batches_are_every_nth_row(x64):
     """Micro-batch a holds the rows b with b % A == a, so that a device's rows stay its own."""
     seen = []
 
-    def spy(params, frozen, extra, data):
-        jax.debug.callback(lambda y: seen.append(sorted(y.tolist())), data["id"])
-        return objective(params, frozen, extra, data)
+    def spy(*given):
+        jax.debug.callback(lambda y: seen.append(sorted(y.tolist())), given[-1]["id"])
+        return squared(*given)
 
     tx = optax.sgd(0.1)
     data = batch() | {"id": np.arange(8)}
-    jax.jit(make_train_step(spy, {"policy": tx}, grad_accum_steps=4))(start(tx), {}, data)
+    spied = objective._replace(terms=spy)
+    jax.jit(make_train_step(spied, {"policy": tx}, grad_accum_steps=4))(start(tx), {}, data)
     jax.effects_barrier()
     assert sorted(seen) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
@@ -103,17 +108,17 @@ def test_micro_batches_move_nothing_between_devices():
 def test_non_finite_updates_are_masked(where):
     """Parameters and optimizer stay bit for bit; the step counts; the next good batch trains."""
 
-    def poisoned(params, frozen, extra, data):
-        sums = objective(params, frozen, extra, data)
-        total, weight = sums.loss["policy"]
+    def poisoned(params, frozen, extra, statistics, data):
+        sums = squared(params, frozen, extra, statistics, data)
+        total = sums.terms["policy"]
         if where == "loss":
             total = total * jnp.where(data["bad"].any(), jnp.nan, 1)
         else:  # a finite loss with an infinite slope
             total = total + jnp.sqrt(jnp.where(data["bad"].any(), 0, 1) * jnp.square(params["policy"]["bias"]))
-        return sums._replace(loss={"policy": (total, weight)})
+        return sums._replace(terms={"policy": total})
 
     tx = optax.adam(0.1)
-    step = jax.jit(make_train_step(poisoned, {"policy": tx}))
+    step = jax.jit(make_train_step(objective._replace(terms=poisoned), {"policy": tx}))
     state = start(tx, "float32")
     good, bad = (batch(dtype=np.float32) | {"bad": np.full(8, b)} for b in (False, True))
     state, metrics = step(state, {}, good)
@@ -139,11 +144,14 @@ def test_trap_a_batch_without_weight_says_so_and_moves_nothing():
     chex.assert_trees_all_equal((after.params, after.opt), (state.params, state.opt))
 
 
-def two_roles(params, frozen, extra, data):
+def of_two_roles(params, frozen, extra, statistics, data):
     datas = {"policy": data, "value": data | {"w": 3 * data["w"] ** 2}}
-    sums = {role: objective({"policy": own}, frozen, extra, datas[role]) for role, own in params.items()}
+    sums = {role: squared({"policy": own}, frozen, extra, statistics, datas[role]) for role, own in params.items()}
     metrics = sums["policy"].metrics if "policy" in sums else {}
-    return Sums({role: x.loss["policy"] for role, x in sums.items()}, metrics, {"tokens": jnp.sum(data["w"] != 0)})
+    return Sums({role: x.terms["policy"] for role, x in sums.items()}, metrics, {"tokens": jnp.sum(data["w"] != 0)})
+
+
+two_roles = Objective(lambda b: {"policy": jnp.sum(b["w"]), "value": jnp.sum(3 * b["w"] ** 2)}, of_two_roles)
 
 
 def test_each_role_has_its_own_divisor_optimizer_and_metrics(x64):
@@ -167,12 +175,12 @@ def test_what_one_role_keeps_is_gone_before_the_next_begins():
 
     def spy(params, *rest):
         asked.append(set(params))
-        return two_roles(params, *rest)
+        return of_two_roles(params, *rest)
 
     one = start(tx, "float32")
     params = {"policy": one.params["policy"], "value": one.params["policy"]}
     state = one._replace(params=params, opt={role: tx.init(own) for role, own in params.items()})
-    step = make_train_step(spy, {"policy": tx, "value": tx})
+    step = make_train_step(two_roles._replace(terms=spy), {"policy": tx, "value": tx})
     equations = jax.make_jaxpr(step)(state, {}, batch(dtype=np.float32)).eqns
     assert asked == [{"policy"}, {"value"}]
     leaves = jax.tree.leaves(state.params)
@@ -189,10 +197,11 @@ def test_dtypes_are_pinned_and_the_step_compiles_once(dtype):
 
     def counted(*args):
         traces.append(1)
-        return objective(*args)
+        return squared(*args)
 
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
-    step = jax.jit(make_train_step(counted, {"policy": tx}, grad_accum_steps=2), donate_argnums=0)
+    of_counted = objective._replace(terms=counted)
+    step = jax.jit(make_train_step(of_counted, {"policy": tx}, grad_accum_steps=2), donate_argnums=0)
     state = start(tx, dtype)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     for i in range(6):
@@ -205,13 +214,15 @@ def test_dtypes_are_pinned_and_the_step_compiles_once(dtype):
 def test_trap_bfloat16_gradients_are_added_in_float32():
     """512 micro-batches of gradient 1: in bfloat16 the sum would stop at 256."""
 
-    def ones(params, frozen, extra, data):
-        return Sums({"policy": (jnp.sum(params["policy"] * data), jnp.float32(1 / 512))}, {})
+    def ones(params, frozen, extra, statistics, data):
+        return Sums({"policy": jnp.sum(params["policy"] * data)})
+
+    of_ones = Objective(lambda batch: {"policy": jnp.float32(1)}, ones)
 
     tx = optax.sgd(1.0)
     params = jnp.zeros((), jnp.bfloat16)
     state = TrainState(jnp.int32(0), {"policy": params}, {"policy": tx.init(params)}, {}, jnp.int32(0))
-    _, metrics = jax.jit(make_train_step(ones, {"policy": tx}, grad_accum_steps=512))(
+    _, metrics = jax.jit(make_train_step(of_ones, {"policy": tx}, grad_accum_steps=512))(
         state, {}, np.ones(512, jnp.bfloat16)
     )
     assert metrics["grad_norm"] == 512
@@ -224,11 +235,13 @@ def test_trap_update_norm_shows_bfloat16_weights_that_do_not_move():
     assert step(start(tx, "float32"), {}, batch(dtype=np.float32))[1]["update_norm"] > 0
 
 
-def half(params, frozen, extra, data):
+def through_float16(params, frozen, extra, statistics, data):
     """A loss whose gradient passes through float16 times `data`."""
     kernel = params["policy"].astype(jnp.float16)
-    total = jnp.sum((kernel * data.astype(jnp.float16)).astype(jnp.float32))
-    return Sums({"policy": (total, jnp.float32(1.0))}, {})
+    return Sums({"policy": jnp.sum((kernel * data.astype(jnp.float16)).astype(jnp.float32))})
+
+
+half = Objective(lambda batch: {"policy": jnp.float32(1)}, through_float16)
 
 
 def scaled_state(tx, scale=LossScale.INITIAL):
@@ -240,10 +253,11 @@ def scaled_state(tx, scale=LossScale.INITIAL):
 def test_trap_float16_gradients_do_not_underflow():
     """A gradient of 6e-8 times 0.25 is 0 in float16, unless the loss is scaled."""
 
-    def small(params, frozen, extra, data):
+    def tiny(params, frozen, extra, statistics, data):
         inner = (params["policy"].astype(jnp.float16) * jnp.float16(6e-8)).sum() * jnp.float16(0.25)
-        return Sums({"policy": (inner.astype(jnp.float32), jnp.float32(1))}, {})
+        return Sums({"policy": inner.astype(jnp.float32)})
 
+    small = half._replace(terms=tiny)
     tx = optax.sgd(1.0)
     state = scaled_state(tx, 2.0**14)
     assert make_train_step(small, {"policy": tx})(state, {}, np.ones(1))[1]["grad_norm"] == 0
@@ -317,6 +331,8 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"losses for \['policy'\], the optimizer is for 'reward'"):
         state = start(tx, "float32")
         state = state._replace(params={"reward": state.params["policy"]}, opt={"reward": state.opt["policy"]})
-        make_train_step(lambda p, *rest: objective({"policy": p["reward"]}, *rest), {"reward": tx})(
-            state, {}, batch(dtype=np.float32)
-        )
+        wrong = objective._replace(terms=lambda p, *rest: squared({"policy": p["reward"]}, *rest))
+        make_train_step(wrong, {"reward": tx})(state, {}, batch(dtype=np.float32))
+    with pytest.raises(ValueError, match=r"terms \['policy'\] have no divisor: its weights are of \['value'\]"):
+        nameless = objective._replace(weights=lambda b: {"value": jnp.sum(b["w"])})
+        make_train_step(nameless, {"policy": tx})(start(tx, "float32"), {}, batch(dtype=np.float32))

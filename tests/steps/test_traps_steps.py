@@ -9,6 +9,7 @@ from jaxalign.ops.readout import take_sources
 from jaxalign.rewards.model import score_rows
 from jaxalign.steps.preference import preference_objective, sequence_logprobs
 from jaxalign.steps.reward import reward_objective
+from jaxalign.steps.step import make_eval_step
 from tests.steps.worlds import ALGORITHMS, data, model, objective, start
 
 
@@ -36,8 +37,8 @@ def test_trap_no_dropout_in_training_reference_or_scoring(algorithm, x64):
     batch = data(algorithm)
 
     def gradient(params, frozen, batch):
-        losses = lambda p: sum(s[0] for s in objective(algorithm, "full")(p, frozen, {}, batch).loss.values())  # noqa: E731
-        return jax.grad(losses)(params)
+        sums = lambda p: make_eval_step(objective(algorithm, "full"))(p, frozen, {}, batch)  # noqa: E731
+        return jax.grad(lambda p: sum(s[0] for name, s in sums(p).items() if name.startswith("loss")))(params)
 
     assert not draws(gradient, params, frozen, batch)
     if algorithm == "reward":
@@ -60,12 +61,14 @@ def test_trap_the_reference_in_a_step_is_the_frozen_one(x64):
     """TRAPS.md, the reference drifts: the implicit reward is the distance from the frozen parameters, not from the
     policy's own, and the reference gets no gradient."""
     identity = lambda _: jnp.eye(32)  # noqa: E731
-    loss = preference_objective(linear, identity, loss="sigmoid", beta=0.5, label_smoothing=0.0, reference="live")
+    loss = make_eval_step(
+        preference_objective(linear, identity, loss="sigmoid", beta=0.5, label_smoothing=0.0, reference="live")
+    )
     batch, ref = data("dpo"), jnp.asarray(TABLE)
 
     @jax.jit
     def margin(policy, ref):
-        total, weight = loss({"policy": policy}, {"ref": ref}, {}, batch).metrics["rewards/margins"]
+        total, weight = loss({"policy": policy}, {"ref": ref}, {}, batch)["rewards/margins"]
         return total / weight
 
     assert margin(ref, ref) == 0
@@ -76,7 +79,7 @@ def test_trap_the_reference_in_a_step_is_the_frozen_one(x64):
     expected = 0.5 * np.sum(weight * (gap[:, 0] - gap[:, 1])) / np.sum(weight)
     assert abs(expected) > 0.05
     np.testing.assert_allclose(margin(moved, ref), expected, rtol=1e-12)
-    of_ref = jax.grad(lambda ref: loss({"policy": moved}, {"ref": ref}, {}, batch).loss["policy"][0])(ref)
+    of_ref = jax.grad(lambda ref: loss({"policy": moved}, {"ref": ref}, {}, batch)["loss"][0])(ref)
     assert not of_ref.any()
 
 
@@ -100,7 +103,7 @@ def test_trap_label_smoothing_reaches_the_loss(algorithm, x64):
                 apply, lambda _: jnp.eye(32), loss="sigmoid", beta=0.5, label_smoothing=smoothing, reference="live"
             )
             params, frozen = {"policy": jnp.asarray(TABLE)}, {"ref": jnp.asarray(TABLE[::-1].copy())}
-        total, weight = loss(params, frozen, {}, batch).loss[next(iter(params))]
+        total, weight = make_eval_step(loss)(params, frozen, {}, batch)["loss"]
         return float(total / weight)
 
     assert abs(mean(0.0, False) - mean(0.0, True)) > 0.1

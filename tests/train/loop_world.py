@@ -8,7 +8,8 @@ import optax
 from jaxalign.config import defaults
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import replicated
-from jaxalign.steps.step import Sums, make_train_step
+from jaxalign.steps.objective import Objective, Sums
+from jaxalign.steps.step import make_train_step
 from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.health import Health
@@ -52,13 +53,16 @@ class Data:
         return index not in self.partial
 
 
-def objective(params, frozen, extra, batch):
+def squared(params, frozen, extra, statistics, batch):
     """The squared distance of one number to 1; nan where the token is negative."""
     x = params["policy"]["norm"]["scale"][0]
     target = jnp.where(batch.rows.tokens[:, 0] < 0, jnp.nan, 1.0)
     weight = batch.completions.weight[:, 0]
     total = jnp.sum(weight * (x - target) ** 2)
-    return Sums({"policy": (total, jnp.sum(weight))}, {"x": (x * jnp.sum(weight), jnp.sum(weight))})
+    return Sums({"policy": total}, {"x": (x * jnp.sum(weight), jnp.sum(weight))})
+
+
+objective = Objective(lambda batch: {"policy": jnp.sum(batch.completions.weight[:, 0])}, squared)
 
 
 class World:

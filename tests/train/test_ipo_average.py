@@ -8,6 +8,7 @@ from jaxalign.errors import InputError
 from jaxalign.ops.readout import completion_sums
 from jaxalign.pipeline.configfile import override
 from jaxalign.steps.preference import by_pair, sequence_logprobs
+from jaxalign.steps.step import make_eval_step
 from jaxalign.train import algorithms
 from jaxalign.train.models import Role
 from tests.steps import worlds
@@ -35,7 +36,7 @@ def test_ipo_is_averaged_or_summed_as_the_configuration_says(x64, average):
     model, batch = worlds.model("lm"), worlds.data("ipo")
     params, frozen = worlds.start("ipo")
     objective = algorithms.build(config, Models(model), None).objective
-    total, weight = objective(params, frozen, {}, batch).loss["policy"]
+    total, weight = make_eval_step(objective)(params, frozen, {}, batch)["loss"]
 
     sums = [sequence_logprobs(model.apply, model.head, tree, batch) for tree in (params["policy"], frozen["ref"])]
     policy, ref = (by_pair(x, batch) for x in sums)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from loop_world import World, objective
+from loop_world import World, objective, squared
 
 from jaxalign.parallel.host_memory import DEVICE, HOST
 from jaxalign.parallel.mesh import make_mesh
@@ -17,12 +17,15 @@ from jaxalign.types import TrainState
 SIZE = 256  # of a square matrix: large enough that a checkpoint is still being written when the next update comes
 
 
-def of_matrix(params, frozen, extra, batch):
+def distance(params, frozen, extra, statistics, batch):
     """The distance of a matrix, every number of which has a gradient of its own."""
     x = params["policy"]["embed"]["embedding"]
-    sums = objective({"policy": {"norm": {"scale": jnp.sum(x, keepdims=True)[0] / SIZE**2}}}, frozen, extra, batch)
-    total, weight = sums.loss["policy"]
-    return sums._replace(loss={"policy": (total + weight * jnp.sum(jnp.sin(x) ** 2), weight)})
+    mean = {"policy": {"norm": {"scale": jnp.sum(x, keepdims=True)[0] / SIZE**2}}}
+    sums, weight = squared(mean, frozen, extra, statistics, batch), objective.weights(batch)["policy"]
+    return sums._replace(terms={"policy": sums.terms["policy"] + weight * jnp.sum(jnp.sin(x) ** 2)})
+
+
+of_matrix = objective._replace(terms=distance)
 
 
 class Matrix(World):

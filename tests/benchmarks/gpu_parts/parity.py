@@ -15,6 +15,7 @@ from jaxalign.ops.readout import token_logprobs  # noqa: E402
 from jaxalign.rollout.generate import completed_rows, generate  # noqa: E402
 from jaxalign.steps.preference import preference_objective  # noqa: E402
 from jaxalign.steps.sft import sft_objective  # noqa: E402
+from jaxalign.steps.step import make_eval_step  # noqa: E402
 
 LAYERS, LENGTH = (1, 32) if SMOKE else (4, 512)
 EPS = 2.0**-8  # bfloat16 rounds by up to this
@@ -61,7 +62,7 @@ def losses_and_gradients(params) -> None:
                 )
 
             def loss(params, objective=objective, batch=batch):
-                total, weight = objective({"policy": params}, {"ref": other}, {}, batch).loss["policy"]
+                total, weight = make_eval_step(objective)({"policy": params}, {"ref": other}, {}, batch)["loss"]
                 return total / weight
 
             with guarded(f"{case} in {dtype}", fails=True):
