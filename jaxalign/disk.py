@@ -1,4 +1,4 @@
-"""Writing files whole: a full disk or a path that cannot be written becomes an InputError, and no partial file stays."""
+"""Writing files whole: a full disk or an unwritable path becomes an InputError, and no partial file stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in object stores: downloaded to a local cache, uploaded so that a partial upload is never taken for a model."""
+"""Models in object stores: downloaded to a local cache; a partial upload is never taken for a model."""
 
 from __future__ import annotations
 
