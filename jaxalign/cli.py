@@ -40,6 +40,7 @@ Commands
   generate   continue a prompt
   logprobs   log-probability of given completions
   score      a reward model's score of given completions, or DPO's implicit reward
+  evaluate   accuracy, margins, calibration, loss, perplexity of a model or a reward model on held-out data
   compare    two models side by side on held-out prompts: win rate, perplexity, diversity
   doctor     devices, versions, memory, missing extras
 
@@ -130,9 +131,10 @@ def _flags_of(argv: Sequence[str]) -> Callable[[str], str]:
     if argv[0] == "train" and (len(argv) == 1 or argv[1].startswith("-")):
         return "--config.{}".format
     own = {"model.path": "--model", "data.sources": "--data", "rewards.function": "--reward"}
-    if argv[0] not in ("train", "config"):
+    if argv[0] not in ("train", "config", "evaluate"):
         return lambda field: own.get(field, f"--config.{field}")
     own |= {"rewards.model": "--reward", "data.eval_sources": "--eval_data", "workdir": "--out"}
+    own |= {"algorithm.reference_path": "--reference"} if argv[0] == "evaluate" else {}
     return lambda field: own.get(field, f"--{field}")
 
 
@@ -155,6 +157,7 @@ _COMMANDS = {  # name: the module of `jaxalign.commands` that has a function of 
     "generate": "models",
     "logprobs": "models",
     "score": "models",
+    "evaluate": "models",
     "compare": "models",
     "doctor": "models",
 }

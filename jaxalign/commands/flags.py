@@ -14,16 +14,21 @@ REQUIRED = object()
 class Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input, in the same three lines as any other."""
 
-    def parse_args(self, *args, **named):  # type: ignore[override]
-        found = super().parse_args(*args, **named)
-        for flag, value in vars(found).items():
-            if isinstance(value, str) and not value.strip() and flag != "prompt":  # a shell's variable, not set
-                raise InputError(f"--{flag} is {value!r}", "a value, or the flag left out", f"--{flag}=...")
-        check_flags(**vars(found))
-        return found
+    def parse_known_args(self, *args, **named):  # type: ignore[override]  # of `parse_args` too
+        found, rest = super().parse_known_args(*args, **named)
+        return _checked(found), rest
 
     def error(self, message: str):
         raise InputError(message, " ".join(self.format_usage().removeprefix("usage: ").split()), f"{self.prog} --help")
+
+
+def _checked(found: argparse.Namespace) -> argparse.Namespace:
+    """Refuses blank values, and numbers out of their bounds."""
+    for flag, value in vars(found).items():
+        if isinstance(value, str) and not value.strip() and flag != "prompt":  # a shell's variable, not set
+            raise InputError(f"--{flag} is {value!r}", "a value, or the flag left out", f"--{flag}=...")
+    check_flags(**vars(found))
+    return found
 
 
 def parser(name: str, text: str, *flags: tuple[str, type, Any, str]) -> Parser:

@@ -1,10 +1,12 @@
-"""Commands that ask models: export, generate, logprobs, score, compare, and doctor, which asks the machine."""
+"""Commands that ask models: export, generate, logprobs, score, evaluate, compare, and doctor, which asks the machine."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jaxalign.commands.flags import DTYPE, LINES, MODEL, REQUIRED, SEPARATE, parser, sampling, sampling_flags
 from jaxalign.disk import write_whole
@@ -128,16 +130,46 @@ def compare(argv: list[str]) -> int:
         dtype=args.dtype,
         **sampling(args),
     )
-    text = json.dumps(result, indent=1, ensure_ascii=False)
+    width = min(120, shutil.get_terminal_size((120, 0)).columns)
+    _give(result, args.out, lambda: page(result, show=args.show, width=width), args.json)
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measures a model on held-out data."""
+    flags = parser(
+        "evaluate",
+        "A model's figures on held-out data, without training: accuracy, margins and calibration on pairs, loss and\n"
+        "perplexity on completions. The model may be a reward model or a language model; the figures are those of\n"
+        "training's own evaluations. Further fields of the stage as --FIELD=VALUE: --max_length=512 --beta=0.1.",
+        MODEL,
+        ("--data", str, REQUIRED, "held-out records in any format that training reads; commas part several"),
+        ("--reference", str, None, "what a DPO model started from, for its implicit reward"),
+        ("--out", str, None, "a file for all of it as JSON"),
+        ("--json", bool, None, "print the JSON instead of the page"),
+    )
+    args, rest = flags.parse_known_args(argv)
+    from jaxalign.pipeline.compare import check_out
+    from jaxalign.pipeline.evaluate import evaluate, page
+
     if args.out:
+        check_out(args.out)
+    data = args.data.split(",") if "," in args.data else args.data
+    result = evaluate(args.model, data, reference=args.reference, flags=rest)
+    _give(result, args.out, lambda: page(result), args.json)
+    return 0
+
+
+def _give(result: dict[str, Any], out: str | None, page: Callable[[], str], as_json: bool) -> None:
+    """Writes a result to a file where one is named, and prints it."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if out:
         try:
-            write_whole(Path(args.out).expanduser(), text + "\n")
+            write_whole(Path(out).expanduser(), text + "\n")
         except InputError:
             print(text)  # minutes of work: not lost
             raise
-    width = min(120, shutil.get_terminal_size((120, 0)).columns)
-    print(text if args.json else page(result, show=args.show, width=width))
-    return 0
+    print(text if as_json else page())
 
 
 def doctor(argv: list[str]) -> int:

@@ -117,13 +117,26 @@ def test_values_out_of_bounds(capsys, config, trainer):
 
 
 def test_help_pages(capsys):
-    for command in ("train", "export", "generate", "logprobs", "score", "compare", "doctor"):
+    for command in ("train", "config", "export", "generate", "logprobs", "score", "evaluate", "compare", "doctor"):
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out
         assert f"jaxalign {command}" in page
     assert main(["--help"]) == main([]) == main(["-h"]) == 0
     page = capsys.readouterr().out
-    for word in ("train", "export", "generate", "logprobs", "score", "compare", "doctor", "SFT", "DPO", "PPO"):
+    for word in (
+        "train",
+        "config",
+        "export",
+        "generate",
+        "logprobs",
+        "score",
+        "evaluate",
+        "compare",
+        "doctor",
+        "SFT",
+        "DPO",
+        "PPO",
+    ):
         assert word in page
     assert max(map(len, page.splitlines())) <= 120
 
