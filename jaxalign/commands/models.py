@@ -1,4 +1,4 @@
-"""Commands that ask models: export, generate, logprobs, score, evaluate, compare, and doctor, which asks the machine."""
+"""Commands that ask models (export, generate, logprobs, score, evaluate, compare) or the machine (doctor)."""
 
 from __future__ import annotations
 

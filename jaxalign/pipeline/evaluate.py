@@ -102,10 +102,8 @@ def _holds_pairs(data: str | Sequence[str]) -> bool:
     """Whether the first record of each source is a pair."""
     from jaxalign.data.mixture import load_records
 
-    firsts = [
-        load_records(source, None, max_records=1, field="data.sources")[0][0]
-        for source in ([data] if isinstance(data, str) else data)
-    ]
+    sources = [data] if isinstance(data, str) else data
+    firsts = [load_records(source, None, max_records=1, field="data.sources")[0][0] for source in sources]
     for record in firsts:
         if record.chosen is None and record.completion is None and record.messages is None and record.text is None:
             raise InputError(
@@ -134,21 +132,18 @@ def _measured(config: Any, mesh: jax.sharding.Mesh, scratch: str) -> dict[str, A
     stage = Stage(config, mesh, directory)
     stage.check_weights()
     role = stage.program.trained[stage.program.exported]
+    reference = stage.program.frozen.get("ref")
     if role.model.config.head == "score":
-        apply, kernel = role.model.apply, role.model.score_kernel
-        each = _each(stage, role, lambda params, batch: completion_scores(apply, kernel, params, batch))
+        each = _each(stage, role, completion_scores, role.model.score_kernel)
         figures, margins = _of_scores(each, config)
     else:
-        each = _each(
-            stage, role, lambda params, batch: sequence_logprobs(role.model.apply, role.model.head, params, batch)
-        )
-        reference = stage.program.frozen.get("ref")
-        ref = None
-        if reference is not None:
+        each = _each(stage, role, sequence_logprobs, role.model.head)
+        if "chosen" in each:
             gc.collect()  # one model in memory
-            apply, head = reference.model.apply, reference.model.head
-            ref = _each(stage, reference, lambda params, batch: sequence_logprobs(apply, head, params, batch))
-        figures, margins = _of_logprobs(each, ref, config) if "chosen" in each else (_of_texts(each), None)
+            ref = None if reference is None else _each(stage, reference, sequence_logprobs, reference.model.head)
+            figures, margins = _of_logprobs(each, ref, config)
+        else:
+            figures, margins = _of_texts(each), None
     records = stage.dataset.report.get("records", {})
     result: dict[str, Any] = {"records": records, "figures": {k: _finite(v) for k, v in figures.items()}}
     if margins is not None:
@@ -163,14 +158,14 @@ def _measured(config: Any, mesh: jax.sharding.Mesh, scratch: str) -> dict[str, A
     return result
 
 
-def _each(stage: Any, role: Any, measure: Callable[[Any, Any], jax.Array]) -> Each:
+def _each(stage: Any, role: Any, measure: Callable[..., jax.Array], head: Callable[[Any], jax.Array]) -> Each:
     """What a model gives to each completion or pair of the stage's data, in the order of the batches."""
     pairs = "chosen" if stage.config.algorithm.name != "sft" else ""  # the layout of the stage's rows
 
     @jax.jit
     def values(params, batch) -> dict[str, jax.Array]:
         tokens = completion_sums(batch.readouts.mask, batch.readouts, batch.completions.mask.shape[1])
-        value, weight = measure(params, batch), batch.completions.weight
+        value, weight = measure(role.model.apply, head, params, batch), batch.completions.weight
         if not pairs:
             weight = jnp.where(batch.completions.mask, weight, 0)
             return {"value": value.reshape(-1), "tokens": tokens.reshape(-1), "weight": weight.reshape(-1)}

@@ -1,6 +1,7 @@
 """`jaxalign evaluate`: the figures of training's own evaluations, without training."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ def test_figures_are_those_of_training(algorithm, shared, tmp_path, pairs, capsy
     data = pairs
     if algorithm == "sft":
         data = str(tmp_path / "texts.jsonl")
-        rows = [json.loads(line) for line in open(pairs)]
+        rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
         lines = (json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in rows)
         (tmp_path / "texts.jsonl").write_text("".join(lines))
     fields = {
