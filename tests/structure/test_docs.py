@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxalign.pipeline.aliases import ALIASES
 from jaxalign.train import health
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,3 +72,14 @@ def test_code_in_pages_runs(page, tmp_path, monkeypatch):
 def test_all_code_in_pages_is_python(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         ast.parse(block)
+
+
+def test_the_table_of_trl_agrees_with_the_names_that_are_translated():
+    page = (ROOT / "docs/coming_from.md").read_text()
+    table = page.split("<!-- trl -->")[1].split("<!-- end trl -->")[0]
+    rows = [[re.findall(r"`([\w.]+)`", cell) for cell in line.split("|")[1:3]] for line in table.splitlines()[3:]]
+    assert len(rows) > 40
+    for theirs, ours in rows:
+        for name in theirs:
+            known = ALIASES.get(name, ())
+            assert ours[0] in known or (not known and ours[0].endswith(name)), (name, ours, known)
