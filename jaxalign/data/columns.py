@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from jaxalign.data.dialogues import is_dialogue, until_request
-from jaxalign.data.files import Raw
-from jaxalign.data.forms import (
-    FORMS,
+from jaxalign.data.column_sets import (
+    COLUMN_SETS,
     PROMPT_FIELDS,
-    Form,
+    ColumnSet,
     SkipRow,
     blank,
     blank_prompt,
     narrowed,
     number,
-    serves,
     truth,
 )
+from jaxalign.data.dialogues import is_dialogue, until_request
+from jaxalign.data.files import Raw
+from jaxalign.data.forms import serves
 from jaxalign.data.preference import Codes, codes_of, column_name
 from jaxalign.data.records import BadRow, Record
 from jaxalign.data.sources import Source, config_line
@@ -29,9 +29,10 @@ from jaxalign.data.unmapped import (
     no_form,
     only_text,
     unlabelled,
-    wrong_kind,
+    wrong_form,
 )
 from jaxalign.errors import InputError
+from jaxalign.registry import Reads
 
 # Our names of columns, the keys of a source's `columns`.
 FIELDS: dict[str, str] = {
@@ -60,32 +61,32 @@ class ColumnPlan(NamedTuple):
     """How the rows of one file become records."""
 
     source: Source
-    format: Form
+    columns: ColumnSet
     names: dict[str, str]  # our name -> the data's
     labelled: bool  # whether `label` says true or false of each completion: unpaired feedback, KTO's form
     codes: Codes | None = None  # of the column that says which side is better
     warnings: tuple[str, ...] = ()  # what may be wrong with it, in words
 
     @property
-    def kind(self) -> str:
-        """The kind of the records."""
-        return self.format.kind
+    def form(self) -> str:
+        """The form of the records."""
+        return self.columns.form
 
 
-def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> ColumnPlan:
+def make_plan(source: Source, sample: list[Raw], reads: Reads | None) -> ColumnPlan:
     """Decides which columns mean what.
 
-    Mapped names come first, then our names and their aliases as the data has them.  Of the forms that the columns
-    make possible, the one that uses most mapped columns is taken, then one that serves the purpose, then the first
-    of `FORMS`.
+    Mapped names come first, then our names and their aliases as the data has them.  Of the sets of columns
+    that are there, the one that uses most mapped columns is taken, then one of a form that is read, then the first of
+    `COLUMN_SETS`.
 
     Args:
       source: with its mapping.
       sample: the first rows of a file.
-      purpose: one of PURPOSES, or None for any.
+      reads: what the records are for, or None for any.
 
     Raises:
-      InputError: where the columns make no form, or one that does not serve the purpose; naming the columns there
+      InputError: where the columns make no record, or one of a form that is not read; naming the columns there
         are and the config line that maps them.
     """
     file, present = sample[0].file, columns_of(raw.row for raw in sample)
@@ -99,55 +100,56 @@ def make_plan(source: Source, sample: list[Raw], purpose: str | None) -> ColumnP
         del names["score"]
     codes = codes_of(source.columns["preference"]) if "preference" in source.columns else None
     possible = [
-        form
-        for form in FORMS
-        if all(ours in names and (names[ours] in present or ours in source.columns) for ours in form.required)
+        columns
+        for columns in COLUMN_SETS
+        if all(ours in names and (names[ours] in present or ours in source.columns) for ours in columns.required)
     ]
     if not possible:
-        raise no_form(source, sample, listed, purpose)
+        raise no_form(source, sample, listed, reads)
 
-    def rank(form: Form) -> tuple[int, bool]:
-        return sum(ours in form.required + form.optional for ours in source.columns), serves(form.kind, purpose)
+    def rank(columns: ColumnSet) -> tuple[int, bool]:
+        return sum(ours in columns.required + columns.optional for ours in source.columns), serves(columns.form, reads)
 
-    form = max(possible, key=rank)
+    columns = max(possible, key=rank)
     for ours in source.columns:
-        if ours not in form.required + form.optional + ("score", "weight"):
+        if ours not in columns.required + columns.optional + ("score", "weight"):
             rest = {k: v for k, v in source.columns.items() if k != ours}
             raise InputError(
-                f"{file}: columns maps {ours!r}, which {_plural(form)} do not use",
-                f"{', '.join(form.required)} and, where there, {', '.join(form.optional + ('score', 'weight'))}",
+                f"{file}: columns maps {ours!r}, which {_plural(columns)} do not use",
+                f"{', '.join(columns.required)} and, where there, {', '.join(columns.optional + ('score', 'weight'))}",
                 config_line(source, columns=rest),
             )
     labels = [raw.row.get("label") for raw in sample if raw.row.get("label") not in (None, "")]
-    labelled = form.kind in ("messages", "completion") and bool(labels) and None not in map(truth, labels)
-    if not serves(form.kind, purpose):
-        raise wrong_kind(source, sample, form, listed, purpose, labelled)
-    asks = form.kind == "pair" and codes is None and purpose != "ppo"
-    form = narrowed(form, purpose)
-    used = {ours: theirs for ours, theirs in names.items() if ours in form.required + form.optional}
+    labelled = columns.form in ("messages", "completion") and bool(labels) and None not in map(truth, labels)
+    if not serves(columns.form, reads):
+        raise wrong_form(source, sample, columns.form, listed, reads, labelled)
+    is_pair = columns.form == "pair"
+    columns = narrowed(columns, reads)
+    asks = is_pair and codes is None and columns.form != "prompt"  # of which side is better
+    used = {ours: theirs for ours, theirs in names.items() if ours in columns.required + columns.optional}
     used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
-    if form.kind == "pair" and not any(ours in used for ours in _PROMPTS):
+    if columns.form == "pair" and not any(ours in used for ours in _PROMPTS):
         _check_implicit(source, sample, listed, used)
     warnings = [unlabelled(source, sample, names) if asks else ""]
-    if "score" in source.columns and purpose not in (None, "reward"):
+    if "score" in source.columns and reads is not None and not reads.score:
         warnings.append(f"{file}: columns maps 'score' without effect: only algorithm.use_margin of reward reads it")
-    return ColumnPlan(source, form, used, labelled, codes, tuple(filter(None, warnings)))
+    return ColumnPlan(source, columns, used, labelled, codes, tuple(filter(None, warnings)))
 
 
-def widened(plan: ColumnPlan, sample: list[Raw], raw: Raw, purpose: str | None) -> ColumnPlan:
+def widened(plan: ColumnPlan, sample: list[Raw], raw: Raw, reads: Reads | None) -> ColumnPlan:
     """The plan from a row on that has columns which the first rows had not: what the form can use of them, it uses.
 
     Args:
       plan: made from `sample`.
       sample: the first rows of the file.
       raw: the row.
-      purpose: as `make_plan` got it.
+      reads: as `make_plan` got it.
 
     Raises:
       InputError: where the column would change how the rows before it had to be read.
     """
-    wider = make_plan(plan.source, [*sample, raw], purpose)
-    if wider.format.required != plan.format.required:  # another form; these rows have what theirs needs
+    wider = make_plan(plan.source, [*sample, raw], reads)
+    if wider.columns.required != plan.columns.required:  # another set; these rows have what theirs needs
         return plan
     names = {**wider.names, **plan.names}
     as_text = any(isinstance(row.row.get(plan.names.get("prompt", "")), str) for row in sample)
@@ -211,8 +213,8 @@ def _numeric(sample: list[Raw], name: str) -> bool:
     return True
 
 
-def _plural(form: Form) -> str:
-    return f"records of {', '.join(form.required)}"
+def _plural(columns: ColumnSet) -> str:
+    return f"records of {', '.join(columns.required)}"
 
 
 def to_record(plan: ColumnPlan, raw: Raw) -> Record:
@@ -225,12 +227,12 @@ def to_record(plan: ColumnPlan, raw: Raw) -> Record:
     """
     row = {}
     for ours, theirs in plan.names.items():
-        if theirs not in raw.row and ours in plan.format.required:
+        if theirs not in raw.row and ours in plan.columns.required:
             raise _bad(
                 plan, raw, f"no {theirs!r}, only {', '.join(raw.row) or 'nothing'}", f"a {theirs!r} in every record"
             )
         value = raw.row.get(theirs)
-        if value is None and ours in plan.format.required:
+        if value is None and ours in plan.columns.required:
             raise SkipRow(f"{ours} is null")
         # The column itself says something.
         if value is not None or ours in ("system", "preference") or (ours == "prompt" and theirs in raw.row):
@@ -241,13 +243,13 @@ def to_record(plan: ColumnPlan, raw: Raw) -> Record:
         score, weight = number(row, "score", 0.0), number(row, "weight", 1.0)
         if weight < 0:
             raise ValueError(f"weight is {weight:g}, less than 0")
-        fields = plan.format.make(row)
+        fields = plan.columns.make(row)
     except ValueError as error:
-        raise _bad(plan, raw, str(error), " + ".join(plan.format.required)) from error
+        raise _bad(plan, raw, str(error), " + ".join(plan.columns.required)) from error
     for value in fields.values():
         _check_text(value)
     rest = {name: value for name, value in raw.row.items() if name not in plan.names.values()}
-    return Record(0, raw.file, raw.line, plan.kind, weight=weight, score=score, columns=rest, **fields)
+    return Record(0, raw.file, raw.line, plan.form, weight=weight, score=score, columns=rest, **fields)
 
 
 def _bad(plan: ColumnPlan, raw: Raw, problem: str, expected: str) -> BadRow:
@@ -279,22 +281,23 @@ def _check_text(value: Any) -> None:
                 raise SkipRow("broken unicode (half a surrogate pair)") from None
 
 
-def fit(record: Record, purpose: str | None, raw: Raw, plan: ColumnPlan) -> Record:
-    """A record as an algorithm wants it.
+def fit(record: Record, reads: Reads | None, raw: Raw, plan: ColumnPlan) -> Record:
+    """A record as an objective reads it.
 
-    For sft what is labelled false is left out.  For ppo every record becomes a prompt: a dialogue is cut before its
-    last answer, a text is a prompt as a whole, and every column but the prompt's goes to reward functions:
-    `completion`, `answer`, whatever the data calls it.
+    Where completions are read, those that are labelled false are left out.  Where prompts are, every record becomes
+    one: a dialogue is cut before its last answer, a text is a prompt as a whole, and every column but the prompt's goes
+    to reward functions: `completion`, `answer`, whatever the data calls it.
 
     Raises:
-      SkipRow: with the reason, for a record that holds nothing for the purpose.
+      SkipRow: with the reason, for a record that holds nothing to read.
     """
-    if purpose == "sft":
+    if reads is None:
+        return record
+    if "prompt" not in reads.forms:
         if plan.labelled and truth(raw.row.get("label")) is False:
             raise SkipRow("labelled false")
-        if record.kind == "messages" and blank(record.messages or []):
+        if record.form == "messages" and blank(record.messages or []):
             raise SkipRow("no assistant turn")
-    if purpose != "ppo":
         return record
     prompt = record.prompt or record.messages or record.text or ""
     if isinstance(prompt, list):
@@ -303,4 +306,4 @@ def fit(record: Record, purpose: str | None, raw: Raw, plan: ColumnPlan) -> Reco
         raise SkipRow("no user turn")
     own = {plan.names[ours] for ours in (*PROMPT_FIELDS, "text") if ours in plan.names}
     columns = {name: value for name, value in raw.row.items() if name not in own}
-    return record._replace(kind="prompt", prompt=prompt, text=None, messages=None, columns=columns)
+    return record._replace(form="prompt", prompt=prompt, text=None, messages=None, columns=columns)

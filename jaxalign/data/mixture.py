@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.data.column_sets import SkipRow
 from jaxalign.data.columns import ColumnPlan, fit, make_plan, to_record, widened
 from jaxalign.data.files import Raw
-from jaxalign.data.forms import SkipRow
+from jaxalign.data.forms import FORMS
 from jaxalign.data.preference import Codes, UnknownCode, canonical
 from jaxalign.data.presets import apply_preset
-from jaxalign.data.records import PURPOSES, BadRow, Record, Tally, check_skipped
+from jaxalign.data.records import BadRow, Record, Tally, check_skipped
 from jaxalign.data.sources import Source, parse_sources, read
 from jaxalign.data.unmapped import columns_of, unknown_code
 from jaxalign.errors import InputError
+from jaxalign.registry import Reads
 
 _SAMPLE = 256  # rows of a file that decide what its columns mean
 
 
 def load_records(
     sources: Any,
-    purpose: str | None,
+    reads: Reads | None,
     *,
     seed: int = 0,
     max_records: int | None = None,
@@ -41,7 +43,7 @@ def load_records(
 
     Args:
       sources: `config.data.sources`: a path, a dict with the fields of `Source`, or a sequence of these.
-      purpose: what the records are for, one of PURPOSES, or None to take them as they are.
+      reads: the forms that are read, which records of other forms are cut down to; None to take them as they are.
       seed: of the draw where weights have fractions.
       max_records: the first so many of the mixture are kept; a single source of weight 1 is read no further.
       field: the config field that holds the sources, for messages; default: no configuration is at hand.
@@ -52,20 +54,18 @@ def load_records(
       The records, `index` counting from 0, and what was read, dropped and why.
 
     Raises:
-      InputError: for a source that is not there, cannot be read, lacks columns, does not serve the purpose, or gives
-        no record; with the line of the config or of the file that is at fault.
+      InputError: for a source that is not there, cannot be read, lacks columns, holds records of no form that is
+        read, or gives none; with the line of the config or of the file that is at fault.
     """
-    if purpose is not None and purpose not in PURPOSES:
-        raise InputError(f"purpose {purpose!r}", f"one of {', '.join(PURPOSES)}", "purpose='sft'")
     parsed = parse_sources(sources, field)
     alone = len(parsed) == 1 and parsed[0].weight == 1
     loaded, tallies = [], []
     for source in parsed:
         tally = Tally(on_error, source.field)
-        records = list(islice(_records(source, purpose, tally), max_records if alone else None))
+        records = list(islice(_records(source, reads, tally), max_records if alone else None))
         check_skipped(tally.skipped, tally.read, max_skipped, source.path, tally.examples)
         if not records:
-            raise _empty(source, tally, purpose)
+            raise _empty(source, tally, reads)
         loaded.append(records)
         tallies.append(tally)
     drawn = [_draw(len(r), s.weight, np.random.default_rng([seed, i])) for i, (r, s) in enumerate(zip(loaded, parsed))]
@@ -88,23 +88,23 @@ def load_records(
     return [loaded[of][at]._replace(index=index) for index, (of, at) in enumerate(mixed)], total
 
 
-def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Record]:
+def _records(source: Source, reads: Reads | None, tally: Tally) -> Iterator[Record]:
     """The usable records of one source, counted as they pass."""
 
     def on_bad(error: BadRow) -> None:
         tally.read += 1
         tally.bad(error)
 
-    rows = apply_preset(source, _counted(read(source, on_bad), tally), purpose, tally)
-    for plan, raw in _planned(source, rows, purpose):
+    rows = apply_preset(source, _counted(read(source, on_bad), tally), reads, tally)
+    for plan, raw in _planned(source, rows, reads):
         tally.warnings += [said for said in plan.warnings if said not in tally.warnings]
         try:
-            record = fit(to_record(plan, raw), purpose, raw, plan)
+            record = fit(to_record(plan, raw), reads, raw, plan)
         except SkipRow as reason:
             tally.drop(str(reason), raw.where)
             continue
         except UnknownCode as code:
-            counts = _all_codes(source, plan, purpose)
+            counts = _all_codes(source, plan, reads)
             raise unknown_code(source, plan.codes or Codes("", {}), plan.names, raw, str(code), counts) from None
         except BadRow as error:
             tally.bad(error)
@@ -113,9 +113,9 @@ def _records(source: Source, purpose: str | None, tally: Tally) -> Iterator[Reco
         yield record
 
 
-def _all_codes(source: Source, plan: ColumnPlan, purpose: str | None) -> Counter[str]:
+def _all_codes(source: Source, plan: ColumnPlan, reads: Reads | None) -> Counter[str]:
     """How often each code of the preference column occurs, the whole source read again."""
-    rows = apply_preset(source, read(source, lambda error: None), purpose, Tally("skip"))
+    rows = apply_preset(source, read(source, lambda error: None), reads, Tally("skip"))
     column = plan.names["preference"]
     return Counter(canonical(raw.row[column]) for raw in rows if column in raw.row)
 
@@ -126,49 +126,40 @@ def _counted(rows: Iterable[Raw], tally: Tally) -> Iterator[Raw]:
         yield raw
 
 
-def _planned(source: Source, rows: Iterator[Raw], purpose: str | None) -> Iterator[tuple[ColumnPlan, Raw]]:
+def _planned(source: Source, rows: Iterator[Raw], reads: Reads | None) -> Iterator[tuple[ColumnPlan, Raw]]:
     """Rows with the plan of their file."""
     waiting: list[Raw] = []
     plan: ColumnPlan | None = None
     known: set[str] = set()  # columns that have held something so far
     for raw in rows:
         if waiting and raw.file != waiting[0].file:
-            yield from _flush(source, waiting, plan, purpose)
+            yield from _flush(source, waiting, plan, reads)
             waiting, plan = [], None
         if plan is not None:
             if late := {name for name, value in raw.row.items() if value is not None} - known:
-                plan, known = widened(plan, waiting, raw, purpose), known | late
+                plan, known = widened(plan, waiting, raw, reads), known | late
             yield plan, raw
             continue
         waiting.append(raw)
         if len(waiting) == _SAMPLE:
-            plan = make_plan(source, waiting, purpose)
+            plan = make_plan(source, waiting, reads)
             known = {*columns_of(early.row for early in waiting)}
             yield from ((plan, early) for early in waiting)
     if waiting:
-        yield from _flush(source, waiting, plan, purpose)
+        yield from _flush(source, waiting, plan, reads)
 
 
 def _flush(
-    source: Source, waiting: list[Raw], plan: ColumnPlan | None, purpose: str | None
+    source: Source, waiting: list[Raw], plan: ColumnPlan | None, reads: Reads | None
 ) -> Iterator[tuple[ColumnPlan, Raw]]:
     """The rows of a file that ended before its plan was made."""
     if plan is None:
-        plan = make_plan(source, waiting, purpose)
+        plan = make_plan(source, waiting, reads)
         yield from ((plan, raw) for raw in waiting)
 
 
-# What a usable record may look like, by what it is for.
-_EXAMPLES: dict[str | None, str] = {
-    "sft": '{"prompt": "...", "completion": "..."}',
-    "ppo": '{"prompt": "..."}',
-    None: '{"prompt": "..."}',
-}
-_PAIR = '{"prompt": "...", "chosen": "a better answer", "rejected": "a worse one"}'
-
-
-def _empty(source: Source, tally: Tally, purpose: str | None) -> InputError:
-    example = _EXAMPLES.get(purpose, _PAIR)
+def _empty(source: Source, tally: Tally, reads: Reads | None) -> InputError:
+    example = FORMS["prompt" if reads is None else reads.forms[0]].example
     if not tally.read:
         fix = f"write records into {source.path}, such as {example}"
         return InputError(f"{source.path}: no records in it", "at least one", fix)

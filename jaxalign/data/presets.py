@@ -11,6 +11,7 @@ from jaxalign.data.files import Raw
 from jaxalign.data.records import BadRow, Message, Tally
 from jaxalign.data.sources import Source, config_line
 from jaxalign.errors import InputError
+from jaxalign.registry import Reads
 
 RawRows = Iterator[Raw]
 
@@ -20,7 +21,7 @@ class Preset(NamedTuple):
 
     hub_ids: tuple[str, ...]
     signatures: tuple[tuple[str, ...], ...]  # columns by which its schemas are known
-    rows: Callable[[RawRows, str | None, Tally], RawRows]  # (rows, purpose, tally) -> rows under our names
+    rows: Callable[[RawRows, Reads | None, Tally], RawRows]  # (rows, reads, tally) -> rows under our names
 
 
 def preset_of(source: Source, first: Raw) -> Preset | None:
@@ -52,22 +53,22 @@ def preset_of(source: Source, first: Raw) -> Preset | None:
     return None
 
 
-def apply_preset(source: Source, rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
+def apply_preset(source: Source, rows: RawRows, reads: Reads | None, tally: Tally) -> RawRows:
     """The rows of a source, through its preset where it has one."""
     first = next(rows, None)
     if first is None:
         return iter(())
     preset = preset_of(source, first)
     rows = chain([first], rows)
-    return rows if preset is None else preset.rows(rows, purpose, tally)
+    return rows if preset is None else preset.rows(rows, reads, tally)
 
 
-def _hh_rlhf(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
+def _hh_rlhf(rows: RawRows, reads: Reads | None, tally: Tally) -> RawRows:
     """Anthropic/hh-rlhf: two whole dialogues; the common form of an implicit prompt reads them."""
     return rows
 
 
-def _ultrafeedback(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
+def _ultrafeedback(rows: RawRows, reads: Reads | None, tally: Tally) -> RawRows:
     """argilla/ultrafeedback-binarized-preferences and -cleaned: a pair with ratings; their difference is the margin."""
     for raw in rows:
         row = dict(raw.row)
@@ -84,12 +85,12 @@ def _ultrafeedback(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
         yield raw._replace(row=row)
 
 
-def _oasst(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
+def _oasst(rows: RawRows, reads: Reads | None, tally: Tally) -> RawRows:
     """OpenAssistant/oasst1 and oasst2: trees of messages whose replies are ranked.
 
     Rows are single messages with `parent_id`, as on the hub, or whole nested trees.  For pairs every two replies of
-    different rank to one message make a row, the dialogue so far being the prompt; for sft each message's
-    best-ranked reply makes one, for ppo each message of the user.  Deleted messages, and those that failed review,
+    different rank to one message make a row, the dialogue so far being the prompt; for completions each message's
+    best-ranked reply makes one, for prompts each message of the user.  Deleted messages, and those that failed review,
     are left out with all that answers them.
     """
     nested, flat = _by_shape(rows)
@@ -97,7 +98,7 @@ def _oasst(rows: RawRows, purpose: str | None, tally: Tally) -> RawRows:
         top = raw.row.get("prompt")
         root = top if isinstance(top, dict) else raw.row
         tree = raw.row.get("message_tree_id") or root.get("message_id")
-        yield from _walk(raw, root, tree, purpose, tally)
+        yield from _walk(raw, root, tree, reads, tally)
 
 
 def _by_shape(rows: RawRows) -> tuple[list[Raw], list[Raw]]:
@@ -138,7 +139,7 @@ def _named(raw: Raw, tally: Tally) -> bool:
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally: Tally) -> RawRows:
+def _walk(raw: Raw, root: dict[str, Any], tree: Any, reads: Reads | None, tally: Tally) -> RawRows:
     """The rows of one tree."""
     stack: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
     while stack:  # by hand: trees may be deeper than Python recurses
@@ -162,7 +163,7 @@ def _walk(raw: Raw, root: dict[str, Any], tree: Any, purpose: str | None, tally:
                 replies.append(reply)
         if role == "user":
             known = {"message_tree_id": tree, "parent_id": node.get("message_id"), "lang": node.get("lang")}
-            for row in _ranked(path, [reply for reply in replies if _usable(reply)], purpose):
+            for row in _ranked(path, [reply for reply in replies if _usable(reply)], reads):
                 yield raw._replace(row={**row, **known})
         stack.extend((reply, path) for reply in reversed(replies))
 
@@ -176,13 +177,14 @@ def _usable(node: dict[str, Any]) -> bool:
     return not node.get("deleted") and node.get("review_result") is not False
 
 
-def _ranked(path: list[Message], replies: list[dict[str, Any]], purpose: str | None) -> Iterable[dict[str, Any]]:
+def _ranked(path: list[Message], replies: list[dict[str, Any]], reads: Reads | None) -> Iterable[dict[str, Any]]:
     """What one message of the user and its replies give."""
-    if purpose == "ppo":
+    forms = ("pair",) if reads is None else reads.forms
+    if "prompt" in forms:
         yield {"prompt": path}
         return
     ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda reply: reply["rank"])
-    if purpose == "sft":
+    if "completion" in forms:
         if replies:
             yield {"prompt": path, "completion": (ranked or replies)[0].get("text")}
         return

@@ -1,8 +1,8 @@
-"""One record of training data, in the one form that tokenisation knows, and the tally of how records came to be.
+"""One record of training data, as tokenisation knows it, and the tally of how records came to be.
 
     file, hub id --sources.read--> raw dict --columns, presets--> Record --mixture.load_records--> list of Record
 
-`mixture.load_records(sources, purpose, seed=..., max_records=...)` is the door; what tokenisation may rely on:
+`mixture.load_records(sources, reads, seed=..., max_records=...)` is the door; what tokenisation may rely on:
 
 - `record.index` is the record's place in the returned list.  A source of weight 2 gives each record twice, with two
   indices and the same `origin`; a held-out split must keep equal origins on one side.
@@ -26,17 +26,14 @@ from typing import Any, NamedTuple
 
 from jaxalign.errors import InputError
 
-PURPOSES = ("sft", "reward", "dpo", "ppo")
-KINDS = ("text", "messages", "completion", "pair", "prompt")
-
 Message = dict[str, Any]
 Content = str | list[Message]
 
 
 class Record(NamedTuple):
-    """One record; the fields that its kind does not have are None.
+    """One record; the fields that its form does not have are None.
 
-    | kind | fields |
+    | form | fields |
     |---|---|
     | text | text |
     | messages | messages |
@@ -48,7 +45,7 @@ class Record(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index.  Place in the list of records
     source: str  # file, or hub id and split
     line: int  # line of the file, or record of the set, from 1
-    kind: str  # one of KINDS
+    form: str  # one of forms.FORMS
     text: str | None = None
     messages: list[Message] | None = None
     prompt: Content | None = None

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxalign.data.forms import slots
 from jaxalign.types import CHOSEN, Batch
 
 if TYPE_CHECKING:
-    from jaxalign.data.loader import Dataset
+    from jaxalign.data.dataset import Dataset
 
 # Pairs that practitioners' guides call for, by what is to be learned.
 GUIDE_PAIRS = {"style": (5_000, 10_000), "facts": (30_000, 100_000), "production": (10_000, 50_000)}
@@ -44,11 +45,10 @@ def data_report(
         if name.startswith("dropped: "):
             dropped[name.removeprefix("dropped: ")] = dropped.get(name.removeprefix("dropped: "), 0) + n
     shape, fill = dataset.shape, dataset.fill()
-    slots = {"sft": ("completion",), "ppo": (), "reward": ("chosen", "rejected"), "dpo": ("chosen", "rejected")}
-    names = slots[dataset.purpose]
+    names = slots(dataset.reads)
     total = lengths["prompt"] + lengths["completions"].max(1)
     report: dict[str, Any] = {
-        "purpose": dataset.purpose,
+        "forms": list(dataset.reads.forms),
         "plain_dialogues": plain,
         "records": {
             "read": int(tally.get("read", 0)),

@@ -18,7 +18,7 @@ def _key(value: object, seed: str = "") -> int:
 def prompt_key(record: Record) -> int:
     """A number for what must stay on one side of a split: the prompt, or the whole of a record that has none."""
     value: object = record.prompt or record.text
-    if record.kind == "messages":
+    if record.form == "messages":
         said = [m.get("role") for m in record.messages]
         value = record.messages[: said.index("assistant") if "assistant" in said else None] or record.messages
     value = value or record.completion or record.chosen

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxalign.data.forms import FORMS
 from jaxalign.data.omissions import unread_tools
 from jaxalign.data.records import Message, Notes, Record
 from jaxalign.data.template import ChatTemplate, Rendered, common_prefix, tools_of
@@ -183,7 +184,7 @@ def _sequence(encoder: Encoder, record: Record, prompt, completion, train_on: Tr
 
 
 def _prompt(encoder: Encoder, record: Record) -> _Part:
-    prompt = record.messages[: first_assistant(record.messages)] if record.kind == "messages" else record.prompt
+    prompt = record.prompt or ""
     if isinstance(prompt, str):
         return _Part(Rendered(prompt, (), len(prompt)), False)
     template = encoder.template
@@ -191,30 +192,12 @@ def _prompt(encoder: Encoder, record: Record) -> _Part:
     return _Part(Rendered(text, (), len(text)), not template.is_plain, prompt)
 
 
-def _parts(encoder: Encoder, record: Record, purpose: str, train_on: TrainOn) -> list[_Part]:
-    """The sequences of a record: one for a prompt or a single completion, two for a pair."""
-    if purpose == "ppo" and record.kind != "text":
+def _parts(encoder: Encoder, record: Record, train_on: TrainOn) -> list[_Part]:
+    """The sequences of a record: its prompt with each of its completions, or alone."""
+    completions = FORMS[record.form].completions
+    if not completions:
         return [_prompt(encoder, record)]
-    if purpose == "sft" and record.kind == "text":
-        return [_sequence(encoder, record, None, record.text, train_on)]
-    if purpose == "sft" and record.kind == "messages":
-        return [_conversation(encoder, record, record.messages, train_on)]
-    if purpose == "sft" and record.kind in ("completion", "pair"):
-        said = record.completion if record.kind == "completion" else record.chosen
-        return [_sequence(encoder, record, record.prompt, said, train_on)]
-    if purpose in ("reward", "dpo") and record.kind == "pair":
-        both = (record.chosen, record.rejected)
-        return [_sequence(encoder, record, record.prompt, said, train_on) for said in both]
-    raise InputError(
-        f"a record of kind {record.kind!r} for {purpose}",
-        "text, messages or completions for sft, pairs for reward and dpo, prompts for ppo",
-        "--config.data.sources=... with the columns of that algorithm",
-    )
-
-
-def first_assistant(messages: Sequence[Message]) -> int:
-    """Index of the first assistant message; the number of messages where there is none."""
-    return next((i for i, m in enumerate(messages) if m.get("role") == "assistant"), len(messages))
+    return [_sequence(encoder, record, record.prompt, getattr(record, said), train_on) for said in completions]
 
 
 def _scored(encoder: Encoder, encoded: Encoded, rendered: Rendered) -> np.ndarray:
@@ -251,13 +234,11 @@ def _without_prompt(encoder: Encoder, sequences: list[np.ndarray], masks: list[n
     return sequences, masks, 1 if len(heads) == 1 and heads != {-1} else 0
 
 
-def _example(
-    encoder: Encoder, record: Record, parts, encoded: list[Encoded], purpose: str, train_on: TrainOn, append_eos: bool
-):
+def _example(encoder: Encoder, record: Record, parts, encoded: list[Encoded], train_on: TrainOn, append_eos: bool):
     """One record's example, or why it gives none."""
     weight, score = float(record.weight), float(record.score)
     sequences = [e.ids for e in encoded]
-    if purpose == "ppo":
+    if not FORMS[record.form].completions:
         prompt = sequences[0]
         if not len(prompt) and encoder.bos_id is not None:
             prompt = np.asarray([encoder.bos_id], np.int32)
@@ -307,7 +288,6 @@ def _example(
 def tokenize_records(
     records: Iterable[Record],
     encoder: Encoder,
-    purpose: str,
     *,
     append_eos: bool,
     train_on: str = "completion",
@@ -324,11 +304,10 @@ def tokenize_records(
     Args:
       records: `Record`s.
       encoder: the tokenizer.
-      purpose: "sft", "reward", "dpo" or "ppo".
       append_eos: whether a completion that lacks an EOS gets one.
-      train_on: what is scored (sft): "completion", of messages all that the assistant says; "last", its last turn;
-        "all", prompts too; or roles joined by commas, "assistant,tool": all their turns, those of a prompt too.
-      train_on_eos: which ends of scored turns are (sft): "turn", each; "last", the last one's; "none", and none is
+      train_on: what is scored (of one completion): "completion", of messages all that the assistant says; "last", its
+        last turn; "all", prompts too; or roles joined by commas, "assistant,tool": all their turns, a prompt's too.
+      train_on_eos: which ends of scored turns are: "turn", each; "last", the last one's; "none", and none is
         appended.
       on_error: "stop" at a record that cannot be rendered, or "skip" it.
       notes: counts what the chat template leaves out, under `LOST` and its name; None: nobody asks.
@@ -339,7 +318,7 @@ def tokenize_records(
     Raises:
       InputError: naming the record that cannot be rendered.
     """
-    if append_eos and purpose != "ppo" and encoder.eos_id is None:
+    if append_eos and encoder.eos_id is None:
         raise InputError("a tokenizer without an EOS token", "an EOS to append", "--config.data.append_eos=False")
     scoring = TrainOn(train_on, train_on_eos)
     append_eos = append_eos and train_on_eos != "none"
@@ -349,9 +328,9 @@ def tokenize_records(
         wrong: dict[int, str] = {}
         for number, record in enumerate(chunk):
             try:
-                parts.append(_parts(encoder, record, purpose, scoring))
+                parts.append(_parts(encoder, record, scoring))
                 if notes is not None:
-                    _note(encoder, record, parts[-1], purpose, notes)
+                    _note(encoder, record, parts[-1], notes)
             except InputError as error:
                 if on_error == "skip":
                     parts.append([])
@@ -366,17 +345,17 @@ def tokenize_records(
             if number in wrong:
                 yield Dropped(record.index, wrong[number], wrong=True)
             else:
-                yield _example(encoder, record, record_parts, own, purpose, scoring, append_eos)
+                yield _example(encoder, record, record_parts, own, scoring, append_eos)
 
 
-def _note(encoder: Encoder, record: Record, parts: list[_Part], purpose: str, notes: Notes) -> None:
+def _note(encoder: Encoder, record: Record, parts: list[_Part], notes: Notes) -> None:
     """Counts what the template left out of a record, each kind once."""
     tools = tools_of(record.columns)
     lost: dict[str, None] = {}
     for part in parts:
         if not part.messages:
             continue
-        prompt = purpose == "ppo"
+        prompt = not FORMS[record.form].completions
         lost |= dict.fromkeys(encoder.template.left_out(part.messages, part.rendered.text, tools=tools, prompt=prompt))
         if unread_tools(record.columns, tools):
             lost["tools (a column that is no list of schemas)"] = None

@@ -1,4 +1,4 @@
-"""What to say of columns that make no records for a purpose, with the mapping that is most likely meant."""
+"""What to say of columns that make no record that is read, with the mapping that is most likely meant."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxalign.data.column_sets import COLUMN_SETS
 from jaxalign.data.dialogues import as_messages
 from jaxalign.data.files import Raw
-from jaxalign.data.forms import FORMS, Form, serves
+from jaxalign.data.forms import FORMS, serves, slots
 from jaxalign.data.preference import SIDES, Codes, counter, guessed_map, label_columns, shown, twins
 from jaxalign.data.sources import Source, config_line
 from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS, Reads
 
 _GUESSES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "problem", "request", "context", "input", "instruction"),
@@ -139,30 +141,31 @@ def guessed_columns(sample: list[Raw], wanted: tuple[str, ...]) -> dict[str, str
     return guess
 
 
-def _forms_for(purpose: str | None) -> str:
-    return "; ".join(" + ".join(form.required) for form in FORMS if serves(form.kind, purpose))
+def _columns_for(reads: Reads | None) -> str:
+    return "; ".join(" + ".join(columns.required) for columns in COLUMN_SETS if serves(columns.form, reads))
 
 
-def _mapping_line(source: Source, sample: list[Raw], purpose: str | None, kind: str | None = None) -> str:
+def _compares(reads: Reads | None) -> bool:
+    """Whether completions of one prompt are compared: what is better stands in the data, and cannot be guessed."""
+    return reads is not None and len(slots(reads)) > 1
+
+
+def _mapping_line(source: Source, sample: list[Raw], reads: Reads | None, form: str | None = None) -> str:
     """The config line that maps what the columns most likely are, or what to do where none seems right."""
-    wanted: tuple[str, ...] = ("prompt", "completion")
-    if purpose == "ppo":
-        wanted = ("prompt",)
-    elif not serves("completion", purpose):
-        wanted = ("prompt", "chosen", "rejected")
+    wanted = ("prompt", *(("completion",) if reads is None else slots(reads)))
     guess = guessed_columns(sample, wanted)
-    if "rejected" not in wanted and not guess:  # one column that holds all?
+    if not _compares(reads) and not guess:  # one column that holds all?
         guess, text = _dialogues(sample), only_text(sample)
         if not guess and text is not None:
             guess = {wanted[0] if len(wanted) == 1 else "text": text}
         if guess:
             return config_line(source, columns={**source.columns, **guess})
     missing = [ours for ours in wanted if ours not in guess and ours != "prompt"]
-    if missing and purpose in ("reward", "dpo"):
+    if missing and _compares(reads):
         line = f"{config_line(source, path='PAIRS.jsonl', columns={}, preset=None)} with {' and '.join(missing)} in it"
-        others = [f'defaults("{other}")' for other in ("sft", "ppo") if kind and serves(kind, other)]
+        others = [f'defaults("{name}")' for name, other in ALGORITHMS.items() if form and serves(form, other.reads)]
         return f"{line}; as it is, the data is for {' or '.join(others)}" if others else line
-    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted if ours in guess or "rejected" not in wanted}
+    guess = {ours: guess.get(ours, "COLUMN") for ours in wanted if ours in guess or not _compares(reads)}
     return config_line(source, columns={**source.columns, **{k: v for k, v in guess.items() if k != v}})
 
 
@@ -183,7 +186,7 @@ def _delimiter(sample: list[Raw], listed: list[str]) -> str:
     return next((mark for mark in "|;\t^~\x01\x1f" if mark in name.strip(mark)), "")
 
 
-def no_form(source: Source, sample: list[Raw], listed: list[str], purpose: str | None) -> InputError:
+def no_form(source: Source, sample: list[Raw], listed: list[str], reads: Reads | None) -> InputError:
     file = sample[0].file
     if mark := _delimiter(sample, listed):
         return InputError(
@@ -191,36 +194,31 @@ def no_form(source: Source, sample: list[Raw], listed: list[str], purpose: str |
             "commas, or a header whose only marks are semicolons, tabs or |",
             f'python -c "{_COMMAS.format(file=file, mark=mark)}"',
         )
-    if (two := _two_answers(source, sample)) and purpose in ("reward", "dpo"):
+    if reads and _compares(reads) and (two := _two_answers(source, sample)):
         found = f"{sample[0].file}: {two[0]} (columns {', '.join(listed)})"
-        return InputError(found, f"pairs for {purpose}: {_forms_for(purpose)}", two[1])
+        return InputError(found, f"{_wanted(reads)}: {_columns_for(reads)}", two[1])
     return InputError(
         f"{sample[0].file}: columns {', '.join(listed) or '(none)'}{_nulls(sample, listed)}",
-        f"the columns of one form: {_forms_for(purpose)}",
-        _mapping_line(source, sample, purpose),
+        f"the columns of one form: {_columns_for(reads)}",
+        _mapping_line(source, sample, reads),
     )
 
 
-_FOUND = {
-    "text": "plain text",
-    "messages": "dialogues",
-    "completion": "prompts with one completion each",
-    "prompt": "prompts only",
-}
+def _wanted(reads: Reads) -> str:
+    return FORMS[reads.forms[0]].described if _compares(reads) else "completions to train on"
 
 
-def wrong_kind(
-    source: Source, sample: list[Raw], form: Form, listed: list[str], purpose: str | None, labelled: bool
+def wrong_form(
+    source: Source, sample: list[Raw], form: str, listed: list[str], reads: Reads, labelled: bool
 ) -> InputError:
-    found = _FOUND[form.kind]
+    found = FORMS[form].described
     if labelled:
         found += ", each labelled true or false (unpaired feedback, the form of KTO)"
-    needs = "pairs" if purpose in ("reward", "dpo") else "completions to train on"
-    fix = _mapping_line(source, sample, purpose, form.kind)
-    if (two := _two_answers(source, sample)) and purpose in ("reward", "dpo"):
+    fix = _mapping_line(source, sample, reads, form)
+    if _compares(reads) and (two := _two_answers(source, sample)):
         found, fix = f"{found}, with {two[0]}", two[1]
     return InputError(
         f"{sample[0].file}: {found} (columns {', '.join(listed)}{_nulls(sample, listed)})",
-        f"{needs} for {purpose}: {_forms_for(purpose)}",
+        f"{_wanted(reads)}: {_columns_for(reads)}",
         fix,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxalign.data.forms import FORMS
 from jaxalign.data.records import Content, Record
 from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.evaluate.sequences import Tokens
@@ -34,9 +35,9 @@ def questions(records: Sequence[Record]) -> list[Question]:
 
 
 def _prompt(record: Record) -> Content | None:
-    if record.kind == "text":
+    if record.form == "text":
         return None
-    if record.kind == "messages":
+    if record.form == "messages":
         messages = record.messages or []
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
         return messages[:last]
@@ -53,17 +54,15 @@ def references(records: Sequence[Record], tokenizer: Any, stop_ids: Sequence[int
     Tokenised as in training, an EOS at the end included; records without an answer are left out.
 
     Args:
-      records: of any kind.
+      records: of any form.
       tokenizer: of transformers.
       stop_ids: the tokens that end a completion.
       plain: renderer of messages where the tokenizer has no chat template.
     """
     encoder = Encoder(tokenizer, stop_ids, plain)
     found: list[Tokens] = []
-    for purpose, kinds in (("sft", ("text", "messages", "completion")), ("dpo", ("pair",))):
-        part = [r for r in records if r.kind in kinds]
-        for example in tokenize_records(part, encoder, purpose, append_eos=encoder.eos_id is not None):
-            if isinstance(example, Dropped) or not example.completions:
-                continue
+    answered = [record for record in records if FORMS[record.form].completions]
+    for example in tokenize_records(answered, encoder, append_eos=encoder.eos_id is not None):
+        if not isinstance(example, Dropped):
             found.append(Tokens(example.prompt.tolist(), example.completions[0].tolist(), example.masks[0].tolist()))
     return found

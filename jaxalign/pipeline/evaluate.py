@@ -73,7 +73,7 @@ def evaluate(
     algorithm = "reward" if scalar else "dpo" if pairs else "sft"
     sources = [data] if isinstance(data, str) else list(data)
     own = [f"--data={source}" for source in sources]
-    if algorithm == "dpo":
+    if pairs and not scalar:
         own += [f"--algorithm.reference_path={reference}"] if reference else ["--algorithm.reference=cached"]
     with tempfile.TemporaryDirectory(prefix="jaxalign-evaluate-") as scratch:
         flags = [f"--model={model}", *own, f"--out={scratch}", *flags]
@@ -160,7 +160,7 @@ def _measured(config: Any, mesh: jax.sharding.Mesh, scratch: str) -> dict[str, A
 
 def _each(stage: Any, role: Any, measure: Callable[..., jax.Array], head: Callable[[Any], jax.Array]) -> Each:
     """What a model gives to each completion or pair of the stage's data, in the order of the batches."""
-    pairs = "chosen" if stage.config.algorithm.name != "sft" else ""  # the layout of the stage's rows
+    pairs = "pair" in stage.dataset.reads.forms
 
     @jax.jit
     def values(params, batch) -> dict[str, jax.Array]:

@@ -159,9 +159,9 @@ class ModelScorer:
         encoder, eos = self.encoder, self.encoder.eos_id
         said = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
         record = Record(0, "a completion", 1, "completion", prompt=prompt, completion=said, columns=dict(columns))
-        example = next(tokenize_records([record], encoder, "sft", append_eos=False))
+        example = next(tokenize_records([record], encoder, append_eos=False))
         if isinstance(example, Dropped):  # no text: the prompt and an end
-            example = next(tokenize_records([record], encoder, "ppo", append_eos=False))
+            example = next(tokenize_records([record._replace(form="prompt")], encoder, append_eos=False))
             if isinstance(example, Dropped):
                 raise ValueError("a reward model cannot score an empty prompt with an empty completion")
             ids = example.prompt

@@ -107,7 +107,7 @@ class Generator:
         """
         records = [Record(i, "prompts", i + 1, "prompt", prompt=p) for i, p in enumerate(prompts)]
         tokenised = []
-        for item in tokenize_records(records, self._encoder, "ppo", append_eos=False):
+        for item in tokenize_records(records, self._encoder, append_eos=False):
             if isinstance(item, Dropped):
                 raise InputError(
                     f"prompt {item.record} has no token: {item.reason}", "a text", "a prompt that says something"

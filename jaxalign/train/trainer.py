@@ -97,7 +97,7 @@ class Stage:
     """A stage's data, models and compiled steps."""
 
     def __init__(self, config: Any, mesh: Mesh, directory: RunDir, lock: Lock | None = None):
-        from jaxalign.data.loader import Dataset
+        from jaxalign.data.build import build
         from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
         c = config
@@ -112,10 +112,9 @@ class Stage:
         with named("model.tokenizer" if c.model.tokenizer else "model.path"):
             self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
-        purpose = c.algorithm.name
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
-        self.dataset = Dataset.build(c, self.tokenizer, purpose, "train", eos_ids=ends)
-        self.eval_dataset = Dataset.build(c, self.tokenizer, purpose, "eval", eos_ids=ends, like=self.dataset)
+        self.dataset = build(c, self.tokenizer, eos_ids=ends)
+        self.eval_dataset = build(c, self.tokenizer, "eval", eos_ids=ends, like=self.dataset)
         if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
             self.dataset.report["records"]["held_out"] = self.eval_dataset.num_records
         if directory.untrained():

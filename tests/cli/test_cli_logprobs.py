@@ -44,7 +44,7 @@ def test_trap_tokens_are_those_of_training(model, shared, tmp_path):
     for path in (model, shared / "models" / "stories3m-llama", shared / "tokenizers" / "gpt2"):
         tokenizer = load_tokenizer(path)
         records = [Record(i, "d", i + 1, "completion", prompt=p, completion=c) for i, (p, c) in enumerate(lines)]
-        trained = list(tokenize_records(records, Encoder(tokenizer), "sft", append_eos=False))
+        trained = list(tokenize_records(records, Encoder(tokenizer), append_eos=False))
         found = tokenize(tokenizer, lines, [""] * len(lines))
         for one, other in zip(found, trained, strict=True):
             assert list(one.prompt) == other.prompt.tolist()

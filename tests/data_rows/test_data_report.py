@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.config import defaults
-from jaxalign.data.loader import Dataset
+from jaxalign.data.build import from_records
 from jaxalign.data.records import Record
 from jaxalign.data.report import as_text, row_texts
 
@@ -20,7 +20,7 @@ def build(tmp_path, tokenizer_of):
         config.workdir, config.batch_size = str(tmp_path), 4
         config.data.update({"packing": False, **data})
         tokenizer = tokenizer_of(TOKENIZER)
-        return Dataset.from_records(records, config, tokenizer, purpose, split, like=like, tally=tally)
+        return from_records(records, config, tokenizer, split, like=like, tally=tally)
 
     return _build
 
@@ -125,6 +125,8 @@ def test_rows_are_shown_with_what_is_scored(build, tokenizer_of, purpose, option
     if purpose == "sft":
         options.pop("shared_prompt", None)
     pairs = _pairs([(f"Say {i}:", f" yes {i}", f" no {i} no") for i in range(5)])
+    if purpose == "sft":
+        pairs = [pair._replace(form="completion", completion=pair.chosen) for pair in pairs]
     dataset = build(purpose, pairs, **options)
     batch = dataset.batch(0)
     shown = {text for row in range(4) for text in row_texts(batch, row, tokenizer_of(TOKENIZER))}

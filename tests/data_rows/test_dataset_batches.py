@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from jaxalign.config import defaults
-from jaxalign.data.loader import Dataset, DataStreamError
+from jaxalign.data.build import build as build_dataset
+from jaxalign.data.build import from_records
+from jaxalign.data.dataset import DataStreamError
 from jaxalign.data.prefetch import prefetch
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS
 from jaxalign.train.models import causal
 
-PURPOSES = ("sft", "reward", "dpo", "ppo")
+PURPOSES = tuple(ALGORITHMS)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,15 @@ def pairs(polite_rude):
         )
         for i, r in enumerate(polite_rude)
     ]
+
+
+def _read_by(purpose, records):
+    """Pairs as an algorithm reads them: the better side, or the prompt alone."""
+    forms = ALGORITHMS[purpose].reads.forms
+    if "pair" in forms:
+        return records
+    form = "prompt" if "prompt" in forms else "completion"
+    return [r._replace(form=form, completion=r.chosen) if r.form == "pair" else r for r in records]
 
 
 def _config(tmp_path, purpose, **data):
@@ -42,7 +54,7 @@ def build(tmp_path, tokenizer_of, pairs):
     def _build(purpose, records=None, split="train", tokenizer="models/stories3m-llama", like=None, **data):
         config = _config(tmp_path, purpose, **data)
         records = pairs[:200] if records is None else records
-        return Dataset.from_records(records, config, tokenizer_of(tokenizer), purpose, split, like=like)
+        return from_records(_read_by(purpose, records), config, tokenizer_of(tokenizer), split, like=like)
 
     return _build
 
@@ -119,7 +131,7 @@ def test_records_and_examples_by_id(build, pairs):
 
 def test_the_cache_is_used_and_never_stale(build, tmp_path, pairs, monkeypatch):
     first = build("dpo")
-    monkeypatch.setattr("jaxalign.data.loader.tokenize_records", None)  # would fail if it were called
+    monkeypatch.setattr("jaxalign.data.build.tokenize_records", None)  # would fail if it were called
     assert build("dpo").fingerprint == first.fingerprint
     monkeypatch.undo()
     changed = [
@@ -176,10 +188,15 @@ def test_rows_have_the_length_that_the_config_says(build):
 def test_limits_of_prompts_to_sample_from(tmp_path, tokenizer_of, pairs):
     config = _config(tmp_path, "ppo", max_length=60)
     config.rollout.max_new_tokens = 40
-    dataset = Dataset.from_records(pairs, config, tokenizer_of("models/stories3m-llama"), "ppo")
+    dataset = from_records(_read_by("ppo", pairs), config, tokenizer_of("models/stories3m-llama"))
     assert dataset.shape.length <= 20 and dataset.lengths()["prompt"].max() <= 20
     reason = "dropped: prompt and max_new_tokens longer than max_length"
     assert dataset.counts() == {reason: len(pairs) - dataset.num_records} and dataset.num_records < len(pairs)
+
+
+def test_records_of_a_form_that_is_not_read_are_an_error(tmp_path, tokenizer_of, pairs):
+    with pytest.raises(InputError, match="form 'pair'"):
+        from_records(pairs, _config(tmp_path, "sft"), tokenizer_of("models/stories3m-llama"))
 
 
 def test_nothing_left_says_why_and_what_to_do(build):
@@ -211,7 +228,7 @@ def test_the_line_that_is_offered_where_nothing_is_left_lets_every_record_in(
     tmp_path, tokenizer_of, pairs, purpose, limits
 ):
     def build():
-        return Dataset.from_records(pairs[:20], config, tokenizer_of("models/stories3m-llama"), purpose)
+        return from_records(_read_by(purpose, pairs[:20]), config, tokenizer_of("models/stories3m-llama"))
 
     config = _config(tmp_path, purpose, **limits)
     if purpose == "ppo":
@@ -232,10 +249,10 @@ def test_build_reads_sources(tmp_path, tokenizer_of, shared):
         tmp_path, "dpo", sources=(str(shared / "data/rasbt-preference/instruction-data-with-preference.json"),)
     )
     tokenizer = tokenizer_of("models/stories3m-llama")
-    assert Dataset.build(config, tokenizer, "dpo", "eval") is None
+    assert build_dataset(config, tokenizer, "eval") is None
     config.data.eval_fraction, config.data.max_records = 0.1, 100
-    train = Dataset.build(config, tokenizer, "dpo")
-    held = Dataset.build(config, tokenizer, "dpo", "eval", like=train)
+    train = build_dataset(config, tokenizer)
+    held = build_dataset(config, tokenizer, "eval", like=train)
     assert train.num_records + held.num_records == 100
     assert train.report["records"]["read"] >= 100 and held.report["overlap"] == {"prompts": 0, "records": 0}
     assert train.record(0).columns is not None and (tmp_path / "cache").is_dir()
@@ -327,7 +344,7 @@ def test_packed_rows_of_real_data_are_98_percent_full(shared, tmp_path, tokenize
         for i, r in enumerate(rows)
     ]
     config = _config(tmp_path, "sft", packing=True, max_length=max_length)
-    dataset = Dataset.from_records(records, config, tokenizer_of(name), "sft")
+    dataset = from_records(records, config, tokenizer_of(name))
     plan = dataset.plan(1)
     tokens = sum(dataset.lengths()["prompt"]) + dataset.lengths()["completions"].sum()
     full = tokens / (plan.num_rows * dataset.shape.length)

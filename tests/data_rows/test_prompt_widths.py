@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxalign.config import defaults
-from jaxalign.data.loader import Dataset
+from jaxalign.data.build import from_records
 from jaxalign.data.records import Record
 from jaxalign.data.widths import MOST, prompt_widths
 
@@ -24,7 +24,7 @@ def build(tmp_path, tokenizer_of, polite_rude):
             Record(i, "rude.json", i + 1, "prompt", prompt=r["instruction"] * (1 + i % 10 // 4 * i % 7))
             for i, r in enumerate(polite_rude[:60])
         ]
-        return Dataset.from_records(records, config, tokenizer_of("models/stories3m-llama"), "ppo", like=like)
+        return from_records(records, config, tokenizer_of("models/stories3m-llama"), like=like)
 
     return _build
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from jaxalign.config import defaults
+from jaxalign.data.build import from_records
 from jaxalign.data.dialogues import as_messages, render_plain
-from jaxalign.data.loader import Dataset
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Notes, Record
 from jaxalign.data.report import as_text
 from jaxalign.data.template import ChatTemplate
 from jaxalign.data.tokenize import LOST, Encoder, tokenize_records
 from jaxalign.errors import InputError
+from jaxalign.registry import COMPLETIONS
 
 # In the manner of Mistral-7B-Instruct-v0.1: a system turn is written before a first user turn only if it is the last.
 MISTRAL = (
@@ -59,9 +60,9 @@ def qwen(tokenizer_of):
     return tokenizer_of("tokenizers/qwen2-rebuilt")
 
 
-def lost(tokenizer, records, purpose="sft", plain=None):
+def lost(tokenizer, records, plain=None):
     notes = Notes()
-    list(tokenize_records(records, Encoder(tokenizer, (), plain), purpose, append_eos=False, notes=notes))
+    list(tokenize_records(records, Encoder(tokenizer, (), plain), append_eos=False, notes=notes))
     return {name.removeprefix(LOST): n for name, n in notes.items()}
 
 
@@ -72,7 +73,7 @@ def chat(messages, index=0, **columns):
 def test_a_system_turn_that_a_template_drops_is_counted(qwen, tokenizer_of):
     mistral = with_template(qwen, MISTRAL)
     assert lost(mistral, [chat(CHAT), chat(CHAT[1:], 1)]) == {"system turns": 1}
-    assert lost(mistral, [Record(0, "x", 1, "prompt", prompt=[S, U])], "ppo") == {}
+    assert lost(mistral, [Record(0, "x", 1, "prompt", prompt=[S, U])]) == {}
     pair = Record(0, "x", 1, "pair", prompt=[S, U], chosen=[A], rejected=[CHAT[4]])
     assert lost(mistral, [pair], "dpo") == {"system turns": 1}
     for name in ("qwen2-rebuilt", "minimind-6400"):
@@ -112,7 +113,7 @@ def test_a_refused_system_turn_can_be_folded_or_dropped(qwen, tmp_path):
     def text(how, records):
         config = defaults("sft")
         config.workdir, config.data.packing, config.data.system_turns = str(tmp_path), False, how
-        dataset = Dataset.from_records(records, config, gemma, "sft")
+        dataset = from_records(records, config, gemma)
         example = dataset.example(0)
         return qwen.decode(np.concatenate([example.prompt, example.completions[0]]))
 
@@ -123,7 +124,7 @@ def test_a_refused_system_turn_can_be_folded_or_dropped(qwen, tmp_path):
 
 
 def test_tools_that_a_template_ignores_are_counted_on_real_dialogues(shared, qwen, tokenizer_of):
-    records, _ = load_records(str(shared / "data/llamafactory-demo/glaive_toolcall_en_demo.json"), "sft")
+    records, _ = load_records(str(shared / "data/llamafactory-demo/glaive_toolcall_en_demo.json"), COMPLETIONS)
     found = lost(qwen, records)
     assert found["tools"] == sum(bool(json.loads(r.columns["tools"])) for r in records if r.columns["tools"]) == 191
     calls = sum(any("function_call" in m for m in r.messages) for r in records)
@@ -138,10 +139,10 @@ def test_sharegpt_function_calls_are_written_in_the_tags_that_a_template_has(qwe
     turns = [("human", "Time?"), ("function_call", json.dumps(call)), ("observation", "4"), ("gpt", "Four.")]
     messages = as_messages([{"from": role, "value": value} for role, value in turns])
     for tokenizer in (with_template(qwen, HERMES), tokenizer_of("tokenizers/minimind-6400")):
-        (example,) = tokenize_records([chat(messages)], Encoder(tokenizer), "sft", append_eos=False)
+        (example,) = tokenize_records([chat(messages)], Encoder(tokenizer), append_eos=False)
         said = tokenizer.decode(example.completions[0][example.masks[0]])
         assert "<tool_call>" in said and '"clock"' in said and said.count("clock") == 1
-    (example,) = tokenize_records([chat(messages)], Encoder(qwen), "sft", append_eos=False)
+    (example,) = tokenize_records([chat(messages)], Encoder(qwen), append_eos=False)
     assert json.dumps(call) in qwen.decode(example.completions[0][example.masks[0]])
     strange = as_messages([{"from": "function_call", "value": "no JSON"}])
     assert strange == [{"role": "assistant", "content": "no JSON"}]
@@ -151,7 +152,7 @@ def test_a_template_that_refuses_calls_gets_their_json(qwen):
     refuses = "{% if messages[1].tool_calls %}{{ raise_exception('ids') }}{% endif %}" + HERMES
     messages = as_messages([{"from": "human", "value": "Q"}, {"from": "function_call", "value": '{"name": "f"}'}])
     tokenizer = with_template(qwen, refuses)
-    (example,) = tokenize_records([chat(messages)], Encoder(tokenizer), "sft", append_eos=False)
+    (example,) = tokenize_records([chat(messages)], Encoder(tokenizer), append_eos=False)
     assert '{"name": "f"}' in qwen.decode(example.completions[0])
     assert list(lost(tokenizer, [chat(messages)])) == ["the tags of function calls (written as their JSON)"]
 
@@ -175,7 +176,7 @@ def test_the_report_tells_what_is_lost_and_split(tokenizer_of, tmp_path):
     config.workdir, config.data.packing = str(tmp_path), False
     tokenizer = with_template(tokenizer_of("tokenizers/gpt-neox-20b"), LLAMA3.replace("messages %}", "messages[1:] %}"))
     for _ in range(2):  # from records, and from the cache
-        report = Dataset.from_records([chat(CHAT, i) for i in range(4)], config, tokenizer, "sft").report
+        report = from_records([chat(CHAT, i) for i in range(4)], config, tokenizer).report
         assert report["lost"] == {"system turns": 4}
         (left,) = (w for w in report["warnings"] if "left out by the chat template" in w)
         assert "x.json:1" in left and "data.system_turns=fold" in left and "x.json:1" in as_text(report)
@@ -188,13 +189,13 @@ def test_a_record_that_a_template_refuses_can_be_skipped(qwen, tmp_path):
     config.workdir, config.data.packing = str(tmp_path), False
     records = [chat([U, A] if i % 10 else CHAT, i) for i in range(30)]
     with pytest.raises(InputError, match=r"line 1 of x\.json"):
-        Dataset.from_records(records, config, gemma, "sft")
+        from_records(records, config, gemma)
     config.data.on_error = "skip"
     for _ in range(2):  # the second time from the cache
         with pytest.raises(InputError, match="3 of 30 rows are wrong"):
-            Dataset.from_records(records, config, gemma, "sft")
+            from_records(records, config, gemma)
     config.data.max_skipped = 0.1
-    dataset = Dataset.from_records(records, config, gemma, "sft")
+    dataset = from_records(records, config, gemma)
     assert dataset.num_records == 27
     (reason,) = dataset.report["records"]["skipped"]
     assert "System role not supported" in reason and "x.json:1, :11" in as_text(dataset.report)

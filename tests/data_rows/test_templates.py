@@ -106,7 +106,7 @@ def test_tokens_and_masks_are_those_of_apply_chat_template(name, some_tokenizer)
     ids, mask = np.array(want["input_ids"]), np.array(want["assistant_masks"], bool)
     encoder = Encoder(_with_template(some_tokenizer, _unmarked(MARKED[name])))
     record = Record(0, "x", 1, "messages", messages=chat)
-    (got,) = tokenize_records([record], encoder, "sft", append_eos=False)
+    (got,) = tokenize_records([record], encoder, append_eos=False)
     tokens = np.concatenate([got.prompt, got.completions[0]])
     scored = np.concatenate([np.zeros(len(got.prompt), bool), got.masks[0]])
     skip = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id  # a second BOS goes
@@ -127,7 +127,7 @@ def test_trap_real_templates_without_marks_have_masks(name, tokenizer_of):
     encoder = Encoder(tokenizer)
     assert "generation %}" not in tokenizer.chat_template
     record = Record(0, "x", 1, "messages", messages=CHAT)
-    (got,) = tokenize_records([record], encoder, "sft", append_eos=True)
+    (got,) = tokenize_records([record], encoder, append_eos=True)
     whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
     tokens = np.concatenate([got.prompt, got.completions[0]]).tolist()
     assert tokens == whole[: len(tokens)]
@@ -150,13 +150,13 @@ def test_trap_nothing_behind_the_end_of_a_turn_is_scored(tokenizer_of):
     chat = [*CHAT, {"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "a<|im_end|>b"}]
     for name in ("tokenizers/minimind-6400", "tokenizers/qwen2-rebuilt"):
         encoder = Encoder(_with_template(tokenizer_of(name), template))
-        (got,) = tokenize_records([Record(0, "x", 1, "messages", messages=chat)], encoder, "sft", append_eos=True)
+        (got,) = tokenize_records([Record(0, "x", 1, "messages", messages=chat)], encoder, append_eos=True)
         scored = [encoder.tokenizer.decode(run) for run in _runs(got.completions[0], got.masks[0])]
         assert scored == [f"{m['content']}<|im_end|>" for m in chat if m["role"] == "assistant"]
         assert got.complete == (True,)
         sides = [chat[2:3], [{"role": "assistant", "content": "Rome"}]]
         pair = Record(0, "x", 1, "pair", prompt=chat[:2], chosen=sides[0], rejected=sides[1])
-        (got,) = tokenize_records([pair], encoder, "dpo", append_eos=True)
+        (got,) = tokenize_records([pair], encoder, append_eos=True)
         assert [encoder.tokenizer.decode(c) for c in got.completions] == [f"{s[0]['content']}<|im_end|>" for s in sides]
 
 
@@ -181,7 +181,7 @@ def test_tools_reach_the_template(tokenizer_of):
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     record = Record(0, "x", 1, "messages", messages=CHAT, columns={"tools": str(tools).replace("'", '"')})
     encoder = Encoder(tokenizer_of("tokenizers/minimind-6400"))
-    (got,) = tokenize_records([record], encoder, "sft", append_eos=True)
+    (got,) = tokenize_records([record], encoder, append_eos=True)
     assert "clock" in encoder.tokenizer.decode(got.prompt)
 
 
@@ -190,21 +190,21 @@ def test_trap_tool_calls_that_no_template_renders_are_an_error(tokenizer_of):
     chat = [*CHAT[1:2], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "4"}]
     record = Record(3, "x", 4, "messages", messages=[*chat, CHAT[4]])
     encoder = Encoder(tokenizer_of("tokenizers/minimind-6400"))
-    (got,) = tokenize_records([record], encoder, "sft", append_eos=True)
+    (got,) = tokenize_records([record], encoder, append_eos=True)
     assert '"name": "clock"' in encoder.tokenizer.decode(got.completions[0][got.masks[0]])
     for without in (
         Encoder(tokenizer_of("tokenizers/qwen2-rebuilt")),
         Encoder(tokenizer_of("models/stories3m-llama"), (), render_plain),
     ):
         with pytest.raises(InputError, match=r"record 3 .* tool call 'clock' of message 1 is not in the rendered text"):
-            list(tokenize_records([record], without, "sft", append_eos=True))
+            list(tokenize_records([record], without, append_eos=True))
 
 
 def test_a_refused_conversation_names_the_record(tokenizer_of):
     tokenizer = _with_template(tokenizer_of("tokenizers/gpt2"), "{{ raise_exception('roles must alternate') }}")
     record = Record(7, "chats.jsonl", 8, "messages", messages=CHAT)
     with pytest.raises(InputError, match=r"record 7 \(line 8 of chats.jsonl\).*roles must alternate"):
-        list(tokenize_records([record], Encoder(tokenizer), "sft", append_eos=False))
+        list(tokenize_records([record], Encoder(tokenizer), append_eos=False))
 
 
 def test_a_template_that_leaves_the_assistant_out_is_an_error(tokenizer_of):

@@ -10,14 +10,15 @@ from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Dropped, Encoder, plain_example, tokenize_records
 from jaxalign.errors import InputError
+from jaxalign.registry import PAIRS as READ_PAIRS
 
 
 def _pair(prompt, chosen, rejected, **more):
     return Record(0, "x", 1, "pair", prompt=prompt, chosen=chosen, rejected=rejected, **more)
 
 
-def _one(record, encoder, purpose, **options):
-    (example,) = tokenize_records([record], encoder, purpose, **{"append_eos": False, **options})
+def _one(record, encoder, **options):
+    (example,) = tokenize_records([record], encoder, **{"append_eos": False, **options})
     return example
 
 
@@ -60,7 +61,7 @@ def test_trap_prompt_boundary(tokenizer, texts):
     """A pair's prompt is the longest common token prefix that ends at or before the stated boundary."""
     encoder = Encoder(tokenizer)
     prompt, chosen, rejected = texts
-    example = _one(_pair(*texts), encoder, "dpo")
+    example = _one(_pair(*texts), encoder)
     wholes, heads = [], []
     for said in (chosen, rejected):
         whole = _whole(encoder, prompt + said)
@@ -86,7 +87,7 @@ def test_trap_prompt_boundary(tokenizer, texts):
 def test_trap_prompt_boundary_without_offsets(tokenizer):
     for texts in PAIRS:
         record = _pair(*texts)
-        want, got = (_one(record, Encoder(t), "dpo") for t in (tokenizer, Offsetless(tokenizer)))
+        want, got = (_one(record, Encoder(t)) for t in (tokenizer, Offsetless(tokenizer)))
         if isinstance(want, Dropped):
             assert got == want
             continue
@@ -101,12 +102,12 @@ def test_trap_one_bos_at_the_start(tokenizer):
     encoder = Encoder(tokenizer)
     bos = tokenizer.bos_token or ""
     for text in ("Some text.", bos + "Some text.", bos + bos + "Some text."):
-        (example,) = tokenize_records([Record(0, "x", 1, "text", text=text)], encoder, "sft", append_eos=False)
+        (example,) = tokenize_records([Record(0, "x", 1, "text", text=text)], encoder, append_eos=False)
         if tokenizer.bos_token_id is None:
             continue
         ids = [*example.prompt.tolist(), *example.completions[0].tolist()]
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-        pair = _one(_pair(text, " yes", " no"), encoder, "dpo")
+        pair = _one(_pair(text, " yes", " no"), encoder)
         for completion in pair.completions:
             assert tokenizer.bos_token_id not in completion
 
@@ -114,20 +115,20 @@ def test_trap_one_bos_at_the_start(tokenizer):
 def test_trap_eos_is_appended_once(tokenizer):
     encoder = Encoder(tokenizer)
     for said in ("an answer", "an answer" + tokenizer.eos_token):
-        example = _one(Record(0, "x", 1, "completion", prompt="Q: ", completion=said), encoder, "sft", append_eos=True)
+        example = _one(Record(0, "x", 1, "completion", prompt="Q: ", completion=said), encoder, append_eos=True)
         assert example.completions[0].tolist().count(tokenizer.eos_token_id) == 1
         assert example.completions[0][-1] == tokenizer.eos_token_id and example.masks[0][-1]
         assert example.complete == (True,)
-        bare = _one(Record(0, "x", 1, "completion", prompt="Q: ", completion=said), encoder, "sft", append_eos=False)
+        bare = _one(Record(0, "x", 1, "completion", prompt="Q: ", completion=said), encoder, append_eos=False)
         assert bare.complete == (said.endswith(tokenizer.eos_token),)
 
 
 def test_trap_any_of_several_eos_ids_counts(tokenizer_of):
     tokenizer = tokenizer_of("models/stories3m-llama")  # ends a story with <s>
     record = Record(0, "x", 1, "completion", prompt="Once", completion=" upon a time.<s>")
-    told = _one(record, Encoder(tokenizer, eos_ids=(1, 2)), "sft", append_eos=True)
+    told = _one(record, Encoder(tokenizer, eos_ids=(1, 2)), append_eos=True)
     assert told.completions[0][-1] == 1 and told.complete == (True,)
-    untold = _one(record, Encoder(tokenizer), "sft", append_eos=True)
+    untold = _one(record, Encoder(tokenizer), append_eos=True)
     assert untold.completions[0][-2:].tolist() == [1, 2]
 
 
@@ -142,14 +143,14 @@ def test_trap_any_of_several_eos_ids_counts(tokenizer_of):
 )
 def test_trap_an_empty_completion_is_dropped(tokenizer_of, record):
     encoder = Encoder(tokenizer_of("models/stories3m-llama"), plain=render_plain)
-    assert _one(record, encoder, "sft", append_eos=True) == Dropped(0, "empty completion")
+    assert _one(record, encoder, append_eos=True) == Dropped(0, "empty completion")
 
 
 def test_a_pair_of_equal_sides_is_dropped(tokenizer_of):
     encoder = Encoder(tokenizer_of("models/stories3m-llama"))
-    assert _one(_pair("Q", " a", " a"), encoder, "dpo", append_eos=True) == Dropped(0, "chosen equals rejected")
+    assert _one(_pair("Q", " a", " a"), encoder, append_eos=True) == Dropped(0, "chosen equals rejected")
     # One side with its EOS, the other to be given it.
-    assert _one(_pair("Q", " a", " a</s>"), encoder, "dpo", append_eos=True) == Dropped(0, "chosen equals rejected")
+    assert _one(_pair("Q", " a", " a</s>"), encoder, append_eos=True) == Dropped(0, "chosen equals rejected")
 
 
 U, A, V = ({"role": r, "content": c} for r, c in (("user", "How?"), ("assistant", "So."), ("user", "And then?")))
@@ -161,17 +162,17 @@ W = {"role": "user", "content": "And why?"}
 def test_trap_multi_turn_pairs_score_only_the_assistant_behind_the_parting(name, tokenizer_of):
     encoder = Encoder(tokenizer_of(name), plain=render_plain)
     decode = encoder.tokenizer.decode
-    late = _one(_pair([U, A, V], [B], [C]), encoder, "dpo")  # parts in the last turn
+    late = _one(_pair([U, A, V], [B], [C]), encoder)  # parts in the last turn
     for ids, mask, said in zip(late.completions, late.masks, ("Done.", "Nothing."), strict=True):
         assert mask.all() and decode(ids).strip().startswith(said)
     assert "So." in decode(late.prompt) and "And then?" in decode(late.prompt)
-    early = _one(_pair([U, A], [V, B], [W, C]), encoder, "dpo")  # parts in a user's turn
+    early = _one(_pair([U, A], [V, B], [W, C]), encoder)  # parts in a user's turn
     for ids, mask, said, unsaid in zip(
         early.completions, early.masks, ("Done.", "Nothing."), ("then?", "why?"), strict=True
     ):
         assert said in decode(ids[mask]) and unsaid not in decode(ids[mask])
         assert unsaid in decode(ids)
-    turns = _one(_pair([U], [A, V, B], [C, W, A]), encoder, "dpo")  # more than one turn on each side
+    turns = _one(_pair([U], [A, V, B], [C, W, A]), encoder)  # more than one turn on each side
     assert "then?" in decode(turns.completions[0]) and "then?" not in decode(turns.completions[0][turns.masks[0]])
     assert "So." in decode(turns.completions[0][turns.masks[0]])
 
@@ -179,8 +180,8 @@ def test_trap_multi_turn_pairs_score_only_the_assistant_behind_the_parting(name,
 def test_sft_on_all_scores_the_prompt_too(tokenizer):
     encoder = Encoder(tokenizer)
     record = Record(0, "x", 1, "completion", prompt="Question: why?", completion=" Because.")
-    every = _one(record, encoder, "sft", append_eos=True, train_on="all")
-    some = _one(record, encoder, "sft", append_eos=True)
+    every = _one(record, encoder, append_eos=True, train_on="all")
+    some = _one(record, encoder, append_eos=True)
     assert len(every.prompt) == 1 and every.masks[0].all()
     ids = [np.concatenate([e.prompt, e.completions[0]]).tolist() for e in (every, some)]
     assert ids[0][-len(ids[1]) :] == ids[1]  # at most a BOS more
@@ -189,27 +190,19 @@ def test_sft_on_all_scores_the_prompt_too(tokenizer):
 
 def test_prompts_to_sample_from(tokenizer_of):
     tokenizer = tokenizer_of("tokenizers/qwen2-rebuilt")
-    example = _one(Record(0, "x", 1, "prompt", prompt=[U]), Encoder(tokenizer), "ppo")
+    example = _one(Record(0, "x", 1, "prompt", prompt=[U]), Encoder(tokenizer))
     want = tokenizer.apply_chat_template([U], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert example.prompt.tolist() == want and example.completions == ()
     llama = tokenizer_of("models/stories3m-llama")
     assert (
-        _one(Record(0, "x", 1, "prompt", prompt="Once"), Encoder(llama), "ppo").prompt.tolist()
-        == llama("Once")["input_ids"]
+        _one(Record(0, "x", 1, "prompt", prompt="Once"), Encoder(llama)).prompt.tolist() == llama("Once")["input_ids"]
     )
-    assert _one(Record(0, "x", 1, "prompt", prompt=""), Encoder(llama), "ppo").prompt.tolist() == [1]
+    assert _one(Record(0, "x", 1, "prompt", prompt=""), Encoder(llama)).prompt.tolist() == [1]
 
 
 def test_weights_and_scores_are_carried(tokenizer_of):
-    example = _one(
-        _pair("Q", " a", " b", weight=0.5, score=2.25), Encoder(tokenizer_of("models/stories3m-llama")), "reward"
-    )
+    example = _one(_pair("Q", " a", " b", weight=0.5, score=2.25), Encoder(tokenizer_of("models/stories3m-llama")))
     assert (example.weight, example.score) == (0.5, 2.25)
-
-
-def test_records_of_another_kind_are_an_error(tokenizer_of):
-    with pytest.raises(InputError, match="kind 'text' for dpo"):
-        _one(Record(0, "x", 1, "text", text="a"), Encoder(tokenizer_of("tokenizers/gpt2")), "dpo")
 
 
 def test_plain_examples_for_scoring(tokenizer):
@@ -227,7 +220,7 @@ def test_plain_examples_for_scoring(tokenizer):
 @given(st.text(max_size=20), st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
 def test_any_pair_is_the_tokens_of_its_texts(tokenizer_of, prompt, chosen, rejected):
     encoder = Encoder(tokenizer_of("models/stories3m-llama"))
-    example = _one(_pair(prompt, chosen, rejected), encoder, "dpo")
+    example = _one(_pair(prompt, chosen, rejected), encoder)
     if isinstance(example, Dropped):
         return
     assert len(example.prompt) >= 1
@@ -240,10 +233,10 @@ def test_any_pair_is_the_tokens_of_its_texts(tokenizer_of, prompt, chosen, rejec
 
 @pytest.mark.parametrize("name, end", [("tokenizers/qwen2-rebuilt", "<|im_end|>"), ("models/stories3m-llama", "</s>")])
 def test_trap_real_dialogues_score_the_assistant_alone(shared, tokenizer_of, name, end):
-    records, _ = load_records(str(shared / "data/hh-rlhf/helpful-base.test.jsonl.gz"), "dpo", max_records=300)
+    records, _ = load_records(str(shared / "data/hh-rlhf/helpful-base.test.jsonl.gz"), READ_PAIRS, max_records=300)
     encoder = Encoder(tokenizer_of(name), plain=render_plain)
     decode = encoder.tokenizer.decode
-    examples = list(tokenize_records(records, encoder, "dpo", append_eos=True))
+    examples = list(tokenize_records(records, encoder, append_eos=True))
     assert sum(isinstance(e, Dropped) for e in examples) < 5
     for record, example in zip(records, examples, strict=True):
         if isinstance(example, Dropped):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from jaxalign.config import defaults, validate
+from jaxalign.data.build import from_records
 from jaxalign.data.dialogues import render_plain
-from jaxalign.data.loader import Dataset
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Encoder, tokenize_records
 from jaxalign.errors import InputError
+from jaxalign.registry import COMPLETIONS
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -38,7 +39,7 @@ PIECES = (
 
 
 def learned(tokenizer, record, plain=None, **options):
-    (example,) = tokenize_records([record], Encoder(tokenizer, (), plain), "sft", append_eos=True, **options)
+    (example,) = tokenize_records([record], Encoder(tokenizer, (), plain), append_eos=True, **options)
     mask, tokens = example.masks[0], example.completions[0]
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
     runs = [tokenizer.decode(tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
@@ -170,7 +171,7 @@ def test_it_reaches_the_batches(tokenizer_of, tmp_path):
     for train_on in ("completion", "last", "assistant,user", "all"):
         config.data.train_on = train_on
         records = [Record(0, "x", 1, "messages", messages=CHAT)]
-        dataset = Dataset.from_records(records, config, tokenizer_of("tokenizers/qwen2-rebuilt"), "sft")
+        dataset = from_records(records, config, tokenizer_of("tokenizers/qwen2-rebuilt"))
         scored[train_on] = int(dataset.batch(0).readouts.mask.sum())
     assert scored["last"] < scored["completion"] < scored["assistant,user"] < scored["all"]
 
@@ -179,4 +180,4 @@ def test_weights_between_nothing_and_one_are_refused(tmp_path):
     rows = [{"messages": [CHAT[1], {**CHAT[2], "weight": weight}]} for weight in (1, 0.5)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=r"message 2 has the weight 0\.5"):
-        load_records(str(tmp_path / "x.jsonl"), "sft")
+        load_records(str(tmp_path / "x.jsonl"), COMPLETIONS)

@@ -13,7 +13,7 @@ def test_trap_a_merge_behind_the_boundary_changes_the_prompts_own_tokens():
     bpe = Tokenizer(models.BPE(vocab, [("b", "c"), ("a", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     record = Record(0, "memory", 1, "pair", prompt="zab", chosen="c", rejected="d")
-    (example,) = tokenize_records([record], Encoder(tokenizer), "dpo", append_eos=True)
+    (example,) = tokenize_records([record], Encoder(tokenizer), append_eos=True)
     words = [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in (example.prompt, *example.completions)]
     assert words == [["z"], ["a", "bc", "</s>"], ["ab", "d", "</s>"]]
     assert all(mask.all() for mask in example.masks)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from jaxalign.config import defaults
 from jaxalign.data.mixture import load_records
-from jaxalign.data.records import PURPOSES
 from jaxalign.errors import InputError
 from jaxalign.pipeline.configfile import override
+from jaxalign.registry import ALGORITHMS, COMPLETIONS, PAIRS
 
 
 def write(path, rows):
@@ -26,7 +26,7 @@ def fails(tmp_path):
     def run(rows, purpose, **source):
         path = write(tmp_path / "x.jsonl", rows)
         with pytest.raises(InputError) as error:
-            load_records({"path": path, **source}, purpose)
+            load_records({"path": path, **source}, ALGORITHMS[purpose].reads)
         found = error.value.found.replace(path, "x.jsonl")
         return found, error.value.expected, error.value.fix.replace(path, "x.jsonl")
 
@@ -108,7 +108,7 @@ def test_pairs_whose_prompt_nobody_named(fails, name, guess, purpose):
 def test_data_for_another_algorithm(fails, row, what, purpose):
     found, expected, fix = fails([row], purpose)
     assert found == f"x.jsonl: {what} (columns {', '.join(row)})"
-    assert expected == f"pairs for {purpose}: chosen + rejected"
+    assert expected == "pairs: chosen + rejected"
     assert fix.startswith('data.sources=({"path": "PAIRS.jsonl"},) with chosen and rejected in it')
     assert ('defaults("sft")' in fix) == (what != "prompts only")
 
@@ -121,7 +121,7 @@ def test_kto_data_for_dpo(fails):
 def test_prompts_for_sft(fails):
     found, expected, fix = fails([{"prompt": "Q", "reply": "A"}], "sft")
     assert found == "x.jsonl: prompts only (columns prompt, reply)"
-    assert expected.startswith("completions to train on for sft: chosen + rejected; messages; prompt + completion;")
+    assert expected.startswith("completions to train on: chosen + rejected; messages; prompt + completion;")
     assert fix == 'data.sources=({"path": "x.jsonl", "columns": {"completion": "reply"}},)'
 
 
@@ -227,7 +227,7 @@ def test_only_a_close_name_is_offered(tmp_path):
 
     def missing(name):
         with pytest.raises(InputError) as error:
-            load_records(str(tmp_path / name), "dpo")
+            load_records(str(tmp_path / name), PAIRS)
         return error.value
 
     assert f'"{tmp_path}/pairs.jsonl"' in missing("pair.json").fix
@@ -239,7 +239,7 @@ def test_only_a_close_name_is_offered(tmp_path):
 def test_a_flag_for_the_command_line_where_a_configuration_is_at_hand(tmp_path, fails):
     path = write(tmp_path / "it's.jsonl", [{"question": "Q", "answer": "A"}])
     with pytest.raises(InputError) as error:
-        load_records(path, "sft", field="data.sources")
+        load_records(path, COMPLETIONS, field="data.sources")
     flag = error.value.fix.split("(as a flag: ", 1)[1].removesuffix(")")
     (word,) = shlex.split(flag)
     field, text = word.removeprefix("--config.").split("=", 1)
@@ -261,16 +261,14 @@ def test_a_line_that_was_cut_off(tmp_path, line, words):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "T"}\n' + line + "\n")
     with pytest.raises(InputError) as error:
-        load_records(str(path), "sft")
+        load_records(str(path), COMPLETIONS)
     assert error.value.found.startswith(f"{path}:2: {words}")
 
 
 def test_the_field_is_named(tmp_path):
     with pytest.raises(InputError) as error:
-        load_records(str(tmp_path / "no.jsonl"), "sft", field="data.eval_sources")
+        load_records(str(tmp_path / "no.jsonl"), COMPLETIONS, field="data.eval_sources")
     assert error.value.fix.startswith("data.eval_sources=(")
-    with pytest.raises(InputError, match="purpose 'kto'"):
-        load_records("x.jsonl", "kto")
 
 
 KEYS = ["text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "input"]
@@ -291,12 +289,12 @@ VALUE = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=6), min_size=1, max_size=3),
-    purpose=st.sampled_from((None, *PURPOSES)),
+    purpose=st.sampled_from((None, *ALGORITHMS)),
 )
 def test_any_rows_give_sound_records_or_one_clear_error(tmp_path_factory, rows, purpose):
     path = write(tmp_path_factory.mktemp("any") / "x.jsonl", rows)
     try:
-        records, tally = load_records(path, purpose)
+        records, tally = load_records(path, purpose and ALGORITHMS[purpose].reads)
     except InputError as error:
         assert error.found and error.expected and error.fix
         return
@@ -310,27 +308,27 @@ def test_any_rows_give_sound_records_or_one_clear_error(tmp_path_factory, rows, 
         for content in contents:
             for text in [content] if isinstance(content, str) else [m["content"] for m in content]:
                 text.encode()
-        if isinstance(record.prompt, list) and record.kind == "prompt":
+        if isinstance(record.prompt, list) and record.form == "prompt":
             assert record.prompt[-1]["role"] in ("user", "tool", "system")
-        if record.kind == "pair":
+        if record.form == "pair":
             assert record.chosen != record.rejected
 
 
 def test_a_number_too_large_for_a_float_is_told(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"prompt": "Q", "completion": "A", "weight": 10**400}] * 2)
     with pytest.raises(InputError, match=r"x\.jsonl:1: weight is the number 10+\.\.\.") as error:
-        load_records({"path": path, "columns": {"weight": "weight"}}, "sft")
+        load_records({"path": path, "columns": {"weight": "weight"}}, COMPLETIONS)
     assert len(str(error.value)) < 600
     margins = write(tmp_path / "y.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 10**400}])
     with pytest.raises(InputError):
-        load_records({"path": margins, "columns": {"score": "margin"}}, "reward")
+        load_records({"path": margins, "columns": {"score": "margin"}}, PAIRS)
 
 
 def test_a_folder_whose_card_is_no_yaml_is_told(tmp_path):
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
     write(tmp_path / "x.jsonl", [{"text": "a"}])
     with pytest.raises(InputError, match=str(tmp_path)):
-        load_records({"path": str(tmp_path)}, "sft")
+        load_records({"path": str(tmp_path)}, COMPLETIONS)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +338,7 @@ def test_a_csv_with_another_delimiter_is_told_which(tmp_path, header, mark):
     path = tmp_path / "x.csv"
     path.write_text(f"{header}\n{header}\n")
     with pytest.raises(InputError) as error:
-        load_records(str(path), "dpo")
+        load_records(str(path), PAIRS)
     assert repr(mark) in error.value.found and "python -c" in error.value.fix
     subprocess.run(["bash", "-c", error.value.fix.replace("python", sys.executable, 1)], cwd=tmp_path, check=True)
     assert mark not in (tmp_path / "NEW.csv").read_text()

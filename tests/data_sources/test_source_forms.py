@@ -1,12 +1,12 @@
-"""Rows of every form become records; every purpose takes of them what it needs."""
+"""Rows of every form become records; every algorithm takes of them what it needs."""
 
 import json
 
 import pytest
 
 from jaxalign.data.mixture import load_records
-from jaxalign.data.records import PURPOSES
 from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS, COMPLETIONS
 
 
 def user(text, **more):
@@ -28,14 +28,14 @@ def load(tmp_path):
     def run(rows, purpose=None, **source):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return load_records({"path": str(path), **source}, purpose)
+        return load_records({"path": str(path), **source}, purpose and ALGORITHMS[purpose].reads)
 
     return run
 
 
 def fields(record):
     """The fields of a record that hold something."""
-    names = ("kind", "text", "messages", "prompt", "completion", "chosen", "rejected")
+    names = ("form", "text", "messages", "prompt", "completion", "chosen", "rejected")
     return {name: getattr(record, name) for name in names if getattr(record, name) is not None}
 
 
@@ -45,40 +45,40 @@ HH = "\n\nHuman: Q\n\nAssistant: {}"
 
 # name -> row, what it is as it is, for sft, for ppo
 FORMS = {
-    "text": ({"text": "T"}, {"kind": "text", "text": "T"}, {"kind": "text", "text": "T"}, "T"),
+    "text": ({"text": "T"}, {"form": "text", "text": "T"}, {"form": "text", "text": "T"}, "T"),
     "messages": (
         {"messages": DIALOGUE},
-        {"kind": "messages", "messages": DIALOGUE},
-        {"kind": "messages", "messages": DIALOGUE},
+        {"form": "messages", "messages": DIALOGUE},
+        {"form": "messages", "messages": DIALOGUE},
         [user("Q")],
     ),
     "messages of one turn": (
         {"messages": [user("Q")]},
-        {"kind": "messages", "messages": [user("Q")]},
+        {"form": "messages", "messages": [user("Q")]},
         "no assistant turn",
         [user("Q")],
     ),
     "sharegpt": (
         {"conversations": SHAREGPT, "system": "S"},
-        {"kind": "messages", "messages": [system("S"), *DIALOGUE]},
-        {"kind": "messages", "messages": [system("S"), *DIALOGUE]},
+        {"form": "messages", "messages": [system("S"), *DIALOGUE]},
+        {"form": "messages", "messages": [system("S"), *DIALOGUE]},
         [system("S"), user("Q")],
     ),
     "sharegpt ranking": (
         {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "B"}},
-        {"kind": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
         [user("Q")],
     ),
     "alpaca": (
         {"instruction": "Q", "input": "I", "output": "A", "history": [["P", "O"]], "system": "S"},
         {
-            "kind": "completion",
+            "form": "completion",
             "prompt": [system("S"), user("P", input=""), assistant("O"), user("Q\nI", input="I")],
             "completion": [assistant("A")],
         },
         {
-            "kind": "completion",
+            "form": "completion",
             "prompt": [system("S"), user("P", input=""), assistant("O"), user("Q\nI", input="I")],
             "completion": [assistant("A")],
         },
@@ -86,116 +86,116 @@ FORMS = {
     ),
     "alpaca without input": (
         {"instruction": "Q", "input": " ", "output": "A"},
-        {"kind": "completion", "prompt": [user("Q", input="")], "completion": [assistant("A")]},
-        {"kind": "completion", "prompt": [user("Q", input="")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [user("Q", input="")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [user("Q", input="")], "completion": [assistant("A")]},
         [user("Q", input="")],
     ),
     "alpaca pair": (
         {"instruction": "Q", "input": "", "output": "A", "chosen": "A", "rejected": "B"},
-        {"kind": "pair", "prompt": [user("Q", input="")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-        {"kind": "completion", "prompt": [user("Q", input="")], "completion": [assistant("A")]},
+        {"form": "pair", "prompt": [user("Q", input="")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"form": "completion", "prompt": [user("Q", input="")], "completion": [assistant("A")]},
         [user("Q", input="")],
     ),
     "completion": (
         {"prompt": "Q", "completion": "A"},
-        {"kind": "completion", "prompt": "Q", "completion": "A"},
-        {"kind": "completion", "prompt": "Q", "completion": "A"},
+        {"form": "completion", "prompt": "Q", "completion": "A"},
+        {"form": "completion", "prompt": "Q", "completion": "A"},
         "Q",
     ),
     "completion without prompt": (
         {"prompt": "", "completion": "A"},
-        {"kind": "completion", "prompt": "", "completion": "A"},
-        {"kind": "completion", "prompt": "", "completion": "A"},
+        {"form": "completion", "prompt": "", "completion": "A"},
+        {"form": "completion", "prompt": "", "completion": "A"},
         None,
     ),
     "completion of messages": (
         {"prompt": [user("Q")], "completion": [assistant("A")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
         [user("Q")],
     ),
     "completion half of messages": (
         {"prompt": "Q", "completion": [assistant("A")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
         "Q",
     ),
     "completion with a system message": (
         {"system": "S", "prompt": "Q", "completion": "A"},
-        {"kind": "completion", "prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
-        {"kind": "completion", "prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
+        {"form": "completion", "prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
         [system("S"), user("Q")],
     ),
     "pair": (
         {"prompt": "Q", "chosen": " A", "rejected": " B"},
-        {"kind": "pair", "prompt": "Q", "chosen": " A", "rejected": " B"},
-        {"kind": "completion", "prompt": "Q", "completion": " A"},
+        {"form": "pair", "prompt": "Q", "chosen": " A", "rejected": " B"},
+        {"form": "completion", "prompt": "Q", "completion": " A"},
         "Q",
     ),
     "pair of messages": (
         {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-        {"kind": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
         [user("Q")],
     ),
     "pair of dialogues, prompt beside": (
         {"prompt": "Q ", "chosen": DIALOGUE, "rejected": [user("Q"), assistant("B")], "messages": DIALOGUE},
-        {"kind": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
         [user("Q")],
     ),
     "pair of dialogues": (
         {"chosen": [*DIALOGUE, user("R"), assistant("C")], "rejected": [*DIALOGUE, user("R"), assistant("D")]},
-        {"kind": "pair", "prompt": [*DIALOGUE, user("R")], "chosen": [assistant("C")], "rejected": [assistant("D")]},
-        {"kind": "completion", "prompt": [*DIALOGUE, user("R")], "completion": [assistant("C")]},
+        {"form": "pair", "prompt": [*DIALOGUE, user("R")], "chosen": [assistant("C")], "rejected": [assistant("D")]},
+        {"form": "completion", "prompt": [*DIALOGUE, user("R")], "completion": [assistant("C")]},
         [*DIALOGUE, user("R")],
     ),
     "pair of dialogues that part early": (
         {"chosen": [*DIALOGUE, user("R"), assistant("C")], "rejected": [user("Q"), assistant("B")]},
         {
-            "kind": "pair",
+            "form": "pair",
             "prompt": [user("Q")],
             "chosen": [assistant("A"), user("R"), assistant("C")],
             "rejected": [assistant("B")],
         },
-        {"kind": "completion", "prompt": [*DIALOGUE, user("R")], "completion": [assistant("C")]},
+        {"form": "completion", "prompt": [*DIALOGUE, user("R")], "completion": [assistant("C")]},
         [*DIALOGUE, user("R")],
     ),
     "hh": (
         {"chosen": HH.format("A"), "rejected": HH.format("B")},
-        {"kind": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-        {"kind": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
+        {"form": "pair", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"form": "completion", "prompt": [user("Q")], "completion": [assistant("A")]},
         [user("Q")],
     ),
     "equal pair": (
         {"prompt": "Q", "chosen": "A", "rejected": "A"},
         "chosen equal to rejected",
-        {"kind": "completion", "prompt": "Q", "completion": "A"},
+        {"form": "completion", "prompt": "Q", "completion": "A"},
         "Q",
     ),
     "empty side": (
         {"prompt": "Q", "chosen": "A", "rejected": " \n"},
         "empty completion",
-        {"kind": "completion", "prompt": "Q", "completion": "A"},
+        {"form": "completion", "prompt": "Q", "completion": "A"},
         "Q",
     ),
-    "prompt": ({"prompt": "Q"}, {"kind": "prompt", "prompt": "Q"}, None, "Q"),
+    "prompt": ({"prompt": "Q"}, {"form": "prompt", "prompt": "Q"}, None, "Q"),
     "prompt of messages": (
         {"prompt": [user("Q")]},
-        {"kind": "prompt", "prompt": [user("Q")]},
+        {"form": "prompt", "prompt": [user("Q")]},
         None,
         [user("Q")],
     ),
     "instruction": (
         {"instruction": "Q", "input": "I"},
-        {"kind": "prompt", "prompt": [user("Q\nI", input="I")]},
+        {"form": "prompt", "prompt": [user("Q\nI", input="I")]},
         None,
         [user("Q\nI", input="I")],
     ),
     "prompt beside text": (
         {"prompt": "Q", "text": "T"},
-        {"kind": "prompt", "prompt": "Q"},
-        {"kind": "text", "text": "T"},
+        {"form": "prompt", "prompt": "Q"},
+        {"form": "text", "text": "T"},
         "Q",
     ),
 }
@@ -228,7 +228,7 @@ def test_form_for_sft(load, name):
 
 @pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name][3] is not None])
 def test_form_for_ppo(load, name):
-    check(load, name, "ppo", {"kind": "prompt", "prompt": FORMS[name][3]})
+    check(load, name, "ppo", {"form": "prompt", "prompt": FORMS[name][3]})
 
 
 def test_an_empty_prompt_gives_ppo_nothing(load):
@@ -240,12 +240,12 @@ def test_an_empty_prompt_gives_ppo_nothing(load):
 @pytest.mark.parametrize("name", [name for name in FORMS if isinstance(FORMS[name][1], dict)])
 def test_pairs_serve_reward_and_dpo(load, name, purpose):
     row, plain, *_ = FORMS[name]
-    if plain["kind"] == "pair":
+    if plain["form"] == "pair":
         assert fields(load([row], purpose)[0][0]) == plain
 
 
 def test_strings_and_messages_are_not_mixed_within_a_record(load):
-    for purpose in (None, *PURPOSES):
+    for purpose in (None, *ALGORITHMS):
         for name, (row, *_) in FORMS.items():
             if purpose in ("reward", "dpo") and name not in ("pair", "hh", "pair of messages"):
                 continue
@@ -260,7 +260,7 @@ def test_columns_are_renamed(load):
     rows = [{"question": "Q", "good": "A", "bad": "B", "id": 7}]
     mapping = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     (record,), _ = load(rows, "dpo", columns=mapping)
-    assert fields(record) == {"kind": "pair", "prompt": "Q", "chosen": "A", "rejected": "B"}
+    assert fields(record) == {"form": "pair", "prompt": "Q", "chosen": "A", "rejected": "B"}
     assert record.columns == {"id": 7}
 
 
@@ -269,9 +269,9 @@ def test_a_mapping_comes_before_the_datas_own_names(load):
     (record,), _ = load(rows, "dpo", columns={"prompt": "question"})
     assert record.prompt == "Q" and record.columns["prompt"] == "wrong"
     (record,), _ = load(rows, "sft", columns={"prompt": "question", "completion": "answer"})
-    assert fields(record) == {"kind": "completion", "prompt": "Q", "completion": "R"}
+    assert fields(record) == {"form": "completion", "prompt": "Q", "completion": "R"}
     (record,), _ = load(rows, "sft", columns={"text": "question"})
-    assert fields(record) == {"kind": "text", "text": "Q"}
+    assert fields(record) == {"form": "text", "text": "Q"}
 
 
 def test_instruction_and_output_make_a_dialogue_of_any_two_columns(load):
@@ -333,7 +333,7 @@ def test_trap_sft_does_not_train_on_what_is_labelled_false(load):
 def test_csv_says_the_same_as_json(tmp_path):
     def read(text, purpose):
         (tmp_path / "x.csv").write_text(text)
-        return load_records(str(tmp_path / "x.csv"), purpose)
+        return load_records(str(tmp_path / "x.csv"), ALGORITHMS[purpose].reads)
 
     records, tally = read("prompt,completion,label\nq,good,True\nq,bad,False\nq,unsaid,\n", "sft")
     assert [r.completion for r in records] == ["good", "unsaid"] and tally.dropped == {"labelled false": 1}
@@ -348,7 +348,7 @@ def test_a_prompt_column_that_whole_dialogues_repeat_is_not_doubled(load):
     turns = [system("S"), user("Q")]
     whole = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
     sides = {"chosen": [assistant("A")], "rejected": [assistant("B")]}
-    pair = {"kind": "pair", "prompt": [user("Q")], **sides}
+    pair = {"form": "pair", "prompt": [user("Q")], **sides}
     for row, wanted in (
         ({"prompt": turns, **whole}, {**pair, "prompt": turns}),  # the system message stands in the prompt alone
         ({"prompt": [user("Q", name="N")], **whole}, pair),
@@ -359,7 +359,7 @@ def test_a_prompt_column_that_whole_dialogues_repeat_is_not_doubled(load):
     ):
         assert fields(load([row], "dpo")[0][0]) == wanted
     texts = {"prompt": "Hello", "chosen": "Hello you", "rejected": "Hello"}
-    assert fields(load([texts], "dpo")[0][0]) == {"kind": "pair", **texts}, "strings stay as they are"
+    assert fields(load([texts], "dpo")[0][0]) == {"form": "pair", **texts}, "strings stay as they are"
     with pytest.raises(InputError, match="prompt is not how they begin"):
         load([{"prompt": [user("other")], **whole}], "dpo")
 
@@ -412,6 +412,6 @@ def test_files_of_a_source_may_differ_in_form(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "completion": "A"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "T"}\n' * 300)
     (tmp_path / "c.json").write_text('[{"instruction": "Q", "output": "A"}]')
-    records, _ = load_records(str(tmp_path), "sft")
-    assert [record.kind for record in records] == ["completion", *["text"] * 300, "completion"]
+    records, _ = load_records(str(tmp_path), COMPLETIONS)
+    assert [record.form for record in records] == ["completion", *["text"] * 300, "completion"]
     assert [record.index for record in records] == list(range(302))

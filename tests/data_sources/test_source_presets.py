@@ -8,6 +8,7 @@ import pytest
 
 from jaxalign.data.mixture import load_records
 from jaxalign.errors import InputError
+from jaxalign.registry import COMPLETIONS, PAIRS, PROMPTS
 
 ULTRAFEEDBACK = pa.schema(
     [
@@ -125,10 +126,10 @@ def check_ultrafeedback(records):
 def test_other_subsets_of_a_set_are_read_by_their_columns(hub):
     hub("Anthropic/hh-rlhf", [{"transcript": "\n\nHuman: Q\n\nAssistant: A", "rating": 4.0}])
     source = {"path": "Anthropic/hh-rlhf", "name": "red-team-attempts"}
-    (record,), _ = load_records({**source, "columns": {"text": "transcript"}}, "sft")
+    (record,), _ = load_records({**source, "columns": {"text": "transcript"}}, COMPLETIONS)
     assert record.text.startswith("\n\nHuman")
     with pytest.raises(InputError, match="columns transcript, rating") as error:
-        load_records(source, "sft")
+        load_records(source, COMPLETIONS)
     assert '"columns": {"text": "transcript"}' in error.value.fix
 
 
@@ -136,18 +137,18 @@ def test_other_subsets_of_a_set_are_read_by_their_columns(hub):
 def test_ultrafeedback(tmp_path, hub, name):
     rows, schema = UF_SETS[name]
     hub(name, rows, schema)
-    check_ultrafeedback(load_records(name, "dpo")[0])
+    check_ultrafeedback(load_records(name, PAIRS)[0])
     path = parquet(tmp_path / "x.parquet", rows, schema)
-    check_ultrafeedback(load_records(path, "reward")[0])
-    check_ultrafeedback(load_records({"path": path, "preset": "ultrafeedback-binarized-preferences"}, "dpo")[0])
-    assert load_records(name, "sft")[0][1].completion == [assistant("Good 1")]
-    assert load_records(name, "ppo")[0][1].prompt == [user("Question 1")]
+    check_ultrafeedback(load_records(path, PAIRS)[0])
+    check_ultrafeedback(load_records({"path": path, "preset": "ultrafeedback-binarized-preferences"}, PAIRS)[0])
+    assert load_records(name, COMPLETIONS)[0][1].completion == [assistant("Good 1")]
+    assert load_records(name, PROMPTS)[0][1].prompt == [user("Question 1")]
 
 
 def test_hh_rlhf_by_hub_id(hub):
     row = {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"}
     hub("Anthropic/hh-rlhf", [row])
-    (record,), _ = load_records("Anthropic/hh-rlhf", "dpo")
+    (record,), _ = load_records("Anthropic/hh-rlhf", PAIRS)
     assert (record.prompt, record.chosen, record.rejected) == ([user("Q")], [assistant("A")], [assistant("B")])
     assert record.source == "Anthropic/hh-rlhf[train]"
 
@@ -193,8 +194,8 @@ def pairs(records):
 
 def test_oasst_flat_and_nested(tmp_path, hub):
     hub("OpenAssistant/oasst1", FLAT, OASST)
-    flat, tally = load_records("OpenAssistant/oasst1", "dpo")
-    tree, _ = load_records(jsonl(tmp_path / "t.jsonl", nested(FLAT)), "dpo")
+    flat, tally = load_records("OpenAssistant/oasst1", PAIRS)
+    tree, _ = load_records(jsonl(tmp_path / "t.jsonl", nested(FLAT)), PAIRS)
     key = lambda item: (len(item[0]), item[1:])  # noqa: E731
     assert sorted(((r.prompt, r.chosen[0]["content"], r.rejected[0]["content"]) for r in flat), key=key) == OASST_PAIRS
     assert [r[4:11] for r in tree] == [r[4:11] for r in flat]
@@ -210,23 +211,23 @@ def jsonl(path, rows):
 
 def test_oasst_for_sft_and_ppo(tmp_path):
     path = jsonl(tmp_path / "t.jsonl", FLAT)
-    answers = [(r.prompt, r.completion) for r in load_records(path, "sft")[0]]
+    answers = [(r.prompt, r.completion) for r in load_records(path, COMPLETIONS)[0]]
     assert answers == [([user("U1")], [assistant("A0")]), (DEEP, [assistant("B0")])]
-    assert [r.prompt for r in load_records(path, "ppo")[0]] == [[user("U1")], DEEP]
+    assert [r.prompt for r in load_records(path, PROMPTS)[0]] == [[user("U1")], DEEP]
 
 
 def test_oasst_in_any_order_and_broken(tmp_path):
     mixed = [FLAT[i] for i in (7, 3, 0, 9, 5, 1, 8, 2, 4, 6)]
-    straight, _ = load_records(jsonl(tmp_path / "a.jsonl", FLAT), "dpo")
-    shuffled, _ = load_records(jsonl(tmp_path / "b.jsonl", mixed), "dpo")
+    straight, _ = load_records(jsonl(tmp_path / "a.jsonl", FLAT), PAIRS)
+    shuffled, _ = load_records(jsonl(tmp_path / "b.jsonl", mixed), PAIRS)
     contents = lambda records: {(str(r.prompt), str(r.chosen), str(r.rejected)) for r in records}  # noqa: E731
     assert contents(straight) == contents(shuffled)
-    _, tally = load_records(jsonl(tmp_path / "c.jsonl", [*FLAT, node("x", "gone", "assistant", "X", 0)]), "dpo")
+    _, tally = load_records(jsonl(tmp_path / "c.jsonl", [*FLAT, node("x", "gone", "assistant", "X", 0)]), PAIRS)
     assert tally.dropped["reply to a message that is not there"] == 1
     cycle = [node("p", "q", "prompter", "P"), node("q", "p", "assistant", "Q")]
-    assert len(load_records(jsonl(tmp_path / "d.jsonl", [*FLAT, *cycle]), "dpo")[0]) == 4
+    assert len(load_records(jsonl(tmp_path / "d.jsonl", [*FLAT, *cycle]), PAIRS)[0]) == 4
     with pytest.raises(InputError, match="message a9 with role 'judge'"):
-        load_records(jsonl(tmp_path / "e.jsonl", [*FLAT, node("a9", "u2", "judge", "X", 0)]), "dpo")
+        load_records(jsonl(tmp_path / "e.jsonl", [*FLAT, node("a9", "u2", "judge", "X", 0)]), PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_oasst_in_any_order_and_broken(tmp_path):
 def test_oasst_of_wrong_types_is_named(tmp_path, more, found):
     rows = [{**row, **more} if row["message_id"] == "a0" else row for row in FLAT]
     with pytest.raises(InputError) as error:
-        load_records(jsonl(tmp_path / "t.jsonl", rows), "dpo")
+        load_records(jsonl(tmp_path / "t.jsonl", rows), PAIRS)
     assert found in error.value.found and ".jsonl:" in error.value.found
 
 
@@ -248,23 +249,23 @@ def test_deep_trees_do_not_recurse(tmp_path):
     chain = [node("0", None, "prompter", "0")]
     chain += [node(str(i), str(i - 1), ["prompter", "assistant"][i % 2], str(i), 0) for i in range(1, 1500)]
     chain.append(node("other", "1498", "assistant", "other", 1))
-    (record,), _ = load_records(jsonl(tmp_path / "t.jsonl", chain), "dpo")
+    (record,), _ = load_records(jsonl(tmp_path / "t.jsonl", chain), PAIRS)
     assert len(record.prompt) == 1499 and record.rejected == [assistant("other")]
 
 
 def test_equal_ranks_make_no_pair(tmp_path):
     rows = [FLAT[0], FLAT[1], node("a2", "u1", "assistant", "A2", 1), FLAT[2]]
-    records, _ = load_records(jsonl(tmp_path / "t.jsonl", rows), "dpo")
+    records, _ = load_records(jsonl(tmp_path / "t.jsonl", rows), PAIRS)
     assert pairs(records) == [([user("U1")], "A0", "A1"), ([user("U1")], "A0", "A2")]
 
 
 def test_wrong_presets(tmp_path):
     path = jsonl(tmp_path / "t.jsonl", [{"text": "T"}])
     with pytest.raises(InputError) as error:
-        load_records({"path": path, "preset": "oasst"}, "dpo")
+        load_records({"path": path, "preset": "oasst"}, PAIRS)
     assert error.value.found == "preset 'oasst'" and '"preset": "oasst1"' in error.value.fix
     with pytest.raises(InputError) as error:
-        load_records({"path": path, "preset": "oasst1"}, "dpo")
+        load_records({"path": path, "preset": "oasst1"}, PAIRS)
     assert (
         error.value.found == f"{path}: columns text" and "preset oasst1: message_id, parent_id" in error.value.expected
     )
@@ -272,5 +273,5 @@ def test_wrong_presets(tmp_path):
 
 def test_a_mapping_of_ones_own_comes_before_a_schema_seen_by_its_columns(tmp_path):
     path = jsonl(tmp_path / "t.jsonl", FLAT)
-    records, _ = load_records({"path": path, "columns": {"text": "text"}}, "sft")
+    records, _ = load_records({"path": path, "columns": {"text": "text"}}, COMPLETIONS)
     assert [r.text for r in records][:2] == ["U1", "A1"]

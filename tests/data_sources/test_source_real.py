@@ -5,6 +5,7 @@ import pytest
 from jaxalign.data.dialogues import parse_dialogue, render_plain
 from jaxalign.data.files import read_file
 from jaxalign.data.mixture import load_records
+from jaxalign.registry import ALGORITHMS, COMPLETIONS, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +14,7 @@ def data(shared):
 
 
 def load(path, purpose, **source):
-    return load_records({"path": str(path), **source}, purpose)
+    return load_records({"path": str(path), **source}, ALGORITHMS[purpose].reads)
 
 
 def test_hh_rlhf(data):
@@ -112,14 +113,14 @@ def test_oasst_forms_agree(data):
 def test_counts(data, name, purpose, columns, kind, count, dropped):
     records, tally = load(data / name, purpose, columns=columns)
     assert len(records) == count and tally.dropped == dropped and tally.read == count + sum(dropped.values())
-    assert {r.kind for r in records} == {kind}
+    assert {r.form for r in records} == {kind}
 
 
 def test_imdb_is_split_and_keeps_its_labels(data):
-    records, _ = load_records({"path": str(data / "imdb"), "split": "test"}, "ppo", max_records=2000)
+    records, _ = load_records({"path": str(data / "imdb"), "split": "test"}, PROMPTS, max_records=2000)
     assert len(records) == 2000 and records[0].source.endswith("test.jsonl.gz")
     assert set(records[0].columns) == {"id", "label", "rating"} and isinstance(records[0].prompt, str)
-    assert load_records(str(data / "imdb"), "sft", max_records=1)[0][0].source.endswith("train.jsonl.gz")
+    assert load_records(str(data / "imdb"), COMPLETIONS, max_records=1)[0][0].source.endswith("train.jsonl.gz")
 
 
 def test_gsm8k_answers_reach_reward_functions(data):

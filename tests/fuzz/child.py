@@ -65,7 +65,7 @@ def main() -> int:
     """Runs the command at its pace."""
     pace = float(sys.argv[1])
     if pace:
-        from jaxalign.data.loader import Dataset
+        from jaxalign.data.dataset import Dataset
 
         batch = Dataset.batch
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.config import defaults
-from jaxalign.data.loader import Dataset
+from jaxalign.data.build import from_records
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
 from jaxalign.models import hf
@@ -72,7 +72,7 @@ def test_training_and_scoring_read_the_same_token(turns, directory, tmp_path):
     records = [Record(0, "d.jsonl", 1, "pair", prompt=ASKED, **sides)]
     ends = stop_ids(directory, turns)
     assert ends == (TEXT_END, TURN_END)
-    dataset = Dataset.from_records(records, c, turns, "reward", eos_ids=ends)  # as a reward stage builds it
+    dataset = from_records(records, c, turns, eos_ids=ends)  # as a reward stage builds it
     example, scorer = dataset.example(0), load_scorer(str(directory), dtype="float32")
     for tokens, text in zip(example.completions, said.values(), strict=True):
         assert scorer.tokens(ASKED, text, True).tolist() == [*example.prompt.tolist(), *tokens.tolist()]

@@ -10,5 +10,5 @@ import orbax.checkpoint  # noqa: F401
 import tokenizers  # noqa: F401
 import transformers.models.auto.tokenization_auto  # noqa: F401
 
-import jaxalign.data.loader
+import jaxalign.data.dataset
 import jaxalign.train.trainer  # noqa: F401

@@ -135,7 +135,7 @@ def _pace(seconds):
     """Slows each batch down, so that a signal comes in the middle of a run."""
     import time
 
-    from jaxalign.data.loader import Dataset
+    from jaxalign.data.dataset import Dataset
 
     batch = Dataset.batch
 

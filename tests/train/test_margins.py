@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxalign.config import defaults
-from jaxalign.data.loader import Dataset
+from jaxalign.data.build import build
 from jaxalign.errors import InputError
 from jaxalign.models.tokenizer import load_tokenizer
 from jaxalign.train import trainer
@@ -63,6 +63,6 @@ def test_a_held_out_share_may_have_no_margin(shared, tmp_path):
     lines = [PAIR | {"prompt": f"a b {i}", "margin": float(i < 4)} for i in range(40)]
     c = config(shared, tmp_path, lines)
     c.data.eval_fraction, c.seed = 0.1, 1
-    margins = Dataset.build(c, load_tokenizer(c.model.path), "reward", "eval").lengths()["score"]
+    margins = build(c, load_tokenizer(c.model.path), "eval").lengths()["score"]
     assert len(margins) and not margins.any(), "this seed's are without"
     trainer.run(c, dry_run=True)
