@@ -1,4 +1,4 @@
-"""The README's "Your own pairs", followed literally in a fresh clone: seconds from a finished install to the first step.
+"""The README's "Your own pairs", followed in a fresh clone: seconds from a finished install to the first step.
 
     python tests/benchmarks/first_pairs.py                  clones this checkout, installs, trains; a few minutes
     python tests/benchmarks/first_pairs.py --venv .venv     takes an environment that is there: without the install
@@ -50,7 +50,7 @@ def section(readme: str) -> tuple[dict[str, str], list[str], dict[str, str]]:
 def write_pairs(path: Path, count: int, example: dict[str, str], seed: int) -> None:
     """Pairs in the form of the README's line: polite answers over rude ones."""
     rng, lines = random.Random(seed), [example]
-    things = "salt bread book door lamp letter song map cup coat ball box hat key chair".split()
+    things = ("salt", "bread", "book", "door", "lamp", "letter", "song", "map", "cup", "coat", "ball", "box", "chair")
     for _ in range(count - 1):
         thing = rng.choice(things)
         lines.append(
