@@ -135,6 +135,7 @@ def _common() -> ConfigDict:
                 "keep": 1,  # how many checkpoints stay
                 "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
                 "best_mode": "min",  # whether less or more of best_metric is better
+                "patience": none(int),  # evaluations in a row without a better best_metric that end the run; none: off
                 # from the last checkpoint; False: never; whole: from the newest that is not damaged; reward: though the
                 # reward changed
                 "resume": FieldReference(True, field_type=object),

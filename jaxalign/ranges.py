@@ -81,6 +81,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("eval.num_batches", 1, _MANY),
     ("checkpoint.every", 0, _MANY),
     ("checkpoint.keep", 1, _MANY),
+    ("checkpoint.patience", 1, _MANY),
     ("logging.every", 1, _MANY),
     ("logging.samples_every", 0, _MANY),
     ("logging.num_samples", 1, 1 << 16),

@@ -50,6 +50,12 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
                 "room for the other part",
                 f"--config.data.{field}={max_length // 2}",
             )
+    if c.checkpoint.patience and not c.checkpoint.best_metric:
+        raise InputError(
+            f"checkpoint.patience is {c.checkpoint.patience} without a checkpoint.best_metric",
+            "the eval metric that is to become better",
+            "--config.checkpoint.best_metric=eval/loss, or --config.checkpoint.patience=None",
+        )
     if c.checkpoint.best_metric:
         _check_evaluated(c)
     _check_train_on(c.data.get("train_on"))

@@ -1,8 +1,9 @@
-"""The metric that the best checkpoint is chosen by, checked before anything is trained."""
+"""The metric that the best checkpoint is chosen by: checked before anything is trained, and early stopping by it."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,46 @@ import jax
 from jaxalign.errors import InputError
 from jaxalign.parallel.sharding import batch_part, batch_sharding
 from jaxalign.steps.step import make_eval_step
+
+
+class Patience:
+    """Ends a run when `checkpoint.patience` evaluations in a row have not improved `checkpoint.best_metric`.
+
+    What it knows is in `metrics.jsonl`, so that a resumed run ends at the step at which the whole one does.
+    """
+
+    def __init__(self, config: Any, rows: Iterable[Mapping[str, Any]] = ()):
+        """
+        Args:
+          config: of the stage.
+          rows: of its `metrics.jsonl` up to the step that it resumes from.
+        """
+        c = config.checkpoint
+        self._evaluations, self._every = c.patience, config.eval.every
+        self._metric = f"eval/{(c.best_metric or '').removeprefix('eval/')}"
+        self._sign = 1.0 if c.best_mode == "min" else -1.0
+        self._best: tuple[int, float] | None = None  # step and value
+        self._since = 0  # evaluations since then
+        for row in rows:
+            self.add(row["step"], row)
+
+    def add(self, step: int, row: Mapping[str, Any]) -> None:
+        """Takes note of an evaluation; rows of other steps (a run that was asked to stop is evaluated there) are not."""
+        if not self._evaluations or step % self._every or self._metric not in row:
+            return
+        value = row[self._metric]
+        better = value is not None and (self._best is None or self._sign * value < self._sign * self._best[1])
+        self._best, self._since = ((step, value), 0) if better else (self._best, self._since + 1)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the run is to end."""
+        return bool(self._evaluations) and self._since >= self._evaluations
+
+    def sentence(self, step: int) -> str:
+        """Why the run ended at this step."""
+        best = "" if self._best is None else f"; the best is {self._best[1]:.6g}, of step {self._best[0]:,}"
+        return f"stopped early at step {step:,}: {self._since} evaluations without a better {self._metric}{best}"
 
 
 def check_best_metric(stage: Any) -> None:

@@ -19,6 +19,7 @@ from jaxalign.errors import InputError
 from jaxalign.parallel.host_memory import DEVICE, HOST, moved
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
 from jaxalign.train.algorithms import Prepare
+from jaxalign.train.best import Patience
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.health import Health
@@ -60,6 +61,7 @@ class Loop:
     seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     directory: Any = None  # of the run, where a profile's trace goes
+    patience: Patience | None = None  # ends the run before num_steps
     lock: Lock | None = None  # of the directory
     offload: bool = False  # the optimizer's state waits in the host's memory but while updates are made
 
@@ -71,8 +73,8 @@ class Loop:
           start: batches already done.
 
         Returns:
-          The last state, and results: `metrics` and `eval` of the last step, `tokens_per_second` of the whole, and
-          `warnings`, sentences about what went wrong on the way.
+          The last state, and results: `steps` done, `metrics` and `eval` of the last step, `tokens_per_second` of the
+          whole, and `warnings`, sentences about what went wrong on the way.
 
         Raises:
           InputError: a loss that is not finite, or a batch without weight: with the step and the records; a state
@@ -90,8 +92,9 @@ class Loop:
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
         profile = self._profile = Profile(self.directory, self.config.profile, start)
         pending: Pending | None = None
+        done, end = start, start if self._spent() else self.num_steps
         try:
-            with StopRequests() as stop, contextlib.closing(self._batches(start)) as batches:
+            with StopRequests() as stop, contextlib.closing(self._batches(start, end)) as batches:
                 self._mark = time.monotonic()
                 for index, host in profile.over(batches):
                     state, this = self._advance(state, index, host)
@@ -113,19 +116,28 @@ class Loop:
                         self.checkpoints.wait()
                         say(f"{self.name}: stopped at step {index + 1}, saved; the same command resumes")
                         raise Interrupted(128 + signal)
+                    done = index + 1
+                    if self._spent():
+                        break
         finally:
             profile.close()
             progress.close()
+        if self.patience is not None and self._spent() and done < self.num_steps:
+            say(f"{self.name}: {self.patience.sentence(done)}")
         concern = self.health.concern()
         if concern:
             say(f"warning: {self.name}: {concern}")
         speed = self._tokens / self._seconds if self._seconds else None
-        results = {"metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
+        results = {"steps": done, "metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
         return state, results | {"warnings": [concern] if concern else []}
 
-    def _batches(self, start: int) -> Generator[tuple[int, Any]]:
+    def _spent(self) -> bool:
+        """Whether evaluations have not improved for so long that the run ends here."""
+        return self.patience is not None and self.patience.spent
+
+    def _batches(self, start: int, end: int) -> Generator[tuple[int, Any]]:
         part = batch_part(self.mesh)
-        yield from prefetch(lambda i: self.dataset.batch(i, *part), start, self.num_steps, depth=2)
+        yield from prefetch(lambda i: self.dataset.batch(i, *part), start, end, depth=2)
 
     def _advance(self, state: TrainState, index: int, host: Any) -> tuple[TrainState, Pending]:
         """Starts all updates of batch `index`; waits for none of them."""
@@ -173,6 +185,8 @@ class Loop:
         if self.evaluate and (due or (save and best)):
             row |= {f"eval/{name}": value for name, value in self.evaluate(state).items()}
             self._last_eval, self._eval_step = dict(row), step
+            if self.patience is not None:
+                self.patience.add(step, row)
         every = c.logging.get("samples_every", 0)
         if self.sample and not stopping and every and (last or step % every == 0):
             row |= self.sample(state, self.frozen, step)

@@ -23,7 +23,7 @@ from jaxalign.parallel.watch import watched
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
-from jaxalign.train.best import check_best_metric, rarely
+from jaxalign.train.best import Patience, check_best_metric, rarely
 from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
@@ -229,6 +229,7 @@ class Stage:
             dataset, eval_dataset = attach(self, [dataset, eval_dataset])
         frozen = self.frozen()
         writer = Writer(self.directory, c.logging, start=start, config=configuration.to_dict(c))
+        past = read_metrics(self.directory)
         loop = Loop(
             name=c.algorithm.name,
             config=c,
@@ -240,7 +241,7 @@ class Stage:
             num_steps=self.num_steps,
             checkpoints=checkpoints,
             writer=writer,
-            health=Health(read_metrics(self.directory), beta=c.algorithm.get("beta")),
+            health=Health(past, beta=c.algorithm.get("beta")),
             evaluate=self._evaluate(frozen, eval_dataset),
             sample=self._sampler(),
             seconds_per_token=self._seconds_per_token(),
@@ -252,6 +253,7 @@ class Stage:
                 "changes": changes,
             },
             directory=self.directory,
+            patience=Patience(c, (row for row in past if row["step"] <= start)),  # process 0 may still be cutting it
             lock=self.lock,
             offload=self.offload,
         )
@@ -263,11 +265,10 @@ class Stage:
                 writer.close()
             finally:
                 checkpoints.close()
-        if start == self.num_steps:  # it had come to its end before: all that was left to do is to export
+        if start == results["steps"]:  # it had come to its end before: all that was left to do is to export
             results |= last_figures(read_metrics(self.directory))
-        results["export"] = self._export(state, checkpoints)
+        results["export"] = self._export(state, checkpoints, results["steps"])
         results |= {
-            "steps": self.num_steps,
             "num_compiles": self.step.num_compiles,
             "step_memory": self.step.memory,
             "model_bytes": {n: num_bytes(p) for n, p in (state.params | frozen).items()},
@@ -308,14 +309,14 @@ class Stage:
         )
         return flops / (peak * self.mesh.size)
 
-    def _export(self, state: TrainState, checkpoints: Checkpoints) -> str:
+    def _export(self, state: TrainState, checkpoints: Checkpoints, step: int) -> str:
         """Writes the best parameters where a metric says which, else the last, in Hugging Face form."""
         from jaxalign.models import hf
         from jaxalign.models.hub import locate
 
         c, role = self.config, self.program.exported
         best = checkpoints.best()
-        if c.checkpoint.best_metric and best != self.num_steps:
+        if c.checkpoint.best_metric and best != step:
             state = checkpoints.restore(best, self.like)[0]
         target = os.fspath(self.directory.export)
         hf.save(
