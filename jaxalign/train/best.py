@@ -35,7 +35,7 @@ class Patience:
             self.add(row["step"], row)
 
     def add(self, step: int, row: Mapping[str, Any]) -> None:
-        """Takes note of an evaluation; rows of other steps (a run that was asked to stop is evaluated there) are not."""
+        """Takes note of an evaluation that was due: a run that is asked to stop is evaluated at another step too."""
         if not self._evaluations or step % self._every or self._metric not in row:
             return
         value = row[self._metric]
