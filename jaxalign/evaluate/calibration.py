@@ -18,7 +18,7 @@ class Bin(NamedTuple):
 
 
 def calibration(
-    margins: Sequence[float], weights: Sequence[float] | None = None, *, num_bins: int = 10
+    margins: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None, *, num_bins: int = 10
 ) -> tuple[float, list[Bin]]:
     """The expected calibration error of pairwise preferences, and its bins.
 

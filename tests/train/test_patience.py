@@ -72,7 +72,6 @@ def test_a_run_ends_early_exports_the_best_and_ends_there_when_resumed(shared, t
         if "eval/loss" in row
     ]
     assert done["steps"] == 6 and [step for step, _ in evals] == [2, 4, 6]
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]  # the best, the last
     assert "stopped early" in capsys.readouterr().err
     assert run(shared, tmp_path / "run") == done  # it is done
     exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
