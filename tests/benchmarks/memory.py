@@ -1,7 +1,7 @@
 """What SFT, reward, DPO and PPO of one model hold in memory, by role, and what each option saves.
 
     python tests/benchmarks/memory.py                      a Llama of 56 million parameters; a few minutes
-    python tests/benchmarks/memory.py --markdown           tables for the README
+    python tests/benchmarks/memory.py --markdown           tables for docs/memory.md
     python tests/benchmarks/memory.py --cases sft,ppo      some of them
     python tests/benchmarks/memory.py --topology gpu:h200:1x1x1 --dtype bfloat16     AOT for a target topology
     python tests/benchmarks/memory.py --smoke              toy size

@@ -3,7 +3,7 @@
     python tests/benchmarks/peers.py                                   all cases, five rounds; about an hour
     python tests/benchmarks/peers.py --cases sft-padded,dpo-live       a name stands for all that begin with it
     python tests/benchmarks/peers.py --smoke                           toy size, one round: does everything still run
-    python tests/benchmarks/peers.py --markdown RUN.json               the table of an earlier run, for the README
+    python tests/benchmarks/peers.py --markdown RUN.json               the table of an earlier run, for docs/speed.md
     python tests/benchmarks/peers.py --compare OLD.json NEW.json       two runs of the same cases
 
 Run it with the Python that has jaxalign (.venv/bin/python). The peers' environments are made from pins where they are

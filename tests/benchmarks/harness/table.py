@@ -105,7 +105,7 @@ def terminal(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """As the README has it."""
+    """As docs/speed.md has it."""
     lines = ["| " + " | ".join(line) + " |" for line in [HEAD, *rows(result)]]
     return "\n".join([lines[0], "|" + "---|" * len(HEAD), *lines[1:], "", notes(result)])
 
