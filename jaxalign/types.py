@@ -17,6 +17,14 @@ REJECTED = 1
 SINGLE = 2
 
 
+class CausalByIndex(NamedTuple):
+    """What rows promise: no token sees one that comes after it in the row."""
+
+
+class CausalByPosition(NamedTuple):
+    """What rows promise: no token sees one of a later position, nor another of its own: pairs around their prompt."""
+
+
 class Rows(NamedTuple):
     """Rows of tokens; each token sees one half-open interval of row indices.
 
@@ -27,6 +35,9 @@ class Rows(NamedTuple):
     positions: Array  # int32 [B, T], the rotary position; explicit, so padding never shifts it
     attend_start: Array  # int32 [B, T], first row index this token sees
     attend_end: Array  # int32 [B, T], one past the last row index this token sees
+    # What the layout promises, so that attention may leave keys out. It holds no arrays: to jax it is part of the
+    # structure, known when a program is compiled. `data.promises.check_layout` finds rows that do not keep it.
+    causal: CausalByIndex | CausalByPosition | tuple[()] = ()
 
 
 class Readouts(NamedTuple):

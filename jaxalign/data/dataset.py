@@ -63,7 +63,7 @@ class Dataset:
     ):
         self._store, self._selection = store, selection
         self.reads, self.pad_id, self.batch_size = reads, pad_id, batch_size
-        self.layout = Layout(reads.readout, shared_prompt)
+        self.layout = Layout(reads.readout, shared_prompt and int(store.table["count"].max()) > 1)
         self._prompts = reads.readout == "none"  # to sample from: a row each, as wide as the longest of a batch
         self.num_records = len(selection)
         self.fingerprint = digest(store.meta["key"], np.ascontiguousarray(selection, np.int64).tobytes())

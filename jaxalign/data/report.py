@@ -304,7 +304,7 @@ def row_texts(batch: Batch, row: int, tokenizer) -> list[str]:
       row: number of the row.
       tokenizer: decodes.
     """
-    tokens, positions, start, end = (np.asarray(a)[row] for a in batch.rows)
+    tokens, positions, start, end = (np.asarray(a)[row] for a in batch.rows[:4])
     source, target, completion, mask = (np.asarray(a)[row] for a in batch.readouts)
     role, used = np.asarray(batch.completions.role)[row], np.asarray(batch.completions.mask)[row]
     texts = []

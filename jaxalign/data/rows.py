@@ -22,7 +22,17 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign.data.tokenize import Example
-from jaxalign.types import CHOSEN, REJECTED, SINGLE, Batch, Completions, Readouts, Rows
+from jaxalign.types import (
+    CHOSEN,
+    REJECTED,
+    SINGLE,
+    Batch,
+    CausalByIndex,
+    CausalByPosition,
+    Completions,
+    Readouts,
+    Rows,
+)
 
 
 class Shape(NamedTuple):
@@ -44,6 +54,11 @@ class Layout(NamedTuple):
 
     readout: str
     shared_prompt: bool = True
+
+    @property
+    def causal(self) -> CausalByIndex | CausalByPosition:
+        """What rows of such segments promise."""
+        return CausalByPosition() if self.shared_prompt and self.readout != "none" else CausalByIndex()
 
 
 class Segment(NamedTuple):
@@ -148,11 +163,11 @@ def segment(example: Example, layout: Layout) -> Segment:
 
 
 def empty_batch(shape: Shape, pad_id: int) -> Batch:
-    """A batch of padding: every token sees itself, every mask is False."""
+    """A batch of padding: every token sees itself alone, every mask is False."""
     b, t, m, c = shape
     index = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))
     return Batch(
-        Rows(np.full((b, t), pad_id, np.int32), np.zeros((b, t), np.int32), index.copy(), index + 1),
+        Rows(np.full((b, t), pad_id, np.int32), np.zeros((b, t), np.int32), index.copy(), index + 1, CausalByIndex()),
         Readouts(
             source=np.zeros((b, m), np.int32),
             target=np.zeros((b, m), np.int32),
@@ -187,6 +202,7 @@ def build_batch(rows: Sequence[Sequence[Example]], shape: Shape, layout: Layout,
       ValueError: where a row does not fit, naming the record.
     """
     batch = empty_batch(shape, pad_id)
+    batch = batch._replace(rows=batch.rows._replace(causal=layout.causal))
     for b, examples in enumerate(rows):
         token = readout = slot = 0
         for pair, example in enumerate(examples):

@@ -17,7 +17,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import put_batch
-from jaxalign.types import Array, Params, Readouts, Rows
+from jaxalign.types import Array, CausalByIndex, Params, Readouts, Rows
 
 TOKENS_PER_BATCH = 8192  # of a device; the activations of a forward pass over so many are small beside the weights
 _NARROWEST = 32  # width of the smallest row
@@ -140,4 +140,4 @@ def _rows(part: Sequence[Tokens], height: int, width: int, places: int, whole: b
             mask[i, :count] = True if scored is None else scored
         else:
             source[i, 0], mask[i, 0] = n - 1, True
-    return Rows(tokens, positions, start, end), Readouts(source, target, np.zeros_like(source), mask)
+    return Rows(tokens, positions, start, end, CausalByIndex()), Readouts(source, target, np.zeros_like(source), mask)

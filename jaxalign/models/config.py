@@ -41,10 +41,6 @@ class ModelConfig:
     # What the backward pass keeps: "none": everything; "dots": matrix products; "offload": these, in the host's memory;
     # "full": layer inputs.
     remat: str
-    attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
-    # What is promised of all rows: no token sees a later one ("rows"), or none of a later position nor another of its
-    # own ("positions": pairs around the prompt that they share); None: nothing.
-    causal: str | None = None
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property

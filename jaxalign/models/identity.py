@@ -18,7 +18,7 @@ from jaxalign.parallel.sharding import path_name
 from jaxalign.types import Params
 
 # Fields of a description that leave its numbers what they are, but for rounding.
-_HOW = frozenset({"initializer_range", "param_dtype", "remat", "attention", "causal", "hf_config"})
+_HOW = frozenset({"initializer_range", "param_dtype", "remat", "hf_config"})
 _SAMPLE = 4096  # bytes read at each of a tensor's places
 
 

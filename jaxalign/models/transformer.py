@@ -11,47 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.cache import Cache, Seen, extend
+from jaxalign.models.cache import Cache, extend
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.position_order import by_position
+from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries
+from jaxalign.models.position_order import by_position, pays
+from jaxalign.models.schedule import run_cached, run_layers, run_prefill
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
-from jaxalign.ops.attention_blocked import SAVED
-from jaxalign.ops.attention_short import fits
 from jaxalign.ops.linear import linear
 from jaxalign.ops.norm import rms_norm
-from jaxalign.ops.platform import platform
 from jaxalign.ops.readout import take_sources
-from jaxalign.ops.rope import computed_once, frequencies, rotate, rotations
-from jaxalign.parallel.host_memory import DEVICE, HOST
+from jaxalign.ops.rope import frequencies, rotate, rotations
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
-
-# Layers that a CPU runs one after the other instead of in a loop, whose arrays of all layers, filled with zeros,
-# written and read, cost a tenth of a training step. More of them would take too long to compile; who saves memory by
-# rematerialisation gets the loop.
-_UNROLLED = 8
-
-_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_dots_to_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST)
-_saved_to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=(), names_which_can_be_offloaded=(SAVED,), offload_src=DEVICE, offload_dst=HOST
-)
-
-
-def _to_host(primitive, *args, **params):
-    """Keeps what "dots" keeps, in the host's memory."""
-    policy = _dots_to_host if _dots(primitive, *args, **params) else _saved_to_host
-    return policy(primitive, *args, **params)
-
-
-_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        _dots, jax.checkpoint_policies.save_only_these_names(SAVED)
-    ),
-    "offload": _to_host,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Linear(nnx.Module):
@@ -81,12 +53,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention over intervals, with rotary positions.
-
-    `asking` holds x, rotation and rows of the tokens that need an answer; None: all of them do. `slots` [B, S]: where
-    intervals count each token; None: in their order. Returns the answers, and the keys and values [B, K, S, H] of all
-    that was seen.
-    """
+    """Grouped-query self-attention over intervals, with rotary positions."""
 
     def __init__(self, config: ModelConfig, rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -95,20 +62,19 @@ class Attention(nnx.Module):
         self.key = Linear(config, (D,), (K, H), bias, rngs)
         self.value = Linear(config, (D,), (K, H), bias, rngs)
         self.out = Linear(config, (N, H), (D,), bias, rngs)
-        self.causal, self.backend = config.causal == "rows", config.attention
 
-    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, slots=None, asking: Any = None):
-        asking_x, asking_rotation, asking_rows = (x, rotation, rows) if asking is None else asking
-        q = constrain(rotate(self.query(asking_x), *asking_rotation), "batch", None, "tensor", None)
-        k = constrain(rotate(self.key(x), *rotation), "batch", None, "tensor", None)
+    def __call__(self, x, given: LayerInputs, queries: Queries):
+        """The answers to the query tokens, and the keys and values [B, K, S, H] of all tokens that they see."""
+        q = constrain(rotate(self.query(queries.x), *queries.rotation), "batch", None, "tensor", None)
+        k = constrain(rotate(self.key(x), *given.rotation), "batch", None, "tensor", None)
         v = constrain(self.value(x), "batch", None, "tensor", None)
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if seen is not None:
-            kept = extend(seen, *kept)
+        if given.seen is not None:
+            kept = extend(given.seen, *kept)
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in kept)
-        causal = (self.causal or slots is not None) and asking is None
-        backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=causal, asked=self.backend)
-        out = attention(q, k, v, asking_rows.attend_start, asking_rows.attend_end, slots_BS=slots, backend=backend)
+        rows = queries.rows
+        backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=given.causal, asked=given.backend)
+        out = attention(q, k, v, rows.attend_start, rows.attend_end, slots_BS=given.slots, backend=backend)
         return self.out(constrain(out, "batch", None, "tensor", None)), kept
 
 
@@ -129,7 +95,7 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then mlp, each after a norm and added to its input.
 
-    With `sources` [B, M] all tokens are seen, but only those have a result, [B, M, D].
+    All tokens are seen; those that are query tokens have a result, [B, M, D].
     """
 
     def __init__(self, config: ModelConfig, rngs):
@@ -138,12 +104,14 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x, rotation, rows: Rows, seen: Seen | None = None, slots=None, sources=None):
-        seen_x, asking = self.attention_norm(x), None
-        if sources is not None:
-            x, *at = jax.tree.map(lambda y: take_sources(y, sources), (x, rotation, rows))
-            asking = self.attention_norm(x), *at
-        attended, kept = self.attention(seen_x, rotation, rows, seen, slots, asking)
+    def __call__(self, x, given: LayerInputs):
+        seen_x = self.attention_norm(x)
+        if given.queries is None:
+            queries = Queries(seen_x, given.rotation, given.rows)
+        else:
+            x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, given.rotation, given.rows))
+            queries = Queries(self.attention_norm(x), *at)
+        attended, kept = self.attention(seen_x, given, queries)
         x = constrain(x + attended, "batch", None, None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), kept
 
@@ -197,6 +165,7 @@ class Model:
     """A transformer as pure functions of its parameters; hashable, so it may be closed over or static in a jit."""
 
     config: ModelConfig
+    attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
 
     def abstract(self) -> Params:
         """The one declaration: shape and dtype of every parameter, layers stacked [L, ...]."""
@@ -240,59 +209,18 @@ class Model:
           hidden [B, T, D], of sources [B, M, D], in the compute dtype, the advanced cache (None without one), auxiliary
           numbers (none).
         """
-        c = self.config
-        graphdef = _graph(Block, c)[0]
-        slots = None  # where each token stood, if not where it is
-        if cache is None and self._takes_order(rows):
-            rows, slots, places = by_position(rows)
-            sources = places if sources is None else take_sources(places, sources)
-        ends, x, rotation = self._enter(params, rows)
         if cache is not None:
-            # Each layer by itself: its part of the cache is written in place, and neither that nor its parameters
-            # are cut out of stacked arrays, which would copy them for every token.
-            grown = []
-            for layer, keys, values in zip(self._layers(params), cache.keys, cache.values, strict=True):
-                x, kept = nnx.merge(graphdef, layer)(x, rotation, rows, Seen(keys, values, cache.index))
-                grown.append(kept)
-            all_keys, all_values = zip(*grown, strict=True)
-            cache = Cache(all_keys, all_values, cache.index + rows.tokens.shape[1])
-        elif platform() == "cpu" and c.remat == "none" and c.num_layers <= _UNROLLED:
-            *layers, last = self._layers(params)
-            rotation = computed_once(rotation)
-            for layer in layers:
-                x, _ = nnx.merge(graphdef, layer)(x, rotation, rows, slots=slots)
-            # What the last layer makes of a token is seen by no other: only those that are read go through it.
-            few = sources is not None and 4 * sources.shape[1] <= 3 * rows.tokens.shape[1]
-            x, _ = nnx.merge(graphdef, last)(x, rotation, rows, slots=slots, sources=sources if few else None)
-            sources = None if few else sources
-        else:
+            ends, x, given = self._enter(params, rows)
+            x, cache = run_cached(self._layer, params["layers"], x, given, cache)
+            return ends.norm(x if sources is None else take_sources(x, sources)), cache, {}
 
-            def body(x, layer):
-                return nnx.merge(graphdef, layer)(x, rotation, rows, slots=slots)[0], None
+        def stack(rows: Rows, slots: jax.Array | None, sources: jax.Array | None) -> jax.Array:
+            ends, x, given = self._enter(params, rows, slots)
+            return ends.norm(run_layers(self._layer, params["layers"], x, given, sources, remat=self.config.remat))
 
-            if c.remat != "none":
-                # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
-                body = jax.checkpoint(body, policy=_POLICIES[c.remat], prevent_cse=False)
-            x, _ = jax.lax.scan(body, x, params["layers"])
-        if sources is not None:
-            x = take_sources(x, sources)
-        return ends.norm(x), cache, {}
-
-    def _takes_order(self, rows: Rows) -> bool:
-        """Whether rows go through the layers in the order of positions: their attention leaves keys out then."""
-        c, (B, T) = self.config, rows.tokens.shape
-        if c.causal != "positions" or not fits(B, T, T, c.num_heads):
-            return False
-        return choose_backend(T, T, c.dtype, causal=True, asked=c.attention) == "causal"
-
-    def _layers(self, params: Params) -> tuple[Params, ...]:
-        """Each layer's own parameters; the gradient puts theirs side by side in one go."""
-        layers = params["layers"]
-        if isinstance(layers, tuple):
-            return layers
-        leaves, structure = jax.tree.flatten(layers)
-        cut = [[x.squeeze(0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
-        return tuple(jax.tree.unflatten(structure, own) for own in zip(*cut, strict=True))
+        c = self.config
+        run = by_position(stack) if pays(rows, c.num_heads, c.dtype, self.attention) else stack
+        return run(rows, None, sources), None, {}
 
     def prefill(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states as `apply` gives them, and what a cache needs to go on from these rows.
@@ -304,19 +232,20 @@ class Model:
         Returns:
           hidden [B, T, D], keys and values [L, B, K, T, H], all in the compute dtype.
         """
-        graphdef = _graph(Block, self.config)[0]
-        ends, x, rotation = self._enter(params, rows)
-        x, (keys, values) = jax.lax.scan(
-            lambda x, layer: nnx.merge(graphdef, layer)(x, rotation, rows), x, params["layers"]
-        )
+        ends, x, given = self._enter(params, rows)
+        x, keys, values = run_prefill(self._layer, params["layers"], x, given)
         return ends.norm(x), keys, values
 
-    def _enter(self, params: Params, rows: Rows) -> tuple[Any, jax.Array, tuple[jax.Array, jax.Array]]:
-        """What is not a layer, the tokens' vectors, and the rotations of all layers."""
+    def _layer(self, params: Params, x: jax.Array, given: LayerInputs) -> tuple[jax.Array, KeysValues]:
+        """One layer, of its own parameters."""
+        return nnx.merge(_graph(Block, self.config)[0], params)(x, given)
+
+    def _enter(self, params: Params, rows: Rows, slots: jax.Array | None = None) -> tuple[Any, jax.Array, LayerInputs]:
+        """What is not a layer, the tokens' vectors, and what every layer receives."""
         c = self.config
         ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
         rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype))
-        return ends, ends.embed(rows.tokens), rotation
+        return ends, ends.embed(rows.tokens), LayerInputs(rotation, rows, {}, slots, backend=self.attention)
 
     def head(self, params: Params) -> jax.Array:
         """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed."""

@@ -131,7 +131,7 @@ def _works(jax) -> Iterator[tuple[str, str, str]]:
         from jaxalign.models.transformer import Model
         from jaxalign.parallel.mesh import make_mesh
         from jaxalign.parallel.sharding import param_shardings, put_batch
-        from jaxalign.types import Rows
+        from jaxalign.types import CausalByIndex, Rows
 
         mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
         config = {
@@ -140,7 +140,7 @@ def _works(jax) -> Iterator[tuple[str, str, str]]:
         }  # fmt: skip
         model = Model(from_hf(config, dtype="float32", param_dtype="float32", remat="none"))
         index = np.tile(np.arange(32, dtype=np.int32), (len(mesh.devices.flat), 1))
-        rows = Rows(index, index, np.zeros_like(index), index + 1)
+        rows = Rows(index, index, np.zeros_like(index), index + 1, CausalByIndex())
 
         def loss(params, rows):
             return jnp.mean(jnp.square(model.apply(params, rows)[0]))

@@ -23,7 +23,7 @@ from jaxalign.ops.readout import read_hidden, scalar_readout
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.host import local_rows
-from jaxalign.types import Array, Params, Readouts, Rows
+from jaxalign.types import Array, CausalByIndex, Params, Readouts, Rows
 
 _NONE: Mapping[str, Any] = {}
 _LEAST_WIDTH = 32  # row lengths are powers of two from here on, so that few shapes are compiled
@@ -223,5 +223,6 @@ def padded_rows(sequences: list[np.ndarray]) -> tuple[Rows, np.ndarray]:
         positions=np.where(real, place, 0),
         attend_start=np.where(real, 0, place),  # padding sees itself
         attend_end=place + 1,
+        causal=CausalByIndex(),
     )
     return rows, lengths - 1

@@ -15,7 +15,7 @@ import numpy as np
 from jaxalign.models.transformer import Model
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.rollout.slots import Prefilled, Rollout, advance, empty_rollout, lay_out, move, prefill, seat
-from jaxalign.types import Array, Params, Readouts, Rows
+from jaxalign.types import Array, CausalByIndex, Params, Readouts, Rows
 
 GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
 _NARROWEST = 32  # completions are cut to no less
@@ -194,7 +194,9 @@ def completed_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
         positions=jnp.where(mask, position, 0),
         attend_start=jnp.where(mask, rows.attend_start[:, -1:], here),  # padding sees itself
         attend_end=here + 1,
+        causal=CausalByIndex(),
     )
-    whole = Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(rows, completion, strict=True)))
+    rows = rows._replace(causal=CausalByIndex())
+    whole = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), rows, completion)
     readouts = Readouts(source=here - 1, target=completion.tokens, completion=jnp.zeros_like(here), mask=mask)
     return whole, readouts

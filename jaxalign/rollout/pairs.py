@@ -14,10 +14,11 @@ P + 2R tokens in place of 2(P + R).
 from __future__ import annotations
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from jaxalign.rollout.slots import Rollout
-from jaxalign.types import Array, Readouts, Rows
+from jaxalign.types import Array, CausalByPosition, Readouts, Rows
 
 
 def completions_per_row(num_samples: int) -> int:
@@ -44,7 +45,7 @@ def paired_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
       of its tokens.
     """
     chex.assert_rank([rows.tokens, rollout.tokens], 2)
-    prompt = Rows(*(x.reshape(-1, 2, x.shape[1])[:, 0] for x in rows))
+    prompt = jax.tree.map(lambda x: x.reshape(-1, 2, x.shape[1])[:, 0], rows)
     count, width = prompt.tokens.shape
     length = rollout.tokens.shape[1]
     tokens, mask = (x.reshape(count, 2, length) for x in (rollout.tokens, rollout.mask))
@@ -66,6 +67,7 @@ def paired_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
         positions=choose(said + back, said + on, _taken(prompt.positions, within), jnp.int32(0)),
         attend_start=choose(column, begin, begin, column),  # padding sees itself
         attend_end=choose(middle, column + 1, column + 1, column + 1),
+        causal=CausalByPosition(),
     )
     place = jnp.arange(length, dtype=jnp.int32)
     sources = [jnp.where(place == 0, middle - 1, begin - place), jnp.broadcast_to(middle - 1 + place, (count, length))]

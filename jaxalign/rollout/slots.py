@@ -12,7 +12,6 @@ which the batch stands, wherever that is, and `start` says where its row begins:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.parallel.sharding import constrain, param_spec, path_name
 from jaxalign.rollout.sampling import sample, token_keys
-from jaxalign.types import Array, Params, Rows
+from jaxalign.types import Array, CausalByIndex, Params, Rows
 
 
 class Rollout(NamedTuple):
@@ -106,9 +105,8 @@ def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
       rows: prompts [B, P], one of each row, padded on the left, for `seat`; or several, one behind the other, for
         `refill`.
     """
-    chex.assert_rank(list(rows), 2)
-    causal = Model(dataclasses.replace(model.config, causal="rows"))  # whatever the rows are that it learns from
-    hidden, keys, values = causal.prefill(params, rows)
+    chex.assert_rank([rows.tokens, rows.attend_start], 2)
+    hidden, keys, values = model.prefill(params, rows._replace(causal=CausalByIndex()))
     return Prefilled(
         keys=constrain(keys, None, "batch", "tensor", None, None),
         values=constrain(values, None, "batch", "tensor", None, None),

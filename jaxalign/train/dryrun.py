@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.data.promises import check_layout
 from jaxalign.data.report import as_text
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
@@ -18,7 +19,7 @@ from jaxalign.train.models import num_bytes
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
 from jaxalign.train.trainer import data_warnings
-from jaxalign.types import Batch, Completions, PolicyBatch, Readouts, Rows
+from jaxalign.types import Batch, CausalByIndex, CausalByPosition, Completions, PolicyBatch, Readouts, Rows
 
 _ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
 
@@ -43,6 +44,7 @@ def report(stage: Any) -> dict[str, Any]:
     data = stage.dataset.report
     say("data:")
     say(as_lines(data))
+    check_layout(stage.dataset.batch(0, *batch_part(stage.mesh)).rows)
     rows = show_rows(stage.dataset, stage.tokenizer)
     say("\nrows, what is trained on in ⟦brackets⟧:")
     for row in rows:
@@ -125,7 +127,9 @@ def abstract_batch(stage: Any) -> Any:
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=sharding)
 
     whole = Batch(
-        Rows(*(array(np.int32, width + length) for _ in Rows._fields)),
+        Rows(*[array(np.int32, width + length)] * 4)._replace(
+            causal=CausalByIndex() if together == 1 else CausalByPosition()
+        ),
         Readouts(array(np.int32, length), array(np.int32, length), array(np.int32, length), array(np.bool_, length)),
         Completions(*(array(x.dtype, together) for x in batch.completions)),
         array(np.int32, together),

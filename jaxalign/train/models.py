@@ -19,7 +19,6 @@ from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.types import Params
 
 
@@ -107,8 +106,7 @@ class Loader:
                     hf.check(directory, found)
 
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, found.head_dim)
-        described = dataclasses.replace(found, attention=c.attention, causal=causal(self.config))
-        return Role(Model(described), load, learning_rate, check)
+        return Role(Model(found, c.attention), load, learning_rate, check)
 
 
 def revision_of(path: str, config: Any) -> str | None:
@@ -182,15 +180,6 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     with c.unlocked():
         c.data.max_length = longest
     return c, told
-
-
-def causal(config: Any) -> str:
-    """What a stage's batches promise their models: completions that share a prompt lie around it, all others follow."""
-    if config.algorithm.name == "ppo":
-        shared = completions_per_row(config.rollout.num_samples) > 1
-    else:
-        shared = config.algorithm.name != "sft" and config.data.get("shared_prompt", True)  # as the loader reads it
-    return "positions" if shared else "rows"
 
 
 def num_bytes(tree: Any) -> int:

@@ -11,7 +11,6 @@ are counted. The ratio says what all else costs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import statistics
@@ -73,7 +72,7 @@ def make_step(args: argparse.Namespace):
         "tie_word_embeddings": False,
     }
     config = from_hf(described, dtype="float32", param_dtype="float32", remat="none")
-    model = transformer.Model(dataclasses.replace(config, causal="rows"))
+    model = transformer.Model(config)
     tx = make_optimizer(defaults("sft").optimizer, 1e-4, 1000)
     step = make_train_step(sft_objective(model.apply, model.head), {"policy": tx})
     params = jax.jit(model.init)(jax.random.key(0))

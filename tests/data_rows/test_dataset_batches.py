@@ -12,10 +12,11 @@ from jaxalign.data.build import build as build_dataset
 from jaxalign.data.build import from_records
 from jaxalign.data.dataset import DataStreamError
 from jaxalign.data.prefetch import prefetch
+from jaxalign.data.promises import check_layout
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS
-from jaxalign.train.models import causal
+from jaxalign.types import CausalByIndex, CausalByPosition
 
 PURPOSES = tuple(ALGORITHMS)
 
@@ -60,7 +61,7 @@ def build(tmp_path, tokenizer_of, pairs):
 
 
 def _leaves(batch):
-    return [np.asarray(a) for part in batch[:3] for a in part] + [batch.record_ids]
+    return [np.asarray(a) for part in (batch.rows[:4], *batch[1:3]) for a in part] + [batch.record_ids]
 
 
 def _equal(a, b):
@@ -267,23 +268,12 @@ def test_build_reads_sources(tmp_path, tokenizer_of, shared):
         ("dpo", {"packing": True}),
     ],
 )
-def test_rows_are_causal_where_the_models_are_told_so(build, tmp_path, purpose, data):
-    """Indeed "rows" where no token sees a later one; else none sees a later position, nor another of its own."""
+def test_rows_keep_what_they_promise(build, purpose, data):
+    """Causal by index where no token sees a later one; else none sees a later position, nor another of its own."""
     rows = build(purpose, **data).batch(0).rows
-    index = np.arange(rows.tokens.shape[1])
-    sees_later = rows.attend_end > index + 1
-    assert causal(_config(tmp_path, purpose, **data)) == ("positions" if sees_later.any() else "rows")
-    visible = (
-        (index >= rows.attend_start[..., None]) & (index < rows.attend_end[..., None]) & ~np.eye(len(index), dtype=bool)
-    )
-    assert (rows.positions[:, None] < rows.positions[..., None])[visible].all()
-
-
-@pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
-def test_completions_that_share_a_prompt_are_not_causal(tmp_path, num_samples):
-    config = _config(tmp_path, "ppo")
-    config.rollout.num_samples = num_samples
-    assert causal(config) == ("rows" if num_samples % 2 else "positions")
+    sees_later = (rows.attend_end > np.arange(rows.tokens.shape[1]) + 1).any()
+    assert isinstance(rows.causal, CausalByPosition if sees_later else CausalByIndex)
+    check_layout(rows)
 
 
 @pytest.mark.parametrize("depth", [0, 2])

@@ -1,6 +1,5 @@
 """Attention: every backend against a loop over queries, values and gradients."""
 
-import dataclasses
 import functools
 import types
 
@@ -15,6 +14,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.ops import attention as attention_module
 from jaxalign.ops import attention_blocked
 from jaxalign.ops.attention import BACKENDS, attention, choose_backend
+from jaxalign.types import CausalByIndex, CausalByPosition
 
 IN_XLA = ("blocked", "plain", "short")  # those made of XLA's products, in any dtype; the others are kernels
 
@@ -207,19 +207,18 @@ def test_a_backend_that_the_device_does_not_run_is_refused(asked, platform, dtyp
 @pytest.mark.parametrize(
     "asked, causal, expected",
     [
-        (None, None, "short"),
-        (None, "rows", "causal"),
-        (None, "positions", "causal"),
-        ("blocked", "rows", "blocked"),
-        ("blocked", "positions", "blocked"),
+        (None, (), "short"),
+        (None, CausalByIndex(), "causal"),
+        (None, CausalByPosition(), "causal"),
+        ("blocked", CausalByIndex(), "blocked"),
+        ("blocked", CausalByPosition(), "blocked"),
     ],
 )
-def test_the_model_takes_what_its_config_says(asked, causal, expected, monkeypatch):
-    model = tiny.model()
-    told = Model(dataclasses.replace(model.config, attention=asked, causal=causal))
-    rows = tiny.causal(np.zeros((1, 100), np.int32))
+def test_the_model_takes_what_rows_promise_and_what_is_asked_for(asked, causal, expected, monkeypatch):
+    model = Model(tiny.model().config, asked)
+    rows = tiny.causal(np.zeros((1, 100), np.int32))._replace(causal=causal)
     taken = []
     for name, backend in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, lambda *args, n=name, b=backend: (taken.append(n), b(*args))[1])
-    jax.eval_shape(lambda: told.apply(told.init(jax.random.key(0)), rows)[0])
+    jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0)), rows)[0])
     assert set(taken) == {expected}

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.data.promises import check_layout
 from jaxalign.data.rows import Layout, Shape, build_batch
 from jaxalign.data.tokenize import Example
-from jaxalign.models import transformer
+from jaxalign.models import position_order, schedule
 from jaxalign.models.transformer import Model
 from jaxalign.ops import attention_short
 from jaxalign.ops.attention import attention
 from jaxalign.ops.readout import read_hidden
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.types import Readouts, Rows
+from jaxalign.types import CausalByPosition, Readouts, Rows
 from tests.models import tiny_models as tiny
 from tests.models.test_transformer import WIDE, assert_close, params_of
 
@@ -29,7 +30,7 @@ def pair_rows(length: int) -> Rows:
         Example(i, RNG.integers(0, 64, p), tuple(RNG.integers(0, 64, n) for n in (c, r)), (), (True,) * 2, 1.0, 0.0)
         for i, (c, p, r) in enumerate(sizes)
     ]
-    return build_batch([[x] for x in examples], Shape(2, length, 0, 2), Layout("none"), 0).rows
+    return untold(build_batch([[x] for x in examples], Shape(2, length, 0, 2), Layout("none"), 0).rows)
 
 
 def readouts_of(source) -> Readouts:
@@ -49,12 +50,17 @@ def outcome(model, params, rows, source, weight):
     return hidden, gradients
 
 
-def promised(model: Model) -> Model:
-    """Told that its rows are causal by position, and taking them in that order where that pays."""
-    return Model(dataclasses.replace(model.config, causal="positions"))
+def promised(rows: Rows) -> Rows:
+    """They say that they are causal by position, and are taken in that order where that pays."""
+    check_layout(rows._replace(causal=CausalByPosition()))
+    return rows._replace(causal=CausalByPosition())
 
 
-@pytest.mark.parametrize("tell", [lambda model: model, promised])
+def untold(rows: Rows) -> Rows:
+    return rows._replace(causal=())
+
+
+@pytest.mark.parametrize("tell", [untold, promised])
 @pytest.mark.parametrize("length, count", [(12, 3), (12, 12), (128, 1), (128, 96), (200, 200)])
 def test_what_is_read_is_what_all_tokens_have(length, count, tell, x64):
     """Few sources or all, in any order and more than once, through short and long ways of attention."""
@@ -70,7 +76,7 @@ def test_what_is_read_is_what_all_tokens_have(length, count, tell, x64):
         return jnp.sum(hidden * weight), hidden
 
     (_, hidden), gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
-    assert_close((hidden, gradients), outcome(tell(model), params, rows, source, weight))
+    assert_close((hidden, gradients), outcome(model, params, tell(rows), source, weight))
 
 
 @pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"remat": "dots"}, {"most_weights": 1}])
@@ -78,22 +84,22 @@ def test_the_order_of_tokens_is_not_seen(changes, monkeypatch, x64):
     """Several pairs in a row, all hidden states and their gradients; weights that are too many take no other order."""
     monkeypatch.setattr(attention_short, "_MOST_WEIGHTS", changes.pop("most_weights", attention_short._MOST_WEIGHTS))
     model = tiny.model(**WIDE)
-    rows = Rows(*(x.reshape(1, -1) for x in pair_rows(128)))
+    rows = jax.tree.map(lambda x: x.reshape(1, -1), pair_rows(128))
     shift = np.repeat([0, 128], 128)[None]
     rows = rows._replace(attend_start=rows.attend_start + shift, attend_end=rows.attend_end + shift)
     params, weight = params_of(model), RNG.normal(size=(1, 256, 32))
-    taken, by_position = [], transformer.by_position
-    monkeypatch.setattr(transformer, "by_position", lambda rows: taken.append(rows) or by_position(rows))
+    taken, sort_rows = [], position_order.sort_rows
+    monkeypatch.setattr(position_order, "sort_rows", lambda rows: taken.append(rows) or sort_rows(rows))
 
-    def run(model):
+    def run(model, rows):
         def loss(params):
             hidden = model.apply(params, rows)[0]
             return jnp.sum(hidden * weight), hidden
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-    told = promised(model)
-    assert_close(run(model), run(Model(dataclasses.replace(told.config, **changes))))
+    changed = Model(dataclasses.replace(model.config, **changes))
+    assert_close(run(model, rows), run(changed, promised(rows)))
     assert len(taken) == (attention_short._MOST_WEIGHTS > 1)
 
 
@@ -103,7 +109,10 @@ def test_a_broken_promise_is_loud():
     prompt = int(np.argmin(rows.positions[0]))
     end = rows.attend_end.copy()
     end[0, prompt] += 64
-    hidden = promised(model).apply(params_of(model), rows._replace(attend_end=end))[0]
+    broken = promised(rows)._replace(attend_end=end)
+    with pytest.raises(ValueError, match=f"token {prompt} of row 0"):
+        check_layout(broken)
+    hidden = model.apply(params_of(model), broken)[0]
     bad = np.zeros((2, 128), bool)
     bad[0, prompt] = True
     np.testing.assert_array_equal(np.isnan(hidden).all(-1), bad)
@@ -116,11 +125,11 @@ def test_layers_in_a_loop_are_layers_one_by_one(count, monkeypatch, x64):
     params, rows = params_of(model), pair_rows(12)
     source, weight = RNG.integers(0, 12, (2, count)), RNG.normal(size=(2, count, 32))
     one_by_one = outcome(model, params, rows, source, weight)
-    monkeypatch.setattr(transformer, "_UNROLLED", 0)
+    monkeypatch.setattr(schedule, "_UNROLLED", 0)
     assert_close(one_by_one, outcome(model, params, rows, source, weight))
 
 
-@pytest.mark.parametrize("length, tell", [(16, lambda model: model), (128, promised)])
+@pytest.mark.parametrize("length, tell", [(16, untold), (128, promised)])
 def test_what_is_read_on_a_mesh(length, tell, x64):
     """Rows split over two axes, heads over the third."""
     model = tiny.model(**WIDE)
@@ -128,7 +137,7 @@ def test_what_is_read_on_a_mesh(length, tell, x64):
     source, weight = RNG.integers(0, length, (4, 4)), RNG.normal(size=(4, 4, 32))
     alone = outcome(model, params, rows, source, weight)
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
-        assert_close(alone, outcome(tell(model), params, rows, source, weight))
+        assert_close(alone, outcome(model, params, tell(rows), source, weight))
 
 
 def test_only_what_is_read_goes_through_the_last_layer():
@@ -144,7 +153,7 @@ def test_only_what_is_read_goes_through_the_last_layer():
 def test_many_weights_are_not_kept(monkeypatch):
     """Rows too many for their attention's weights to be kept go block by block."""
     x = [jnp.asarray(RNG.normal(size=(2, 128, 2, 8)), jnp.float32) for _ in range(3)]
-    _, _, start, end = pair_rows(128)
+    _, _, start, end, _ = pair_rows(128)
     kept = attention(*x, start, end, backend="short")
     monkeypatch.setattr(attention_short, "_MOST_WEIGHTS", 2 * 2 * 128 * 128 - 1)
     program = str(jax.make_jaxpr(lambda *x: attention(*x, start, end, backend="short"))(*x))

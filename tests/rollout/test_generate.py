@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.data.promises import check_layout
 from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
@@ -99,6 +100,7 @@ def test_completed_rows_are_prompt_and_completion(policy):
     batch = prompt_batch(PROMPTS, 5)
     out = run(policy, PROMPTS, [0, 1, 2, 3])
     rows, readouts = jax.tree.map(np.asarray, completed_rows(batch.rows, out))
+    check_layout(rows)
     for b, prompt in enumerate(PROMPTS):
         said = np.asarray(out.tokens)[b][np.asarray(out.mask)[b]].tolist()
         first, end = 5 - len(prompt), 5 + len(said)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.data.promises import check_layout
 from jaxalign.data.rows import Layout, segment
 from jaxalign.data.tokenize import Example
 from jaxalign.rollout.pairs import last_columns, paired_rows
@@ -54,6 +55,7 @@ def test_rows_are_those_of_the_data_layer():
 def test_nothing_is_read_of_a_prompt_that_is_not_there():
     _, _, rows, readouts = paired()
     assert not readouts.mask[3].any()
+    check_layout(rows)
     assert (rows.attend_start < rows.attend_end).all() and (rows.attend_start[3] <= np.arange(14)).all()
 
 
