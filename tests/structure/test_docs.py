@@ -1,6 +1,7 @@
 """The pages of docs/ know every warning, and their code runs."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -82,4 +83,14 @@ def test_the_table_of_trl_agrees_with_the_names_that_are_translated():
     for theirs, ours in rows:
         for name in theirs:
             known = ALIASES.get(name, ())
-            assert ours[0] in known or (not known and ours[0].endswith(name)), (name, ours, known)
+            assert ours[0] in known or (not known and ours[0].endswith(name.rpartition("_")[2])), (name, ours, known)
+
+
+def test_modules_and_names_that_pages_speak_of_are_there():
+    for page in (ROOT / "docs").glob("*.md"):
+        for name in set(re.findall(r"`(jaxalign(?:\.\w+)+)`", page.read_text())):
+            module, _, attribute = name.rpartition(".")
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError:
+                assert hasattr(importlib.import_module(module), attribute), (page.name, name)
