@@ -142,8 +142,10 @@ def _common() -> ConfigDict:
             },
             "logging": {
                 "every": 1,  # steps between lines of metrics.jsonl
-                "tensorboard": True,  # write workdir/events
-                "wandb_project": none(str),  # Weights & Biases, with the extra `wandb`
+                "trackers": ("tensorboard",),  # tensorboard (workdir/events), wandb, mlflow; the last two are extras
+                "project": none(str),  # of wandb and mlflow; default: jaxalign
+                "run_name": none(str),  # there; default: workdir
+                "tags": (),  # there
                 "progress": True,  # a line on the terminal
             },
         }

@@ -13,6 +13,8 @@ REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
 TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
 TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
+
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although what scores is another now
 
 # (field, allowed values)

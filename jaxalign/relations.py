@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.ranges import LEAST_TEMPERATURE, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
+from jaxalign.ranges import LEAST_TEMPERATURE, TRACKERS, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
 from jaxalign.registry import ALGORITHMS, Algorithm
 
 
@@ -60,6 +60,7 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
         _check_evaluated(c)
     _check_train_on(c.data.get("train_on"))
     _check_mesh(c.mesh)
+    _check_trackers(c.logging)
     if "rollout" in c:
         _check_stop(c.rollout.stop)
         if 0 < c.rollout.temperature < LEAST_TEMPERATURE:
@@ -97,6 +98,20 @@ def _check_train_on(train_on: str | None) -> None:
         f"one of {', '.join(TRAIN_ON)}, or roles joined by commas, of {', '.join(TRAIN_ON_ROLES)}",
         f"--config.data.train_on={near[0] if near else TRAIN_ON[0]}",
     )
+
+
+def _check_trackers(cfg: Any) -> None:
+    for name in cfg.trackers:
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(str(name), TRACKERS, n=1, cutoff=0.0)
+            raise InputError(
+                f"logging.trackers holds {shown(name)}",
+                f"names of {', '.join(TRACKERS)}",
+                f"--config.logging.trackers={near[0] if near else TRACKERS[0]}",
+            )
+    for tag in cfg.tags:
+        if not isinstance(tag, str) or not tag.strip():
+            raise InputError(f"logging.tags holds {shown(tag)}", "words", "--config.logging.tags=first,second")
 
 
 def _check_mesh(sizes: Any) -> None:

@@ -70,7 +70,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
         ("greater_is_better", "checkpoint.best_mode"),
         ("resume_from_checkpoint", "checkpoint.resume"),
         ("logging_steps log_every log_interval", "logging.every"),
-        ("report_to wandb run_name wandb_name", "logging.wandb_project"),
+        ("report_to wandb tensorboard logging.tensorboard logging.wandb", "logging.trackers"),
+        ("wandb_name wandb_run_name logging.name", "logging.run_name"),
+        ("wandb_project project_name logging.wandb_project", "logging.project"),
         ("num_sample_generations sample_every", "logging.samples_every"),
         ("tp tensor_parallel tensor_parallel_size", "mesh.tensor"),
         ("dp data_parallel data_parallel_size", "mesh.data"),
@@ -99,7 +101,9 @@ _VALUES: dict[str, dict[str, str | None]] = {
         ("lr_scheduler_type lr_scheduler scheduler lr_schedule", {"constant_with_warmup": "constant"}),
         ("optim optimizer.type", dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")),
         ("evaluation_strategy eval_strategy save_strategy", {"no": "0", "epoch": None, "steps": None}),
-        ("report_to wandb", {"true": None, "wandb": None, "tensorboard": "None", "none": "None"}),
+        ("report_to", {"none": "None", "all": "tensorboard,wandb"}),
+        ("wandb logging.wandb", {"true": "wandb", "false": "tensorboard"}),
+        ("tensorboard logging.tensorboard", {"true": "tensorboard", "false": "None"}),
         ("resume_from_checkpoint", {"none": "False"}),
     )
     for alias in aliases.split()

@@ -21,6 +21,7 @@ EXTRAS = (
     (("jax-cuda13-plugin", "jax-cuda12-plugin"), "NVIDIA GPUs", "pip install 'jaxalign[cuda]'"),
     (("libtpu",), "TPUs", "pip install 'jaxalign[tpu]'"),
     (("wandb",), "logging to Weights & Biases", "pip install 'jaxalign[wandb]'"),
+    (("mlflow",), "logging to MLflow", "pip install 'jaxalign[mlflow]'"),
     (("matplotlib",), "pictures of the quickstart", "pip install 'jaxalign[plots]'"),
     (("tensorboardX",), "logging to TensorBoard", "pip install tensorboardX"),
     (("gcsfs",), "data on gs://", "pip install gcsfs"),

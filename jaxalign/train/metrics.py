@@ -1,9 +1,8 @@
-"""Where a run's figures go: `metrics.jsonl`, TensorBoard, Weights & Biases, and a line on the terminal."""
+"""Where a run's figures go: `metrics.jsonl`, the trackers, and a line on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -15,9 +14,9 @@ from typing import IO, Any
 import numpy as np
 
 from jaxalign.disk import write_whole, writing
-from jaxalign.errors import InputError
 from jaxalign.parallel.processes import is_main
 from jaxalign.train.rundir import DAMAGED, RunDir
+from jaxalign.train.trackers import Tracker, start_trackers
 
 
 class Writer:
@@ -32,9 +31,10 @@ class Writer:
           run: the run's directory.
           cfg: the `logging` section.
           start: the step that the run resumes from; rows of later steps, left by a crash, are cut.
-          config: the whole configuration, for Weights & Biases.
+          config: the whole configuration, for the trackers.
         """
-        self._run, self._events, self._wandb = run, None, None
+        self._run = run
+        self._trackers: list[Tracker] = []
         self._file: IO[str] | None = None
         if not is_main():
             return
@@ -48,10 +48,7 @@ class Writer:
             self._lines = run.metrics.read_text() if run.metrics.exists() else ""
         else:
             self._file = open(os.fspath(run.metrics), "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        if cfg.tensorboard:
-            self._events = _start_tensorboard(run, start)
-        if cfg.wandb_project:
-            self._wandb = _start_wandb(cfg.wandb_project, run, config)
+        self._trackers = start_trackers(run, cfg, start, config)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one row; values that are not finite become null."""
@@ -65,11 +62,8 @@ class Writer:
                 self._file.flush()
             else:
                 self._lines += line
-        if self._events is not None:
-            with writing(self._run.events):
-                self._events.add(step, finite)
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in finite.items() if v is not None}, step=step)
+        for tracker in self._trackers:
+            tracker.add(step, finite)
 
     def flush(self) -> None:
         """Makes sure that what was written survives a crash; called before each checkpoint."""
@@ -85,77 +79,12 @@ class Writer:
     def close(self) -> None:
         """Writes what is left."""
         with contextlib.ExitStack() as last:  # each of them, whatever the others do
-            if self._wandb is not None:
-                last.callback(self._wandb.finish)
-            if self._events is not None:
-                last.enter_context(writing(self._run.events))
-                last.callback(self._events.close)
+            for tracker in self._trackers:
+                last.callback(tracker.close)
             if self._file is not None:
                 last.enter_context(writing(self._run.metrics))
                 last.callback(self._file.close)
             self.flush()
-
-
-class Events:
-    """Figures for TensorBoard, without a thread of their own: one that dies of a full disk hangs whoever feeds it."""
-
-    _EVERY = 30.0  # seconds between flushes: each is an upload to an object store
-
-    def __init__(self, directory: str, start: int):
-        """
-        Args:
-          directory: a path or a URL.
-          start: the step that the run resumes from; TensorBoard forgets later ones, left by a crash.
-        """
-        from tensorboardX import proto, summary
-        from tensorboardX.event_file_writer import EventsWriter, directory_check
-
-        self._event, self._scalar = proto.event_pb2.Event, summary.scalar
-        directory_check(directory)
-        self._writer = EventsWriter(os.path.join(directory, "events"), f".{os.getpid()}")
-        self._flushed = 0.0
-        begun = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
-        self._writer.write_event(self._event(wall_time=time.time(), step=start + 1, session_log=begun))
-
-    def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Adds the figures of a step; None is left out."""
-        for name, value in values.items():
-            if value is not None:
-                self._writer.write_event(
-                    self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
-                )
-        if time.monotonic() - self._flushed > self._EVERY:
-            self._writer.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self._writer.close()
-
-
-def _start_tensorboard(run: RunDir, start: int) -> Any:
-    try:
-        return Events(os.fspath(run.events), start)
-    except ImportError as error:  # object stores need their own client
-        raise InputError(
-            f"TensorBoard events in {run.events}: {error}",
-            "the store's client library, or no events",
-            "--config.logging.tensorboard=False",
-        ) from error
-
-
-def _start_wandb(project: str, run: RunDir, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError(
-            f"logging.wandb_project is {project!r} and wandb is not installed",
-            "the extra wandb, or no project",
-            "pip install 'jaxalign[wandb]', or --config.logging.wandb_project=None",
-        ) from error
-    name = str(run.path)
-    ident = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()  # a resumed run continues its own curves
-    return wandb.init(project=project, name=name, id=ident, config=dict(config), resume="allow")
 
 
 def cut_back(run: RunDir, step: int) -> None:

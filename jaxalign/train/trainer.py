@@ -36,6 +36,7 @@ from jaxalign.train.models import Loader, describe_start, fit_length, num_bytes,
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
+from jaxalign.train.trackers import check_trackers
 from jaxalign.types import TrainState
 
 
@@ -62,6 +63,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     reset_peak_memory()
     configuration.validate(config)
     require_dtypes(**{name: config.model[name] for name in ("dtype", "param_dtype", "frozen_dtype")})
+    check_trackers(config.logging.trackers)
     config, told = fit_length(config)
     for warning in [*configuration.validate(config), *told]:
         warnings.warn(warning, stacklevel=2)

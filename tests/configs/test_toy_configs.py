@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def run(folder, name, monkeypatch):
     """The stage's results, and its metrics by step."""
     monkeypatch.chdir(folder)
-    config = load_config(str(TOY / f"{name}.py"), [("logging.tensorboard", "false"), ("logging.progress", "false")])
+    config = load_config(str(TOY / f"{name}.py"), [("logging.trackers", "None"), ("logging.progress", "false")])
     results = trainer.run(config, devices=jax.devices()[:1])
     rows = [json.loads(line) for line in (folder / config.workdir / "metrics.jsonl").read_text().splitlines()]
     return results, [

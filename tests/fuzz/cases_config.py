@@ -198,7 +198,7 @@ def _texts(rng):
             "long": ("x" * 1500, '"x" * 1500'),
         }.items():
             fine = {"workdir": ("nowhere", "number", "newline"), "data.cache_dir": ("nowhere", "number", "newline")}
-            fine["logging.wandb_project"] = ("nowhere", "number", "newline", "long", "nul")
+            fine["logging.project"] = ("nowhere", "number", "newline", "long", "nul")
             fine["checkpoint.best_metric"] = fine["model.revision"] = ()
             expect = SOUND if name in fine.get(field, ()) else REFUSED
             yield _case(rng, field, algorithms, name, value, expect, words=(), dry=field == "workdir")

@@ -71,7 +71,7 @@ def get_config():
     c.data.max_length = 64
     c.batch_size = 4
     c.num_train_steps = 2
-    c.logging.tensorboard = False
+    c.logging.trackers = ()
     c.logging.progress = False
 """
     if algorithm == "ppo":

@@ -31,7 +31,7 @@ def run(request, tmp_path_factory):
     c.optimizer.learning_rate, c.optimizer.schedule = 1.0, "constant"
     c.eval.every, c.eval.num_batches = 1, 1
     c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 1, 3, "loss"
-    c.logging.tensorboard = c.logging.progress = False
+    c.logging.trackers, c.logging.progress = (), False
     results = pipeline.run(stages(str(folder / "run"), sft=c), log=lambda line: None)
     assert results["sft"]["steps"] == 3
     return folder / "run"

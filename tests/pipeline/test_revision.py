@@ -55,7 +55,7 @@ def test_a_ppo_run_and_its_exports_are_of_that_revision(hub, tmp_path):
     c.data.sources, c.data.max_length = (str(tmp_path / "p.jsonl"),), 32
     c.batch_size, c.num_train_steps, c.rollout.max_new_tokens, c.algorithm.num_ppo_epochs = 2, 1, 4, 1
     c.rewards.function = f"{tmp_path / 'mine.py'}:reward"
-    c.logging.tensorboard = c.logging.progress = False
+    c.logging.trackers, c.logging.progress = (), False
     found = trainer.run(c, devices=jax.devices()[:1])  # the value model starts from the policy's
     read = lambda folder: json.loads((folder / "generation_config.json").read_text())["of"]  # noqa: E731
     assert found["model_bytes"].keys() == {"policy", "value", "ref"}

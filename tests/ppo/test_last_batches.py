@@ -44,7 +44,7 @@ def run(shared, folder, prompts, held_out=None, **fields):
     c.batch_size, c.rollout.max_new_tokens, c.num_epochs = 4, 4, 1
     c.algorithm.num_ppo_epochs, c.algorithm.num_minibatches, c.optimizer.learning_rate = 1, 2, 1e-3
     c.rewards.function = f"{folder / 'mine.py'}:reward"
-    c.logging.tensorboard = c.logging.progress = False
+    c.logging.trackers, c.logging.progress = (), False
     c.logging.samples_every = 1
     for name, value in fields.items():
         section, leaf = name.split("__")

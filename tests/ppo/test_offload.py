@@ -63,7 +63,7 @@ def test_a_run_is_bitwise_the_same_and_holds_less(shared, tmp_path, monkeypatch,
         c.data.sources, c.data.max_length, c.model.remat = (str(tmp_path / "prompts.jsonl"),), 64, "none"
         c.batch_size, c.num_train_steps, c.rollout.max_new_tokens = 4, 2, 8
         c.algorithm.offload, c.algorithm.num_ppo_epochs, c.optimizer.learning_rate = offload, 1, 1e-3
-        c.logging.tensorboard = c.logging.progress = False
+        c.logging.trackers, c.logging.progress = (), False
         results[offload] = trainer.run(c, devices=jax.devices()[:1])
     a, b = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("False", "True"))
     for name in a:

@@ -16,7 +16,7 @@ CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 # Extras that people add to use the package; the others are for tests and for compiling ahead.
 EXTRAS = {
     canonical: name
-    for name in ("cuda", "cuda12", "tpu", "gcs", "wandb", "plots")
+    for name in ("cuda", "cuda12", "tpu", "gcs", "wandb", "mlflow", "plots")
     for line in PROJECT["optional-dependencies"].get(name, [])
     for canonical in [Requirement(line).name.lower().replace("_", "-")]
 }

@@ -73,7 +73,7 @@ class World:
     ):
         self.config = defaults("dpo")
         self.config.workdir = str(workdir)
-        self.config.logging.tensorboard = False
+        self.config.logging.trackers = ()
         self.config.logging.progress = False
         for name, value in fields.items():
             section, leaf = name.split("__")

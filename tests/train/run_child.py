@@ -36,7 +36,7 @@ def stories(shared, workdir, algorithm, **fields):
         "batch_size": 4,
         "num_train_steps": 8,
         "checkpoint.every": 2,
-        "logging.tensorboard": False,
+        "logging.trackers": (),
         "logging.progress": False,
         "optimizer.learning_rate": 1e-4,
         "model.remat": "none",

@@ -17,7 +17,7 @@ from jaxalign.types import TrainState
 def config(tmp_path):
     c = defaults("sft")
     c.workdir, c.model.path, c.data.sources = str(tmp_path / "run"), "m", ("a",)
-    c.logging.tensorboard = False
+    c.logging.trackers = ()
     return c
 
 

@@ -96,7 +96,7 @@ def test_metrics(tmp_path):
 
 def test_tensorboard_events(tmp_path):
     config = World(tmp_path).config
-    config.logging.tensorboard = True
+    config.logging.trackers = ("tensorboard",)
     run = RunDir(str(tmp_path))
     writer = Writer(run, config.logging, start=0, config={})
     with refused(run.events):

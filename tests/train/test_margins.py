@@ -23,7 +23,7 @@ def config(shared, tmp_path, lines, held_out=None):
             c.data[name] = (str(file),)
     c.data.max_length, c.batch_size, c.num_train_steps = 32, 8, 1
     c.algorithm.use_margin = True
-    c.logging.tensorboard = c.logging.progress = False
+    c.logging.trackers, c.logging.progress = (), False
     return c
 
 

@@ -17,7 +17,7 @@ from jaxalign.types import TrainState
 def make(tmp_path, **fields):
     c = defaults("sft")
     c.workdir, c.model.path, c.data.sources = str(tmp_path / "run"), "m", ("a",)
-    c.logging.tensorboard = False
+    c.logging.trackers = ()
     for name, value in fields.items():
         *parents, leaf = name.split("__")
         node = c
@@ -164,7 +164,7 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
 
 
 def test_tensorboard_events_are_written(tmp_path):
-    c = make(tmp_path, logging__tensorboard=True)
+    c = make(tmp_path, logging__trackers=("tensorboard",))
     run = RunDir(c.workdir)
     writer = Writer(run, c.logging, start=0, config={})
     writer.write(1, {"loss": 1.0})
@@ -195,6 +195,6 @@ def test_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "wandb", None)
-    c = make(tmp_path, logging__wandb_project="p")
+    c = make(tmp_path, logging__trackers=("wandb",))
     with pytest.raises(InputError, match=r"pip install .*wandb"):
         Writer(RunDir(c.workdir), c.logging, start=0, config={})

@@ -79,7 +79,10 @@ def test_what_the_data_report_warns_of_is_told_before_the_first_step(shared, tmp
 
 def test_reward_model_run_and_its_results(shared, tmp_path):
     results = train(
-        shared, tmp_path / "run", "reward", **{"data.eval_fraction": 0.25, "eval.every": 2, "logging.tensorboard": True}
+        shared,
+        tmp_path / "run",
+        "reward",
+        **{"data.eval_fraction": 0.25, "eval.every": 2, "logging.trackers": ("tensorboard",)},
     )
     workdir = tmp_path / "run"
     assert {"loss", "rewards/accuracies", "learning_rate", "tokens_per_second"} <= results["metrics"].keys()
@@ -90,9 +93,7 @@ def test_reward_model_run_and_its_results(shared, tmp_path):
     names = {p.name for p in workdir.iterdir()}
     assert {"config.json", "data_report.json", "checkpoints", "metrics.jsonl", "events", "export", "DONE"} <= names
     before = (workdir / "metrics.jsonl").stat().st_mtime_ns
-    again = train(
-        shared, workdir, "reward", **{"data.eval_fraction": 0.25, "eval.every": 2, "logging.tensorboard": True}
-    )
+    again = train(shared, workdir, "reward", **fields)
     assert again["metrics"] == results["metrics"]  # done: nothing is trained again
     assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
 

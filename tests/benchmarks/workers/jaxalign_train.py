@@ -63,7 +63,7 @@ def make_config():
     c.num_train_steps = 10**6  # until the rounds are over
     c.optimizer.learning_rate = 1e-4
     c.optimizer.schedule = "constant"
-    c.logging.tensorboard = False
+    c.logging.trackers = ()
     c.logging.progress = False
     c.eval.every = 1
     if task == "sft":
