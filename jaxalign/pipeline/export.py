@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS
 
 FORMAT = 1  # of run directories that this version reads
 
@@ -59,7 +60,8 @@ def export(
     if not os.path.isdir(os.path.expanduser(source)) and (run / "export" / CONFIG).exists():
         source, revision = os.fspath(run / "export"), None  # the start has moved; the end describes the same model
     directory = locate(source, revision, weights=False)
-    role, head = ("reward", "score") if config["algorithm"]["name"] == "reward" else ("policy", "lm")
+    algorithm = ALGORITHMS[config["algorithm"]["name"]]
+    role, head = algorithm.trained, algorithm.head
     description = read_config(
         directory, dtype=given["dtype"], param_dtype=given["param_dtype"], remat="none", head=head
     )

@@ -18,7 +18,6 @@ from jaxalign.registry import ALGORITHMS
 # A flag of its own and the field that it stands for; `reward` is one of two fields.
 _FLAGS = {"model": "model.path", "data": "data.sources", "eval_data": "data.eval_sources", "out": "workdir"}
 _SWITCHES = ("dry_run",)
-_EXAMPLES = {"sft": "examples.jsonl", "ppo": "prompts.jsonl"}  # of data; else pairs
 
 
 def named_config(
@@ -115,7 +114,7 @@ def _reward_field(c: ConfigDict, name: str) -> str:
 
 def _check(name: str, c: ConfigDict) -> None:
     """What must be given is there."""
-    data = _EXAMPLES.get(name, "pairs.jsonl")
+    data = f"{ALGORITHMS[name].reads.forms[0]}s.jsonl"
     flags = {"--model DIR": bool(c.model.path), f"--data {data}": bool(c.data.sources)}
     if "rewards" in c:
         flags["--reward DIR_OR_FILE.py:FUNCTION"] = bool(c.rewards.model or c.rewards.function)

@@ -23,11 +23,12 @@ from jaxalign.pipeline.keys import keys_of
 from jaxalign.pipeline.stagedir import RECORD as RECORD
 from jaxalign.pipeline.stagedir import SKIP, PlannedStage, changed, is_done, note, path_of, prepare, remember
 from jaxalign.ranges import bounds, misfit, shown
+from jaxalign.registry import ALGORITHMS
 
-# (role in `from`, the field it fills, algorithms of stages it may name)
+# (role in `from`, the field it fills, the role that a stage must train to be named)
 _FROM = (
-    ("model", "model.path", ("sft", "dpo", "ppo")),
-    ("reward", "rewards.model", ("reward",)),
+    ("model", "model.path", "policy"),
+    ("reward", "rewards.model", "reward"),
 )
 
 
@@ -185,7 +186,7 @@ def _names(config: ConfigDict) -> tuple[str, ...]:
 def _resolve(name: str, stage: ConfigDict, done: dict[str, PlannedStage], names: tuple[str, ...]) -> dict[str, str]:
     """Fills in what `from` names and returns role -> stage."""
     inputs = {}
-    for role, field, algorithms in _FROM:
+    for role, field, trained in _FROM:
         source = get(stage, f"from.{role}")
         if source is None:
             continue
@@ -203,7 +204,8 @@ def _resolve(name: str, stage: ConfigDict, done: dict[str, PlannedStage], names:
                 f"--config.stages={order}",
             )
         given = done[source].config.algorithm.name
-        if given not in algorithms:
+        if ALGORITHMS[given].trained != trained:
+            algorithms = [name for name, algorithm in ALGORITHMS.items() if algorithm.trained == trained]
             raise InputError(
                 f"stage {name}: from.{role} is {source!r}, a {given} stage",
                 f"a stage of {' or '.join(algorithms)}",

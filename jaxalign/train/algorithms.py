@@ -1,8 +1,9 @@
-"""The table of algorithms: which models each trains, which it keeps frozen, its objective, how it prepares a batch."""
+"""How algorithms train: which models each trains, which it keeps frozen, its objective, how it prepares a batch."""
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,13 +12,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
+from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
 from jaxalign.steps.policy import policy_objective, stop_on_kl
 from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.reward import reward_objective
 from jaxalign.steps.sft import sft_objective
-from jaxalign.train.models import Loader, Role, revision_of
-from jaxalign.types import Params, TrainState
+from jaxalign.train.models import Role, Roles, revision_of
+from jaxalign.types import (
+    Batch,
+    CausalByIndex,
+    CausalByPosition,
+    Completions,
+    Params,
+    PolicyBatch,
+    Readouts,
+    Rows,
+    TrainState,
+)
 
 # (state, frozen, a batch on the mesh) -> (state, batches to step on, metrics).  All reads of `state` end before it
 # returns: the steps that follow take over its memory.
@@ -35,6 +47,8 @@ class Program(NamedTuple):
     updates: int = 1  # optimizer updates for each batch of the data stream
     early_stop: Callable | None = None
     prepare: Prepare = lambda state, frozen, batch: (state, [batch], {})
+    # from the shapes of a batch of the data stream to those that a step is given, where `prepare` makes other ones
+    stepped: Callable[[Any], Any] = lambda batch: batch
     reference: Role | None = None  # whose log-probs are computed ahead and attached to each batch
     # (state, frozen, a batch on the mesh, from a record's number to the record of the set that the batch is from) ->
     # {name: (sum, weight)}; None: the objective's own metrics
@@ -54,25 +68,25 @@ class Context(NamedTuple):
     eval_dataset: Any = None
 
 
-def build(config: Any, loader: Loader, context: Context) -> Program:
+def build(config: Any, roles: Roles, context: Context) -> Program:
     """The program of `config.algorithm.name`.
 
     Args:
       config: one stage's configuration.
-      loader: reads models onto the mesh.
+      roles: makes the models' parts, read onto the mesh.
       context: what else there is.
     """
-    return _TABLE[config.algorithm.name](config, loader, context)
+    return BUILDERS[config.algorithm.name](config, roles, context)
 
 
-def _sft(config, loader, context) -> Program:
-    policy = loader.policy(config.optimizer.learning_rate)
+def _sft(config, roles, context) -> Program:
+    policy = roles.policy(config.optimizer.learning_rate)
     model = policy.model
     return Program({"policy": policy}, {}, sft_objective(model.apply, model.head), "policy")
 
 
-def _reward(config, loader, context) -> Program:
-    role = loader.scorer(config.model.path, config.optimizer.learning_rate)
+def _reward(config, roles, context) -> Program:
+    role = roles.scorer(config.model.path, config.optimizer.learning_rate)
     cfg = config.algorithm
     if cfg.use_margin:
         found = check_margins(context.dataset, "data.sources")
@@ -89,12 +103,12 @@ def _reward(config, loader, context) -> Program:
     return Program({"reward": role}, {}, objective, "reward")
 
 
-def _dpo(config, loader, context) -> Program:
+def _dpo(config, roles, context) -> Program:
     cfg = config.algorithm
-    policy = loader.policy(config.optimizer.learning_rate)
+    policy = roles.policy(config.optimizer.learning_rate)
     if cfg.reference_path:
         check_tokens(cfg.reference_path, context.tokenizer, revision_of(cfg.reference_path, config))
-    reference = loader.reference(cfg.reference_path)
+    reference = roles.reference(cfg.reference_path)
     if _shapes(policy) != _shapes(reference):
         raise InputError(
             f"the reference {cfg.reference_path} has other shapes than the policy {config.model.path}",
@@ -191,19 +205,19 @@ def _shapes(role: Role) -> Any:
     return jax.tree.map(lambda x: x.shape, role.model.abstract())
 
 
-def _ppo(config, loader, context) -> Program:
+def _ppo(config, roles, context) -> Program:
     from jaxalign.models.tokenizer import check_vocabulary
     from jaxalign.rewards.model import ModelScorer, same_tokenizer
     from jaxalign.train import experience
 
     cfg = config.algorithm
-    policy = loader.policy(config.optimizer.learning_rate)
-    reward, reward_role = _reward_of(config, loader, context)
+    policy = roles.policy(config.optimizer.learning_rate)
+    reward, reward_role = _reward_of(config, roles, context)
     start = config.rewards.model
     if isinstance(reward, ModelScorer) and not same_tokenizer(reward.encoder.tokenizer, context.tokenizer):
         start = None  # it knows other tokens by these ids
     value_path = cfg.value_path or start or config.model.path
-    value = loader.scorer(value_path, config.optimizer.value_learning_rate)
+    value = roles.scorer(value_path, config.optimizer.value_learning_rate)
     fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
     check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)
     prepare = experience.make_prepare(
@@ -229,20 +243,41 @@ def _ppo(config, loader, context) -> Program:
     )
     return Program(
         {"policy": policy, "value": value},
-        {"ref": loader.reference()} | ({"reward": reward_role} if reward_role else {}),
+        {"ref": roles.reference()} | ({"reward": reward_role} if reward_role else {}),
         objective,
         "policy",
         extra=experience.initial_extra(config),
         updates=cfg.num_ppo_epochs * cfg.num_minibatches,
         early_stop=None if cfg.max_approx_kl is None else stop_on_kl(cfg.max_approx_kl),
         prepare=prepare,
+        stepped=functools.partial(_policy_batch, config, context.dataset),
         evaluate=prepare.evaluate,
         eval_metrics=experience.eval_metrics,
         samples=prepare.samples,
     )
 
 
-def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
+def _policy_batch(config: Any, dataset: Any, batch: Batch) -> PolicyBatch:
+    """A minibatch of sampled completions behind prompts of the greatest width: what fits then fits always."""
+    together = completions_per_row(config.rollout.num_samples)
+    rows = config.batch_size * config.rollout.num_samples // config.algorithm.num_minibatches // together
+    length = together * config.rollout.max_new_tokens  # of a row's completions
+
+    def array(dtype, *dims):
+        return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=batch.rows.tokens.sharding)
+
+    whole = Batch(
+        Rows(*[array(np.int32, dataset.shape.length + length)] * 4)._replace(
+            causal=CausalByIndex() if together == 1 else CausalByPosition()
+        ),
+        Readouts(array(np.int32, length), array(np.int32, length), array(np.int32, length), array(np.bool_, length)),
+        Completions(*(array(x.dtype, together) for x in batch.completions)),
+        array(np.int32, together),
+    )
+    return PolicyBatch(whole, *(array(np.float32, length) for _ in range(5)))
+
+
+def _reward_of(config, roles, context) -> tuple[Any, Role | None]:
     """What scores completions, and the frozen role that it reads its parameters from."""
     from jaxalign.data.dialogues import render_plain
     from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
@@ -256,7 +291,7 @@ def _reward_of(config, loader, context) -> tuple[Any, Role | None]:
                 scorer.expect(_columns(dataset, scorer.needs))
         return scorer, None
     path = config.rewards.model
-    role, revision = loader.scorer(path), revision_of(path, config)
+    role, revision = roles.scorer(path), revision_of(path, config)
     with named("rewards.model"):
         tokenizer = load_tokenizer(path, revision)
     fix = "a reward model with a tokenizer of its own: --config.rewards.model=DIR"
@@ -278,7 +313,7 @@ def _columns(dataset: Any, wanted: frozenset[str]) -> set[str]:
     return found
 
 
-_TABLE: dict[str, Callable[[Any, Loader, Context], Program]] = {
+BUILDERS: dict[str, Callable[[Any, Roles, Context], Program]] = {
     "sft": _sft,
     "reward": _reward,
     "dpo": _dpo,

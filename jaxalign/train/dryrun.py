@@ -11,7 +11,6 @@ from jaxalign.data.promises import check_layout
 from jaxalign.data.report import as_text
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
-from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.train.best import check_best_metric, rarely
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
@@ -19,7 +18,6 @@ from jaxalign.train.models import num_bytes
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
 from jaxalign.train.trainer import data_warnings
-from jaxalign.types import Batch, CausalByIndex, CausalByPosition, Completions, PolicyBatch, Readouts, Rows
 
 _ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
 
@@ -109,29 +107,10 @@ def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
 
 def abstract_batch(stage: Any) -> Any:
     """Shapes and places of what the train step is given."""
-    c, sharding = stage.config, batch_sharding(stage.mesh)
+    sharding = batch_sharding(stage.mesh)
     parts = batch_part(stage.mesh)[1]
 
     def global_rows(x):
         return jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype, sharding=sharding)
 
-    batch = jax.tree.map(global_rows, stage.dataset.batch(0, *batch_part(stage.mesh)))
-    if c.algorithm.name != "ppo":
-        return batch
-    together = completions_per_row(c.rollout.num_samples)
-    rows = c.batch_size * c.rollout.num_samples // c.algorithm.num_minibatches // together
-    length = together * c.rollout.max_new_tokens  # of a row's completions
-    width = stage.dataset.shape.length  # the widest: what fits then fits always
-
-    def array(dtype, *dims):
-        return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=sharding)
-
-    whole = Batch(
-        Rows(*[array(np.int32, width + length)] * 4)._replace(
-            causal=CausalByIndex() if together == 1 else CausalByPosition()
-        ),
-        Readouts(array(np.int32, length), array(np.int32, length), array(np.int32, length), array(np.bool_, length)),
-        Completions(*(array(x.dtype, together) for x in batch.completions)),
-        array(np.int32, together),
-    )
-    return PolicyBatch(whole, *(array(np.float32, length) for _ in range(5)))
+    return stage.program.stepped(jax.tree.map(global_rows, stage.dataset.batch(0, *batch_part(stage.mesh))))

@@ -32,7 +32,7 @@ class Role(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Loader:
+class Roles:
     """Makes roles from the configuration's paths."""
 
     config: Any

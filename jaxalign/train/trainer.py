@@ -32,7 +32,7 @@ from jaxalign.train.inputs import check_past, inputs_of
 from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
-from jaxalign.train.models import Loader, describe_start, fit_length, num_bytes, revision_of
+from jaxalign.train.models import Roles, describe_start, fit_length, num_bytes, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
@@ -126,7 +126,7 @@ class Stage:
         more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
         self.stop_ids = tuple(sorted({*ends, *more}))
         context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
-        self.program = algorithms.build(c, Loader(c, mesh), context)
+        self.program = algorithms.build(c, Roles(c, mesh), context)
         self._build_steps()
 
     def _build_steps(self) -> None:

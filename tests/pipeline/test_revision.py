@@ -14,7 +14,7 @@ from jaxalign.pipeline import stages as pipeline
 from jaxalign.pipeline.export import export
 from jaxalign.train import trainer
 from jaxalign.train.algorithms import check_tokens
-from jaxalign.train.models import Loader, revision_of
+from jaxalign.train.models import Roles, revision_of
 
 
 @pytest.fixture
@@ -68,12 +68,12 @@ def test_a_ppo_run_and_its_exports_are_of_that_revision(hub, tmp_path):
 def test_other_roles_have_it_where_they_are_of_the_same_path(hub, tmp_path):
     c = at_v1("dpo", tmp_path)
     assert (revision_of("org/tiny", c), revision_of("org/words", c)) == ("v1", None)
-    loader = Loader(c, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    roles = Roles(c, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     for role in (
-        loader.policy(1e-3),
-        loader.reference(),
-        loader.reference("org/tiny"),
-        loader.scorer("org/tiny", 1e-3),
+        roles.policy(1e-3),
+        roles.reference(),
+        roles.reference("org/tiny"),
+        roles.scorer("org/tiny", 1e-3),
     ):
         assert role.model.config.num_layers == 5
     check_tokens("org/tiny", load_tokenizer("org/words"), "v1")

@@ -20,7 +20,7 @@ from jaxalign.rewards.load import load_scorer
 from jaxalign.rewards.model import ModelScorer
 from jaxalign.rewards.samples import Samples
 from jaxalign.train import algorithms
-from jaxalign.train.models import Loader
+from jaxalign.train.models import Roles
 from tests.ppo.ppo_world import drawn, tiny_model
 
 TEXT_END, TURN_END = 0, 2  # minimind's ids of <|endoftext|> and <|im_end|>
@@ -96,7 +96,7 @@ def test_ppo_reads_text_where_the_policy_ends_by_another_token(turns, directory)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     for stops, kind in (((TEXT_END, TURN_END), Model), ((TEXT_END, 7), ModelScorer)):
         context = algorithms.Context(mesh, load_tokenizer(directory), stops, None)
-        scorer, _ = algorithms._reward_of(c, Loader(c, mesh), context)
+        scorer, _ = algorithms._reward_of(c, Roles(c, mesh), context)
         assert isinstance(scorer, kind)
     assert scorer.encoder.eos_ids == {TEXT_END, TURN_END}
 
@@ -111,7 +111,7 @@ def test_a_value_model_starts_from_a_reward_model_of_the_same_tokens_alone(turns
         c.model.path = str(path)
         tokenizer = load_tokenizer(path)
         context = algorithms.Context(mesh, tokenizer, stop_ids(path, tokenizer), Namespace(record=None))
-        program = algorithms.build(c, Loader(c, mesh), context)
+        program = algorithms.build(c, Roles(c, mesh), context)
         assert program.trained["value"].model.config.hf["hidden_size"] == size
 
 

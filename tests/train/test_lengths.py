@@ -10,7 +10,7 @@ from jaxalign.errors import InputError
 from jaxalign.models.hub import locate
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.train.models import Loader, fit_length
+from jaxalign.train.models import Roles, fit_length
 from jaxalign.train.trainer import more_stops
 
 
@@ -54,8 +54,8 @@ def test_a_path_that_leads_nowhere_is_told_by_its_own_field(model, tmp_path, alg
     c = defaults(algorithm)
     c.model.path = model("m", 512)
     c.update_from_flattened_dict({field: str(tmp_path / "nowhere")})
-    loader = Loader(c, make_mesh({"data": 8}))
-    for use in (lambda: fit_length(c), lambda: loader.scorer(str(tmp_path / "nowhere"))):
+    roles = Roles(c, make_mesh({"data": 8}))
+    for use in (lambda: fit_length(c), lambda: roles.scorer(str(tmp_path / "nowhere"))):
         with pytest.raises(InputError) as error:
             use()
         assert error.value.found.startswith(f"{field}: ") and error.value.fix == f"--config.{field}=DIR"
