@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
@@ -231,6 +231,18 @@ def max_length(config: ConfigDict, positions: int | None = None) -> int:
     return config.data.max_length or min(1024, positions or 1024)
 
 
+class Validated(NamedTuple):
+    """A stage's configuration that has been checked: it is not checked again, and its warnings are told by who did."""
+
+    config: ConfigDict
+    warnings: tuple[str, ...]
+
+
+def validated(config: ConfigDict) -> Validated:
+    """A configuration with what `validate` says of it."""
+    return Validated(config, tuple(validate(config)))
+
+
 def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
     """Checks one stage's configuration before anything is loaded.
 
@@ -257,14 +269,31 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
             raise InputError(
                 f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}"
             )
-    relations.check(config, inputs, max_length(config))
-    return relations.without_effect(config, defaults(name), max_length(config)) + [
-        f"{field} is {get(config, field):g}; guides for {name} give "
-        + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
-        for field, low, high in ALGORITHMS[name].guides
-        if not low <= (get(config, field) or 0) <= high
-        and not (field == "num_epochs" and config.num_train_steps is not None)
-    ]
+    relations.check(config, inputs)
+    return (
+        check_lengths(config)
+        + relations.without_effect(config, defaults(name))
+        + [
+            f"{field} is {get(config, field):g}; guides for {name} give "
+            + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
+            for field, low, high in ALGORITHMS[name].guides
+            if not low <= (get(config, field) or 0) <= high
+            and not (field == "num_epochs" and config.num_train_steps is not None)
+        ]
+    )
+
+
+def check_lengths(config: ConfigDict, positions: int | None = None) -> list[str]:
+    """The checks of `validate` that depend on `max_length`, for when the models are known; warnings, a sentence each.
+
+    Args:
+      config: one stage's configuration.
+      positions: as `max_length` takes it.
+
+    Raises:
+      InputError: naming the fields that leave no room for each other.
+    """
+    return relations.check_lengths(config, defaults(config.algorithm.name), max_length(config, positions))
 
 
 _ABSENT = object()

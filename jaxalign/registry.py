@@ -42,7 +42,7 @@ class Algorithm(NamedTuple):
     choices: tuple[tuple[str, tuple], ...] = ()  # (field, allowed values)
     bounds: tuple[tuple[str, float, float], ...] = ()  # (field, least, greatest); a name that several have, alike
     guides: tuple[tuple[str, float, float], ...] = ()  # what practitioners' guides give; outside it is a warning
-    check: Callable[[Any, bool, int], None] = lambda config, inputs, max_length: None  # see relations.check
+    check: Callable[[Any, bool], None] = lambda config, inputs: None  # see relations.check
 
 
 def _sft() -> dict[str, dict[str, Any]]:
@@ -153,7 +153,7 @@ def _samples() -> dict[str, Any]:
     }
 
 
-def _check_dpo(c: Any, inputs: bool, max_length: int) -> None:
+def _check_dpo(c: Any, inputs: bool) -> None:
     if c.algorithm.average is not None and c.algorithm.loss != "ipo":
         raise InputError(
             f"algorithm.average with the {c.algorithm.loss} loss",
@@ -168,7 +168,7 @@ def _check_dpo(c: Any, inputs: bool, max_length: int) -> None:
         )
 
 
-def _check_ppo(c: Any, inputs: bool, max_length: int) -> None:
+def _check_ppo(c: Any, inputs: bool) -> None:
     if c.batch_size % c.algorithm.num_minibatches:
         raise InputError(
             f"batch_size {c.batch_size} is not divisible by num_minibatches {c.algorithm.num_minibatches}",
@@ -198,14 +198,6 @@ def _check_ppo(c: Any, inputs: bool, max_length: int) -> None:
             "both rewards.model and rewards.function",
             "one of them",
             "--config.rewards.model=None for the function, --config.rewards.function=None for the model",
-        )
-    if c.rollout.max_new_tokens >= max_length:
-        raise InputError(
-            f"rollout.max_new_tokens {c.rollout.max_new_tokens}, data.max_length {max_length}",
-            "room for a prompt: max_length limits prompt + completion",
-            f"--config.rollout.max_new_tokens={max_length // 2}"
-            if c.data.max_length is None
-            else f"--config.data.max_length={c.rollout.max_new_tokens * 2}",
         )
 
 

@@ -11,13 +11,12 @@ from jaxalign.ranges import LEAST_TEMPERATURE, TRACKERS, TRAIN_ON, TRAIN_ON_ROLE
 from jaxalign.registry import ALGORITHMS, Algorithm
 
 
-def check(c: Any, inputs: bool, max_length: int) -> None:
+def check(c: Any, inputs: bool) -> None:
     """Checks between fields.
 
     Args:
       c: one stage's configuration, each field of which is as it may be by itself.
       inputs: whether required inputs must be set.
-      max_length: tokens of prompt + completion.
 
     Raises:
       InputError: naming the fields and a flag that would do.
@@ -42,14 +41,6 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
             "an optimizer that keeps something between steps",
             "--config.optimizer.state_dtype=None, or --config.optimizer.b1=0.9 for momentum",
         )
-    for field in ("max_prompt_length", "max_completion_length"):
-        value = c.data.get(field)
-        if value is not None and value >= max_length:
-            raise InputError(
-                f"data.{field} is {value}, data.max_length {max_length}",
-                "room for the other part",
-                f"--config.data.{field}={max_length // 2}",
-            )
     if c.checkpoint.patience and not c.checkpoint.best_metric:
         raise InputError(
             f"checkpoint.patience is {c.checkpoint.patience} without a checkpoint.best_metric",
@@ -69,7 +60,43 @@ def check(c: Any, inputs: bool, max_length: int) -> None:
                 f"{LEAST_TEMPERATURE} and more, or (dpo) 0 for the likeliest token",
                 "--config.rollout.temperature=1.0",
             )
-    ALGORITHMS[c.algorithm.name].check(c, inputs, max_length)
+    ALGORITHMS[c.algorithm.name].check(c, inputs)
+
+
+def check_lengths(c: Any, usual: Any, max_length: int) -> list[str]:
+    """Checks of what must have room in a sequence.
+
+    Args:
+      c: one stage's configuration.
+      usual: its algorithm's defaults.
+      max_length: tokens of prompt + completion.
+
+    Returns:
+      What is cut short, a sentence each.
+
+    Raises:
+      InputError: naming the fields and a flag that would do.
+    """
+    for field in ("max_prompt_length", "max_completion_length"):
+        value = c.data.get(field)
+        if value is not None and value >= max_length:
+            raise InputError(
+                f"data.{field} is {value}, data.max_length {max_length}",
+                "room for the other part",
+                f"--config.data.{field}={max_length // 2}",
+            )
+    asked = c.rollout.max_new_tokens if "rollout" in c else 0
+    if ALGORITHMS[c.algorithm.name].reads.readout == "none" and asked >= max_length:  # what is sampled is trained on
+        raise InputError(
+            f"rollout.max_new_tokens {asked}, data.max_length {max_length}",
+            "room for a prompt: max_length limits prompt + completion",
+            f"--config.rollout.max_new_tokens={max_length // 2}"
+            if c.data.max_length is None
+            else f"--config.data.max_length={asked * 2}",
+        )
+    if asked > max_length and asked != usual.rollout.max_new_tokens and c.logging.samples_every:
+        return [f"rollout.max_new_tokens is {asked:,}: samples end at data.max_length, {max_length:,} tokens"]
+    return []
 
 
 def _check_evaluated(c: Any) -> None:
@@ -161,19 +188,14 @@ _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 )
 
 
-def without_effect(c: Any, usual: Any, max_length: int) -> list[str]:
-    """Fields that were set and that nothing reads, or not in full, a sentence each.
+def without_effect(c: Any, usual: Any) -> list[str]:
+    """Fields that were set and that nothing reads, a sentence each.
 
     Args:
       c: one stage's configuration.
       usual: its algorithm's defaults.
-      max_length: tokens of prompt + completion.
     """
     found = []
-    if "rollout" in c and c.logging.samples_every:
-        asked = c.rollout.max_new_tokens
-        if asked > max_length and asked != usual.rollout.max_new_tokens:
-            found.append(f"rollout.max_new_tokens is {asked:,}: samples end at data.max_length, {max_length:,} tokens")
     for field, is_read, where in _READ_WHERE:
         section, leaf = field.split(".")
         value = c[section].get(leaf)

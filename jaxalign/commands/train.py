@@ -6,7 +6,7 @@ import sys
 import warnings
 from typing import Any
 
-from jaxalign.config import validate
+from jaxalign.config import validated
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS
 
@@ -93,9 +93,9 @@ def _train_named(argv: list[str]) -> int:
         print(TRAIN_HELP, end="")
         return 0
     config, switches = named_config(argv[0], argv[1:])
-    validate(config)
+    checked = validated(config)  # before it is printed
     print("# This command as a file, for jaxalign train --config=FILE.py:", as_python(config), sep="\n", flush=True)
-    _run(config, "--dry_run" in switches)
+    _run(checked, "--dry_run" in switches)
     return 0
 
 

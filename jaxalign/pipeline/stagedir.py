@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import to_dict
+from jaxalign.config import Validated, to_dict
 from jaxalign.disk import write_whole
 from jaxalign.errors import InputError
 from jaxalign.pipeline.keys import Keys
@@ -22,11 +22,15 @@ class PlannedStage(NamedTuple):
     """One stage, ready to run."""
 
     name: str  # "" for a configuration without stages
-    config: ConfigDict  # whole: workdir and inputs filled in
+    checked: Validated  # whole: workdir and inputs filled in
     key: str  # hex digits
     inputs: dict[str, str]  # role in `from` -> name of the stage
-    warnings: list[str]
     keys: Keys = Keys("", "", "", {})
+
+    @property
+    def config(self) -> ConfigDict:
+        """Its configuration."""
+        return self.checked.config
 
 
 def is_done(workdir: str) -> bool:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import get, validate
+from jaxalign.config import Validated, get, validated
 from jaxalign.errors import InputError
 from jaxalign.pipeline.keys import keys_of
 from jaxalign.pipeline.stagedir import RECORD as RECORD
@@ -32,11 +30,11 @@ _FROM = (
 )
 
 
-def plan(config: ConfigDict) -> list[PlannedStage]:
+def plan(config: ConfigDict | Validated) -> list[PlannedStage]:
     """Resolves and validates every stage before the first one runs.
 
     Args:
-      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`.
+      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`; a validated one is not checked again.
 
     Returns:
       The stages in order.
@@ -45,11 +43,10 @@ def plan(config: ConfigDict) -> list[PlannedStage]:
       InputError: a stage that does not exist, that takes its input from a later one or from one of the wrong kind,
         or a stage's own configuration; the stage is named.
     """
-    if "stages" not in config:
-        _check_alone(config)
-        warnings = validate(config)  # before the key is made: a section may be none
-        keys = keys_of(config, {}, ())
-        return [PlannedStage("", config, keys.key, {}, warnings, keys)]
+    if isinstance(config, Validated) or "stages" not in config:
+        checked = _alone(config)  # before the key is made: a section may be none
+        keys = keys_of(checked.config, {}, ())
+        return [PlannedStage("", checked, keys.key, {}, keys)]
     names = _names(config)
     if expected := misfit(config.get("seed"), *bounds("seed"), whole=True):
         raise InputError(f"seed is {shown(config.get('seed'))}", expected, "--config.seed=0")
@@ -63,22 +60,23 @@ def plan(config: ConfigDict) -> list[PlannedStage]:
             own, stage.seed = stage.get("seed"), config.seed
         inputs = _resolve(name, stage, done, names)
         try:
-            warnings = validate(stage)
+            checked = validated(stage)
         except InputError as error:
             raise _in_stage(name, error) from None
         if own not in (0, config.seed):  # 0: as it is by default
-            warnings.append(f"its own seed {shown(own)} is not read: the stages share one, {config.seed}")
+            told = f"its own seed {shown(own)} is not read: the stages share one, {config.seed}"
+            checked = checked._replace(warnings=(*checked.warnings, told))
         filled = tuple(field for role, field, _ in _FROM if role in inputs)
         keys = keys_of(stage, {role: done[source].key for role, source in inputs.items()}, filled)
-        done[name] = PlannedStage(name, stage, keys.key, inputs, warnings, keys)
+        done[name] = PlannedStage(name, checked, keys.key, inputs, keys)
     return list(done.values())
 
 
-def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+def run(config: ConfigDict | Validated, *, dry_run: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs a configuration's stages in order, skipping those whose result is there.
 
     Args:
-      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`.
+      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`; a validated one is not checked again.
       dry_run: report data, rows and memory of every stage, train nothing, write nothing but caches.
       log: receives a line of text about each stage.
 
@@ -105,7 +103,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
     start(stages[0].config.process_timeout)
     say = log if is_main() else _silent
     for stage in stages:
-        for warning in stage.warnings:
+        for warning in stage.checked.warnings:
             say(f"warning: {stage.name + ': ' if stage.name else ''}{warning}")
     if not stages[0].name:
         if dry_run:
@@ -118,6 +116,7 @@ def run(config: ConfigDict, *, dry_run: bool = False, log: Callable[[str], None]
         elif other := changed(stages[0], before):
             say(f"warning: {other} changed since this run was done, which learned from what was there then")
         return result
+    assert isinstance(config, ConfigDict)
     with exclusive(path_of(config.workdir)):
         return _dry(stages, say) if dry_run else _in_order(stages, say)
 
@@ -142,8 +141,10 @@ def _in_order(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[st
     return results
 
 
-def _check_alone(config: ConfigDict) -> None:
-    """Refuses inputs from other stages where there are none."""
+def _alone(config: ConfigDict | Validated) -> Validated:
+    """A configuration without stages, validated; inputs from other stages are refused, as there are none."""
+    checked = config if isinstance(config, Validated) else None
+    config = config if checked is None else checked.config
     for role, field, _ in _FROM:
         if source := get(config, f"from.{role}"):
             raise InputError(
@@ -151,6 +152,7 @@ def _check_alone(config: ConfigDict) -> None:
                 f"None: from names an earlier stage of stages(...); {field} takes a directory",
                 f"--config.from.{role}=None --config.{field}=WORKDIR/export of {source!r}",
             )
+    return validated(config) if checked is None else checked
 
 
 def _names(config: ConfigDict) -> tuple[str, ...]:
@@ -290,13 +292,10 @@ def _dry(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[str, An
 def _train(stage: PlannedStage, *, dry_run: bool = False) -> dict[str, Any]:
     from jaxalign.train import trainer
 
-    with warnings.catch_warnings():
-        for said in stage.warnings:  # before the first stage
-            warnings.filterwarnings("ignore", message=re.escape(said))
-        try:
-            return trainer.run(stage.config, dry_run=dry_run)
-        except InputError as error:
-            raise _in_stage(stage.name, error) from error
+    try:
+        return trainer.run(stage.checked, dry_run=dry_run)
+    except InputError as error:
+        raise _in_stage(stage.name, error) from error
 
 
 # Figures that a finished stage's line shows, where it has them, of training and of held-out data.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.config import max_length
+from jaxalign.config import check_lengths, max_length
 from jaxalign.errors import InputError, named
 from jaxalign.models import hf
 from jaxalign.models.config import ModelConfig, read_config
@@ -155,10 +155,11 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
       config: one stage's; not changed.
 
     Returns:
-      The configuration in which `data.max_length` is a number, and warnings: a longer one that was asked for.
+      The configuration in which `data.max_length` is a number, and warnings: a longer one that was asked for, what it
+        cuts short.
 
     Raises:
-      InputError: no model at one of the paths.
+      InputError: no model at one of the paths, or lengths that leave no room for each other.
     """
     c = config.copy_and_resolve_references()
     positions = {}
@@ -177,6 +178,7 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
             f"data.max_length is {longest:,}, and {shortest} was made for {limit:,} tokens: what it reads beyond them "
             f"is like nothing that it has seen (--config.data.max_length={limit})"
         )
+    told += check_lengths(c, limit)
     with c.unlocked():
         c.data.max_length = longest
     return c, told

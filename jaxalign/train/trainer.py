@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign import config as configuration
+from jaxalign.config import Validated, validated
 from jaxalign.errors import InputError, named
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel import processes, startup
@@ -44,7 +45,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     """Trains one stage, or resumes one that was stopped, and exports its model to `workdir/export`.
 
     Args:
-      config: a tree made from `jaxalign.config.defaults`.
+      config: a tree made from `jaxalign.config.defaults`, or one that has been validated: then its warnings were told.
       dry_run: parse, report the data, show three rows with their masks, compile and estimate memory; train nothing.
       devices: those of the mesh; all by default.
 
@@ -61,11 +62,12 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     """
     started = time.monotonic()
     reset_peak_memory()
-    configuration.validate(config)
+    checked = config if isinstance(config, Validated) else validated(config)
+    told, config = () if checked is config else checked.warnings, checked.config
     require_dtypes(**{name: config.model[name] for name in ("dtype", "param_dtype", "frozen_dtype")})
     check_trackers(config.logging.trackers)
-    config, told = fit_length(config)
-    for warning in [*configuration.validate(config), *told]:
+    config, of_lengths = fit_length(config)
+    for warning in (*told, *(said for said in of_lengths if said not in checked.warnings)):
         warnings.warn(warning, stacklevel=2)
     startup.start(config.process_timeout)
     mesh = make_mesh(config.mesh, devices)

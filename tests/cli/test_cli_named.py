@@ -20,7 +20,7 @@ def trainer(monkeypatch):
     """The configurations that the trainer is given."""
     seen = []
     fake = types.ModuleType("jaxalign.train.trainer")
-    fake.run = lambda config, dry_run=False: seen.append((config, dry_run)) or {}
+    fake.run = lambda checked, dry_run=False: seen.append((checked.config, dry_run)) or {}
     monkeypatch.setitem(sys.modules, "jaxalign.train.trainer", fake)
     monkeypatch.setattr(jaxalign.train, "trainer", fake, raising=False)
     return seen

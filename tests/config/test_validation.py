@@ -269,3 +269,16 @@ def test_a_source_may_be_a_path_object():
     c.data.sources = (Path("data.jsonl"), {"path": Path("more.jsonl")})
     validate(c)
     assert to_dict(c)["data"]["sources"] == ["data.jsonl", {"path": "more.jsonl"}]
+
+
+def test_a_run_is_validated_once(monkeypatch, tmp_path):
+    """By whoever holds the configuration first: what is handed on is not checked again."""
+    from jaxalign import config as module
+    from jaxalign.pipeline import stages
+
+    c = ready("dpo")
+    (planned,) = stages.plan(c)
+    assert planned.config is c and planned.checked.warnings == tuple(validate(c))
+    checked = module.validated(c)
+    monkeypatch.setattr(module, "validate", None)  # would fail if it were called
+    assert stages.plan(checked)[0].checked is checked

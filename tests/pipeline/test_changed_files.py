@@ -20,8 +20,8 @@ def trainer(monkeypatch):
     fake = types.ModuleType("jaxalign.train.trainer")
     fake.done = True
 
-    def run(config, dry_run=False):
-        workdir = Path(config.workdir)
+    def run(checked, dry_run=False):
+        workdir = Path(checked.config.workdir)
         if (workdir / "DONE").exists():
             return json.loads((workdir / "DONE").read_text())
         (workdir / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)

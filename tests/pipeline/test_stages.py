@@ -18,7 +18,8 @@ def trainer(monkeypatch):
     """Calls of the trainer, by stage; `stop` names a stage that ends before it is done."""
     calls = types.SimpleNamespace(names=[], configs=[], dry=[], stop=None, fail=None)
 
-    def run(config, dry_run=False):
+    def run(checked, dry_run=False):
+        config = checked.config
         workdir = Path(config.workdir)
         calls.names.append(workdir.name)
         calls.configs.append(config)
@@ -331,7 +332,9 @@ def test_warnings_name_their_stage(road, trainer):
 
 
 def test_a_seed_of_a_stages_own_is_told_to_be_without_effect(road):
-    told = [s.name for s in module.plan(road(seed=7, sft__seed=7, dpo__seed=5)) if "its own seed" in str(s.warnings)]
+    told = [
+        s.name for s in module.plan(road(seed=7, sft__seed=7, dpo__seed=5)) if "its own seed" in str(s.checked.warnings)
+    ]
     assert told == ["dpo"]
 
 
