@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,29 @@ def export(argv: list[str]) -> int:
         "export",
         "Writes a run's model as a Hugging Face directory, from one of its checkpoints.",
         ("--workdir", str, REQUIRED, "a run's directory, or that of a run with stages"),
-        ("--out", str, REQUIRED, "where to write: a new or empty directory, or an earlier export"),
+        ("--out", str, None, "where to write: a new or empty directory, or an earlier export; needed without --push"),
         ("--stage", str, None, "which stage, where workdir holds several"),
         ("--checkpoint", str, "last", "last, best, or a number"),
         ("--dtype", str, None, "of the weights in the file; default: as they were trained"),
+        ("--push", str, None, "upload to this repository of the Hugging Face hub, OWNER/NAME; a new one is private"),
     )
     args = flags.parse_args(argv)
+    if not args.out and not args.push:
+        raise InputError("export without --out and --push", "where the model goes", "--out exported/NAME")
+    if args.push and "://" in (args.out or ""):
+        raise InputError(f"--push with --out {args.out}", "a directory of this machine", "--out exported/NAME")
     from jaxalign.pipeline.export import export
+    from jaxalign.pipeline.push import check_push, push
 
-    where = export(args.workdir, args.out, stage=args.stage, checkpoint=args.checkpoint, dtype=args.dtype)
-    print(where)
+    if args.push:
+        check_push(args.push)
+    with contextlib.ExitStack() as scratch:
+        out = args.out or scratch.enter_context(tempfile.TemporaryDirectory(prefix="jaxalign-export-")) + "/model"
+        where = export(args.workdir, out, stage=args.stage, checkpoint=args.checkpoint, dtype=args.dtype)
+        if args.out:
+            print(where)
+        if args.push:
+            print(push(where, args.push))
     return 0
 
 

@@ -26,6 +26,9 @@ from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
 from jaxalign.types import Params
 
+CARD = "README.md"
+_CARD_MARK = b"made with jaxalign"  # in a card that an export may replace
+
 
 def save(
     directory: str | Path,
@@ -35,6 +38,7 @@ def save(
     source: str | Path | None = None,
     tokenizer: Any = None,
     dtype: str | None = None,
+    card: str | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Any:
     """Writes a directory that `transformers` loads, whole or not at all.
@@ -48,6 +52,7 @@ def save(
       source: the directory or hub id the model came from: its tokenizer, generation config and licence are copied.
       tokenizer: a loaded tokenizer, saved instead of the source's files (it may have another chat template).
       dtype: of the weights in the file; None: that of the parameters.
+      card: text of the model card, `README.md`.
       max_bytes: of one file, beyond which the weights are sharded.
 
     Returns:
@@ -79,6 +84,8 @@ def save(
             _copy(None if source is None else locate(source, weights=False), tokenizer, part)
             config = hf_config(model, file_type, _pad_id(model, tokenizer, part))
             (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            if card is not None:
+                (part / CARD).write_text(card, encoding="utf-8")
             if url:
                 store.upload(part, url)
             else:
@@ -129,6 +136,9 @@ def check_target(target: str | Path) -> None:
         read = lambda name: (target / name).open("rb")  # noqa: E731
     weights = {name for name in there if _is_own_weights(name, read)}
     own = {CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES} | weights if weights else set()
+    if CARD in there and weights:
+        with read(CARD) as card:
+            own |= {CARD} if _CARD_MARK in card.read() else set()
     if foreign := sorted(set(there) - own):
         raise _taken(target, foreign)
 

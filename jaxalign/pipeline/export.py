@@ -48,7 +48,9 @@ def export(
     from jaxalign.models.transformer import Model
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
-    from jaxalign.train.rundir import usable
+    from jaxalign.train.card import model_card
+    from jaxalign.train.checkpoints import read_meta
+    from jaxalign.train.rundir import RunDir, usable
 
     with usable(out, "--out exported/NAME"):
         check_target(out)
@@ -75,7 +77,8 @@ def export(
     tokenizer = load_tokenizer(source if own else given["tokenizer"], revision if own else None, given["chat_template"])
     check_vocabulary(tokenizer, description.vocab_size, source)
     params = _checked(run / "checkpoints", step, steps, role, like)
-    return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype)
+    card = model_card(RunDir(os.fspath(run)), config, step, read_meta(run / "checkpoints" / str(step)).get("inputs"))
+    return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype, card=card)
 
 
 def find_run(workdir: str, stage: str | None) -> Any:

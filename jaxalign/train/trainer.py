@@ -25,6 +25,7 @@ from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
 from jaxalign.train.best import Patience, check_best_metric, rarely
+from jaxalign.train.card import model_card
 from jaxalign.train.checkpoints import Checkpoints, abstract
 from jaxalign.train.compiled import Compiled, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.flops import flops_per_token, peak_flops
@@ -271,7 +272,7 @@ class Stage:
                 checkpoints.close()
         if start == results["steps"]:  # it had come to its end before: all that was left to do is to export
             results |= last_figures(read_metrics(self.directory))
-        results["export"] = self._export(state, checkpoints, results["steps"])
+        results["export"] = self._export(state, checkpoints, results["steps"], inputs)
         results |= {
             "num_compiles": self.step.num_compiles,
             "step_memory": self.step.memory,
@@ -313,7 +314,7 @@ class Stage:
         )
         return flops / (peak * self.mesh.size)
 
-    def _export(self, state: TrainState, checkpoints: Checkpoints, step: int) -> str:
+    def _export(self, state: TrainState, checkpoints: Checkpoints, step: int, inputs: dict[str, str]) -> str:
         """Writes the best parameters where a metric says which, else the last, in Hugging Face form."""
         from jaxalign.models import hf
         from jaxalign.models.hub import locate
@@ -321,7 +322,7 @@ class Stage:
         c, role = self.config, self.program.exported
         best = checkpoints.best()
         if c.checkpoint.best_metric and best != step:
-            state = checkpoints.restore(best, self.like)[0]
+            state, step = checkpoints.restore(best, self.like)[0], best
         target = os.fspath(self.directory.export)
         hf.save(
             target,
@@ -329,6 +330,7 @@ class Stage:
             state.params[role],
             source=locate(c.model.path, c.model.revision, weights=False),
             tokenizer=self.tokenizer,
+            card=model_card(self.directory, configuration.to_dict(c), step, inputs),
         )
         return target
 

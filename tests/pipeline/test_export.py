@@ -1,6 +1,7 @@
 """Export of a real, tiny run."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 from jaxalign.cli import main
 from jaxalign.config import defaults, stages
 from jaxalign.pipeline import stages as pipeline
+from jaxalign.pipeline.configfile import load_config
 from jaxalign.train import checkpoints
 
 
@@ -193,3 +195,92 @@ def test_which_stage(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["export", "--workdir", str(tmp_path / "empty"), "--out", "o"]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_the_card_says_what_the_model_is_made_of(run, tmp_path):
+    from huggingface_hub import ModelCard
+
+    assert main(["export", "--workdir", str(run), "--checkpoint", "best", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text == (run / "sft" / "export" / "README.md").read_text()  # the run's own export is of the best too
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers" and {"jaxalign", "sft"} <= set(card.data.tags)
+    for words in ("stories260k-llama", "d.jsonl", "16 records trained on", "eval/loss", "learning_rate: 1.0", "jax "):
+        assert words in text, words
+    assert "the records of data.sources" in text  # with a digest
+    number = re.search(r"after (\d+) steps", text)[1]
+    loss = next(
+        row["eval/loss"]
+        for row in map(json.loads, (run / "sft" / "metrics.jsonl").read_text().splitlines())
+        if row["step"] == int(number) and "eval/loss" in row
+    )
+    assert f"| `eval/loss` | {loss:.4g} |" in text
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    config = load_config(str(kept))
+    assert config.optimizer.learning_rate == 1.0 and config.checkpoint.best_metric == "loss"
+
+
+def test_a_card_that_somebody_wrote_is_not_replaced(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", "--workdir", str(run), "--out", str(out)]) == 0
+    assert main(["export", "--workdir", str(run), "--out", str(out)]) == 0
+    (out / "README.md").write_text("# Mine")
+    assert main(["export", "--workdir", str(run), "--out", str(out)]) == 2
+    assert "README.md" in capsys.readouterr().err and (out / "README.md").read_text() == "# Mine"
+
+
+class Hub:
+    """A hub that notes what it is given, or refuses."""
+
+    def __init__(self, monkeypatch, token="t", error=None):
+        import huggingface_hub
+
+        self.calls = []
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+
+        class Api:
+            def __init__(api, token):
+                self.calls.append(("token", token))
+
+            def create_repo(api, repo, **options):
+                self.calls.append(("create", repo, options))
+
+            def upload_folder(api, *, folder_path, repo_id, commit_message):
+                if error is not None:
+                    raise error
+                self.calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+
+
+def test_push(run, tmp_path, monkeypatch, capsys):
+    hub = Hub(monkeypatch)
+    assert main(["export", "--workdir", str(run), "--push", "me/model"]) == 0
+    assert capsys.readouterr().out == "me/model\n"
+    assert ("token", "t") in hub.calls and ("create", "me/model", {"private": True, "exist_ok": True}) in hub.calls
+    assert {"README.md", "config.json", "model.safetensors"} <= set(hub.calls[-1][2])
+
+
+@pytest.mark.parametrize(
+    "push, token, error, words",
+    [
+        ("me", "t", None, "owner/name"),
+        ("me/a b", "t", None, "owner/name"),
+        ("me/model", None, None, "HF_TOKEN"),
+        ("me/model", "t", ConnectionError("no route"), "no route"),
+    ],
+)
+def test_push_refuses_in_words(run, tmp_path, monkeypatch, capsys, push, token, error, words):
+    Hub(monkeypatch, token, error)
+    out = tmp_path / "out"
+    assert main(["export", "--workdir", str(run), "--out", str(out), "--push", push]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert out.exists() == (error is not None)  # before the model is read, but for the network
+
+
+def test_export_wants_a_place(run, capsys):
+    assert main(["export", "--workdir", str(run)]) == 2
+    assert "--out" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""An export to a repository of the Hugging Face hub, in one commit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import InputError
+
+
+def check_push(repo: str) -> str:
+    """Makes sure, before a model is read, that there is something to push with.
+
+    Args:
+      repo: "owner/name".
+
+    Returns:
+      The token: that of `HF_TOKEN` or of a login.
+
+    Raises:
+      InputError: a name that no repository has, no token, or a hub that is switched off.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError(repo)
+    except HFValidationError as error:
+        raise InputError(f"--push {repo!r}", "a repository's name: owner/name", "--push OWNER/NAME") from error
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise InputError(f"--push {repo} with HF_HUB_OFFLINE set", "a hub that may be asked", "HF_HUB_OFFLINE=0")
+    token = huggingface_hub.get_token()
+    if not token:
+        raise InputError(
+            f"--push {repo}, and there is no token of the hub",
+            "a token that may write",
+            "hf auth login, or HF_TOKEN=... before the command",
+        )
+    return token
+
+
+def push(directory: Any, repo: str) -> str:
+    """Uploads an export; a repository that is not there is made, and is private.
+
+    Args:
+      directory: of the export.
+      repo: "owner/name".
+
+    Returns:
+      Where it is.
+
+    Raises:
+      InputError: no token, no network, or a hub that refuses; the export stays where it is.
+    """
+    token = check_push(repo)
+    from huggingface_hub import HfApi
+
+    folder = Path(os.fspath(directory))
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo, private=True, exist_ok=True)
+        found = api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Model exported by jaxalign")
+    except Exception as error:  # of the network, or what the hub answers: of several libraries
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"--push {repo}: {words}",
+            "a hub that can be reached, and a token that may write there",
+            f"the same command again; the export lies in {directory}",
+        ) from error
+    return str(getattr(found, "commit_url", None) or repo)
