@@ -35,6 +35,7 @@ class Algorithm(NamedTuple):
 
     fields: Callable[[], dict[str, dict[str, Any]]]  # section -> field -> default: its own, and where it differs
     reads: Reads
+    method: str = ""  # in words, for the model card
     without: tuple[str, ...] = ()  # fields of all others that it does not read
     frozen: bool = False  # whether it holds a model that is not trained: `model.frozen_dtype` is read
     trained: str = "policy"  # the role that is exported
@@ -211,11 +212,13 @@ ALGORITHMS: dict[str, Algorithm] = {
     "sft": Algorithm(
         _sft,
         COMPLETIONS,
+        method="supervised fine-tuning",
         guides=(("optimizer.learning_rate", 1e-7, 1e-2),),  # 1e-2: small models from scratch; others start at 2e-5
     ),
     "reward": Algorithm(
         _reward,
         PAIRS._replace(readout="last", score=True),
+        method="reward modelling (Bradley-Terry)",
         trained="reward",
         head="score",
         bounds=(_LABEL_SMOOTHING, ("algorithm.center_coef", 0, _BIG)),
@@ -224,6 +227,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dpo": Algorithm(
         _dpo,
         PAIRS,
+        method="direct preference optimization",
         frozen=True,
         choices=(("algorithm.loss", ("sigmoid", "ipo")), ("algorithm.reference", ("live", "cached"))),
         bounds=(("algorithm.beta", 1e-9, _BIG), _LABEL_SMOOTHING),
@@ -237,6 +241,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm(
         _ppo,
         PROMPTS,
+        method="proximal policy optimization",
         without=("data.max_completion_length", "data.append_eos"),  # rollout.max_new_tokens bounds the completion
         frozen=True,
         choices=(("algorithm.kl_estimator", ("k1", "k2", "k3")),),

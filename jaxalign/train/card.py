@@ -12,15 +12,10 @@ from typing import Any
 
 from jaxalign import __version__
 from jaxalign.config import defaults
+from jaxalign.registry import ALGORITHMS
 from jaxalign.train.metrics import read_metrics
 from jaxalign.train.rundir import RunDir
 
-_METHODS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward modelling (Bradley-Terry)",
-    "dpo": "direct preference optimization",
-    "ppo": "reinforcement learning with PPO",
-}
 _PACKAGES = ("jax", "flax", "optax", "transformers", "datasets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Figures that a card shows where the run has them, of training and of held-out data.
@@ -40,22 +35,21 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
       inputs: digests of what the run was made of, as its checkpoints keep them.
     """
     name, base = config["algorithm"]["name"], config["model"]["path"]
-    sources = _sources(config)
+    entry, sources = ALGORITHMS[name], _sources(config)
     front: dict[str, Any] = {"library_name": "transformers"}
     if _is_hub_id(base):
         front["base_model"] = base
     if hub := [path for path in sources if _is_hub_id(path)]:
         front["datasets"] = hub
-    front["pipeline_tag"] = "text-classification" if name == "reward" else "text-generation"
+    front["pipeline_tag"] = "text-generation" if entry.head == "lm" else "text-classification"
     front["tags"] = ["jaxalign", name, *(config.get("logging", {}).get("tags") or ())]
     title = config.get("logging", {}).get("run_name") or os.path.basename(str(run.path).rstrip("/")) or name
     revision = f" at {config['model']['revision']}" if config["model"].get("revision") else ""
     scratch = " (its shape alone: the weights started at random)" if config["model"].get("from_scratch") else ""
-    method = _METHODS.get(name, name)
     parts = [
         f"---\n{_yaml(front)}---",
         f"# {title}",
-        f"`{base}`{revision}{scratch} after {step:,} steps of {method}, made with jaxalign {__version__}.",
+        f"`{base}`{revision}{scratch} after {step:,} steps of {entry.method or name}, made with jaxalign {__version__}.",
         "## Data",
         _data(run, sources),
     ]
