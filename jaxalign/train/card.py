@@ -46,10 +46,11 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
     title = config.get("logging", {}).get("run_name") or os.path.basename(str(run.path).rstrip("/")) or name
     revision = f" at {config['model']['revision']}" if config["model"].get("revision") else ""
     scratch = " (its shape alone: the weights started at random)" if config["model"].get("from_scratch") else ""
+    method = entry.method or name
     parts = [
         f"---\n{_yaml(front)}---",
         f"# {title}",
-        f"`{base}`{revision}{scratch} after {step:,} steps of {entry.method or name}, made with jaxalign {__version__}.",
+        f"`{base}`{revision}{scratch} after {step:,} steps of {method}, made with jaxalign {__version__}.",
         "## Data",
         _data(run, sources),
     ]
