@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.ops.attention_scores import Scores, Window, sloped
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product
 
@@ -33,7 +34,7 @@ class _Blocks(NamedTuple):
     size_k: int
 
 
-def blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, window=None, *, scores: Scores):
     """`attention` with the memory of O(T) numbers and the work of the visible blocks; see there for arguments."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     most_q, most_k = _cpu_blocks(T) if platform() == "cpu" else _ACCELERATOR_BLOCKS
@@ -44,7 +45,10 @@ def blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
         start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, extra)), mode="edge") for x in (start_BT, end_BT))
     k, v = (_pad(x, blocks.num_k * blocks.size_k - S).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
     q = _split(_pad(q_BTNH, extra), blocks, k.shape[1])
-    out = _attend(blocks, q, k, v, *(_split_rows(x, blocks) for x in (start_BT, end_BT)))
+    if window is not None:
+        least = _split_rows(jnp.pad(window.least, ((0, 0), (0, extra)), mode="edge"), blocks)
+        window = Window(least, jnp.pad(window.positions, ((0, 0), (0, k.shape[2] - S))))
+    out = _attend(blocks, scores, q, k, v, *(_split_rows(x, blocks) for x in (start_BT, end_BT)), window)
     return _join(out, blocks, q_BTNH.shape[2])[:, :T]
 
 
@@ -86,10 +90,13 @@ def _bounds(start, end, size_k: int):
     return start.min(axis=(1, 2)) // size_k, -(-end.max(axis=(1, 2)) // size_k)
 
 
-def _visible(start, end, j, size_k: int, rows: int):
+def _visible(start, end, window, j, size_k: int, rows: int):
     """bool [B, 1, R, size_k]: which keys of block j each query of a block sees."""
     slot = j * size_k + jnp.arange(size_k, dtype=start.dtype)
     visible = (slot >= start[..., None]) & (slot < end[..., None])
+    if window is not None:
+        positions = jax.lax.dynamic_slice_in_dim(window.positions, j * size_k, size_k, axis=1)
+        visible &= positions[:, None] >= window.least[..., None]
     return jnp.tile(visible, (1, rows // start.shape[1], 1))[:, None]
 
 
@@ -97,23 +104,27 @@ def _block(x, j, size: int):
     return jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks, q, k, v, start, end):
-    return _forward(blocks, q, k, v, start, end)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(blocks, made, q, k, v, start, end, window):
+    return _forward(blocks, made, q, k, v, start, end, window)[0]
 
 
-def _forward(blocks, q, k, v, start, end):
+def _of_block(window, least):
+    return None if window is None else window._replace(least=least)
+
+
+def _forward(blocks, made, q, k, v, start, end, window):
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scale = q.shape[-1] ** -0.5
     size, rows = blocks.size_k, q.shape[3]
 
     def one(_, block):
-        q, start, end, first, last = block
+        q, start, end, least, first, last = block
+        near = _of_block(window, least)
 
         def add(j, carry):
             top, total, out = carry
-            scores = product("bkrh,bksh->bkrs", q, _block(k, j, size)) * scale
-            scores = jnp.where(_visible(start, end, j, size, rows), scores, -jnp.inf)
+            scores = made.of(product("bkrh,bksh->bkrs", q, _block(k, j, size)))
+            scores = jnp.where(_visible(start, end, near, j, size, rows), scores, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
@@ -126,19 +137,19 @@ def _forward(blocks, q, k, v, start, end):
         top, total, out = jax.lax.fori_loop(first, last, add, carry)
         return None, ((out / total).astype(q.dtype), top + jnp.log(total))
 
-    _, (out, log_total) = jax.lax.scan(one, None, (q, start, end, *_bounds(start, end, size)))
+    least = None if window is None else window.least
+    _, (out, log_total) = jax.lax.scan(one, None, (q, start, end, least, *_bounds(start, end, size)))
     out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
-    return out, (q, k, v, start, end, out, log_total)
+    return out, (q, k, v, start, end, window, out, log_total)
 
 
-def _backward(blocks, saved, d_out):
+def _backward(blocks, made, saved, d_out):
     """Everything with keys before queries: each product then reads its first operand along its rows.
 
     A product whose first operand must be transposed takes several times as long on a CPU.
     """
-    q, k, v, start, end, out, log_total = saved
+    q, k, v, start, end, window, out, log_total = saved
     wide = log_total.dtype
-    scale = q.shape[-1] ** -0.5
     size, rows = blocks.size_k, q.shape[3]
     # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
     delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1)[..., None, :]  # [Q, B, K, 1, R]
@@ -146,15 +157,16 @@ def _backward(blocks, saved, d_out):
     k_turned = k.swapaxes(-1, -2)  # [B, K, H, S]
 
     def one(carry, block):
-        q, start, end, d_out, log_total, delta, first, last = block
+        q, start, end, least, d_out, log_total, delta, first, last = block
+        near = _of_block(window, least)
 
         def add(j, carry):
             d_k, d_v, d_q = carry
-            scores = product("bksh,bkrh->bksr", _block(k, j, size), q) * scale
-            visible = _visible(start, end, j, size, rows).swapaxes(-1, -2)
+            scores = made.of(product("bksh,bkrh->bksr", _block(k, j, size), q))
+            visible = _visible(start, end, near, j, size, rows).swapaxes(-1, -2)
             weights = jnp.where(visible, jnp.exp(scores - log_total), 0)
             d_weights = product("bksh,bkrh->bksr", _block(v, j, size), d_out)
-            d_scores = (weights * (d_weights - delta) * scale).astype(q.dtype)
+            d_scores = (sloped(weights * (d_weights - delta), made.slope(scores)) * made.scale).astype(q.dtype)
             d_k = _add_block(d_k, j, d_scores, q)
             d_v = _add_block(d_v, j, weights.astype(v.dtype), d_out)
             k_block = jax.lax.dynamic_slice_in_dim(k_turned, j * size, size, axis=3)
@@ -169,9 +181,10 @@ def _backward(blocks, saved, d_out):
         return tuple(carry), d_q.astype(q.dtype)
 
     start_carry = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
-    per_block = (q, start, end, d_out, log_total, delta, *_bounds(start, end, size))
+    least = None if window is None else window.least
+    per_block = (q, start, end, least, d_out, log_total, delta, *_bounds(start, end, size))
     (d_k, d_v), d_q = jax.lax.scan(one, start_carry, per_block)
-    return d_q.swapaxes(-1, -2), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    return d_q.swapaxes(-1, -2), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 
 _attend.defvjp(_forward, _backward)

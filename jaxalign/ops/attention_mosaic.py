@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.ops.attention_blocked import SAVED
+from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.attention_triton import seeing_blocks, seen_blocks
 
@@ -36,12 +37,12 @@ class _Plan(NamedTuple):
     shared: int
 
 
-def mosaic_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def mosaic_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, scores: Scores):
     """`attention` in O(T + S) memory, forward and backward; see there for arguments. 16 bits, H at most `LIMIT`."""
-    return on_each_device(_local, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return on_each_device(functools.partial(_local, scores.scale), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def _local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def _local(scale, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     _, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     more_q, more_k, more_h = -T % _BLOCK, -S % _BLOCK, -H % 64  # 64 numbers are the 128 bytes that tiles are made of
@@ -49,7 +50,7 @@ def _local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, more_q)), mode="edge") for x in (start_BT, end_BT))
     q = jnp.pad(q_BTNH, ((0, 0), (0, more_q), (0, 0), (0, more_h)))
     k, v = (jnp.pad(x, ((0, 0), (0, more_k), (0, 0), (0, more_h))) for x in (k_BSKH, v_BSKH))
-    return _attend(_Plan(H**-0.5, N // K), q, k, v, start_BT, end_BT)[:, :T, :, :H]
+    return _attend(_Plan(scale, N // K), q, k, v, start_BT, end_BT)[:, :T, :, :H]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

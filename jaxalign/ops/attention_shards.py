@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 
-def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, *of_tokens) -> jax.Array:
+def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, *of_tokens: Any) -> jax.Array:
     """`kernel(q, k, v, *of_tokens)` inside a `shard_map` over the ambient mesh: rows over `data` and `fsdp`, heads over
     `tensor`; without a mesh, or inside another `shard_map`, the call itself.
 
     Rows or heads that their axes do not divide stay whole.  Fewer key heads than `tensor` are repeated, so that each
     device holds the ones that its queries read.
+
+    Args:
+      kernel: of all heads and rows, or of some.
+      q_BTNH: [B, T, N, H].
+      k_BSKH: [B, S, K, H].
+      v_BSKH: [B, S, K, H].
+      of_tokens: trees of arrays [B, T] or [B, S].
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = any(t == jax.sharding.AxisType.Manual for t in mesh.axis_types)
@@ -31,6 +39,6 @@ def on_each_device(kernel: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, *of
     if heads and repeats > 1:
         k_BSKH, v_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
     of_heads, of_rows = P(rows, None, heads, None), P(rows, None)
-    ins = (of_heads, of_heads, of_heads, *(of_rows for _ in of_tokens))
+    ins = (of_heads, of_heads, of_heads, *jax.tree.map(lambda _: of_rows, of_tokens))
     shards = jax.shard_map(kernel, in_specs=ins, out_specs=of_heads, check_vma=False)
     return shards(q_BTNH, k_BSKH, v_BSKH, *of_tokens)

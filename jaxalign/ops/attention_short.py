@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.ops.attention_blocked import SAVED, blocked_attention
+from jaxalign.ops.attention_scores import Scores, sloped
 from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.precision import product
 
@@ -41,36 +42,47 @@ class _Unit(NamedTuple):
         """Of [B, K, S, H]."""
         return x[self.row, self.head, self.keys]
 
-    def visible(self, start, end, slots):
-        """bool [b, 1, 1, n, s]: which of the keys each query sees."""
+    def inside(self, start, end, slots):
+        """bool [b, 1, 1, n, s]: which of the keys lie in each query's interval."""
         slot = slots[self.row, None, self.keys]
         start, end = (x[self.row, self.queries, None] for x in (start, end))
         return ((slot >= start) & (slot < end))[:, None, None]
 
+    def visible(self, start, end, slots, window):
+        """bool [b, 1, 1, n, s]: which of the keys each query sees."""
+        inside = self.inside(start, end, slots)
+        if window is None:
+            return inside
+        near = window.positions[self.row, None, self.keys] >= window.least[self.row, self.queries, None]
+        return inside & near[:, None, None]
+
     def complete(self, start, end, slots):
-        """bool [b, 1, 1, n, 1]: whether what each query sees is among the keys."""
-        seen = self.visible(start, end, slots).sum(axis=-1, keepdims=True, dtype=end.dtype)
+        """bool [b, 1, 1, n, 1]: whether each query's interval is among the keys."""
+        seen = self.inside(start, end, slots).sum(axis=-1, keepdims=True, dtype=end.dtype)
         return seen == (end - start)[self.row, None, None, self.queries, None]
 
 
-def short_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *slots_BS, causal: bool):
+def short_attention(
+    q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS=None, window=None, *, scores: Scores, causal: bool
+):
     """`attention` for rows of at most `LIMIT` tokens; see there for the other arguments.
 
     Args:
       causal: as many keys as queries, and no token sees a later one; one that would gets NaN where keys are left out.
     """
-    return on_each_device(functools.partial(_local, causal), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *slots_BS)
+    local = functools.partial(_local, causal, scores)
+    return on_each_device(local, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS, window)
 
 
-def _local(causal, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS=None):
+def _local(causal, made, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS, window):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     if slots_BS is None:
         if not fits(B, T, S, N):
-            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, window, scores=made)
         slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=start_BT.dtype), (B, S))
     q = q_BTNH.reshape(B, T, K, N // K, H)
-    return _attend(causal, q, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS).reshape(B, T, N, H)
+    return _attend(causal, made, q, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS, window).reshape(B, T, N, H)
 
 
 def fits(rows: int, num_queries: int, num_keys: int, heads: int) -> bool:
@@ -122,12 +134,12 @@ def _by_token(x):
     return jnp.moveaxis(x, -2, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(causal, q, k, v, start, end, slots):
-    return _forward(causal, q, k, v, start, end, slots)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(causal, made, q, k, v, start, end, slots, window):
+    return _forward(causal, made, q, k, v, start, end, slots, window)[0]
 
 
-def _forward(causal, q, k, v, start, end, slots):
+def _forward(causal, made, q, k, v, start, end, slots, window):
     q, k, v = (_by_head(x) for x in (q, k, v))
     parts = _units(q, k, causal)
     outs, kept = [], []
@@ -135,7 +147,8 @@ def _forward(causal, q, k, v, start, end, slots):
         results = [
             _unit_forward(
                 *(u.of_queries(q), u.of_keys(k), u.of_keys(v)),
-                u.visible(start, end, slots),
+                made,
+                u.visible(start, end, slots, window),
                 u.complete(start, end, slots) if causal else True,
             )
             for u in units
@@ -146,19 +159,20 @@ def _forward(causal, q, k, v, start, end, slots):
     return out, (q, k, v, out, kept)
 
 
-def _unit_forward(q, k, v, visible, complete):
+def _unit_forward(q, k, v, made, visible, complete):
     """The output, and the softmax's exponentials and their sums: keeping them saves the fifth product backward."""
     b, K, G, n, H = q.shape
-    scores = product("bkrh,bksh->bkrs", q.reshape(b, K, G * n, H), k) * H**-0.5
+    scores = made.of(product("bkrh,bksh->bkrs", q.reshape(b, K, G * n, H), k))
+    slope = made.slope(scores)
     scores = jnp.where(visible, scores.reshape(b, K, G, n, -1), -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = jnp.where(complete, weights.sum(axis=-1, keepdims=True), jnp.nan)  # better no number than a wrong one
     weights, total = (x.reshape(b, K, G * n, -1) for x in (weights, total))
     out = product("bkrs,bksh->bkrh", weights.astype(v.dtype), v) / total
-    return out.reshape(b, K, G, n, H).astype(q.dtype), weights, total
+    return out.reshape(b, K, G, n, H).astype(q.dtype), weights, total, slope
 
 
-def _backward(causal, saved, d_out):
+def _backward(causal, made, saved, d_out):
     q, k, v, out, kept = saved
     parts = _units(q, k, causal)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -169,7 +183,10 @@ def _backward(causal, saved, d_out):
     for units, weights in zip(parts, kept, strict=True):
         triples = [
             _unit_backward(
-                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)), *(u.of_queries(d_out), u.of_queries(delta)), *of_unit
+                *(u.of_queries(q), u.of_keys(k), u.of_keys(v)),
+                *(u.of_queries(d_out), u.of_queries(delta)),
+                made.scale,
+                *of_unit,
             )
             for u, of_unit in zip(units, weights, strict=True)
         ]
@@ -178,18 +195,18 @@ def _backward(causal, saved, d_out):
         of_keys.append(_sum(d_k))
         of_values.append(_sum(d_v))
     d_q, d_k, d_v = (_by_token(_whole(x, parts)) for x in (of_queries, of_keys, of_values))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None, None
 
 
-def _unit_backward(q, k, v, d_out, delta, weights, total):
+def _unit_backward(q, k, v, d_out, delta, scale, weights, total, slope):
     """Each product reads its first operand along its rows; what has to be transposed for that is narrow."""
     b, K, G, n, H = q.shape
     q, d_out, delta = (x.reshape(b, K, G * n, -1) for x in (q, d_out, delta))
     d_out = d_out / total
     d_weights = product("bkrh,bkhs->bkrs", d_out.astype(v.dtype), v.swapaxes(-1, -2))
-    d_scores = (weights * (d_weights - delta / total)).astype(q.dtype)
-    d_q = product("bkrs,bksh->bkrh", d_scores, k) * H**-0.5
-    d_k = product("bkhr,bkrs->bkhs", q.swapaxes(-1, -2), d_scores) * H**-0.5
+    d_scores = sloped(weights * (d_weights - delta / total), slope).astype(q.dtype)
+    d_q = product("bkrs,bksh->bkrh", d_scores, k) * scale
+    d_k = product("bkhr,bkrs->bkhs", q.swapaxes(-1, -2), d_scores) * scale
     d_v = product("bkhr,bkrs->bkhs", d_out.astype(v.dtype).swapaxes(-1, -2), weights.astype(v.dtype))
     return d_q.reshape(b, K, G, n, H).astype(q.dtype), d_k.swapaxes(-1, -2), d_v.swapaxes(-1, -2)
 

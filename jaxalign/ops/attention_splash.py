@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.attention_blocked import SAVED
+from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import at_least_float32, product_precision
@@ -22,28 +23,28 @@ _BLOCK = 512
 _LANES = 128  # a block is a multiple of this
 
 
-def splash_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def splash_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, scores: Scores):
     """`attention` in O(T + S) memory, forward and backward; see there for arguments. T and S are at most `LIMIT`.
 
     On a CPU the kernels are run step by step, to check them.
     """
-    return on_each_device(_local, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return on_each_device(functools.partial(_local, scores), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def _local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
-    B, T, _, H = q_BTNH.shape
+def _local(scores, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+    B, T = q_BTNH.shape[:2]
     S = k_BSKH.shape[1]
     size_q, size_k = _block_size(T), _block_size(S)
     more_q, more_k = -T % size_q, -S % size_k
     # A padding query repeats the last interval: no wider, and not empty.
     start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, more_q)), mode="edge") for x in (start_BT, end_BT))
-    q = (at_least_float32(q_BTNH) * H**-0.5).astype(q_BTNH.dtype)
+    q = (at_least_float32(q_BTNH) * scores.scale).astype(q_BTNH.dtype)
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x, more in ((q, more_q), (k_BSKH, more_k), (v_BSKH, more_k))
     )
     rows = _rows_of_a_call(B, max(T + more_q, S + more_k))
     groups = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q, k, v, start_BT, end_BT))
-    one = functools.partial(_one_sequence, size_q=size_q, size_k=size_k)
+    one = functools.partial(_one_sequence, size_q=size_q, size_k=size_k, softcap=scores.softcap)
     if rows == B:
         out = one(jax.tree.map(lambda x: x[0], groups))
     else:
@@ -66,7 +67,7 @@ def _rows_of_a_call(rows: int, length: int) -> int:
     return next(n for n in range(rows, 0, -1) if rows % n == 0 and n * length <= LIMIT)
 
 
-def _one_sequence(operands, *, size_q: int, size_k: int):
+def _one_sequence(operands, *, size_q: int, size_k: int, softcap: float | None):
     """[R, T, N, H] and so on, R rows, to [R, T, N, H]."""
     # Late: an experimental part of JAX, and Pallas takes half a second to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -91,7 +92,7 @@ def _one_sequence(operands, *, size_q: int, size_k: int):
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
+        attn_logits_soft_cap=softcap,
         residual_checkpoint_name=SAVED,
         mask_function=_sees,
         interpret=platform() == "cpu",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.ops.attention_blocked import SAVED
+from jaxalign.ops.attention_scores import Scores, sloped
 from jaxalign.ops.attention_shards import on_each_device
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
@@ -26,25 +27,33 @@ _LOG2_E = math.log2(math.e)  # the kernels raise 2 to a power, which the hardwar
 
 
 class _Plan(NamedTuple):
-    """What is fixed when the kernels are compiled: rows of a block of queries and of keys, the scale of scores."""
+    """What is fixed when the kernels are compiled: rows of a block of queries and of keys, how scores are made."""
 
     size_q: int
     size_k: int
-    scale: float
+    scores: Scores
+
+    def of(self, products):
+        """Scores for powers of 2, and the slope of their cap."""
+        scale, softcap = self.scores
+        if softcap is None:
+            return products * (scale * _LOG2_E), None
+        capped = jnp.tanh(products * (scale / softcap))
+        return capped * (softcap * _LOG2_E), 1 - capped * capped
 
 
-def triton_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def triton_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, *, scores: Scores):
     """`attention` in O(T + S) memory, forward and backward; see there for arguments.
 
     On a CPU the kernels are run step by step, to check them.
     """
-    return on_each_device(_local, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return on_each_device(functools.partial(_local, scores), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
-def _local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
+def _local(scores, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT):
     _, T, _, H = q_BTNH.shape
     S = k_BSKH.shape[1]
-    plan = _Plan(_block_size(T, _BLOCK_Q), _block_size(S, _BLOCK_K), H**-0.5)
+    plan = _Plan(_block_size(T, _BLOCK_Q), _block_size(S, _BLOCK_K), scores)
     more_q, more_k, more_h = -T % plan.size_q, -S % plan.size_k, _power_of_two(H) - H
     # A padding query repeats the last interval: no wider, and not empty.
     start_BT, end_BT = (jnp.pad(x, ((0, 0), (0, more_q)), mode="edge") for x in (start_BT, end_BT))
@@ -130,7 +139,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, firsts, lasts, out_
     def add(j, carry):
         top, total, out = carry
         keys = pl.ds(j * plan.size_k, plan.size_k)
-        scores = _product(q, k_ref[keys, :], (1, 1)) * (plan.scale * _LOG2_E)
+        scores, _ = plan.of(_product(q, k_ref[keys, :], (1, 1)))
         scores = jnp.where(_visible(start, end, j, plan), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=1))
         weights, shrink = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
@@ -155,14 +164,14 @@ def _queries_kernel(
     def add(j, d_q):
         keys = pl.ds(j * plan.size_k, plan.size_k)
         k = k_ref[keys, :]
-        scores = _product(q, k, (1, 1)) * (plan.scale * _LOG2_E)
+        scores, slope = plan.of(_product(q, k, (1, 1)))
         weights = jnp.where(_visible(start, end, j, plan), jnp.exp2(scores - log_total), 0)
         d_weights = _product(d_out, v_ref[keys, :], (1, 1))
-        d_scores = weights * (d_weights - delta)
+        d_scores = sloped(weights * (d_weights - delta), slope)
         return d_q + _product(d_scores.astype(k.dtype), k, (1, 0))
 
     d_q = jax.lax.fori_loop(firsts[i], lasts[i], add, jnp.zeros(q.shape, jnp.float32))
-    d_q_ref[...] = (d_q * plan.scale).astype(d_q_ref.dtype)
+    d_q_ref[...] = (d_q * plan.scores.scale).astype(d_q_ref.dtype)
 
 
 def _keys_kernel(
@@ -192,18 +201,18 @@ def _keys_kernel(
         i, g = first + jax.lax.div(step, group), jax.lax.rem(step, group)
         rows = pl.ds(i * plan.size_q, plan.size_q)
         q, d_out = q_ref[rows, g, :], d_out_ref[rows, g, :]
-        scores = _product(k, q, (1, 1)) * (plan.scale * _LOG2_E)
+        scores, slope = plan.of(_product(k, q, (1, 1)))
         visible = _visible(start_ref[rows], end_ref[rows], j, plan, keys_first=True)
         weights = jnp.where(visible, jnp.exp2(scores - log_total_ref[g, rows][None, :]), 0)
         d_weights = _product(v, d_out, (1, 1))
-        d_scores = weights * (d_weights - delta_ref[g, rows][None, :])
+        d_scores = sloped(weights * (d_weights - delta_ref[g, rows][None, :]), slope)
         d_v = d_v + _product(weights.astype(d_out.dtype), d_out, (1, 0))
         return d_k + _product(d_scores.astype(q.dtype), q, (1, 0)), d_v
 
     group = q_ref.shape[1]
     zero = jnp.zeros(k.shape, jnp.float32)
     d_k, d_v = jax.lax.fori_loop(0, (last - first) * group, add, (zero, zero))
-    d_k_ref[...] = (d_k * plan.scale).astype(d_k_ref.dtype)
+    d_k_ref[...] = (d_k * plan.scores.scale).astype(d_k_ref.dtype)
     d_v_ref[...] = d_v.astype(d_v_ref.dtype)
 
 

@@ -219,6 +219,8 @@ def test_the_model_takes_what_rows_promise_and_what_is_asked_for(asked, causal, 
     rows = tiny.causal(np.zeros((1, 100), np.int32))._replace(causal=causal)
     taken = []
     for name, backend in list(BACKENDS.items()):
-        monkeypatch.setitem(BACKENDS, name, lambda *args, n=name, b=backend: (taken.append(n), b(*args))[1])
+        monkeypatch.setitem(
+            BACKENDS, name, lambda *args, n=name, b=backend, **options: (taken.append(n), b(*args, **options))[1]
+        )
     jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0)), rows)[0])
     assert set(taken) == {expected}
