@@ -226,7 +226,32 @@ def aliases() -> str:
     return "\n".join([*lines, *(f"| {field} | {', '.join(found)} |" for field, found in by_field.items())])
 
 
+def families() -> str:
+    """The families of models that load."""
+    from jaxalign.models.families import FAMILIES
+
+    lines = ["| family | `model_type` | architectures |", "|---|---|---|"]
+    for family in FAMILIES:
+        kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
+        lines.append(f"| {family.name} | {kinds} | {', '.join(f'`{a}`' for a in family.architectures.values())} |")
+    return "\n".join(lines)
+
+
+def losses() -> str:
+    """Preference losses and estimators by the names that fields give them."""
+    from jaxalign.ops.advantages import ESTIMATORS
+    from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
+
+    lines = ["| name | what it is | function |", "|---|---|---|"]
+    for name, function in [*PREFERENCE_LOSSES.items(), *ESTIMATORS.items()]:
+        said = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        lines.append(f"| `{name}` | {said} | `{function.__module__}.{function.__name__}` |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "families": families,
+    "losses": losses,
     "tree": tree,
     "columns": columns,
     "presets": presets,
