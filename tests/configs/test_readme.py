@@ -46,7 +46,7 @@ def test_configs_are_whole(written, name):
     """Nothing is left to fill in but the files they name."""
     config = load_config(name)
     found = stages.plan(config)
-    assert found and all(not stage.warnings for stage in found)
+    assert found and all(not stage.checked.warnings for stage in found)
     if function := get(config, "rewards.function"):
         given = {"records": [], "completion_ids": [], "finished": [], "step": 0}
         assert load_function(function)([], ["please", "no"], **given) == [1, 0]

@@ -19,8 +19,7 @@ def trainer(monkeypatch):
     calls = types.SimpleNamespace(names=[], configs=[], dry=[], stop=None, fail=None)
 
     def run(checked, dry_run=False):
-        config = checked.config
-        workdir = Path(config.workdir)
+        config, workdir = checked.config, Path(checked.config.workdir)
         calls.names.append(workdir.name)
         calls.configs.append(config)
         calls.dry.append(dry_run)
@@ -332,10 +331,8 @@ def test_warnings_name_their_stage(road, trainer):
 
 
 def test_a_seed_of_a_stages_own_is_told_to_be_without_effect(road):
-    told = [
-        s.name for s in module.plan(road(seed=7, sft__seed=7, dpo__seed=5)) if "its own seed" in str(s.checked.warnings)
-    ]
-    assert told == ["dpo"]
+    planned = module.plan(road(seed=7, sft__seed=7, dpo__seed=5))
+    assert [s.name for s in planned if "its own seed" in str(s.checked.warnings)] == ["dpo"]
 
 
 def test_a_single_stage_is_the_trainers_own(trainer, tmp_path):
