@@ -52,6 +52,7 @@ _FOLDERS = {
     "tests/examples": "the world of the quickstart, the data of the stories",
     "tests/fuzz": "bad inputs and faults, each to be told in words; all of them: python -m tests.fuzz",
     "tests/golden": "values of the live oracles",
+    "tests/library": "what import jaxalign offers",
     "tests/launch": "launchers against fake gcloud, srun, scontrol, kubectl",
     "tests/models": "transformer, Hugging Face in and out",
     "tests/ops": "losses and readouts against hand numbers and loops",
