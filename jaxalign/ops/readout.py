@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.ops.attention_scores import sloped
+from jaxalign.ops.logits import Head, logits, parts
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.types import CHOSEN, REJECTED, Completions, Params, Readouts, Rows
@@ -65,7 +67,7 @@ def _taken(hidden: jax.Array, readouts: Readouts) -> jax.Array:
 
 def token_logprobs(
     hidden: jax.Array,
-    head: jax.Array,
+    head: jax.Array | Head,
     readouts: Readouts,
     *,
     temperature: float = 1.0,
@@ -74,7 +76,7 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probability of each readout's target given the hidden state at its source.
 
-    log p(target) = z[target] - logsumexp(z),  z = head^T hidden[source] / temperature
+    log p(target) = z[target] - logsumexp(z),  z = logits(hidden[source], head) / temperature
 
     Computed in chunks along M; the backward pass computes the logits again instead of keeping them.  Under a mesh with
     axes `data`, `fsdp`, `tensor` the vocabulary work runs inside `shard_map`: the head is gathered over `fsdp` once,
@@ -84,7 +86,7 @@ def token_logprobs(
     Args:
       hidden: [B, T, D] final hidden states (after the last norm), in the compute dtype; or [B, M, D], those of the
         readouts, whose source is then None.
-      head: [D, V] in the same dtype.
+      head: [D, V] in the same dtype, or one whose logits are scaled or capped.
       readouts: fields [B, M].
       temperature: divides the logits; top-k and top-p never enter log-probs.
       entropy: also return the entropy of the distribution, -sum_v p_v log p_v.
@@ -93,12 +95,13 @@ def token_logprobs(
     Returns:
       (logprobs [B, M], entropy [B, M] or None) in nats, in at least float32, 0 where the mask is False.
     """
-    if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[-1] != head.shape[0]:
-        raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {head.shape}")
+    kernel, made = parts(head)
+    if hidden.ndim != 3 or kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
+        raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {kernel.shape}")
     if max_logits is None:
         max_logits = _MAX_LOGITS.get(platform(), _ACCELERATOR_MAX_LOGITS)
     taken = _taken(hidden, readouts)
-    logprobs, entropies = _logprobs(taken, head, readouts.target, float(temperature), entropy, max_logits)
+    logprobs, entropies = _logprobs(taken, kernel, readouts.target, made, float(temperature), entropy, max_logits)
     logprobs = jnp.where(readouts.mask, logprobs, 0)
     return logprobs, (jnp.where(readouts.mask, entropies, 0) if entropy else None)
 
@@ -106,12 +109,12 @@ def token_logprobs(
 # The vocabulary work has its own derivative, for three reasons: the backward pass reuses the forward's logsumexp (and
 # its logits, where one chunk holds them all: a chunk is held in the backward pass anyway, which comes right after), the
 # head's gradient is accumulated over chunks in float32 though the head be bfloat16, and each collective is explicit.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _logprobs(taken, head, target, temperature, entropy, max_logits):
-    return _forward(taken, head, target, temperature, entropy, max_logits)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _logprobs(taken, head, target, made, temperature, entropy, max_logits):
+    return _forward(taken, head, target, made, temperature, entropy, max_logits)[0]
 
 
-def _forward(taken, head, target, temperature, entropy, max_logits):
+def _forward(taken, head, target, made, temperature, entropy, max_logits):
     layout = _Layout(taken.shape, head.shape)
     length = layout.chunk_length(max_logits)
     keep = length >= taken.shape[1]
@@ -122,7 +125,7 @@ def _forward(taken, head, target, temperature, entropy, max_logits):
 
         def chunk(_, inputs):
             h, t = inputs
-            z = _logits(h, head) / temperature
+            z = logits(h, Head(head, made)) / temperature
             top = layout.max_over_vocabulary(jnp.max(z, axis=-1))
             e = jnp.exp(z - top[..., None])
             total = layout.sum_over_vocabulary(jnp.sum(e, axis=-1))
@@ -144,26 +147,30 @@ def _forward(taken, head, target, temperature, entropy, max_logits):
     return (logprobs, entropies), (taken, head, target, lse, entropies, kept)
 
 
-def _backward(temperature, entropy, max_logits, residuals, cotangents):
+def _backward(made, temperature, entropy, max_logits, residuals, cotangents):
     taken, head, target, lse, entropies, kept = residuals
     keep = len(kept)
     layout = _Layout(taken.shape, head.shape)
     per_readout = (target, lse, cotangents[0]) + ((entropies, cotangents[1]) if entropy else ())
 
     def local(taken, head_shard, *per_readout):
-        logits, per_readout = per_readout[:keep], per_readout[keep:]
+        kept, per_readout = per_readout[:keep], per_readout[keep:]
         head = layout.gather_head(head_shard)
         offset = layout.vocabulary_offset(head)
 
         def chunk(d_head, inputs):
             h, t, lse, g, *of_entropy = inputs
-            logp = (logits[0] if keep else _logits(h, head) / temperature) - lse[..., None]
+            z = kept[0] if keep else logits(h, Head(head, made)) / temperature
+            logp = z - lse[..., None]
             p = jnp.exp(logp)
             d_z = jnp.where(_hits(t, p.shape[-1], offset), g[..., None], 0) - g[..., None] * p
             if entropy:  # dH / dz_v = -p_v (log p_v + H)
                 value, g_entropy = of_entropy
                 d_z -= g_entropy[..., None] * p * (logp + value[..., None])
-            d_z = (d_z / temperature).astype(h.dtype)  # matmuls in the compute dtype, accumulated in float32
+            d_z = d_z / temperature
+            if made is not None:
+                d_z = sloped(d_z, made.slope(z * temperature)) * made.scale
+            d_z = d_z.astype(h.dtype)  # matmuls in the compute dtype, accumulated in float32
             d_h = layout.sum_over_vocabulary(_matmul(d_z, head, (((2,), (1,)), ((), ())))).astype(h.dtype)
             return d_head + _matmul(h, d_z, (((0, 1), (0, 1)), ((), ()))), d_h
 
@@ -245,10 +252,6 @@ class _Layout:
 def _matmul(a, b, dims):
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return jax.lax.dot_general(a, b, dims, precision=product_precision(a.dtype), preferred_element_type=wide)
-
-
-def _logits(h, head):
-    return _matmul(h, head, (((2,), (0,)), ((), ())))
 
 
 def _hits(target, width, offset):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache
 from jaxalign.models.transformer import Model
-from jaxalign.ops.precision import at_least_float32, product_precision
+from jaxalign.ops.logits import logits
 from jaxalign.parallel.sharding import constrain, param_spec, path_name
 from jaxalign.rollout.sampling import sample, token_keys
 from jaxalign.types import Array, CausalByIndex, Params, Rows
@@ -355,11 +355,8 @@ def advance(
 
     def body(carry):
         step, slots, rollout = carry
-        wide = at_least_float32(slots.hidden).dtype
-        precision = product_precision(slots.hidden.dtype)
-        logits = jnp.dot(slots.hidden, head, precision=precision, preferred_element_type=wide)
         keys = token_keys(key, slots.sample_ids, slots.place)
-        token, logprob = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        token, logprob = sample(logits(slots.hidden, head), keys, temperature=temperature, top_k=top_k, top_p=top_p)
         live = slots.live
         token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)
         stopped = live & (token[:, None] == stops).any(-1)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxalign.ops.attention_scores import Scores
+from jaxalign.ops.logits import Head
 from jaxalign.ops.readout import completion_sums, pairs, scalar_readout, token_logprobs
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.types import CHOSEN, REJECTED, SINGLE, Completions, Readouts
@@ -53,6 +55,24 @@ def test_equals_the_dense_formula(max_logits, x64):
     found = values_and_grads(
         lambda h, w: token_logprobs(h, w, readouts, temperature=0.7, entropy=True, max_logits=max_logits), g
     )(hidden, head)
+    chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("made", [Scores(0.3), Scores(1.0, 2.0), Scores(0.3, 0.7)])
+@pytest.mark.parametrize("max_logits", [2**27, 4 * B * V], ids=["whole", "chunks"])
+def test_logits_are_scaled_and_capped(max_logits, made, x64):
+    """As a whole and in chunks, whose logits are made again for the gradient: scaled, then capped, then divided."""
+    hidden, head, readouts, g = case()
+
+    def capped(h, w):
+        z = made.scale * h @ w
+        z = z if made.softcap is None else made.softcap * jnp.tanh(z / made.softcap)
+        return dense(z, jnp.eye(V), readouts, 0.7)
+
+    def ours(h, w):
+        return token_logprobs(h, Head(w, made), readouts, temperature=0.7, entropy=True, max_logits=max_logits)
+
+    expected, found = (values_and_grads(f, g)(hidden, head) for f in (capped, ours))
     chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -1,11 +1,16 @@
 """Generation: invariances of sampled tokens, stops, log-probs, meshes, and greedy decoding against stored tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign.data.promises import check_layout
+from jaxalign.models.transformer import Model
+from jaxalign.ops.attention_scores import Scores
+from jaxalign.ops.logits import Head
 from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
@@ -130,3 +135,21 @@ def test_greedy_is_transformers_stored(shared, name):
     assert [c.ids for c in got] == golden(name)
     assert got[0].text.startswith(", there was a")
     assert got[2].text.startswith(" was")  # prompt + text is the whole text
+
+
+def test_a_capped_head_is_capped_in_decoding_too(policy, monkeypatch):
+    """The sampler and the readout make logits by one function."""
+    model, params = policy
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, norm_eps=2e-5))  # compiled anew
+    plain = Model.head
+    monkeypatch.setattr(Model, "head", lambda self, params: Head(plain(self, params), Scores(0.5, softcap=1.5)))
+    batch = prompt_batch(PROMPTS, 5)
+    out = run((model, params), PROMPTS, [0, 1, 2, 3], temperature=0.7)
+    rows, readouts = completed_rows(batch.rows, out)
+    hidden = model.apply(params, rows)[0]
+    capped, uncapped = (
+        token_logprobs(hidden, head, readouts, temperature=0.7)[0]
+        for head in (model.head(params), plain(model, params))
+    )
+    np.testing.assert_allclose(out.logprobs, capped, atol=2e-5)
+    assert np.abs(capped - uncapped).max() > 0.1
