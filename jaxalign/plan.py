@@ -165,7 +165,7 @@ def compile_for(topology: str, config: Any) -> MachinePlan:
     with tempfile.TemporaryDirectory() as scratch:
         # Built before the mesh is set: whatever is computed on the way must run on a device that is there.
         stage = Stage(config, mesh, RunDir(scratch))
-        frozen = {name: role.model.abstract() for name, role in stage.program.frozen.items()}
+        frozen = {name: role.abstract() for name, role in stage.program.frozen.items()}
         arguments = (stage.like, abstract(frozen, param_shardings(mesh, frozen)), abstract_batch(stage))
         start = time.monotonic()
         with jax.set_mesh(mesh):

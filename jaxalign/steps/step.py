@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.trees import joined
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.objective import Objective, Sum, Sums, divide, losses, several, sums_of
 from jaxalign.types import Params, TrainState
@@ -44,7 +45,8 @@ def make_train_step(
         `extra["skip"]`, which stays until whoever drives the loop clears it.
 
     Returns:
-      step(state, frozen, batch) -> (state, metrics).  Pure; the caller jits it and donates `state`.  Metrics, scalars:
+      step(state, frozen, batch) -> (state, metrics).  Pure; the caller jits it and donates `state`.  `frozen` may hold
+      the rest of a role whose parameters are trained in part: the objective is given the two joined.  Metrics, scalars:
       those of the objective, `loss`, `weight` (the loss's divisor, of several terms their sum), `grad_norm` (before the
       optimizer clips), `param_norm` (after the update), `update_norm` (of what the parameters really moved), each with
       `/<role>` appended where there are several roles; `term/<term>`, S / W, where a role has several terms;
@@ -52,14 +54,18 @@ def make_train_step(
     """
     roles = tuple(sorted(optimizers))
 
-    def by_role(loss, params, batch):
+    def by_role(loss, params, frozen, batch):
         """Gradients of `loss(parameters of one role, batch) -> (scalar, sums)`, in at least float32, and the sums."""
+
+        def of_trained(own, role):
+            return loss(joined({role: own}, frozen), batch)
+
         grads, found = {}, Sums({})
         for role in roles:
             own = params[role]
             if grads:  # what a model keeps for its backward pass is gone before the next model's forward pass
                 own, grads = jax.lax.optimization_barrier((own, grads))
-            grad, sums = jax.grad(lambda own, role=role: loss({role: own}, batch), has_aux=True)(own)
+            grad, sums = jax.grad(of_trained, has_aux=True)(own, role)
             grads = grads | {role: jax.tree.map(at_least_float32, grad)}
             found = Sums(*(there | new for there, new in zip(found, sums, strict=True)))
         return grads, found
@@ -73,14 +79,14 @@ def make_train_step(
             return scale * sum(means), sums
 
         if objective.items is None:
-            return _accumulate(lambda micro: by_role(loss, params, micro), batch, grad_accum_steps)
+            return _accumulate(lambda micro: by_role(loss, params, frozen, micro), batch, grad_accum_steps)
 
         def items(given, batch):
             return objective.items(given, frozen, extra, batch)
 
         if grad_accum_steps == 1:
-            return by_role(lambda own, batch: loss(items(own, batch), batch), params, batch)
-        whole = _collect(lambda micro: items(params, micro), batch, grad_accum_steps)
+            return by_role(lambda own, batch: loss(items(own, batch), batch), params, frozen, batch)
+        whole = _collect(lambda micro: items(joined(params, frozen), micro), batch, grad_accum_steps)
         cotangents, sums = jax.grad(loss, has_aux=True)(whole, batch)
 
         def linear(own, micro):  # its gradient is that of the loss
@@ -89,7 +95,7 @@ def make_train_step(
             return sum(jax.tree.leaves(products)), Sums({})
 
         both = batch, cotangents
-        return _accumulate(lambda micro: by_role(linear, params, micro)[0], both, grad_accum_steps), sums
+        return _accumulate(lambda micro: by_role(linear, params, frozen, micro)[0], both, grad_accum_steps), sums
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Any):
         params = {role: state.params[role] for role in roles}
@@ -98,7 +104,9 @@ def make_train_step(
         weights, statistics = objective.weights(batch), None
         if objective.statistics is not None:
             statistics = _accumulate(
-                lambda micro: objective.statistics(params, frozen, state.extra, micro), batch, grad_accum_steps
+                lambda micro: objective.statistics(joined(params, frozen), frozen, state.extra, micro),
+                batch,
+                grad_accum_steps,
             )
         grads, sums = gradients(params, frozen, state.extra, weights, statistics, scale, batch)
         if loss_scaling:
@@ -165,11 +173,11 @@ def make_eval_step(objective: Objective):
     """
 
     def step(params, frozen, extra, batch) -> dict[str, Sum]:
-        weights, statistics, given = objective.weights(batch), None, params
+        weights, statistics, given = objective.weights(batch), None, joined(params, frozen)
         if objective.statistics is not None:
-            statistics = objective.statistics(params, frozen, extra, batch)
+            statistics = objective.statistics(given, frozen, extra, batch)
         if objective.items is not None:
-            given = objective.items(params, frozen, extra, batch)
+            given = objective.items(given, frozen, extra, batch)
         sums = sums_of(objective, weights, given, frozen, extra, statistics, batch)
         found = losses(objective, weights, sums)
         named = {("loss" if len(found) == 1 else f"loss/{role}"): value for role, value in found.items()}

@@ -92,7 +92,7 @@ def eval_metrics(stage: Any) -> list[str]:
     program, rows, part = stage.program, batch_sharding(stage.mesh), batch_part(stage.mesh)
     if program.eval_metrics is not None:
         return program.eval_metrics()
-    frozen = {name: role.model.abstract() for name, role in program.frozen.items()}
+    frozen = {name: role.abstract() for name, role in program.frozen.items()}
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((x.shape[0] * part[1], *x.shape[1:]), x.dtype, sharding=rows),
         stage.eval_dataset.batch(0, *part),

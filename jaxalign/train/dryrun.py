@@ -14,7 +14,7 @@ from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardin
 from jaxalign.train.best import check_best_metric, rarely
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import device_limit, in_words
-from jaxalign.train.models import num_bytes
+from jaxalign.train.models import bytes_by_role, num_bytes, per_source
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
 from jaxalign.train.trainer import data_warnings
@@ -47,11 +47,8 @@ def report(stage: Any) -> dict[str, Any]:
     say("\nrows, what is trained on in ⟦brackets⟧:")
     for row in rows:
         say(row)
-    frozen_roles = stage.program.frozen
-    frozen = {n: role.model.abstract() for n, role in frozen_roles.items()}
-    sizes = {n: num_bytes(p) for n, p in (stage.like.params | frozen).items()} | {
-        "optimizer": num_bytes(stage.like.opt)
-    }
+    frozen = per_source(stage.program.frozen, lambda role: role.model.abstract())
+    sizes = bytes_by_role(stage.like.params, frozen) | {"optimizer": num_bytes(stage.like.opt)}
     say("\nmemory:")
     say("  " + ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items()))
     stage.step.compile(stage.like, abstract(frozen, param_shardings(stage.mesh, frozen)), abstract_batch(stage))

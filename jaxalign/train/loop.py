@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxalign.data.prefetch import prefetch
 from jaxalign.errors import InputError
+from jaxalign.ops.trees import joined
 from jaxalign.parallel.host_memory import DEVICE, HOST, moved
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
 from jaxalign.train.algorithms import Prepare
@@ -143,7 +144,9 @@ class Loop:
         """Starts all updates of batch `index`; waits for none of them."""
         before = self.step.compile_seconds
         with self._profile.phase("prepare") as made_ready:
-            state, batches, made = self.prepare(state, self.frozen, put_batch(host, self.mesh))
+            trained = state.params
+            state, batches, made = self.prepare(self._whole(state), self.frozen, put_batch(host, self.mesh))
+            state = state._replace(params=trained)
             # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
             prepared = {name: float(value) for name, value in jax.device_get(made).items()}
             made_ready.append(batches)
@@ -162,6 +165,10 @@ class Loop:
         state = state._replace(data_cursor=cursor)
         compiling = self.step.compile_seconds - before
         return state, Pending(index + 1, updates, prepared, host, compiling, note_end(updates))
+
+    def _whole(self, state: TrainState) -> TrainState:
+        """The state with whole models, for all that reads them and trains nothing."""
+        return state._replace(params=joined(state.params, self.frozen))
 
     def _optimizer_in(self, kind: str, state: TrainState) -> TrainState:
         """The state with its optimizer's part where it is wanted; without `offload` as it is."""
@@ -189,7 +196,7 @@ class Loop:
                 self.patience.add(step, row)
         every = c.logging.get("samples_every", 0)
         if self.sample and not stopping and every and (last or step % every == 0):
-            row |= self.sample(state, self.frozen, step)
+            row |= self.sample(self._whole(state), self.frozen, step)
         if row:
             self.writer.write(step, row)
         if save:

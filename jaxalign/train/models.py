@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
+from jaxalign.ops.trees import joined
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 
@@ -29,6 +30,12 @@ class Role(NamedTuple):
     load: Callable[[], Params]  # reads the start values; another call gives another copy
     learning_rate: float = 0.0  # peak; 0 for frozen roles
     check: Callable[[], None] = lambda: None  # refuses a checkpoint that `load` cannot take; headers alone are read
+    source: tuple | None = None  # what `load` reads and into which dtype; frozen roles of one source share its arrays
+    part: Callable[[Params], Params] = lambda tree: tree  # what of the model's parameters this role holds
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of what it holds."""
+        return self.part(self.model.abstract())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +113,7 @@ class Roles:
                     hf.check(directory, found)
 
         require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, found.head_dim)
-        return Role(Model(found, c.attention), load, learning_rate, check)
+        return Role(Model(found, c.attention), load, learning_rate, check, (path, revision, param_dtype, head, scratch))
 
 
 def revision_of(path: str, config: Any) -> str | None:
@@ -182,6 +189,32 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     with c.unlocked():
         c.data.max_length = longest
     return c, told
+
+
+def per_source(roles: Mapping[str, Role], make: Callable[[Role], Params]) -> dict[str, Params]:
+    """What each role holds of the whole model that `make` gives, which is asked once for the roles of one source."""
+    made: dict[Any, Params] = {}
+    for name, role in roles.items():
+        if (key := role.source or name) not in made:
+            made[key] = make(role)
+    return {name: role.part(made[role.source or name]) for name, role in roles.items()}
+
+
+def bytes_by_role(params: Mapping[str, Params], frozen: Mapping[str, Params]) -> dict[str, int]:
+    """Bytes of each role's arrays, trained and frozen; those that several roles share count for the first.
+
+    >>> base = {"base": jnp.zeros(2)}
+    >>> bytes_by_role({"policy": {"adapter": jnp.ones(3)}}, {"policy": base, "ref": base})
+    {'policy': 20, 'ref': 0}
+    """
+    seen: set[int] = set()
+    found = {}
+    whole = joined(params, frozen)
+    for name, tree in (whole | {n: tree for n, tree in frozen.items() if n not in whole}).items():
+        leaves = jax.tree.leaves(tree)
+        found[name] = num_bytes([x for x in leaves if id(x) not in seen])
+        seen |= {id(x) for x in leaves}
+    return found
 
 
 def num_bytes(tree: Any) -> int:

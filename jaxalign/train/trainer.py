@@ -16,6 +16,7 @@ from jaxalign import config as configuration
 from jaxalign.config import Validated, validated
 from jaxalign.errors import InputError, named
 from jaxalign.ops.precision import require_dtypes
+from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards, make_mesh
@@ -34,7 +35,7 @@ from jaxalign.train.inputs import check_past, inputs_of
 from jaxalign.train.lock import Lock, exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics, say
-from jaxalign.train.models import Roles, describe_start, fit_length, num_bytes, revision_of
+from jaxalign.train.models import Roles, bytes_by_role, describe_start, fit_length, num_bytes, per_source, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
@@ -157,7 +158,7 @@ class Stage:
 
         extra = dict(program.extra) | (LossScale.initial() if scaling else {})
         self.initial_extra = extra
-        like = jax.eval_shape(lambda: self._fresh({n: r.model.abstract() for n, r in program.trained.items()}))
+        like = jax.eval_shape(lambda: self._fresh({n: r.abstract() for n, r in program.trained.items()}))
         whole = replicated(mesh)
         self.shardings = TrainState(
             step=whole,
@@ -187,7 +188,7 @@ class Stage:
 
     def start(self) -> TrainState:
         """The state of step 0 on the mesh."""
-        params = {name: role.load() for name, role in self.program.trained.items()}
+        params = {name: role.part(role.load()) for name, role in self.program.trained.items()}
         opt = {
             role: jax.jit(tx.init, out_shardings=self.shardings.opt[role])(params[role])
             for role, tx in self.optimizers.items()
@@ -199,9 +200,9 @@ class Stage:
         return TrainState(zero(), params, opt, extra, zero())
 
     def frozen(self) -> dict[str, Any]:
-        """The frozen models' parameters on the mesh, with `algorithm.offload` in the host's memory."""
+        """The frozen parameters on the mesh, with `algorithm.offload` in the host's memory; of each source once."""
         kind = HOST if self.offload else DEVICE
-        return {name: in_memory(role.load(), kind) for name, role in self.program.frozen.items()}
+        return per_source(self.program.frozen, lambda role: in_memory(role.load(), kind))
 
     def train(self) -> dict[str, Any]:
         """Trains to the end, exports, and says how it went."""
@@ -272,11 +273,11 @@ class Stage:
                 checkpoints.close()
         if start == results["steps"]:  # it had come to its end before: all that was left to do is to export
             results |= last_figures(read_metrics(self.directory))
-        results["export"] = self._export(state, checkpoints, results["steps"], inputs)
+        results["export"] = self._export(state, checkpoints, frozen, results["steps"], inputs)
         results |= {
             "num_compiles": self.step.num_compiles,
             "step_memory": self.step.memory,
-            "model_bytes": {n: num_bytes(p) for n, p in (state.params | frozen).items()},
+            "model_bytes": bytes_by_role(state.params, frozen),
             "optimizer_bytes": num_bytes(state.opt),
         }
         return results
@@ -290,7 +291,9 @@ class Stage:
             return None
         count = min(self.config.eval.num_batches or dataset.batches_per_epoch, dataset.batches_per_epoch)
         if self.program.evaluate is not None:
-            step = functools.partial(self.program.evaluate, records=dataset.record)
+            measure = functools.partial(self.program.evaluate, records=dataset.record)
+            whole = lambda state: state._replace(params=joined(state.params, frozen))  # noqa: E731
+            step = lambda state, frozen, batch: measure(whole(state), frozen, batch)  # noqa: E731
         else:
             step = lambda state, frozen, batch: self.eval_step(state.params, frozen, state.extra, batch)  # noqa: E731
         return make_evaluate(step, frozen, dataset, count, self.mesh)
@@ -314,7 +317,9 @@ class Stage:
         )
         return flops / (peak * self.mesh.size)
 
-    def _export(self, state: TrainState, checkpoints: Checkpoints, step: int, inputs: dict[str, str]) -> str:
+    def _export(
+        self, state: TrainState, checkpoints: Checkpoints, frozen: dict[str, Any], step: int, inputs: dict[str, str]
+    ) -> str:
         """Writes the best parameters where a metric says which, else the last, in Hugging Face form."""
         from jaxalign.models import hf
         from jaxalign.models.hub import locate
@@ -327,7 +332,7 @@ class Stage:
         hf.save(
             target,
             self.program.trained[role].model,
-            state.params[role],
+            joined(state.params, frozen)[role],
             source=locate(c.model.path, c.model.revision, weights=False),
             tokenizer=self.tokenizer,
             card=model_card(self.directory, configuration.to_dict(c), step, inputs),

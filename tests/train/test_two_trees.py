@@ -1,0 +1,86 @@
+"""Runs in which a part of the policy is trained: the rest is frozen, shared with the reference, exported with it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from run_child import make_config, stories
+from safetensors.numpy import load_file
+
+from jaxalign.ops.trees import split
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.train import algorithms, trainer
+from jaxalign.train.models import num_bytes
+from jaxalign.train.rundir import RunDir
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def attention(path):
+    return path.startswith("layers/attention/")
+
+
+@pytest.fixture
+def in_part(monkeypatch):
+    """Every algorithm's policy is trained in its attention alone."""
+    build = algorithms.build
+
+    def divided(*given):
+        program = build(*given)
+        policy = program.trained["policy"]
+        trained = policy._replace(part=lambda tree: split(tree, attention)[0])
+        rest = policy._replace(part=lambda tree: split(tree, attention)[1])
+        return program._replace(trained=program.trained | {"policy": trained}, frozen=program.frozen | {"policy": rest})
+
+    monkeypatch.setattr(algorithms, "build", divided)
+
+
+def alone(spec):
+    """The stage on one device, nothing run."""
+    config = make_config(spec)
+    return trainer.Stage(
+        config, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]), RunDir(config.workdir)
+    )
+
+
+def tensors(directory):
+    return {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
+def test_a_run_that_trains_attention_alone(algorithm, shared, tmp_path, in_part):
+    fields = {"num_train_steps": 2, "checkpoint.every": 1, "optimizer.learning_rate": 1e-5, "optimizer.warmup_steps": 0}
+    config = make_config(stories(shared, tmp_path / "run", algorithm, **fields))
+    results = trainer.run(config, devices=jax.devices()[:2])
+    assert results["num_compiles"] == 1
+    before, after = tensors(shared / "models" / "stories260k-llama"), tensors(tmp_path / "run" / "export")
+    assert before.keys() <= after.keys()
+    moved = {name for name, x in before.items() if not np.array_equal(x, after[name])}
+    assert moved and moved == {name for name in before if name.split(".")[-2] in ATTENTION}
+
+    sizes = results["model_bytes"]
+    stage = alone(stories(shared, tmp_path / "other", algorithm, **fields))
+    policy = stage.program.trained["policy"]
+    part = num_bytes(policy.abstract())
+    assert sizes["policy"] == num_bytes(policy.model.abstract()) and sizes["ref"] == part  # the rest is the policy's
+    if algorithm == "dpo":
+        assert results["optimizer_bytes"] < 2.1 * part
+        first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["rewards/margins"] == 0.0 and first["grad_norm"] > 0
+    frozen = stage.frozen()
+    shared_leaves = {id(x) for x in jax.tree.leaves(frozen["policy"])}
+    assert shared_leaves < {id(x) for x in jax.tree.leaves(frozen["ref"])}
+
+
+def test_frozen_roles_of_one_source_are_loaded_once(shared, tmp_path):
+    stage = alone(stories(shared, tmp_path / "run", "dpo"))
+    ref, reads = stage.program.frozen["ref"], []
+    counted = ref._replace(load=lambda: reads.append(1) or ref.load())
+    other = counted._replace(source=(*ref.source[:2], "bfloat16", *ref.source[3:]))
+    stage.program = stage.program._replace(frozen={"ref": counted, "base": counted, "half": other})
+    frozen = stage.frozen()
+    assert len(reads) == 2
+    same = [a is b for a, b in zip(jax.tree.leaves(frozen["ref"]), jax.tree.leaves(frozen["base"]), strict=True)]
+    assert all(same) and same
+    assert frozen["half"]["norm"]["scale"] is not frozen["ref"]["norm"]["scale"]
