@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import jaxalign
 from jaxalign.pipeline.aliases import ALIASES
 from jaxalign.train import health
 
@@ -94,3 +95,8 @@ def test_modules_and_names_that_pages_speak_of_are_there():
                 importlib.import_module(name)
             except ModuleNotFoundError:
                 assert hasattr(importlib.import_module(module), attribute), (page.name, name)
+
+
+def test_the_page_of_the_library_has_every_name_that_it_offers():
+    page = (ROOT / "docs/library.md").read_text()
+    assert [name for name in jaxalign.__all__ if f"`{name}`" not in page] == []
