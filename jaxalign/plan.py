@@ -156,7 +156,7 @@ def compile_for(topology: str, config: Any) -> MachinePlan:
     from jaxalign.train.dryrun import abstract_batch
     from jaxalign.train.models import fit_length
     from jaxalign.train.rundir import RunDir
-    from jaxalign.train.trainer import Stage
+    from jaxalign.train.stage import Stage
 
     config, _ = fit_length(config)
     devices = absent_devices(topology)

@@ -121,7 +121,7 @@ def _measured(config: Any, mesh: jax.sharding.Mesh, scratch: str) -> dict[str, A
     """The figures of one stage's models on its data."""
     from jaxalign.train.models import fit_length
     from jaxalign.train.rundir import RunDir
-    from jaxalign.train.trainer import Stage
+    from jaxalign.train.stage import Stage
 
     configuration.validate(config)
     config, told = fit_length(config)

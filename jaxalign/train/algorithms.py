@@ -52,7 +52,7 @@ class Program(NamedTuple):
     reference: Role | None = None  # whose log-probs are computed ahead and attached to each batch
     # (state, frozen, a batch on the mesh, from a record's number to the record of the set that the batch is from) ->
     # {name: (sum, weight)}; None: the objective's own metrics
-    evaluate: Callable[[TrainState, dict[str, Params], Any, Callable[[int], Any]], dict[str, Any]] | None = None
+    evaluate: Callable[..., dict[str, Any]] | None = None
     eval_metrics: Callable[[], list[str]] | None = None  # names of what `evaluate` measures
     samples: Callable[[int], list[dict[str, Any]]] | None = None  # completions that `prepare` has made anyway
     passes: float = 3.0  # forward passes' worth of work of one token, for MFU

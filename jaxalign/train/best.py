@@ -11,6 +11,7 @@ import jax
 from jaxalign.errors import InputError
 from jaxalign.parallel.sharding import batch_part, batch_sharding
 from jaxalign.steps.step import make_eval_step
+from jaxalign.train.stage import Stage
 
 
 class Patience:
@@ -53,11 +54,11 @@ class Patience:
         return f"stopped early at step {step:,}: {self._since} evaluations without a better {self._metric}{best}"
 
 
-def check_best_metric(stage: Any) -> None:
+def check_best_metric(stage: Stage) -> None:
     """Refuses a `checkpoint.best_metric` that evaluations will not have; nothing is computed.
 
     Args:
-      stage: a `trainer.Stage`.
+      stage: data, models and compiled steps.
 
     Raises:
       InputError: naming those that they will have.
@@ -78,7 +79,7 @@ def check_best_metric(stage: Any) -> None:
         )
 
 
-def rarely(stage: Any) -> list[str]:
+def rarely(stage: Stage) -> list[str]:
     """What to say where evaluations are due after the run's end alone; it is evaluated then."""
     every, best = stage.config.eval.every, stage.config.checkpoint.best_metric
     if stage.eval_dataset is None or every <= stage.num_steps:
@@ -87,7 +88,7 @@ def rarely(stage: Any) -> list[str]:
     return [f"eval.every is {every:,} and the run has {stage.num_steps:,} steps: only its end is evaluated{choice}"]
 
 
-def eval_metrics(stage: Any) -> list[str]:
+def eval_metrics(stage: Stage) -> list[str]:
     """What evaluations measure, by the shapes of a batch alone."""
     program, rows, part = stage.program, batch_sharding(stage.mesh), batch_part(stage.mesh)
     if program.eval_metrics is not None:

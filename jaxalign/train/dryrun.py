@@ -17,17 +17,17 @@ from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import bytes_by_role, num_bytes, per_source
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
-from jaxalign.train.trainer import data_warnings
+from jaxalign.train.stage import Stage, data_warnings
 
 _ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
 
 
-def report(stage: Any) -> dict[str, Any]:
+def report(stage: Stage) -> dict[str, Any]:
     """Prints figures of the data, three rows decoded with their masks, the memory of a training step, and what the
     report warns of, last.  The whole report is in `data_report.json`.
 
     Args:
-      stage: a `trainer.Stage`.
+      stage: data, models and compiled steps.
 
     Returns:
       `data`, `rows` (text), `steps`, `memory` (bytes a device, by the compiler's account), `model_bytes`.
@@ -102,7 +102,7 @@ def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
     return shown
 
 
-def abstract_batch(stage: Any) -> Any:
+def abstract_batch(stage: Stage) -> Any:
     """Shapes and places of what the train step is given."""
     sharding = batch_sharding(stage.mesh)
     parts = batch_part(stage.mesh)[1]

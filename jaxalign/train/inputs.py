@@ -16,6 +16,7 @@ from jaxalign.parallel.processes import first_problem
 from jaxalign.ranges import ANOTHER_REWARD
 from jaxalign.train.metrics import say
 from jaxalign.train.models import revision_of
+from jaxalign.train.stage import Stage
 
 # Fields that name models, beside `model.path`.
 _MODELS = ("algorithm.reference_path", "algorithm.value_path", "rewards.model")
@@ -35,7 +36,7 @@ _FOLLOWS = {
 }
 
 
-def inputs_of(stage: Any) -> dict[str, str]:
+def inputs_of(stage: Stage) -> dict[str, str]:
     """Digests of what a stage's numbers depend on beside its configuration, by what they are of.
 
     Data count by the records, the choice of those that are held out, and their tokens, masks and weights; the tokenizer
@@ -44,7 +45,7 @@ def inputs_of(stage: Any) -> dict[str, str]:
     is in, not by what that imports.
 
     Args:
-      stage: a `trainer.Stage`.
+      stage: data, models and compiled steps.
     """
     c, data = stage.config, stage.dataset
     found = {
@@ -80,11 +81,11 @@ def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name in wrong if name not in told]
 
 
-def check_past(stage: Any, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> list[dict[str, Any]]:
+def check_past(stage: Stage, start: int, meta: Mapping[str, Any], inputs: Mapping[str, str]) -> list[dict[str, Any]]:
     """Refuses to resume a run that has other inputs now, or that is longer than it is to be.
 
     Args:
-      stage: a `trainer.Stage`.
+      stage: data, models and compiled steps.
       start: batches done.
       meta: of the checkpoint.
       inputs: digests by what they are of, see `inputs_of`.

@@ -23,6 +23,7 @@ from jaxalign.rollout.host import all_rows
 from jaxalign.steps.preference import sequence_logprobs
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.metrics import say
+from jaxalign.train.stage import Stage
 from jaxalign.types import Batch
 
 _SAVE_SECONDS = 60.0  # between two writes of an unfinished cache
@@ -49,11 +50,11 @@ class WithReference:
         return batch._replace(completions=batch.completions._replace(ref_logprob=ref))
 
 
-def attach(stage: Any, datasets: list[Any]) -> list[Any]:
+def attach(stage: Stage, datasets: list[Any]) -> list[Any]:
     """Wraps the stage's datasets; computes what no cache has, with the reference in memory only meanwhile.
 
     Args:
-      stage: a `trainer.Stage` whose program has a `reference`.
+      stage: whose program has a `reference`.
       datasets: training and evaluation data; None stays None.
     """
     role = stage.program.reference

@@ -5,23 +5,23 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import on_main
 from jaxalign.train.compiled import in_words
 from jaxalign.train.models import num_bytes
+from jaxalign.train.stage import Stage
 
 _COMPRESSED = 0.7  # of its bytes a checkpoint takes at least: moments that are still 0 take nearly nothing
 
 
-def check_room(stage: Any, saved: int = 0) -> list[str]:
+def check_room(stage: Stage, saved: int = 0) -> list[str]:
     """Refuses a run of whose checkpoints not one has room; object stores are not asked.
 
     A new checkpoint is whole before an old one goes, so that one more than `checkpoint.keep` are there for a while.
 
     Args:
-      stage: a `trainer.Stage`.
+      stage: data, models and compiled steps.
       saved: checkpoints that are there already.
 
     Returns:
@@ -33,7 +33,7 @@ def check_room(stage: Any, saved: int = 0) -> list[str]:
     return on_main(functools.partial(_check, stage, saved))
 
 
-def _check(stage: Any, saved: int) -> list[str]:
+def _check(stage: Stage, saved: int) -> list[str]:
     if stage.directory.remote:
         return []
     path, keep = stage.directory.path, stage.config.checkpoint.keep

@@ -20,6 +20,7 @@ from jaxalign.rollout.generate import Rollout, completed_rows, generate
 from jaxalign.rollout.host import all_rows
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.health import sample_signs
+from jaxalign.train.stage import Stage
 from jaxalign.types import Params, Rows, TrainState
 
 
@@ -29,10 +30,10 @@ class Sampler:
     The prompts are the same at every step, and so are the random keys: what changes is the model.
     """
 
-    def __init__(self, stage: Any):
+    def __init__(self, stage: Stage):
         """
         Args:
-          stage: a `trainer.Stage`.
+          stage: data, models and compiled steps.
         """
         self._stage = stage
         self._made = stage.program.samples

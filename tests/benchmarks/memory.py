@@ -6,7 +6,7 @@
     python tests/benchmarks/memory.py --topology gpu:h200:1x1x1 --dtype bfloat16     AOT for a target topology
     python tests/benchmarks/memory.py --smoke              toy size
 
-Every figure is of a real `trainer.Stage`: bytes of weights, frozen models and optimizer are those of its arrays, those
+Every figure is of a real `Stage`: bytes of weights, frozen models and optimizer are those of its arrays, those
 of temporary memory the compiler's account of its train step (`Compiled.memory`), those of PPO's other phases its
 account of the decode loop and of the forward passes. Nothing is trained, so that models that would not fit can be asked
 about too. A CPU's only memory is the host's: what `model.remat=offload` keeps there shows with --topology alone, and

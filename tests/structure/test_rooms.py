@@ -76,6 +76,16 @@ def test_rooms_import_from_smaller_numbers_only():
     assert wrong == [], "\n" + "\n".join(wrong)
 
 
+def test_no_two_files_import_each_other():
+    """Not for types either: what both need is a file of its own."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+    uses = {
+        name: {module if module in names else module.rpartition(".")[0] for _, module in imports(path)} & names.keys()
+        for name, path in names.items()
+    }
+    assert sorted((a, b) for a in uses for b in uses[a] if a < b and a in uses[b]) == []
+
+
 def test_the_package_itself_imports_what_is_asked_for_and_nothing_before():
     """At the top level `typing` alone; the names for type checkers are those that are imported late."""
     import jaxalign

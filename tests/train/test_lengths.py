@@ -11,7 +11,7 @@ from jaxalign.models.hub import locate
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train.models import Roles, fit_length
-from jaxalign.train.trainer import more_stops
+from jaxalign.train.stage import more_stops
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "ppo"])
 def test_the_best_metric_is_checked_before_anything_is_trained(algorithm, shared, tmp_path, monkeypatch):
-    from jaxalign.train.trainer import Stage
+    from jaxalign.train.stage import Stage
 
     monkeypatch.setattr(Stage, "start", None)  # weights are not even loaded
     fields = {"data.eval_fraction": 0.2, "eval.every": 2, "checkpoint.best_metric": "eval/bogus"}
@@ -171,7 +171,7 @@ def test_a_foreign_file_where_the_export_goes_is_refused_before_training(shared,
 @pytest.mark.parametrize("stop", [(10**6,), ("two words",)])
 def test_a_stop_token_that_the_tokenizer_does_not_have_is_refused(shared, stop):
     from jaxalign.models.tokenizer import load_tokenizer
-    from jaxalign.train.trainer import more_stops
+    from jaxalign.train.stage import more_stops
 
     tokenizer = load_tokenizer(shared / "models" / "stories260k-llama")
     assert more_stops((5, "</s>"), tokenizer) == (5, 2)

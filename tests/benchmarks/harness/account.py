@@ -20,7 +20,7 @@ from jaxalign.train.compiled import memory_of
 from jaxalign.train.dryrun import abstract_batch
 from jaxalign.train.models import num_bytes
 from jaxalign.train.rundir import RunDir
-from jaxalign.train.trainer import Stage
+from jaxalign.train.stage import Stage
 
 STATE = ("weights", "frozen", "optimizer", "gradients")
 

@@ -17,7 +17,7 @@ from jaxalign.parallel.mesh import make_mesh  # noqa: E402
 from jaxalign.parallel.startup import start  # noqa: E402
 from jaxalign.train.metrics import count_tokens  # noqa: E402
 from jaxalign.train.rundir import RunDir  # noqa: E402
-from jaxalign.train.trainer import Stage  # noqa: E402
+from jaxalign.train.stage import Stage  # noqa: E402
 
 turns.imported("jaxalign", "jax", "jaxlib", "flax", "optax")
 case = turns.case

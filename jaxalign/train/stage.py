@@ -1,0 +1,190 @@
+"""A training stage: its data, models and compiled steps, as everything that trains or looks at one is given it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign.errors import InputError, named
+from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
+from jaxalign.parallel.sharding import param_shardings, replicated
+from jaxalign.steps.loss_scale import LossScale
+from jaxalign.steps.step import make_eval_step, make_train_step
+from jaxalign.train import algorithms
+from jaxalign.train.checkpoints import abstract
+from jaxalign.train.compiled import Compiled
+from jaxalign.train.lock import Lock
+from jaxalign.train.models import Roles, describe_start, per_source, revision_of
+from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
+from jaxalign.train.rundir import RunDir
+from jaxalign.types import TrainState
+
+
+class Stage:
+    """A stage's data, models and compiled steps.
+
+    Args:
+      config: one stage's configuration, validated, its `data.max_length` settled.
+      mesh: of the devices it runs on.
+      directory: of the run.
+      lock: that is held while the stage works in it; None where nothing is trained.
+
+    Attributes:
+      dataset: to train on.
+      eval_dataset: held out; None where there is none.
+      program: the algorithm on its models.
+      num_steps: batches of the data stream.
+      stop_ids: tokens that end a completion.
+      like: shapes and places of the state.
+      step: the compiled train step.
+      eval_step: the compiled evaluation step.
+
+    Raises:
+      InputError: data, tokenizer or models that cannot be used.
+    """
+
+    def __init__(self, config: Any, mesh: Mesh, directory: RunDir, lock: Lock | None = None):
+        from jaxalign.data.build import build
+        from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+
+        c = config
+        self.config, self.mesh, self.directory, self.lock = config, mesh, directory, lock
+        if c.model.remat == "offload":
+            require_host_memory(mesh, "model.remat='offload'", "--config.model.remat=full")
+        self.offload = c.algorithm.get("offload", False)
+        if self.offload:
+            require_host_memory(mesh, "algorithm.offload", "--config.algorithm.offload=False")
+        described = describe_start(c)
+        path = c.model.tokenizer or c.model.path
+        with named("model.tokenizer" if c.model.tokenizer else "model.path"):
+            self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
+        check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
+        ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
+        self.dataset = build(c, self.tokenizer, eos_ids=ends)
+        self.eval_dataset = build(c, self.tokenizer, "eval", eos_ids=ends, like=self.dataset)
+        if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
+            self.dataset.report["records"]["held_out"] = self.eval_dataset.num_records
+        if directory.untrained():
+            self.write_report()
+        self.num_steps = c.num_train_steps or self.dataset.batches_per_epoch * c.num_epochs
+
+        more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
+        self.stop_ids = tuple(sorted({*ends, *more}))
+        context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
+        self.program = algorithms.build(c, Roles(c, mesh), context)
+        self._build_steps()
+
+    def _build_steps(self) -> None:
+        """The train and eval steps, and the state's shapes and places."""
+        c, program, mesh = self.config, self.program, self.mesh
+        updates = self.num_steps * program.updates
+        rates = {role: r.learning_rate for role, r in program.trained.items()}
+        self.optimizers = {role: make_optimizer(c.optimizer, rate, updates) for role, rate in rates.items()}
+        schedules = {role: make_schedule(c.optimizer, rate, updates) for role, rate in rates.items()}
+        scaling = c.model.dtype == "float16"
+        step = make_train_step(
+            program.objective,
+            self.optimizers,
+            grad_accum_steps=c.grad_accum_steps,
+            loss_scaling=scaling,
+            early_stop=program.early_stop,
+        )
+
+        def train_step(state, frozen, batch):
+            new, metrics = step(state, frozen, batch)
+            for role, schedule in schedules.items():
+                name = "learning_rate" if len(schedules) == 1 else f"learning_rate/{role}"
+                metrics[name] = schedule(updates_made(state.opt[role]))
+            return new, metrics
+
+        extra = dict(program.extra) | (LossScale.initial() if scaling else {})
+        self.initial_extra = extra
+        like = jax.eval_shape(lambda: self._fresh({n: r.abstract() for n, r in program.trained.items()}))
+        whole = replicated(mesh)
+        self.shardings = TrainState(
+            step=whole,
+            params=param_shardings(mesh, like.params),
+            opt=param_shardings(mesh, like.opt),
+            extra=jax.tree.map(lambda _: whole, like.extra),
+            data_cursor=whole,
+        )
+        self.like = abstract(like, self.shardings)
+        self.step = Compiled(train_step, "train step", donate=(0,), out_shardings=(self.shardings, whole))
+        self.eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
+
+    def _fresh(self, params) -> TrainState:
+        """The state of step 0 around parameters; under `eval_shape`, its shapes."""
+        if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+            params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+        opt = {role: tx.init(params[role]) for role, tx in self.optimizers.items()}
+        extra = {name: jnp.asarray(value) for name, value in self.initial_extra.items()}
+        return TrainState(jnp.int32(0), params, opt, extra, jnp.int32(0))
+
+    def check_weights(self) -> None:
+        """Refuses checkpoints that cannot be loaded, before anything is compiled; a machine is planned without them."""
+        program = self.program
+        for role in (*program.trained.values(), *program.frozen.values(), program.reference):
+            if role is not None:
+                role.check()
+
+    def start(self) -> TrainState:
+        """The state of step 0 on the mesh."""
+        params = {name: role.part(role.load()) for name, role in self.program.trained.items()}
+        opt = {
+            role: jax.jit(tx.init, out_shardings=self.shardings.opt[role])(params[role])
+            for role, tx in self.optimizers.items()
+        }
+        whole = replicated(self.mesh)
+        # A copy of its own for each leaf: what is donated must not be shared with anything.
+        extra = {name: jax.device_put(jnp.array(value, copy=True), whole) for name, value in self.initial_extra.items()}
+        zero = lambda: jax.device_put(jnp.int32(0), whole)  # noqa: E731
+        return TrainState(zero(), params, opt, extra, zero())
+
+    def frozen(self) -> dict[str, Any]:
+        """The frozen parameters on the mesh, with `algorithm.offload` in the host's memory; of each source once."""
+        kind = HOST if self.offload else DEVICE
+        return per_source(self.program.frozen, lambda role: in_memory(role.load(), kind))
+
+    def write_report(self) -> None:
+        """Writes what the data are and what became of them to `data_report.json`."""
+        self.directory.write_json("data_report.json", self.dataset.report)
+
+
+def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:
+    """What speaks against the training data, its batches, and what is held out beside it."""
+    found = list(dataset.report["warnings"])
+    if dataset.num_rows < dataset.batch_size:
+        fits = 1 << (dataset.num_rows.bit_length() - 1)
+        found.append(
+            f"a batch has {dataset.batch_size} rows and the data fill only {dataset.num_rows}, the rest is padding: "
+            f"--config.batch_size={fits}"
+        )
+    overlap = {} if eval_dataset is None else eval_dataset.report.get("overlap", {})
+    if overlap.get("prompts"):
+        found.append(f"{overlap['prompts']} held-out records have prompts that training has too")
+    return found
+
+
+def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids of `rollout.stop`: ids themselves, or strings that are one token."""
+    found = []
+    for item in stop:
+        if isinstance(item, int):
+            if item >= len(tokenizer):
+                raise InputError(
+                    f"rollout.stop holds the id {item}, and the tokenizer has {len(tokenizer)} tokens",
+                    f"ids below {len(tokenizer)}",
+                    "--config.rollout.stop=()",
+                )
+            found.append(item)
+            continue
+        ids = tokenizer.encode(item, add_special_tokens=False)
+        if len(ids) != 1:
+            raise InputError(
+                f"rollout.stop {item!r} is {len(ids)} tokens", "one token of the tokenizer", "--config.rollout.stop=()"
+            )
+        found.append(ids[0])
+    return tuple(found)
