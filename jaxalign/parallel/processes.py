@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -122,6 +123,12 @@ def _half(found: str) -> InputError:
 def is_main() -> bool:
     """Whether this process is the one that writes text."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Prints a line for people, above the progress; processes other than 0 keep silent."""
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def first_problem(problem: str) -> str:

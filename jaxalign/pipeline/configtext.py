@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxalign.config import defaults, get, leaves, stages, to_dict
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import override
+from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS
 
 FORMS = ("py", "yaml", "json")

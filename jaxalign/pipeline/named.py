@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from jaxalign.config import defaults, get, leaves
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import override
 from jaxalign.pipeline.mistakes import no_field
+from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS
 
 # A flag of its own and the field that it stands for; `reward` is one of two fields.

@@ -24,10 +24,9 @@ from jaxalign.disk import writing
 from jaxalign.errors import InputError
 from jaxalign.ops.checksum import checksum
 from jaxalign.parallel.host_memory import DEVICE, in_memory
-from jaxalign.parallel.processes import first_problem, is_main
+from jaxalign.parallel.processes import first_problem, is_main, say
 from jaxalign.parallel.sharding import path_name
 from jaxalign.train.echoes import silence_echoes
-from jaxalign.train.metrics import say
 from jaxalign.train.quantised_moments import count_not_finite
 from jaxalign.types import TrainState
 

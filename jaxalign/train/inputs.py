@@ -12,9 +12,8 @@ from jaxalign.config import get
 from jaxalign.data.cache import digest
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
-from jaxalign.parallel.processes import first_problem
+from jaxalign.parallel.processes import first_problem, say
 from jaxalign.ranges import ANOTHER_REWARD
-from jaxalign.train.metrics import say
 from jaxalign.train.models import revision_of
 from jaxalign.train.stage import Stage
 

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.parallel.processes import is_main, on_main
-from jaxalign.train.metrics import say
+from jaxalign.parallel.processes import is_main, on_main, say
 from jaxalign.train.rundir import as_path, beside, usable
 
 try:

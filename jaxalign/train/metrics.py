@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from jaxalign.disk import write_whole, writing
-from jaxalign.parallel.processes import is_main
+from jaxalign.parallel.processes import is_main, say
 from jaxalign.train.rundir import DAMAGED, RunDir
 from jaxalign.train.trackers import Tracker, start_trackers
 
@@ -117,12 +117,6 @@ def _rows(data: bytes) -> Iterator[tuple[bytes, dict | None]]:
             if isinstance(found, dict) and type(found.get("step")) is int and line.endswith(b"\n"):
                 row = found
         yield line, row
-
-
-def say(line: str) -> None:
-    """Prints a line for people, above the progress; processes other than 0 keep silent."""
-    if is_main():
-        print(line, file=sys.stderr, flush=True)
 
 
 def headline(row: Mapping[str, float]) -> str:

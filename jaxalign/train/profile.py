@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxalign.train.metrics import say
+from jaxalign.parallel.processes import say
 
 T = TypeVar("T")
 SKIPPED = 2  # steps before the first that is traced: they compile

@@ -17,12 +17,11 @@ from jaxalign.data.cache import digest, digest_tokenizer
 from jaxalign.disk import write_whole
 from jaxalign.errors import InputError
 from jaxalign.models.identity import describe, fingerprint
-from jaxalign.parallel.processes import is_main
+from jaxalign.parallel.processes import is_main, say
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.host import all_rows
 from jaxalign.steps.preference import sequence_logprobs
 from jaxalign.train.compiled import Compiled
-from jaxalign.train.metrics import say
 from jaxalign.train.stage import Stage
 from jaxalign.types import Batch
 

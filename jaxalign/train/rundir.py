@@ -179,8 +179,8 @@ class RunDir:
         if found is not None:
             return found
         if self.checkpoints.exists():
+            from jaxalign.parallel.processes import say
             from jaxalign.train.checkpoints import read_meta
-            from jaxalign.train.metrics import say
 
             steps = sorted((int(p.name) for p in self.checkpoints.iterdir() if p.name.isdigit()), reverse=True)
             for step in steps:

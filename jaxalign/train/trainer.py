@@ -18,6 +18,7 @@ from jaxalign.ops.precision import require_dtypes
 from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
 from jaxalign.parallel.mesh import batch_shards, make_mesh
+from jaxalign.parallel.processes import say
 from jaxalign.parallel.sharding import unsplit
 from jaxalign.parallel.watch import watched
 from jaxalign.train.best import Patience, check_best_metric, rarely
@@ -30,7 +31,7 @@ from jaxalign.train.health import Health
 from jaxalign.train.inputs import check_past, inputs_of
 from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
-from jaxalign.train.metrics import Writer, read_metrics, say
+from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.models import bytes_by_role, fit_length, num_bytes
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared

@@ -11,7 +11,8 @@ from jaxalign.commands import models
 from jaxalign.config import ALGORITHMS, defaults, leaves, validate
 from jaxalign.data.sources import parse_sources
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import load_config, override
+from jaxalign.pipeline.configfile import load_config
+from jaxalign.pipeline.overrides import override
 from jaxalign.ranges import BOUNDS, FLAG_BOUNDS, check_flags, misfit
 
 

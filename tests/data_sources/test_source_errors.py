@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxalign.config import defaults
 from jaxalign.data.mixture import load_records
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import override
+from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS, COMPLETIONS, PAIRS
 
 

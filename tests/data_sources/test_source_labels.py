@@ -7,7 +7,7 @@ import pytest
 from jaxalign.config import defaults
 from jaxalign.data.mixture import load_records
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import override
+from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS, PAIRS
 
 MAP = {"prompt": "q", "chosen": "answer_a", "rejected": "answer_b"}

@@ -32,7 +32,7 @@ def test_names_come_late():
         "jaxalign.defaults('dpo')\n"
         "assert 'jax' not in sys.modules\n"
         "import jaxalign.train.metrics\n"  # which takes the name of the function
-        "assert callable(jaxalign.train) and jaxalign.train.metrics.say\n"
+        "assert callable(jaxalign.train) and jaxalign.train.metrics.headline\n"
         "from jaxalign import gae, train, sigmoid_loss\n"
         "assert callable(train)"
     )

@@ -7,7 +7,8 @@ import pytest
 from jaxalign.cli import main
 from jaxalign.config import defaults, get, stages
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import load_config, override, run_script
+from jaxalign.pipeline.configfile import load_config, run_script
+from jaxalign.pipeline.overrides import override
 
 ALIASES = [
     ("dpo", "lr", "optimizer.learning_rate"),

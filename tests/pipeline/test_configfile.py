@@ -5,7 +5,8 @@ import pytest
 
 from jaxalign.config import defaults, stages
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import load_config, override, run_script, split_overrides
+from jaxalign.pipeline.configfile import load_config, run_script, split_overrides
+from jaxalign.pipeline.overrides import override
 from jaxalign.pipeline.stages import plan
 
 

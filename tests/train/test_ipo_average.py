@@ -6,7 +6,7 @@ import pytest
 from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
 from jaxalign.ops.readout import completion_sums
-from jaxalign.pipeline.configfile import override
+from jaxalign.pipeline.overrides import override
 from jaxalign.steps.preference import by_pair, sequence_logprobs
 from jaxalign.steps.step import make_eval_step
 from jaxalign.train import algorithms

@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
-from jaxalign.pipeline.configfile import override
+from jaxalign.pipeline.overrides import override
 from jaxalign.ranges import TRACKERS as NAMES
 from jaxalign.train import trainer
 from jaxalign.train.metrics import Writer, read_metrics
