@@ -75,9 +75,9 @@ class PolicyBatch(NamedTuple):
     batch: Batch
     old_logprobs: Array  # float32 [B, M], log-probs when the experience was collected, in nats
     ref_logprobs: Array  # float32 [B, M], log-probs under the reference, in nats
-    old_values: Array  # float32 [B, M], value estimates when the experience was collected
+    old_values: Array | None  # float32 [B, M], value estimates when the experience was collected; None: no critic
     advantages: Array  # float32 [B, M]
-    returns: Array  # float32 [B, M]
+    returns: Array | None  # float32 [B, M]; None where the estimator has none
 
 
 class Terms(NamedTuple):

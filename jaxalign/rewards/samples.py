@@ -18,6 +18,10 @@ class Samples(NamedTuple):
 
 
 class Scorer(Protocol):
-    """A reward: from completions to one number each, or None where it does not apply."""
+    """A reward: from completions to one number each, or None where it does not apply.
 
-    def __call__(self, samples: Samples) -> list[float | None]: ...
+    One of several parts gives such a list for each of their names, in which a completion may have a number for each of
+    its tokens too.
+    """
+
+    def __call__(self, samples: Samples) -> Any: ...

@@ -14,7 +14,7 @@ from jaxalign.data.records import Record
 from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
-from jaxalign.rollout.batching import continue_prompts
+from jaxalign.rollout.continuous import continue_prompts
 from jaxalign.types import Params
 
 

@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.rollout.slots import Rollout
+from jaxalign.rollout.completed import Rollout
 from jaxalign.types import Array, CausalByPosition, Readouts, Rows
 
 
@@ -41,20 +41,20 @@ def paired_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
       rollout: the completions, R wide.
 
     Returns:
-      Rows [N, P + 2R], and readouts [N, 2R]: those of the first completion, then those of the second, each in the order
-      of its tokens.
+      Rows [N, P + 2R] of what is present, and readouts [N, 2R] of what is sampled: those of the first completion, then
+      those of the second, each in the order of its tokens.
     """
     chex.assert_rank([rows.tokens, rollout.tokens], 2)
     prompt = jax.tree.map(lambda x: x.reshape(-1, 2, x.shape[1])[:, 0], rows)
     count, width = prompt.tokens.shape
     length = rollout.tokens.shape[1]
-    tokens, mask = (x.reshape(count, 2, length) for x in (rollout.tokens, rollout.mask))
+    tokens, present = (x.reshape(count, 2, length) for x in (rollout.tokens, rollout.present))
     begin, middle = length + prompt.attend_start[:, -1:], length + width  # columns of the prompt
     said = prompt.positions[:, -1:] + 1  # the position of a completion's first token
 
     column = jnp.broadcast_to(jnp.arange(middle + length, dtype=jnp.int32), (count, middle + length))
     back, on, within = begin - 1 - column, column - middle, column - length  # number of the token, in each part
-    first, second = _taken(mask[:, 0], back), _taken(mask[:, 1], on)
+    first, second = _taken(present[:, 0], back), _taken(present[:, 1], on)
     asked = (column >= begin) & (column < middle)
 
     def choose(of_first, of_second, of_prompt, other):
@@ -71,7 +71,7 @@ def paired_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
     )
     place = jnp.arange(length, dtype=jnp.int32)
     sources = [jnp.where(place == 0, middle - 1, begin - place), jnp.broadcast_to(middle - 1 + place, (count, length))]
-    mask = mask.reshape(count, 2 * length)
+    mask = rollout.sampled.reshape(count, 2 * length)
     readouts = Readouts(
         source=jnp.concatenate(sources, axis=1),
         target=jnp.where(mask, tokens.reshape(count, 2 * length), 0),
@@ -81,19 +81,19 @@ def paired_rows(rows: Rows, rollout: Rollout) -> tuple[Rows, Readouts]:
     return whole, readouts
 
 
-def last_columns(rows: Rows, mask: Array, together: int) -> Array:
+def last_columns(rows: Rows, present: Array, together: int) -> Array:
     """Where the last token of each completion stands, in rows of training.
 
     Args:
       rows: the prompt of each completion, [B, P].
-      mask: bool [B, R], the completions' tokens.
+      present: bool [B, R], the completions' tokens.
       together: completions of a row, as `completions_per_row`.
 
     Returns:
       int32 [B / together, together].
     """
-    width, length = rows.tokens.shape[1], mask.shape[1]
-    count = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    width, length = rows.tokens.shape[1], present.shape[1]
+    count = jnp.sum(present, axis=1, dtype=jnp.int32)
     if together == 1:
         return (width - 1 + count)[:, None]
     backwards = length + rows.attend_start[:, -1] - count

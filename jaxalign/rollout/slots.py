@@ -3,8 +3,9 @@
     laid = lay_out(model, params)                       # once per rollout
     prefilled = prefill(model, params, rows)
     slots = seat(prefilled, sample_ids, width=...)      # or `refill`, of some slots of a batch that is at work
-    slots, rollout, steps = advance(model, laid, slots, rollout, key, ...)
+    slots, draws, steps = advance(model, laid, slots, draws, key, ...)
     slots = move(slots, shift, width=...)               # another number of columns
+    slots = gather(slots, rows)                         # fewer rows
 
 All rows write to one column of the cache, so that a token is one write in place.  A prompt is put before the column at
 which the batch stands, wherever that is, and `start` says where its row begins: what lies before is never seen.
@@ -27,13 +28,12 @@ from jaxalign.rollout.sampling import sample, token_keys
 from jaxalign.types import Array, CausalByIndex, Params, Rows
 
 
-class Rollout(NamedTuple):
-    """Sampled completions, one per row."""
+class Draws(NamedTuple):
+    """What some steps of all slots sampled."""
 
-    tokens: Array  # int32 [B, R], 0 after the end
-    mask: Array  # bool [B, R], the completion's tokens, its stop token included
-    logprobs: Array  # float32 [B, R], nats, at the sampling temperature, 0 where the mask is False
-    finished: Array  # bool [B], ended by a stop token
+    tokens: Array  # int32 [B, N], 0 where the mask is False
+    mask: Array  # bool [B, N], the row was live
+    logprobs: Array  # at least float32 [B, N], nats, at the sampling temperature, 0 where the mask is False
 
 
 class Prefilled(NamedTuple):
@@ -285,21 +285,51 @@ def _shifted(start: Array, index: Array, shift: Array) -> tuple[Array, Array]:
     return constrain(jnp.maximum(start - shift, 0), "batch"), index - shift  # a row that has ended may be gone
 
 
+def gather(slots: Slots, rows: Array, *, shards: int = 1) -> Slots:
+    """Some of the rows in a cache of their own, one array at a time; the old cache is used up.
+
+    Args:
+      slots: B rows.
+      rows: int32 [N], which they are; with several shards, the n-th part of the numbers is of the n-th part of the
+        rows, so that nothing moves between devices.
+      shards: that the rows lie on.
+    """
+
+    def gathered(layers):
+        out = []
+        for x in layers:
+            out.append(_take_rows(x, rows, shards=shards))
+            x.delete()
+        return tuple(out)
+
+    keys, values = gathered(slots.cache.keys), gathered(slots.cache.values)
+    rest = (_take_rows(x, rows, shards=shards) for x in slots[1:])
+    return Slots(Cache(keys, values, slots.cache.index), *rest)
+
+
+@functools.partial(jax.jit, static_argnames=("shards",))
+def _take_rows(x: Array, rows: Array, *, shards: int) -> Array:
+    local = jnp.asarray(rows).reshape(shards, -1) - jnp.arange(shards)[:, None] * (x.shape[0] // shards)
+    parts = x.reshape(shards, -1, *x.shape[1:])
+    found = jax.vmap(lambda part, index: jnp.take(part, index, axis=0, mode="clip"))(parts, local)
+    axes = ["tensor", None, None] if x.ndim == 4 else [None] * (x.ndim - 1)
+    return constrain(found.reshape(-1, *x.shape[1:]), "batch", *axes)
+
+
 @functools.partial(jax.jit, static_argnames=("batch", "length", "dtype"))
-def empty_rollout(*, batch: int, length: int, dtype: Any) -> Rollout:
+def empty_draws(*, batch: int, length: int, dtype: Any) -> Draws:
     """No tokens yet.
 
     Args:
       batch: B.
-      length: R.
+      length: N.
       dtype: of the log-probs.
     """
     return _by_rows(
-        Rollout(
+        Draws(
             tokens=jnp.zeros((batch, length), jnp.int32),
             mask=jnp.zeros((batch, length), bool),
             logprobs=jnp.zeros((batch, length), dtype),
-            finished=jnp.zeros(batch, bool),
         )
     )
 
@@ -307,15 +337,14 @@ def empty_rollout(*, batch: int, length: int, dtype: Any) -> Rollout:
 @functools.partial(
     jax.jit,
     static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"),
-    donate_argnames=("slots", "rollout"),
+    donate_argnames=("slots", "draws"),
 )
 def advance(
     model: Model,
     params: Params,
     slots: Slots,
-    rollout: Rollout,
+    draws: Draws,
     key: Array,
-    column: Array | int,
     steps: Array | int,
     floor: Array | int,
     *,
@@ -324,16 +353,15 @@ def advance(
     top_k: int,
     top_p: float,
     stop_ids: tuple[int, ...],
-) -> tuple[Slots, Rollout, Array, Array]:
+) -> tuple[Slots, Draws, Array]:
     """Samples up to `steps` tokens of every live row, and ends earlier where few rows are left.
 
     Args:
       model: the policy.
       params: its parameters as `lay_out` gives them.
       slots: with at least `steps` columns left.
-      rollout: what is sampled is written there.
+      draws: what is sampled is written there, from the first column on.
       key: of the run or the iteration.
-      column: of `rollout`, for the first token.
       steps: at most.
       floor: it ends where no more rows than this are live.
       max_new_tokens: of a completion.
@@ -343,29 +371,29 @@ def advance(
       stop_ids: the tokens that end a row.
 
     Returns:
-      slots, rollout, steps that were taken, live rows.
+      slots, draws, steps that were taken.
     """
     head = model.head(params)
     stops = jnp.asarray(stop_ids, jnp.int32)
-    column, batch = jnp.asarray(column, jnp.int32), slots.live.shape[0]
+    batch = slots.live.shape[0]
 
     def more(carry):
         step, slots, _ = carry
         return (step < steps) & (jnp.sum(slots.live, dtype=jnp.int32) > floor)
 
     def body(carry):
-        step, slots, rollout = carry
+        step, slots, draws = carry
         keys = token_keys(key, slots.sample_ids, slots.place)
         token, logprob = sample(logits(slots.hidden, head), keys, temperature=temperature, top_k=top_k, top_p=top_p)
         live = slots.live
         token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)
         stopped = live & (token[:, None] == stops).any(-1)
-        where = (jnp.int32(0), column + step)
-        rollout = Rollout(
-            tokens=jax.lax.dynamic_update_slice(rollout.tokens, token[:, None], where),
-            mask=jax.lax.dynamic_update_slice(rollout.mask, live[:, None], where),
-            logprobs=jax.lax.dynamic_update_slice(rollout.logprobs, logprob[:, None], where),
-            finished=rollout.finished | stopped,
+        where = (jnp.int32(0), step)
+        draws = Draws(
+            *(
+                jax.lax.dynamic_update_slice(old, new[:, None], where)
+                for old, new in zip(draws, (token, live, logprob), strict=True)
+            )
         )
         place, position = slots.place + live, slots.position + 1
         row = Rows(
@@ -378,16 +406,16 @@ def advance(
         assert cache is not None
         live = live & ~stopped & (place < max_new_tokens)
         slots = slots._replace(cache=cache, hidden=hidden[:, -1], position=position, place=place, live=live)
-        return step + 1, _on_mesh(slots), rollout
+        return step + 1, _on_mesh(slots), draws
 
-    carry = (jnp.int32(0), slots, _by_rows(rollout))
-    step, slots, rollout = jax.lax.while_loop(more, body, carry)
-    return _on_mesh(slots), _by_rows(rollout), step, jnp.sum(slots.live, dtype=jnp.int32)
+    carry = (jnp.int32(0), slots, _by_rows(draws))
+    step, slots, draws = jax.lax.while_loop(more, body, carry)
+    return _on_mesh(slots), _by_rows(draws), step
 
 
-def _by_rows(rollout: Rollout) -> Rollout:
-    """Completions over the batch axes: left alone, the compiler may split them like the head."""
-    return Rollout(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in rollout))
+def _by_rows(draws: Draws) -> Draws:
+    """Rows over the batch axes: left alone, the compiler may split them like the head."""
+    return Draws(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in draws))
 
 
 def _on_mesh(slots: Slots) -> Slots:

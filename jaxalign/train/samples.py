@@ -16,7 +16,8 @@ from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, put_batch
-from jaxalign.rollout.generate import Rollout, completed_rows, generate
+from jaxalign.rollout.completed import Rollout, completed_rows
+from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.health import sample_signs
@@ -62,7 +63,7 @@ class Sampler:
         examples, batch = self._prompts()
         with memory_errors("sampling"):
             model, params = stage.program.trained["policy"].model, state.params["policy"]
-            rollout = generate(
+            rollout, _ = roll_out(
                 model,
                 params,
                 batch.rows,
@@ -73,8 +74,9 @@ class Sampler:
                 top_k=int(c.rollout.top_k),
                 top_p=float(c.rollout.top_p),
                 stop_ids=stage.stop_ids,
+                mesh=stage.mesh,
             )
-            tokens, mask, logprobs, finished = (all_rows(x) for x in rollout)
+            tokens, mask, _, logprobs, finished = (all_rows(x) for x in rollout)
         ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)][: len(examples)]
         rows = [
             {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import numpy as np
 from jaxalign.data.records import Record
 from jaxalign.evaluate import diversity
 from jaxalign.rewards.samples import Samples
+from jaxalign.rewards.scores import Score
+from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.engine import continuation
 from jaxalign.rollout.host import all_rows, local_rows
-from jaxalign.rollout.slots import Rollout
 from jaxalign.types import Batch
 
 
@@ -34,10 +35,10 @@ def read_samples(
       rows they are in, bool [B].
     """
     ids, used = local_rows(batch.record_ids)[:, 0], local_rows(batch.completions.mask)[:, 0]
-    tokens, mask = local_rows(rollout.tokens), local_rows(rollout.mask)
+    tokens, present = local_rows(rollout.tokens), local_rows(rollout.present)
     finished = local_rows(rollout.finished)
     asked = [records(int(i)) for i in ids[used]]
-    completions = [t[m].tolist() for t, m in zip(tokens[used], mask[used], strict=True)]
+    completions = [t[m].tolist() for t, m in zip(tokens[used], present[used], strict=True)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     prompts = _prompt_ids(batch, used)
     for i, record in enumerate(asked):
@@ -66,13 +67,16 @@ def _prompt_ids(batch: Batch, used: np.ndarray) -> list[list[int]]:
     return [t[first:].tolist() for t, first in zip(tokens, start[:, -1], strict=True)]
 
 
-def sample_lines(samples: Samples, prompts: list[str], scores: list[float | None]) -> list[dict[str, Any]]:
+def sample_lines(
+    samples: Samples, prompts: list[str], scores: list[float | None], parts: Mapping[str, Sequence[Score]]
+) -> list[dict[str, Any]]:
     """A line for the log of each completion.
 
     Args:
       samples: the completions.
       prompts: their prompts as text.
       scores: theirs, None where the reward did not apply.
+      parts: the scores by part; none are written where there is one.
     """
     return [
         {
@@ -82,6 +86,7 @@ def sample_lines(samples: Samples, prompts: list[str], scores: list[float | None
             "finished": bool(samples.finished[i]),
             "num_tokens": len(samples.completion_ids[i]),
         }
+        | ({"scores": {name: part[i] for name, part in parts.items()}} if parts else {})
         for i in range(len(prompts))
     ]
 
@@ -94,14 +99,13 @@ def text_metrics(rollout: Rollout, samples: Samples, scores: list[float | None])
       samples: those of this one.
       scores: theirs, None where the reward did not apply.
     """
-    tokens, mask = all_rows(rollout.tokens), all_rows(rollout.mask)
-    ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True) if m.any()]
+    tokens, present = all_rows(rollout.tokens), all_rows(rollout.present)
+    ids = [t[m].tolist() for t, m in zip(tokens, present, strict=True) if m.any()]
     scored = [(len(i), s) for i, s in zip(samples.completion_ids, scores, strict=True) if s is not None]
     return {
         "rollout/distinct_1": diversity.distinct_ngrams(ids, 1),
         "rollout/distinct_2": diversity.distinct_ngrams(ids, 2),
         "rollout/distinct_samples": diversity.distinct_samples(ids),
-        "rollout/slot_occupancy": float(mask.sum() / max(mask.size and len(mask) * mask.sum(axis=1).max(), 1)),
         "rollout/repetition": diversity.repetition(ids, 3),
         "rollout/length_score_correlation": diversity.length_correlation(*map(list, zip(*scored, strict=True)))
         if scored

@@ -13,7 +13,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.model import ModelScorer, padded_rows, score_rows
 from jaxalign.rewards.samples import Samples
-from jaxalign.train import experience
+from jaxalign.train import collect
 from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, record, tiny_model, world
 from tests.ppo.test_policy_ops import gae_loop
 
@@ -167,13 +167,13 @@ def test_trap_old_logprobs_are_the_training_forwards(plain):
 
 def test_trap_a_sampler_that_disagrees_is_logged_and_not_trained_on(plain, monkeypatch):
     """Log-probs a tenth of a nat off, as another kernel's might be: the experience is bitwise the same."""
-    decode = experience.decode
+    sample = collect.roll_out
 
     def off(*args, **options):
-        rollout, rest = decode(*args, **options)
+        rollout, rest = sample(*args, **options)
         return rollout._replace(logprobs=rollout.logprobs - 0.1), rest
 
-    monkeypatch.setattr(experience, "decode", off)
+    monkeypatch.setattr(collect, "roll_out", off)
     _, batches, metrics = plain.prepare(plain.state, plain.frozen, plain.batch)
     jax.tree.map(np.testing.assert_array_equal, batches, plain.collected[1])
     assert abs(float(metrics["rollout/sampler_gap"]) - 0.1) < 1e-4
@@ -221,7 +221,7 @@ def test_everything_compiles_once(plain):
         state = state._replace(
             data_cursor=jax.device_put(np.int32(int(state.data_cursor) + 1), plain.state.step.sharding)
         )
-    assert [f._cache_size() for f in (plain.step, plain.prepare._forward, plain.prepare._finish)] == [1, 1, 1]
+    assert [f._cache_size() for f in (plain.step, plain.prepare.collector.forward, plain.prepare.batches)] == [1, 1, 1]
 
 
 def test_evaluation_is_repeatable_and_leaves_no_trace(plain):
@@ -249,7 +249,7 @@ def test_completions_without_a_score_teach_nothing(plain, monkeypatch):
     def some(prompts, completions, *, completion_ids, wanted, **_):
         return [sum(ids) / 64 if w else None for ids, w in zip(completion_ids, wanted, strict=True)]
 
-    monkeypatch.setattr(plain.prepare.reward, "function", some)
+    monkeypatch.setattr(plain.prepare.collector.reward, "function", some)
     _, batches, metrics = plain.prepare(plain.state, plain.frozen, plain.batch)
     got = by_record(batches[:2])
     taught = got.batch.readouts.mask.any(1)
@@ -259,7 +259,8 @@ def test_completions_without_a_score_teach_nothing(plain, monkeypatch):
     assert [s["score"] is None for s in plain.prepare.samples(8)] == [i % 2 == 0 for i in range(8)]
     real = got.advantages[got.batch.readouts.mask]
     np.testing.assert_allclose([real.mean(), real.std()], [0, 1], atol=1e-4)  # whitened over those that count
-    monkeypatch.setattr(plain.prepare.reward, "function", lambda prompts, completions, **_: [None] * len(prompts))
+    reward = plain.prepare.collector.reward
+    monkeypatch.setattr(reward, "function", lambda prompts, completions, **_: [None] * len(prompts))
     with pytest.raises(InputError, match="None for every completion"):
         plain.prepare(plain.state, plain.frozen, plain.batch)
 
@@ -284,7 +285,7 @@ def test_reward_model_reads_the_policys_own_rows(plain, monkeypatch):
     """A reward model with the policy's tokenizer scores each completion as if it stood alone."""
     model = tiny_model("score")
     params = drawn(model, 3)
-    monkeypatch.setattr(plain.prepare, "reward", model)
+    monkeypatch.setattr(plain.prepare.collector, "reward", model)
     _, batches, metrics = plain.prepare(plain.state, plain.frozen | {"reward": params}, plain.batch)
     readouts = by_record(batches[:2]).batch.readouts
     said = plain.prepare.samples(8)
@@ -299,7 +300,7 @@ def test_reward_model_with_another_tokenizer_reads_text(plain, monkeypatch, shar
     tokenizer = load_tokenizer(shared / "tokenizers" / "minimind-6400")
     model = tiny_model("score", vocab_size=6400)
     params = drawn(model, 3)
-    monkeypatch.setattr(plain.prepare, "reward", ModelScorer(model, tokenizer, mesh=plain.mesh))
+    monkeypatch.setattr(plain.prepare.collector, "reward", ModelScorer(model, tokenizer, mesh=plain.mesh))
     batch = put_batch(prompt_batch([[1, 7], [1, 8], [1, 9, 10]], 5, 8), plain.mesh)
     plain.prepare(plain.state, plain.frozen | {"reward": params}, batch)
     said = plain.prepare.samples(8)

@@ -141,11 +141,11 @@ def test_fewer_prompts_than_minibatches_and_none_with_a_score():
     _, batches, metrics = w.prepare(w.state, w.frozen, batch)
     assert sorted(int(np.asarray(b.batch.readouts.mask).any()) for b in batches) == [0, 0, 0, 1]
     assert np.isclose(metrics["objective/scores"], w.prepare.samples(1)[0]["score"])
-    w.prepare.reward.function = some(set())
+    w.prepare.collector.reward.function = some(set())
     _, batches, metrics = w.prepare(w.state, w.frozen, batch)  # a batch that is not whole: nothing to learn, no error
     assert not any(np.asarray(b.batch.readouts.mask).any() for b in batches)
     assert "objective/scores" not in metrics and np.isfinite(metrics["objective/kl"])
     with pytest.raises(InputError, match="None for every completion"):
         w.prepare(w.state, w.frozen, w.batch)
-    sums = w.prepare.evaluate(w.state, w.frozen, w.batch, w.prepare.records)  # which has nothing to learn
+    sums = w.prepare.evaluate(w.state, w.frozen, w.batch, w.prepare.collector.records)  # which has nothing to learn
     assert sums["objective/scores"][1] == 0 and sums["objective/kl"][1] == 8

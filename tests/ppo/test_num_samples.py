@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.rollout.generate import generate
+from jaxalign.rollout.continuous import roll_out
 from jaxalign.train.minibatches import shuffle_minibatches
 from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
 from tests.ppo.test_experience import fractional
@@ -50,10 +50,10 @@ def iteration(num_samples, sizes=(("data", 1), ("fsdp", 1), ("tensor", 1))):
         with jax.set_mesh(mesh):
             _, batches, metrics = jax.block_until_ready(w.prepare(w.state, w.frozen, w.batch))
             lines, model = w.prepare.samples(4), tiny_model("score", dtype="float64")
-            w.prepare.reward = model
+            w.prepare.collector.reward = model
             frozen = w.frozen | {"reward": jax.tree.map(jnp.asarray, drawn(model, 3))}
-            scores = w.prepare._collect(w.state.params, frozen, w.batch, w.state.data_cursor, 0, w.prepare.records)
-            scores = scores[0][5]
+            collected, _, _ = w.prepare.collector.collect(w.state.params, frozen, w.batch, w.state.data_cursor, 0)
+            scores = collected.scores.values[:, 0]
         return jax.device_get((by_completion(batches[0]), lines, metrics, scores))
 
 
@@ -87,7 +87,7 @@ def test_two_completions_are_those_of_the_prompt_written_twice():
 def test_keys_are_by_prompt_and_number(num_samples):
     """A prompt alone, each completion by itself, says the same; one completion has its record's own key."""
     w = world(fractional, config=ppo_config(batch_size=4, **{"rollout.num_samples": num_samples}), prompts=PROMPTS)
-    asked, ids = w.prepare._ask(w.batch)
+    asked, ids = w.prepare.collector.ask(w.batch)
     assert ids.tolist() == list(range(4 * num_samples))
     assert asked.record_ids[:, 0].tolist() == [i // num_samples for i in range(4 * num_samples)]
     if num_samples == 1:  # the numbers that `generate` is asked for, as they ever were
@@ -95,13 +95,13 @@ def test_keys_are_by_prompt_and_number(num_samples):
     model = tiny_model()
     params = jax.tree.map(jnp.asarray, drawn(model))
     options = {"max_new_tokens": 6, "temperature": 0.8, "stop_ids": STOP}
-    together = generate(model, params, prompt_batch(PROMPTS, 5).rows, jax.random.key(3), ids, **options)
+    together, _ = roll_out(model, params, prompt_batch(PROMPTS, 5).rows, jax.random.key(3), ids, **options)
     for i, number in ((0, 0), (2, num_samples - 1)):
         at = i * num_samples + number
         rows = prompt_batch([PROMPTS[i]], 5, rows=4).rows
         one = np.full(4 * num_samples, -1, np.int32)
         one[0] = at
-        alone = generate(model, params, rows, jax.random.key(3), one, **options)
+        alone, _ = roll_out(model, params, rows, jax.random.key(3), one, **options)
         np.testing.assert_array_equal(together.tokens[at], alone.tokens[0])
     assert len({tuple(t) for t in np.asarray(together.tokens).tolist()}) > 2 * num_samples
 

@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 
-from jaxalign.rollout import generate
-from jaxalign.train import experience
+from jaxalign.rollout import continuous, sizes
 from tests.ppo.ppo_world import ppo_config, world
 from tests.ppo.test_experience import fractional
 from tests.ppo.test_num_samples import FIELDS, by_completion
@@ -14,7 +13,7 @@ MOST, WIDTHS = 40, (24, 32, 40)
 
 def test_a_program_for_each_width_and_the_same_results(x64, monkeypatch):
     """Iterations until there were two widths; then a narrow one again, untrimmed: the same to 1e-9."""
-    monkeypatch.setattr(generate, "_NARROWEST", 24)
+    monkeypatch.setattr(sizes, "_NARROWEST", 24)
     c = ppo_config(batch_size=2, **FIELDS | {"rollout.max_new_tokens": MOST, "rollout.num_samples": 2})
     w = world(fractional, config=c, perturb=0.05, dtype="float64", prompts=[[1, 7, 9], [1, 8]])
 
@@ -24,7 +23,7 @@ def test_a_program_for_each_width_and_the_same_results(x64, monkeypatch):
         return batch, metrics
 
     def programs():
-        return [f._cache_size() for f in (w.prepare._forward, w.prepare._finish)]
+        return [f._cache_size() for f in (w.prepare.collector.forward, w.prepare.batches)]
 
     seen = {}
     for number in range(8):
@@ -39,7 +38,7 @@ def test_a_program_for_each_width_and_the_same_results(x64, monkeypatch):
             break
     assert len(seen) == 2 and number > 1
     number, batch, metrics = seen[min(seen)]
-    monkeypatch.setattr(experience, "trimmed", lambda rollout, longest: rollout)
+    monkeypatch.setattr(continuous, "completion_width", lambda longest, most: most)
     wide, metrics2 = iteration(number)
     assert wide.advantages.shape[1] == 2 * MOST
     for (record, said, fields), (record2, said2, fields2) in zip(*map(by_completion, (batch, wide)), strict=True):

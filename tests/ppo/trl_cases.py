@@ -19,7 +19,7 @@ from jaxalign.ops.kl import kl_estimate, token_rewards
 from jaxalign.ops.readout import scalar_readout, token_logprobs
 from jaxalign.rewards.model import score_rows
 from jaxalign.rewards.score_shaping import shape_scores
-from jaxalign.rollout.generate import Rollout, completed_rows
+from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.steps.policy import policy_objective
 from jaxalign.steps.step import make_eval_step
 from jaxalign.types import PolicyBatch
@@ -78,7 +78,7 @@ def ours(case):
     before = np.cumsum(completions == EOS, axis=1) - (completions == EOS)
     mask = before == 0
     finished = (completions == EOS).any(axis=1)
-    rollout = Rollout(np.where(mask, completions, 0), mask, np.zeros(mask.shape, np.float32), finished)
+    rollout = Rollout(np.where(mask, completions, 0), mask, mask, np.zeros(mask.shape, np.float32), finished)
     batch = prompt_batch(prompts, WIDTH)
     rows, readouts = completed_rows(batch.rows, rollout)
 

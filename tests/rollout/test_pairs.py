@@ -7,8 +7,9 @@ import numpy as np
 from jaxalign.data.promises import check_layout
 from jaxalign.data.rows import Layout, segment
 from jaxalign.data.tokenize import Example
+from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.pairs import last_columns, paired_rows
-from jaxalign.rollout.slots import Rollout, repeat_rows
+from jaxalign.rollout.slots import repeat_rows
 from tests.ppo.ppo_world import prompt_batch
 
 PROMPTS = [[1, 7, 9], [1, 8, 2, 3, 4, 6], [9]]
@@ -21,7 +22,7 @@ def paired(width=6):
     batch = repeat_rows(prompt_batch(PROMPTS, width, rows=4, pad=5), 2)
     mask = np.array([[k < len(s) for k in range(LENGTH)] for s in [*SAID, [], []]])
     tokens = np.array([s + [0] * (LENGTH - len(s)) for s in [*SAID, [], []]], np.int32)
-    rollout = Rollout(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(mask.shape), jnp.zeros(8, bool))
+    rollout = Rollout(jnp.asarray(tokens), *[jnp.asarray(mask)] * 2, jnp.zeros(mask.shape), jnp.zeros(8, bool))
     rows, readouts = jax.device_get(jax.jit(paired_rows)(batch.rows, rollout))
     return batch.rows, rollout, rows, readouts
 
@@ -61,8 +62,8 @@ def test_nothing_is_read_of_a_prompt_that_is_not_there():
 
 def test_last_columns_hold_the_last_tokens():
     given, rollout, rows, _ = paired()
-    last = last_columns(given, rollout.mask, 2)
+    last = last_columns(given, rollout.present, 2)
     found = np.take_along_axis(rows.tokens, np.asarray(last), axis=1)
     assert found[:3].reshape(-1).tolist() == [s[-1] for s in SAID]
-    alone = last_columns(given, rollout.mask, 1)[:6, 0]
+    alone = last_columns(given, rollout.present, 1)[:6, 0]
     assert alone.tolist() == [6 + len(s) - 1 for s in SAID]

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.pairs import paired_rows
-from jaxalign.rollout.slots import Rollout, repeat_rows
+from jaxalign.rollout.slots import repeat_rows
 from jaxalign.types import Batch, PolicyBatch
 from tests.ppo.ppo_world import prompt_batch
 from tests.steps.layouts import examples, lay
@@ -81,7 +82,7 @@ def test_completions_laid_out_in_pairs_on_the_device(x64):
     mask = np.arange(length) < np.array([len(e.completions[0]) for e in each] + [0] * ROWS)[:, None]
     tokens = np.zeros(mask.shape, np.int32)
     tokens[mask] = np.concatenate([e.completions[0] for e in each])
-    rows, readouts = jax.jit(paired_rows)(rows, Rollout(tokens, mask, 0.0 * mask, mask[:, 0]))
+    rows, readouts = jax.jit(paired_rows)(rows, Rollout(tokens, mask, mask, 0.0 * mask, mask[:, 0]))
     pairs = lay([[e] for e in asked], shared=True, m=2 * length, width=80, num_rows=ROWS, dtype=np.float64)
     batch = Batch(rows, readouts, pairs.completions, pairs.record_ids)
     assert rows.tokens.shape == alone.rows.tokens.shape and readouts.mask.shape == alone.readouts.mask.shape

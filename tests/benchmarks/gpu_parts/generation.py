@@ -23,7 +23,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from batches import prompts  # noqa: E402
 
-from jaxalign.rollout.generate import generate  # noqa: E402
+from jaxalign.rollout.continuous import roll_out  # noqa: E402
 
 PROMPT, NEW = (8, 8) if SMOKE else (512, 512)
 BATCHES = (4,) if SMOKE else (16, 64, 1, 256)
@@ -49,11 +49,11 @@ def measure(name: str, model, params, batch: int) -> None:
     # No token ends a row: all have their full length.
     options = {"max_new_tokens": NEW, "temperature": 1.0, "stop_ids": (-1,)}
     whole = seconds_of(
-        lambda: generate(model, params, rows, key, ids, **options), jax.block_until_ready, at_most=6.0, calls=3
+        lambda: roll_out(model, params, rows, key, ids, **options), jax.block_until_ready, at_most=6.0, calls=3
     )
     once = options | {"max_new_tokens": 1}
     read = seconds_of(
-        lambda: generate(model, params, rows, key, ids, **once), jax.block_until_ready, at_most=1.0, calls=3
+        lambda: roll_out(model, params, rows, key, ids, **once), jax.block_until_ready, at_most=1.0, calls=3
     )
     least = floor(name, batch)
     decode, token = whole - read, 1e3 * (whole - read) / (NEW - 1)

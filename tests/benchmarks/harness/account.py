@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import batch_sharding, param_shardings
-from jaxalign.rollout.generate import cache_width
 from jaxalign.rollout.pairs import completions_per_row
-from jaxalign.rollout.slots import advance, empty_rollout, lay_out, prefill, seat
+from jaxalign.rollout.sizes import cache_width
+from jaxalign.rollout.slots import advance, empty_draws, lay_out, prefill, seat
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import memory_of
 from jaxalign.train.dryrun import abstract_batch
@@ -102,10 +102,10 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
     laid = jax.eval_shape(lambda p: lay_out(policy, p), params)
     prefilled = jax.eval_shape(lambda p, r: prefill(policy, p, r), params, rows)
     slots = jax.eval_shape(lambda p, i: seat(p, i, width=width), prefilled, ids)
-    rollout = jax.eval_shape(lambda: empty_rollout(batch=ids.shape[0], length=new, dtype=jnp.float32))
+    draws = jax.eval_shape(lambda: empty_draws(batch=ids.shape[0], length=min(new, 128), dtype=jnp.float32))
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop_ids": stage.stop_ids or (0,)}
-    numbers = (jax.eval_shape(lambda: jax.random.key(0)), *(np.int32(0) for _ in range(3)))
-    loop = advance.lower(policy, laid, slots, rollout, *numbers, max_new_tokens=new, **options).compile()
+    numbers = (jax.eval_shape(lambda: jax.random.key(0)), *(np.int32(0) for _ in range(2)))
+    loop = advance.lower(policy, laid, slots, draws, *numbers, max_new_tokens=new, **options).compile()
     there = parts["weights"] + (0 if stage.offload else parts["frozen"] + parts["optimizer"])
     read = memory_of(prefill.lower(policy, params, rows).compile())["total"] - on_one_device(params)
     return {
@@ -131,9 +131,9 @@ def _scoring(stage: Any, frozen: Any, batch: Any, parts: dict[str, int]) -> dict
     rows, readouts = jax.tree.map(whole, (batch.batch.rows, batch.batch.readouts))
     together = completions_per_row(c.rollout.num_samples)
     last = jax.ShapeDtypeStruct((rows.tokens.shape[0], together), np.int32, sharding=sharding)
-    programs = [prepare._forward.lower(stage.like.params, frozen["ref"], rows, readouts)]
+    programs = [prepare.collector.forward.lower(stage.like.params, frozen["ref"], rows, readouts)]
     if "reward" in frozen:
-        programs.append(prepare._score.lower(frozen["reward"], rows, last))
+        programs.append(prepare.collector.score.lower(frozen["reward"], rows, last))
     accounts = [memory_of(program.compile()) for program in programs]
     there = parts["weights"] + parts["frozen"] + on_one_device((rows, readouts))
     waiting = 0 if stage.offload else parts["optimizer"]

@@ -14,7 +14,8 @@ from jaxalign.ops.logits import Head
 from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
-from jaxalign.rollout.generate import completed_rows, generate
+from jaxalign.rollout.completed import completed_rows
+from jaxalign.rollout.continuous import roll_out
 from tests.ppo.ppo_world import STOP, drawn, prompt_batch, tiny_model
 from tests.rollout.greedy_cases import MODELS, golden, ours
 
@@ -34,11 +35,11 @@ def run(policy, prompts, ids, width=5, rows=None, mesh=None, **options):
     ids = np.asarray([*ids, *[-1] * (len(batch.record_ids) - len(ids))], np.int32)
     options = OPTIONS | options
     if mesh is None:
-        return generate(model, params, batch.rows, jax.random.key(3), ids, **options)
+        return roll_out(model, params, batch.rows, jax.random.key(3), ids, **options)[0]
     with jax.set_mesh(mesh):
         params = jax.device_put(params, param_shardings(mesh, params))
         rows, ids = put_batch((batch.rows, ids), mesh)
-        return generate(model, params, rows, jax.random.key(3), ids, **options)
+        return roll_out(model, params, rows, jax.random.key(3), ids, mesh=mesh, **options)[0]
 
 
 def test_tokens_do_not_depend_on_slot_batch_or_padding(policy):
@@ -49,7 +50,7 @@ def test_tokens_do_not_depend_on_slot_batch_or_padding(policy):
     wide = run(policy, PROMPTS[1:2], [11], width=8)
     np.testing.assert_array_equal(whole.tokens[1:2], wide.tokens)
     longer = run(policy, PROMPTS, [10, 11, 12, 13], max_new_tokens=12)
-    cut = np.asarray(whole.mask)
+    cut = np.asarray(whole.present)
     np.testing.assert_array_equal(np.asarray(longer.tokens)[:, :9][cut], np.asarray(whole.tokens)[cut])
     other = run(policy, PROMPTS, [20, 21, 22, 23])
     assert (np.asarray(other.tokens) != np.asarray(whole.tokens)).any(axis=1).all()
@@ -58,7 +59,7 @@ def test_tokens_do_not_depend_on_slot_batch_or_padding(policy):
 def test_padding_id_does_not_matter(policy):
     model, params = policy
     runs = [
-        generate(model, params, prompt_batch(PROMPTS, 6, pad=pad).rows, jax.random.key(3), np.arange(4), **OPTIONS)
+        roll_out(model, params, prompt_batch(PROMPTS, 6, pad=pad).rows, jax.random.key(3), np.arange(4), **OPTIONS)[0]
         for pad in (0, 3)  # 3 is a stop token
     ]
     jax.tree.map(np.testing.assert_array_equal, *runs)
@@ -72,7 +73,7 @@ def test_same_prompt_twice_gives_two_samples(policy):
 def test_rows_end_at_any_stop_and_the_loop_with_them(policy):
     out = jax.tree.map(np.asarray, run(policy, PROMPTS * 4, range(16), max_new_tokens=24))
     ends = set()
-    for tokens, mask, finished in zip(out.tokens, out.mask, out.finished, strict=True):
+    for tokens, mask, finished in zip(out.tokens, out.present, out.finished, strict=True):
         said = tokens[mask].tolist()
         assert mask[: len(said)].all() and not mask[len(said) :].any()
         assert not set(said[:-1]) & set(STOP)
@@ -85,7 +86,7 @@ def test_rows_end_at_any_stop_and_the_loop_with_them(policy):
 
 def test_unused_rows_stay_empty_and_hold_nothing_up(policy):
     out = run(policy, PROMPTS[:2], [10, 11], rows=4)
-    assert not out.mask[2:].any() and not out.finished[2:].any() and not out.tokens[2:].any()
+    assert not out.present[2:].any() and not out.finished[2:].any() and not out.tokens[2:].any()
     np.testing.assert_array_equal(out.tokens[:2], run(policy, PROMPTS, [10, 11, 12, 13]).tokens[:2])
 
 
@@ -107,7 +108,7 @@ def test_completed_rows_are_prompt_and_completion(policy):
     rows, readouts = jax.tree.map(np.asarray, completed_rows(batch.rows, out))
     check_layout(rows)
     for b, prompt in enumerate(PROMPTS):
-        said = np.asarray(out.tokens)[b][np.asarray(out.mask)[b]].tolist()
+        said = np.asarray(out.tokens)[b][np.asarray(out.present)[b]].tolist()
         first, end = 5 - len(prompt), 5 + len(said)
         assert rows.tokens[b, first:end].tolist() == prompt + said
         assert rows.positions[b, first:end].tolist() == list(range(len(prompt) + len(said)))

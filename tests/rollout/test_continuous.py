@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rollout import batching, generate
+from jaxalign.rollout import continuous, driver
 from tests.ppo.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
 LIMIT = 24
@@ -30,8 +30,8 @@ def whole(policy):
     """All in one batch, a slot for each: ids and summed log-probs."""
     batch = prompt_batch(PROMPTS, 32)
     ids = np.arange(len(PROMPTS), dtype=np.int32)
-    out = generate.generate(*policy, batch.rows, jax.random.key(3), ids, **OPTIONS)
-    tokens, mask, logprobs, _ = (np.asarray(x) for x in out)
+    out, _ = continuous.roll_out(*policy, batch.rows, jax.random.key(3), ids, **OPTIONS)
+    tokens, mask, _, logprobs, _ = (np.asarray(x) for x in out)
     assert {int(m.sum()) for m in mask} >= {LIMIT}  # some end at the limit, others long before
     assert min(m.sum() for m in mask) < LIMIT // 2
     return [t[m].tolist() for t, m in zip(tokens, mask, strict=True)], logprobs.sum(axis=1)
@@ -39,17 +39,17 @@ def whole(policy):
 
 def run(policy, prompts=PROMPTS, mesh=None, **options):
     options = OPTIONS | {"num_slots": 3} | options
-    return batching.continue_prompts(*policy, prompts, jax.random.key(3), mesh=mesh, **options)
+    return continuous.continue_prompts(*policy, prompts, jax.random.key(3), mesh=mesh, **options)
 
 
 @pytest.mark.parametrize("num_slots,growth,row", [(3, 4, 256), (3, 4, 32), (4, 64, 32), (1, 16, 48)])
 def test_refilled_slots_say_what_one_batch_says(policy, whole, monkeypatch, num_slots, growth, row):
     """Whatever the number of slots, the rows that prompts are read in, and however often the cache is moved."""
-    monkeypatch.setattr(batching, "GROWTH", growth)
-    monkeypatch.setattr(batching, "_ROW", row)
+    monkeypatch.setattr(driver, "GROWTH", growth)
+    monkeypatch.setattr(continuous, "_ROW", row)
     moves = []
-    move = batching.move
-    monkeypatch.setattr(batching, "move", lambda slots, shift, **o: moves.append(shift) or move(slots, shift, **o))
+    move = driver.move
+    monkeypatch.setattr(driver, "move", lambda slots, shift, **o: moves.append(shift) or move(slots, shift, **o))
     found, _ = run(policy, num_slots=num_slots)
     assert [s.ids for s in found] == whole[0]
     np.testing.assert_allclose([s.logprob for s in found], whole[1], atol=2e-4)
@@ -70,14 +70,14 @@ def test_slots_do_not_wait_for_their_neighbours(policy, whole):
 def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
     """Three of each prompt, numbered on, as if each prompt had been given three times; read once either way."""
     read = []
-    prefill = batching.prefill
+    prefill = continuous.prefill
 
     def counted(model, params, rows):
         for tokens, first in zip(rows.tokens, rows.attend_start, strict=True):
             read.extend(tuple(tokens[first == start].tolist()) for start in np.unique(first[tokens > 0]))
         return prefill(model, params, rows)
 
-    monkeypatch.setattr(batching, "prefill", counted)
+    monkeypatch.setattr(continuous, "prefill", counted)
     prompts = [p for p in PROMPTS if len(p) < 12]
     repeated, _ = run(policy, [p for p in prompts for _ in range(3)])
     assert sorted(read) == sorted(tuple(p.tolist()) for p in prompts)
@@ -90,8 +90,8 @@ def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
 @pytest.mark.parametrize("meshed", [False, True])
 def test_prompts_are_read_in_full_rows_of_one_shape(policy, monkeypatch, meshed):
     """Lengths of any kind: one program reads them all, and little of what it reads is padding."""
-    shapes, prefill = [], batching.prefill
-    monkeypatch.setattr(batching, "prefill", lambda *a: shapes.append(a[2].tokens.shape) or prefill(*a))
+    shapes, prefill = [], continuous.prefill
+    monkeypatch.setattr(continuous, "prefill", lambda *a: shapes.append(a[2].tokens.shape) or prefill(*a))
     lengths = np.minimum(np.random.default_rng(5).geometric(1 / 20, 400), 90)
     prompts = [
         np.r_[1, np.random.default_rng(i).integers(6, 32, n - 1)].astype(np.int32) for i, n in enumerate(lengths)
@@ -109,9 +109,9 @@ def test_prompts_are_read_in_full_rows_of_one_shape(policy, monkeypatch, meshed)
 def test_groups_of_slots_say_what_one_batch_says(policy, whole, monkeypatch, groups, meshed):
     """Each in a thread of its own, on prompts of its own; with a mesh of one device as without."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if meshed else None
-    monkeypatch.setattr(batching, "_groups", lambda *_: groups)
-    busy, prefill = set(), batching.prefill
-    monkeypatch.setattr(batching, "prefill", lambda *a: busy.add(threading.get_ident()) or prefill(*a))
+    monkeypatch.setattr(continuous, "groups_of", lambda *_: groups)
+    busy, prefill = set(), continuous.prefill
+    monkeypatch.setattr(continuous, "prefill", lambda *a: busy.add(threading.get_ident()) or prefill(*a))
     found, stats = run(policy, num_slots=6, mesh=mesh)
     assert [s.ids for s in found] == whole[0]
     np.testing.assert_allclose([s.logprob for s in found], whole[1], atol=2e-4)
@@ -121,8 +121,8 @@ def test_groups_of_slots_say_what_one_batch_says(policy, whole, monkeypatch, gro
 
 def test_a_group_that_fails_ends_the_others(policy, monkeypatch):
     """The second fails; the first, which would go on for long, ends before all its prompts have been read."""
-    monkeypatch.setattr(batching, "_groups", lambda *_: 2)
-    failed, refill, filled = threading.Event(), batching.refill, []
+    monkeypatch.setattr(continuous, "groups_of", lambda *_: 2)
+    failed, refill, filled = threading.Event(), driver.refill, []
 
     def failing(slots, prefilled, rows, sources, ends, samples, count, **window):
         if 1 in samples[:count] or failed.is_set():
@@ -133,7 +133,7 @@ def test_a_group_that_fails_ends_the_others(policy, monkeypatch):
         assert failed.wait(60)
         return refill(slots, prefilled, rows, sources, ends, samples, count, **window)
 
-    monkeypatch.setattr(batching, "refill", failing)
+    monkeypatch.setattr(driver, "refill", failing)
     with pytest.raises(RuntimeError, match="no room"):
         run(policy, sorted(PROMPTS, key=len), num_slots=2)
     assert len(filled) <= 2
@@ -141,9 +141,9 @@ def test_a_group_that_fails_ends_the_others(policy, monkeypatch):
 
 @pytest.mark.parametrize("slots,cores,groups", [(16, 2, 2), (16, 64, 2), (15, 2, 1), (64, 4, 4), (4, 1, 1)])
 def test_groups_are_no_smaller_than_pays(monkeypatch, slots, cores, groups):
-    monkeypatch.setattr(batching.os, "cpu_count", lambda: cores)
-    assert batching._groups(slots, None) == groups
-    assert batching._groups(slots, make_mesh({"data": 2}, jax.devices()[:2])) == 1
+    monkeypatch.setattr(driver.os, "cpu_count", lambda: cores)
+    assert driver.groups_of(slots, None) == groups
+    assert driver.groups_of(slots, make_mesh({"data": 2}, jax.devices()[:2])) == 1
 
 
 def test_refilled_slots_on_eight_devices(policy, whole):
@@ -154,20 +154,54 @@ def test_refilled_slots_on_eight_devices(policy, whole):
     assert [s.ids for s in found] == whole[0]
 
 
-def test_a_growing_cache_changes_nothing(policy, monkeypatch):
-    batch = prompt_batch(PROMPTS, 32)
-    args = (*policy, batch.rows, jax.random.key(3), np.arange(len(PROMPTS), dtype=np.int32))
-    once = generate.generate(*args, **OPTIONS)
+def batched(policy, mesh=None, **options):
+    """All completions of a batch of rows."""
+    batch, ids = prompt_batch(PROMPTS, 32), np.arange(len(PROMPTS), dtype=np.int32)
+    out, figures = continuous.roll_out(*policy, batch.rows, jax.random.key(3), ids, mesh=mesh, **OPTIONS | options)
+    tokens, mask, _, logprobs, _ = (np.asarray(x) for x in out)
+    return [t[m].tolist() for t, m in zip(tokens, mask, strict=True)], logprobs.sum(axis=1), figures
+
+
+@pytest.mark.parametrize("num_slots,groups,temperature", [(3, 1, 0.8), (5, 1, 0.0), (12, 2, 0.8), (6, 3, 0.8)])
+def test_a_batch_in_fewer_slots_or_in_groups_is_the_same(policy, monkeypatch, num_slots, groups, temperature):
+    """Tokens bitwise, greedy and sampled, whatever the number of slots and of threads."""
+    whole = batched(policy, temperature=temperature)
+    monkeypatch.setattr(continuous, "groups_of", lambda *_: groups)
+    found = batched(policy, num_slots=num_slots, temperature=temperature)
+    assert found[0] == whole[0]
+    np.testing.assert_allclose(found[1], whole[1], atol=2e-4)
+    if num_slots < 12:
+        assert found[2]["slot_occupancy"] > whole[2]["slot_occupancy"]
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_rows_that_are_left_move_together(policy, whole, monkeypatch, sizes):
+    """The same tokens in fewer slots' steps, on any mesh: on one device as few as the live rows allow."""
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    model, params = policy
+    placed = model, jax.device_put(params, param_shardings(mesh, params))
+    monkeypatch.setattr(driver, "_WORTH", 2)
+    _, _, apart = batched(placed, mesh=mesh)
+    monkeypatch.setattr(driver, "_FEWEST", 1)
+    shapes, gather = [], driver.gather
+    monkeypatch.setattr(driver, "gather", lambda *a, **o: shapes.append(len(a[1])) or gather(*a, **o))
+    ids, logprobs, figures = batched(placed, mesh=mesh)
+    assert ids == whole[0]
+    np.testing.assert_allclose(logprobs, whole[1], atol=2e-4)
+    assert shapes == sorted(shapes, reverse=True) and shapes
+    assert figures["slot_occupancy"] > apart["slot_occupancy"]
+
+
+def test_a_growing_cache_changes_nothing(policy, whole, monkeypatch):
     widths = []
-    move = generate.move
-    monkeypatch.setattr(generate, "GROWTH", 4)
-    monkeypatch.setattr(generate, "move", lambda *a, width: widths.append(width) or move(*a, width=width))
-    monkeypatch.setattr(generate, "cache_width", lambda columns: columns)
-    grown = generate.generate(*args, **OPTIONS)
-    assert widths == list(range(40, 57, 4))
-    np.testing.assert_array_equal(once.tokens, grown.tokens)
-    np.testing.assert_array_equal(once.finished, grown.finished)
-    np.testing.assert_allclose(once.logprobs, grown.logprobs, atol=1e-5)
+    move = driver.move
+    monkeypatch.setattr(driver, "GROWTH", 4)
+    monkeypatch.setattr(driver, "move", lambda *a, width: widths.append(width) or move(*a, width=width))
+    monkeypatch.setattr(driver, "cache_width", lambda columns: columns)
+    ids, logprobs, _ = batched(policy)
+    assert len(widths) > 3 and widths == sorted(widths)
+    assert ids == whole[0]
+    np.testing.assert_allclose(logprobs, whole[1], atol=2e-4)
 
 
 def test_nothing_to_say(policy):

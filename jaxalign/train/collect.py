@@ -1,0 +1,219 @@
+"""Collection: from prompts to completions, their log-probs and their scores, whatever is learned from them.
+
+    collector = Collector(config, policy=Model, reward=..., records=dataset.record, tokenizer=..., stop_ids=(2,),
+                          mesh=mesh)
+    collected, lines, metrics = collector.collect(params, frozen, batch, iteration, step)
+
+`rollout.num_samples` completions of each prompt, neighbours in every array; decoded text where the reward reads text;
+log-probs of policy and reference by the training forward at the sampling temperature, and values where there is a value
+model.  Every result is a function of (params, batch, seed, iteration).  Frozen weights that wait in the host's memory
+are on the devices only while they score.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign.data.records import Record
+from jaxalign.models.transformer import Model
+from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
+from jaxalign.parallel.host_memory import DEVICE, in_memory
+from jaxalign.parallel.sharding import batch_sharding, put_batch
+from jaxalign.rewards.model import ModelScorer, require_finite, score_rows
+from jaxalign.rewards.samples import Samples, Scorer
+from jaxalign.rewards.scores import Scores, by_part, one_part, score_arrays, totals
+from jaxalign.rollout.completed import Rollout, completed_rows
+from jaxalign.rollout.continuous import roll_out
+from jaxalign.rollout.host import all_rows, local_rows
+from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
+from jaxalign.rollout.slots import repeat_rows
+from jaxalign.train.minibatches import in_parts, stream_key
+from jaxalign.train.texts import read_samples, sample_lines, text_metrics
+from jaxalign.types import Array, Batch, Params, Readouts, Rows
+
+
+class Forward(NamedTuple):
+    """What the training forward says of the completions, [B, R] each, however they lie in rows; 0 where not sampled."""
+
+    logprobs: Array  # of the policy, nats, at the sampling temperature
+    ref_logprobs: Array  # of the reference, likewise
+    values: Array | None  # None without a value model
+
+
+class Collected(NamedTuple):
+    """An iteration's completions and what is known of them, B of them, `together` in each row of training."""
+
+    batch: Batch  # the prompt of each
+    rollout: Rollout
+    rows: Rows  # [B / together, T], prompts and completions
+    readouts: Readouts  # [B / together, R * together], where their sampled tokens are predicted
+    forward: Forward
+    scores: Scores
+
+
+class Collector:
+    """Collects completions of batches of prompts.
+
+    Args:
+      config: of the stage: `rollout`, `batch_size`, `seed`.
+      policy: of `params["policy"]` and `frozen["ref"]`.
+      reward: a Model of `frozen["reward"]` that reads the policy's own tokens; a ModelScorer, likewise, that has
+        another tokenizer and reads text; or any other Scorer, such as a FunctionScorer.  See `rewards.load`.
+      records: from a record's number to the record of the training data.
+      tokenizer: of the policy.
+      stop_ids: the tokens that end a completion.
+      mesh: where everything lies.
+      value: of `params["value"]`, with a scalar head; None without a critic.
+      parts: in how many parts the forward passes are made.
+      weights: of the reward's parts by name; 1 for one that is not there.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        policy: Model,
+        reward: Model | ModelScorer | Scorer,
+        records: Callable[[int], Record],
+        tokenizer: Any,
+        stop_ids: tuple[int, ...],
+        mesh: Mesh,
+        value: Model | None = None,
+        parts: int = 1,
+        weights: Mapping[str, float] | None = None,
+    ):
+        self.config, self.policy, self.value, self.reward = config, policy, value, reward
+        self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, tuple(stop_ids), mesh
+        self.num_samples = config.rollout.num_samples
+        self.together = completions_per_row(self.num_samples)
+        self.roles = ("policy",) if value is None else ("policy", "value")
+        self._parts, self._weights = parts, dict(weights or {})
+        rows = batch_sharding(mesh)
+        self.ask = jax.jit(self._ask_for_each, out_shardings=rows)
+        self.complete = jax.jit(paired_rows if self.together == 2 else completed_rows, out_shardings=rows)
+        self.score = jax.jit(self._score_completions, out_shardings=rows)
+        self.forward = jax.jit(self._forward_passes, out_shardings=rows)
+
+    def collect(
+        self,
+        params: dict[str, Params],
+        frozen: dict[str, Params],
+        batch: Batch,
+        iteration: Array,
+        step: int,
+        records: Callable[[int], Record] | None = None,
+    ) -> tuple[Collected, list[dict[str, Any]], dict[str, float]]:
+        """Completions, scores and forward passes of one batch of prompts.
+
+        Args:
+          params: by role: those that are trained.
+          frozen: by role.
+          batch: prompts on the mesh.
+          iteration: its number, of which the random keys are made.
+          step: optimizer updates made so far.
+          records: from a record's number to the record of the set that the batch is from; None: the training data.
+
+        Returns:
+          What was collected, this process's completions as lines for the log, metrics.
+        """
+        c = self.config
+        prompts = batch.rows
+        batch, sample_ids = self.ask(batch)
+        rollout, figures = roll_out(
+            self.policy,
+            params["policy"],
+            prompts,
+            stream_key(c.seed, iteration, 0),
+            sample_ids,
+            mesh=self.mesh,
+            max_new_tokens=c.rollout.max_new_tokens,
+            temperature=float(c.rollout.temperature),
+            top_k=int(c.rollout.top_k),
+            top_p=float(c.rollout.top_p),
+            stop_ids=self.stop_ids,
+        )
+        rows, readouts = jax.block_until_ready(self.complete(batch.rows, rollout))
+        sampled = time.perf_counter()
+        on_device = isinstance(self.reward, Model)
+        if on_device:
+            given = self.score(
+                in_memory(frozen["reward"], DEVICE), rows, last_columns(batch.rows, rollout.present, self.together)
+            )
+        forward = self.forward(
+            {role: params[role] for role in self.roles}, in_memory(frozen["ref"], DEVICE), rows, readouts
+        )  # the devices work on while the host scores
+        samples, texts, used = read_samples(
+            batch, rollout, step, records=records or self.records, tokenizer=self.tokenizer
+        )
+        if on_device:
+            said = by_part(local_rows(given)[used].tolist())
+            scores = one_part(given, batch.completions.mask[:, 0])
+        else:
+            said = by_part(self._score_on_host(frozen, samples, len(used)))
+            scores = put_batch(score_arrays(said, self._weights, used, local_rows(rollout.present)), self.mesh)
+        if isinstance(self.reward, (Model, ModelScorer)):  # of all processes, so that all of them stop
+            places = [f"record {i}" for i in all_rows(batch.record_ids)[:, 0]]
+            there = zip(all_rows(scores.values)[:, 0].tolist(), all_rows(scores.applies)[:, 0], strict=True)
+            require_finite([s if here else None for s, here in there], places, "rewards.model")
+        total = totals(said, self._weights)
+        metrics = text_metrics(rollout, samples, total) | {
+            "rollout/slot_occupancy": figures["slot_occupancy"],
+            "time/prefill": figures["time/prefill"],
+            "time/decode": figures["time/decode"],
+            "time/scoring": time.perf_counter() - sampled,
+        }
+        lines = sample_lines(samples, texts, total, said if len(said) > 1 else {})
+        return Collected(batch, rollout, rows, readouts, forward, scores), lines, metrics
+
+    def _score_on_host(self, frozen: dict[str, Params], samples: Samples, rows: int) -> Any:
+        """Scores by a function, or by a model that reads text."""
+        if isinstance(self.reward, ModelScorer):
+            return self.reward.scores(in_memory(frozen["reward"], DEVICE), samples, rows).tolist()
+        assert not isinstance(self.reward, Model)
+        return self.reward(samples) if samples.prompts else []
+
+    # What runs on the mesh
+
+    def _ask_for_each(self, batch: Batch) -> tuple[Batch, Array]:
+        """The prompt of each completion, those of a prompt neighbours, and the completions' numbers (-1: unused).
+
+        With one completion a prompt, its number is the record's.
+        """
+        count = self.num_samples
+        batch = repeat_rows(batch, count)
+        used, ids = batch.completions.mask[:, 0], batch.record_ids[:, 0]
+        return batch, jnp.where(used, ids * count + jnp.arange(len(ids), dtype=ids.dtype) % count, -1)
+
+    def _score_completions(self, params: Params, rows: Rows, last: Array) -> Array:
+        """A reward model's score at each completion's last token, as many rows at a time as there are prompts."""
+        count = max(rows.tokens.shape[0] // self.config.batch_size, 1)
+        return in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), count).reshape(-1)
+
+    def _forward_passes(self, params: dict[str, Params], ref: Params, rows: Rows, readouts: Readouts) -> Forward:
+        """Log-probs and values, as many rows at a time as a training step takes."""
+        temperature, value = float(self.config.rollout.temperature), self.value
+
+        def logprobs(params, rows, readouts):
+            hidden, readouts = read_hidden(self.policy.apply, params, rows, readouts)
+            return token_logprobs(hidden, self.policy.head(params), readouts, temperature=temperature)[0]
+
+        def values(params, rows, readouts):
+            hidden, at = read_hidden(value.apply, params, rows, readouts)
+            return scalar_readout(hidden, value.score_kernel(params), at)
+
+        def micro(part):
+            rows, readouts = part
+            return Forward(
+                logprobs(params["policy"], rows, readouts),
+                logprobs(ref, rows, readouts),
+                None if value is None else values(params["value"], rows, readouts),
+            )
+
+        found = in_parts(micro, (rows, readouts), self._parts)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] * self.together, -1), found)
