@@ -22,7 +22,8 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from jaxalign import relations
 from jaxalign.errors import InputError
-from jaxalign.ranges import CHOICES, REQUIRED, bounds, misfit, shown
+from jaxalign.functions import is_name
+from jaxalign.ranges import CHOICES, FUNCTIONS, REQUIRED, bounds, misfit, shown
 from jaxalign.registry import ALGORITHMS
 
 
@@ -76,6 +77,7 @@ def _common() -> ConfigDict:
             "grad_accum_steps": 1,  # parts in which batch_size is worked on; the result is that of the whole batch
             "process_timeout": 300,  # seconds without a sign of life after which another process of the run is lost
             "profile": 0,  # steps whose time is told by phase, with a trace in workdir/profile; 0: none
+            "callbacks": (),  # "file.py:function" each, called with step, metrics, state at every line of metrics.jsonl
             "model": {
                 "path": none(str),  # directory or hub id
                 "revision": none(str),  # of a hub id: branch, tag or commit
@@ -264,10 +266,12 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
                 raise InputError(f"{field} is not set", "a value: it has no default", f"--config.{field}=...")
     for field, allowed in CHOICES:
         value = get(config, field, _ABSENT)
-        if value is not _ABSENT and value not in allowed:
+        if value is not _ABSENT and value not in allowed and not (field in FUNCTIONS and is_name(value)):
             near = _nearest(str(value), [str(a) for a in allowed if a])
             raise InputError(
-                f"{field} is {value!r}", f"one of {', '.join(map(str, allowed))}", f"--config.{field}={near}"
+                f"{field} is {value!r}",
+                f"one of {', '.join(map(str, allowed))}" + ", or FILE.py:FUNCTION" * (field in FUNCTIONS),
+                f"--config.{field}={near}",
             )
     relations.check(config, inputs)
     return (

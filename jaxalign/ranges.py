@@ -13,6 +13,8 @@ REQUIRED = ("workdir", "model.path", "data.sources")  # these have no default
 TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
 TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 
+# Fields whose value may also be a function of the user's own, "module:function" or "file.py:function".
+FUNCTIONS = ("algorithm.loss", "optimizer.name", "optimizer.schedule")
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although what scores is another now
@@ -30,7 +32,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("data.truncation", ("drop", "keep_start", "keep_end")),
     ("data.train_on_eos", ("turn", "last", "none")),
     ("data.system_turns", ("keep", "fold", "drop")),
-    ("optimizer.name", ("adamw", "adafactor", "lion", "sgd")),
+    ("optimizer.name", ("adamw", "adafactor", "lion", "muon", "sgd")),
     ("optimizer.schedule", ("constant", "linear", "cosine")),
     ("optimizer.decay_mask", ("matrices", "all")),
     ("optimizer.state_dtype", (None, "float32", "bfloat16", "int8")),

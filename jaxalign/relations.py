@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxalign.errors import InputError
+from jaxalign.functions import is_name
 from jaxalign.ranges import LEAST_TEMPERATURE, TRACKERS, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
 from jaxalign.registry import ALGORITHMS, Algorithm
 
@@ -35,6 +36,18 @@ def check(c: Any, inputs: bool) -> None:
                 "float32 weights below 1e-4: at 5e-7 one percent of bfloat16 weights move in a step",
                 "--config.model.param_dtype=float32 (the computation may stay in bfloat16)",
             )
+    if c.optimizer.weight_decay and is_name(c.optimizer.name):
+        raise InputError(
+            f"optimizer.weight_decay is {c.optimizer.weight_decay:g} with an optimizer of your own",
+            "0: the function decays by itself",
+            "--config.optimizer.weight_decay=0",
+        )
+    if c.optimizer.state_dtype and c.optimizer.name == "muon":
+        raise InputError(
+            f"optimizer.state_dtype {c.optimizer.state_dtype!r} with muon",
+            "None: muon's momentum has the parameters' dtype",
+            "--config.optimizer.state_dtype=None",
+        )
     if c.optimizer.state_dtype and c.optimizer.name == "sgd" and not c.optimizer.b1:
         raise InputError(
             f"optimizer.state_dtype {c.optimizer.state_dtype!r} with sgd without momentum",
@@ -170,9 +183,9 @@ def _where(reads: Callable[[Algorithm], bool]) -> tuple[Callable[[Any], bool], s
 
 # (field, whether the others let it be read, where it would be)
 _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-    ("optimizer.b1", lambda c: c.optimizer.name != "adafactor", "adamw, lion and sgd"),
-    ("optimizer.b2", lambda c: c.optimizer.name in ("adamw", "lion"), "adamw and lion"),
-    ("optimizer.eps", lambda c: c.optimizer.name == "adamw", "adamw"),
+    ("optimizer.b1", lambda c: c.optimizer.name in ("adamw", "lion", "muon", "sgd"), "adamw, lion, muon and sgd"),
+    ("optimizer.b2", lambda c: c.optimizer.name in ("adamw", "lion", "muon"), "adamw, lion and muon"),
+    ("optimizer.eps", lambda c: c.optimizer.name in ("adamw", "muon"), "adamw and muon"),
     ("optimizer.final_fraction", lambda c: c.optimizer.schedule != "constant", "linear and cosine schedules"),
     ("optimizer.decay_mask", lambda c: c.optimizer.weight_decay, "a positive optimizer.weight_decay"),
     ("checkpoint.best_mode", lambda c: c.checkpoint.best_metric, "a checkpoint.best_metric"),

@@ -18,6 +18,7 @@ from jaxalign.parallel.mesh import BATCH_AXES, batch_shards
 # embed dim D of every matrix, `tensor` the dim that heads or hidden units or the vocabulary run along.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"v_(row|col)/.*", PartitionSpec()),  # adafactor's factored moments: vectors, not worth splitting
+    (r".*/ns_coeffs", PartitionSpec()),  # muon's three constants
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]
     (r"attention/(query|key|value)/kernel", PartitionSpec(None, "fsdp", "tensor", None)),  # [L, D, N|K, H]
     (r"attention/(query|key|value)/bias", PartitionSpec(None, "tensor", None)),  # [L, N|K, H]

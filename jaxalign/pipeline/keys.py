@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxalign.config import get, to_dict
-from jaxalign.rewards.function import module_file
+from jaxalign.functions import is_name, module_file
+from jaxalign.ranges import FUNCTIONS
 
 FORMAT = 1
 
 # Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
 _NOT_IN_KEY = (
     "workdir", "logging", "process_timeout", "profile", "mesh", "from", "model.remat", "data.cache_dir",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "callbacks",
 )  # fmt: skip
 
 # Fields that name files or directories; where these exist on this machine their contents are part of the key.
@@ -74,6 +75,9 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
     unscored = _hash(parts | {"config": tree})
     if function := get(config, "rewards.function"):
         files[function] = parts["files"][function] = file_digest(module_file(function))
+    for field in FUNCTIONS:
+        if is_name(own := get(config, field)):
+            files[own] = parts["files"][own] = file_digest(module_file(own))
     base = {name: value for name, value in tree.items() if name not in _LENGTH}
     return Keys(_hash(parts | {"config": tree}), _hash(parts | {"config": base}), unscored, files)
 

@@ -246,6 +246,7 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
     from jaxalign.data.records import Tally
     from jaxalign.data.sources import parse_sources, read
     from jaxalign.rewards.function import FunctionScorer, load_function
+    from jaxalign.train.named_functions import find_functions
 
     for stage in stages:
         try:
@@ -253,6 +254,7 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
                 for source in parse_sources(get(stage.config, field), field) if get(stage.config, field) else ():
                     if not is_url(source.path) and (os.path.exists(source.path) or _looks_local(source.path)):
                         next(iter(read(source, Tally(stage.config.data.on_error, field).bad)), None)
+            find_functions(stage.config)
             if function := get(stage.config, "rewards.function"):
                 FunctionScorer(load_function(function), function)
         except InputError as error:

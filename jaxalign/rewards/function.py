@@ -1,123 +1,29 @@
-"""Rewards that are Python functions, found by name and checked at every call."""
+"""Rewards that are Python functions, checked at every call."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxalign.errors import InputError
+from jaxalign.functions import OURS, raised
+from jaxalign.functions import load_function as load_function
+from jaxalign.functions import module_file as module_file
 from jaxalign.rewards.samples import Samples
 
 # What every reward function is called with; columns of the data by these names are found in `records` alone.
 ARGUMENTS = ("prompts", "completions", "records", "completion_ids", "finished", "step")
 _FORM = f"reward(prompts, completions, *, {', '.join(ARGUMENTS[2:])}, **columns), or fewer of the keywords"
 _LARGEST = 1e18  # of a score: float32 holds its square, and a batch's sum of such
+OURS.add(__file__)
 _NO_NUMBERS = "cSUMm"  # kinds of array types: complex, bytes, text, dates and durations
-
-
-def module_file(name: str) -> str:
-    """The source file of "package.module:function" or "file.py:function"; the name itself where it is not found."""
-    module = name.rpartition(":")[0]
-    if module.endswith(".py"):
-        return module
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception:  # a parent package is imported on the way; what it raises is told when the function is loaded
-        spec = None
-    return spec.origin if spec and spec.origin else name
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """Finds a function by "package.module:function" or "file.py:function".
-
-    Args:
-      name: a module that can be imported, or a file's path from the working directory; then ":" and the function.
-
-    Returns:
-      The function.
-
-    Raises:
-      InputError: no such file, module or function; it names the nearest that there is.
-
-    >>> load_function("math:fsum")([0.5, 0.25])
-    0.75
-    """
-    where, _, attribute = name.rpartition(":")
-    if not where or not attribute:
-        raise InputError(
-            f"rewards.function is {name!r}",
-            "module:function or file.py:function",
-            f"--config.rewards.function={name.rstrip(':')}:reward",
-        )
-    module = _load_file(where, attribute) if where.endswith(".py") else _import(where, attribute)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.0)
-        raise InputError(
-            f"no function {attribute!r} in {where}",
-            f"one of {', '.join(sorted(names)[:10])}" if names else "a function in it",
-            f"--config.rewards.function={where}:{near[0] if near else 'reward'}",
-        )
-    return function
-
-
-def _load_file(where: str, attribute: str):
-    path = Path(where).expanduser()
-    if not path.is_file():
-        files = [str(f) for f in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(where, files, n=1, cutoff=0.0)
-        raise InputError(
-            f"no file {where!r} in {Path.cwd()}",
-            "a Python file with the reward function",
-            f"--config.rewards.function={near[0] if near else 'rewards.py'}:{attribute}",
-        )
-    name = f"jaxalign_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles of the file look their module up
-    try:
-        spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a file that calls sys.exit must not end the run as if it were done
-        del sys.modules[name]
-        raise _raised(
-            error, spec.origin or where, f"{where}, read for {attribute!r},", "a file that Python runs"
-        ) from error
-    return module
-
-
-def _import(where: str, attribute: str):
-    try:
-        return importlib.import_module(where)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
-        theirs = [f for f in frames if f != __file__ and "importlib" not in f]
-        if theirs or isinstance(error, SyntaxError):  # the module is there; it or what it imports is wrong
-            file = (error.filename if isinstance(error, SyntaxError) else theirs[-1]) or ""
-            who = f"{where}, imported for {attribute!r},"
-            raise _raised(error, file, who, "a module that Python imports") from error
-        path = Path(*where.split(".")).with_suffix(".py") if where.strip(".") else Path("rewards.py")
-        fix = f"{path}:{attribute}" if path.is_file() else f"FILE.py:{attribute}"
-        raise InputError(
-            f"no module {where!r}", "a module on Python's path, or a file", f"--config.rewards.function={fix}"
-        ) from error
 
 
 class _Takes(NamedTuple):
@@ -247,7 +153,7 @@ class FunctionScorer:
         except BaseException as error:  # sys.exit(0) in a reward must not end the run as if it were done
             count = len(samples.completions)
             code = _code(self.function)
-            raise _raised(
+            raise raised(
                 error,
                 code.co_filename if code else "",
                 f"{self.name}, at step {samples.step} on {count} completions,",
@@ -308,39 +214,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters of {type(value).__name__})"
 
 
-_LONGEST = 1000  # characters of what somebody else's code says
-
-
 def _expected(count: int) -> str:
     return f"a list of {count} numbers (or None), one per completion"
-
-
-def _raised(error: BaseException, file: str, who: str, expected: str) -> InputError:
-    """An exception of the user's own code as an error of input: where it was, and how it came there.
-
-    Args:
-      error: what was raised.
-      file: the user's; frames before the first one in it are ours.
-      who: raised it.
-      expected: instead.
-    """
-    frames = list(traceback.extract_tb(error.__traceback__))
-    theirs = [i for i, frame in enumerate(frames) if frame.filename == file]
-    frames = frames[theirs[0] :] if theirs else [frame for frame in frames if frame.filename != __file__][-1:]
-    if isinstance(error, SyntaxError) and error.filename == file:  # it has no frame of its own
-        place, shown = f"{file}:{error.lineno}", [f"{file}:{error.lineno}: {(error.text or '').strip()}"]
-    else:
-        last = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
-        place = f"{last.filename}:{last.lineno}" if last else file or "it"
-        shown = [f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames[-8:]]
-    try:
-        message = str(error.msg if isinstance(error, SyntaxError) else error)
-    except Exception:  # an error of their own that cannot say what it is
-        message = ""
-    if len(message) > _LONGEST:
-        message = f"{message[:_LONGEST]}... ({len(message):,} characters)"
-    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return InputError("\n            ".join([f"{who} raised {said}", *shown]), expected, f"correct {place}")
 
 
 def _wait(awaitable: Any) -> Any:

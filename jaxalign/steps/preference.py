@@ -13,7 +13,7 @@ from jaxalign.errors import InputError
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.readout import completion_sums, pairs, read_with_aux, token_logprobs
 from jaxalign.steps.objective import Objective, Sums, weighted_sum
-from jaxalign.types import Batch, Params
+from jaxalign.types import Batch, Params, Terms
 
 
 def sequence_logprobs(
@@ -37,7 +37,7 @@ def preference_objective(
     apply: Callable[..., Any],
     head: Callable[[Params], jax.Array],
     *,
-    loss: str,
+    loss: str | Callable[..., Terms],
     beta: float,
     label_smoothing: float,
     reference: str,
@@ -48,7 +48,7 @@ def preference_objective(
     Args:
       apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
       head: params -> [D, V].
-      loss: a name in `PREFERENCE_LOSSES`.
+      loss: a name in `PREFERENCE_LOSSES`, or a function of the same form.
       beta: strength of the tie to the reference.
       label_smoothing: share of labels taken to be wrong; an error where the loss has no such form and it is not 0.
       reference: "live", the forward of `frozen["ref"]` in the same step; "cached", `batch.completions.ref_logprob`.
@@ -57,7 +57,7 @@ def preference_objective(
     Returns:
       The objective of the role "policy".
     """
-    terms_of = PREFERENCE_LOSSES[loss]
+    terms_of = PREFERENCE_LOSSES[loss] if isinstance(loss, str) else loss
     if "label_smoothing" in inspect.signature(terms_of).parameters:
         options["label_smoothing"] = label_smoothing
     elif label_smoothing:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
+from jaxalign.functions import is_name
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
 from jaxalign.steps.policy import policy_objective, stop_on_kl
@@ -19,6 +20,7 @@ from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.reward import reward_objective
 from jaxalign.steps.sft import sft_objective
 from jaxalign.train.models import Role, Roles, revision_of
+from jaxalign.train.named_functions import own_loss
 from jaxalign.types import (
     Batch,
     CausalByIndex,
@@ -119,7 +121,7 @@ def _dpo(config, roles, context) -> Program:
     objective = preference_objective(
         policy.model.apply,
         policy.model.head,
-        loss=cfg.loss,
+        loss=own_loss(cfg.loss) if is_name(cfg.loss) else cfg.loss,
         beta=cfg.beta,
         label_smoothing=cfg.label_smoothing,
         reference=cfg.reference,

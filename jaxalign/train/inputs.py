@@ -12,8 +12,9 @@ from jaxalign.config import get
 from jaxalign.data.cache import digest
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
+from jaxalign.functions import is_name, module_file
 from jaxalign.parallel.processes import first_problem, say
-from jaxalign.ranges import ANOTHER_REWARD
+from jaxalign.ranges import ANOTHER_REWARD, FUNCTIONS
 from jaxalign.train.models import revision_of
 from jaxalign.train.stage import Stage
 
@@ -62,10 +63,11 @@ def inputs_of(stage: Stage) -> dict[str, str]:
         if path := get(c, field):
             found |= _model(field, path, revision_of(path, c), c.model.from_scratch and path == c.model.path)
     if name := get(c, "rewards.function"):
-        from jaxalign.rewards.function import module_file
-
         file = Path(module_file(name)).expanduser()
         found["the file of rewards.function"] = _content(file)
+    for field in FUNCTIONS:
+        if is_name(own := get(c, field)):
+            found[f"the file of {field}"] = _content(Path(module_file(own)).expanduser())
     return found
 
 

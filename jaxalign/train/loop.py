@@ -64,6 +64,7 @@ class Loop:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     directory: Any = None  # of the run, where a profile's trace goes
     patience: Patience | None = None  # ends the run before num_steps
+    callbacks: tuple[Callable[[int, Mapping[str, float], TrainState], dict[str, float]], ...] = ()
     lock: Lock | None = None  # of the directory
     offload: bool = False  # the optimizer's state waits in the host's memory but while updates are made
 
@@ -113,6 +114,7 @@ class Loop:
                             pending = None
                         with profile.phase("eval, samples, save"):
                             self._pause(state, index + 1, stopping=bool(signal))
+                            self._call_back(state, index + 1)
                         self._mark = time.monotonic()
                     if signal:
                         self.checkpoints.wait()
@@ -179,7 +181,15 @@ class Loop:
         """Whether the loop stops at this step to evaluate, sample or save."""
         c = self.config
         every = (c.eval.every, c.checkpoint.every, c.logging.get("samples_every", 0) if self.sample else 0)
-        return step == self.num_steps or any(n and step % n == 0 for n in every)
+        calls = self.callbacks and (step % c.logging.every == 0 or step == 1)
+        return bool(calls) or step == self.num_steps or any(n and step % n == 0 for n in every)
+
+    def _call_back(self, state: TrainState, step: int) -> None:
+        """Gives the user's callbacks a step's figures and the state, which the next step takes over."""
+        figures = self._last | (self._last_eval if self._eval_step == step else {})
+        for callback in self.callbacks:
+            if found := callback(step, figures, state):
+                self.writer.write(step, found)
 
     def _pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
         """What happens between two steps: evaluation, samples, a checkpoint; to choose the best, one by evaluation."""

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.functions import is_name
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.stochastic_rounding import rounding_bits
 from jaxalign.steps.step import global_norm
+from jaxalign.train.muon import scale_by_muon
+from jaxalign.train.named_functions import own_optimizer, own_schedule
 from jaxalign.train.quantised_moments import pack, unpack
 from jaxalign.types import Params
 
@@ -22,7 +25,8 @@ def make_schedule(cfg: Any, learning_rate: float, num_steps: int) -> Schedule:
     """The learning rate as a function of the updates made so far.
 
     It rises linearly over `warmup_steps` (the first update already has 1 / warmup of it), then stays (`constant`)
-    or falls along a line or half a cosine to `final_fraction` of the peak at `num_steps`.
+    or falls along a line or half a cosine to `final_fraction` of the peak at `num_steps`; or it is that share of the
+    peak that a function of the user's own gives, `schedule(step, num_steps)`.
 
     Args:
       cfg: the `optimizer` section.
@@ -39,15 +43,20 @@ def make_schedule(cfg: Any, learning_rate: float, num_steps: int) -> Schedule:
     warmup = cfg.warmup_steps
     length = max(num_steps - warmup, 1)
     end = cfg.final_fraction
+    own = own_schedule(cfg.schedule) if is_name(cfg.schedule) else None
 
     def schedule(count):
         count = jnp.asarray(count, jnp.float32)
         done = jnp.clip((count - warmup) / length, 0.0, 1.0)
-        fraction = {
-            "constant": lambda: jnp.ones_like(done),
-            "linear": lambda: 1.0 - (1.0 - end) * done,
-            "cosine": lambda: end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
-        }[cfg.schedule]()
+        fraction = (
+            jnp.asarray(own(count, num_steps), jnp.float32)
+            if own
+            else {
+                "constant": lambda: jnp.ones_like(done),
+                "linear": lambda: 1.0 - (1.0 - end) * done,
+                "cosine": lambda: end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+            }[cfg.schedule]()
+        )
         if warmup:
             fraction = jnp.where(count < warmup, (count + 1.0) / warmup, fraction)
         return learning_rate * fraction
@@ -61,6 +70,8 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     Weight decay is decoupled (Loshchilov and Hutter 2019): parameters shrink by learning rate x `weight_decay`.
     Under `lion` and `sgd`, `b1` is the momentum.  `adafactor` (Shazeer and Stern 2018) keeps factored second moments,
     clips each update to a root mean square of 1 and takes the learning rate as it stands (no parameter scaling).
+    `muon` (Jordan et al. 2024) orthogonalises the layers' matrices, see `scale_by_muon`; the rest gets Adam. A name
+    such as `file.py:function` is a function of the user's own, `optimizer(learning_rate)`, which gets the schedule.
     What is kept between steps has the parameters' dtype, or `state_dtype`; in bfloat16, whichever of them says so, it
     is rounded by chance (see `kept_in`).
 
@@ -70,6 +81,7 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
       num_steps: updates of the whole run.
     """
     parts: list[optax.GradientTransformation] = []
+    schedule = make_schedule(cfg, learning_rate, num_steps)
     if cfg.max_grad_norm:
         parts.append(clip_by_global_norm(cfg.max_grad_norm))
     if cfg.name == "adamw":
@@ -78,13 +90,18 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
         parts.append(optax.scale_by_lion(cfg.b1, cfg.b2))
     elif cfg.name == "adafactor":
         parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    elif cfg.name == "muon":
+        parts.append(scale_by_muon(cfg.b1, cfg.b2, cfg.eps))
+    elif is_name(cfg.name):  # it has its own decay and learning rate; the schedule's count says how many updates
+        parts += [own_optimizer(cfg.name, schedule), optax.scale_by_schedule(lambda count: 1.0)]
+        return kept_in(optax.chain(*parts), cfg.state_dtype)
     elif cfg.name == "sgd":
         parts += [optax.trace(cfg.b1)] if cfg.b1 else []  # without momentum nothing is kept
     else:
         raise ValueError(cfg.name)
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay_mask == "matrices" else None))
-    parts.append(optax.scale_by_schedule(lambda count: -make_schedule(cfg, learning_rate, num_steps)(count)))
+    parts.append(optax.scale_by_schedule(lambda count: -schedule(count)))
     whole = optax.chain(*parts)
     return kept_in(whole, cfg.state_dtype)
 

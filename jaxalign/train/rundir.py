@@ -30,6 +30,7 @@ _FREE = (
     "checkpoint",
     "logging",
     "process_timeout",
+    "callbacks",
     "profile",
     "model.remat",
     "algorithm.offload",

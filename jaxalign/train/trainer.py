@@ -33,6 +33,7 @@ from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.models import bytes_by_role, fit_length, num_bytes
+from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.train.stage import Stage, data_warnings
@@ -69,6 +70,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     for warning in (*told, *(said for said in of_lengths if said not in checked.warnings)):
         warnings.warn(warning, stacklevel=2)
     startup.start(config.process_timeout)
+    check_functions(config)
     mesh = make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     directory = RunDir(config.workdir)
@@ -150,6 +152,7 @@ def _train(stage: Stage) -> dict[str, Any]:
         },
         directory=stage.directory,
         patience=Patience(c, (row for row in past if row["step"] <= start)),  # process 0 may still be cutting it
+        callbacks=load_callbacks(c.callbacks),
         lock=stage.lock,
         offload=stage.offload,
     )
