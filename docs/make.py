@@ -167,7 +167,7 @@ def presets() -> str:
 def fields() -> str:
     """Every field of a configuration, a table for each section."""
     from jaxalign.pipeline.fields import fields as of
-    from jaxalign.ranges import BOUNDS, CHOICES, REQUIRED
+    from jaxalign.ranges import BOUNDS, CHOICES, FUNCTIONS, REQUIRED
     from jaxalign.registry import ALGORITHMS
 
     known = {name: {f.name: f for f in of(name)} for name in ALGORITHMS}
@@ -189,6 +189,7 @@ def fields() -> str:
 
     def may_be(name: str) -> str:
         parts = [", ".join("none" if c is None else f"`{c}`" for c in of) for field, of in CHOICES if field == name]
+        parts += ["or `FILE.py:FUNCTION`"] * (name in FUNCTIONS)
         parts += [f"{_number(low)} to {_number(high)}" for field, low, high in BOUNDS if field == name]
         guides: dict[str, list[str]] = {}
         for algorithm, entry in ALGORITHMS.items():
@@ -227,6 +228,37 @@ def aliases() -> str:
     return "\n".join([*lines, *(f"| {field} | {', '.join(found)} |" for field, found in by_field.items())])
 
 
+def errors() -> str:
+    """Every error that input can cause, file by file: what was found, and the line that fixes it."""
+    lines = []
+    for path in sorted((ROOT / "jaxalign").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        rows = []
+        for node in ast.walk(tree):
+            name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            if name in ("InputError", "BadRow") and len(node.args) > 2:
+                found, fix = _words(node.args[0]), _words(node.args[2])
+                if len(found.replace("…", "").split()) > 1:
+                    rows.append(f"| {found} | {fix} |")
+        if rows:
+            lines += [f"### {path.relative_to(ROOT)}", "", "| found | fix |", "|---|---|", *dict.fromkeys(rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _words(node: ast.expr) -> str:
+    """A text in the code with … for what it is filled with."""
+    if isinstance(node, ast.Constant):
+        text = str(node.value)
+    elif isinstance(node, ast.JoinedStr):
+        text = "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+    elif isinstance(node, ast.BinOp):
+        text = _words(node.left) + (_words(node.right) if isinstance(node.op, ast.Add) else "")
+    else:
+        text = "…"
+    text = re.sub(r"(… ?)+…", "…", " ".join(text.split()))
+    return re.sub(r"([|<>*_`])", r"\\\1", text)
+
+
 def families() -> str:
     """The families of models that load."""
     from jaxalign.models.families import FAMILIES
@@ -251,6 +283,7 @@ def losses() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "errors": errors,
     "families": families,
     "losses": losses,
     "tree": tree,

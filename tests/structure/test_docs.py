@@ -10,6 +10,7 @@ import pytest
 import jaxalign
 from jaxalign.pipeline.aliases import ALIASES
 from jaxalign.train import health
+from jaxalign.train.named_functions import own_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
@@ -100,3 +101,10 @@ def test_modules_and_names_that_pages_speak_of_are_there():
 def test_the_page_of_the_library_has_every_name_that_it_offers():
     page = (ROOT / "docs/library.md").read_text()
     assert [name for name in jaxalign.__all__ if f"`{name}`" not in page] == []
+
+
+def test_the_loss_of_a_users_own_is_taken_by_name(tmp_path, monkeypatch):
+    block = next(block for block in RUNNABLE["extending.md"] if block.startswith("# own.py"))
+    (tmp_path / "own.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    assert own_loss("own.py:hinge_loss").__name__ == "hinge_loss"
