@@ -38,6 +38,7 @@ Commands
   config     the fields of an algorithm with their defaults; a config file to start from
   export     write a run's checkpoint as a Hugging Face directory
   generate   continue a prompt
+  chat       a dialogue with a model, line by line
   logprobs   log-probability of given completions
   score      a reward model's score of given completions, or DPO's implicit reward
   evaluate   accuracy, margins, calibration, loss, perplexity of a model or a reward model on held-out data
@@ -155,6 +156,7 @@ _COMMANDS = {  # name: the module of `jaxalign.commands` that has a function of 
     "config": "train",
     "export": "models",
     "generate": "models",
+    "chat": "models",
     "logprobs": "models",
     "score": "models",
     "evaluate": "models",

@@ -1,4 +1,4 @@
-"""Commands that ask models (export, generate, logprobs, score, evaluate, compare) or the machine (doctor)."""
+"""Commands that ask models (export, generate, chat, logprobs, score, evaluate, compare) or the machine (doctor)."""
 
 from __future__ import annotations
 
@@ -65,6 +65,25 @@ def generate(argv: list[str]) -> int:
     from jaxalign.pipeline.generate import generate
 
     print(generate(args.model, args.prompt, chat=args.chat, dtype=args.dtype, **sampling(args)))
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """Talks with a model."""
+    flags = parser(
+        "chat",
+        "Talks with a model: each line typed (or piped in) is a message, each answer is printed. The dialogue is put\n"
+        "into the model's chat template, or written as plain text, as in training, where it has none. /reset begins\n"
+        "anew, /quit ends.",
+        MODEL,
+        ("--system", str, None, "a system message before the dialogue"),
+        *sampling_flags(within_room=True),
+        DTYPE,
+    )
+    args = flags.parse_args(argv)
+    from jaxalign.pipeline.chat import chat
+
+    chat(args.model, system=args.system, dtype=args.dtype, **sampling(args))
     return 0
 
 

@@ -117,7 +117,7 @@ def test_values_out_of_bounds(capsys, config, trainer):
 
 
 def test_help_pages(capsys):
-    commands = ("train", "config", "export", "generate", "logprobs", "score", "evaluate", "compare", "doctor")
+    commands = ("train", "config", "export", "generate", "chat", "logprobs", "score", "evaluate", "compare", "doctor")
     for command in commands:
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_every_numeric_flag_of_a_command_has_bounds(monkeypatch):
     flags = set()
     parser = models.parser
     monkeypatch.setattr(models, "parser", lambda name, text, *rows: flags.update(rows) or parser(name, text, *rows))
-    for command in ("export", "generate", "logprobs", "score", "evaluate", "compare", "doctor"):
+    for command in ("export", "generate", "chat", "logprobs", "score", "evaluate", "compare", "doctor"):
         assert cli.main([command, "--help"]) == 0
     assert {flag.lstrip("-") for flag, kind, *_ in flags if kind in (int, float)} == {row[0] for row in FLAG_BOUNDS}
 
