@@ -119,6 +119,7 @@ def _ppo() -> dict[str, dict[str, Any]]:
         "rollout": {
             **_rollout(),
             "num_samples": 1,  # completions of each prompt of a batch
+            "num_slots": none(int),  # completions decoded at a time, at most; default: all of a batch
         },
         "logging": _samples(),
     }

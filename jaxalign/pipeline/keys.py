@@ -21,7 +21,7 @@ FORMAT = 1
 # Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
 _NOT_IN_KEY = (
     "workdir", "logging", "process_timeout", "profile", "mesh", "from", "model.remat", "data.cache_dir",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "callbacks",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "callbacks", "rollout.num_slots",
 )  # fmt: skip
 
 # Fields that name files or directories; where these exist on this machine their contents are part of the key.

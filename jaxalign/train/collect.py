@@ -131,6 +131,7 @@ class Collector:
             prompts,
             stream_key(c.seed, iteration, 0),
             sample_ids,
+            num_slots=c.rollout.num_slots,
             mesh=self.mesh,
             max_new_tokens=c.rollout.max_new_tokens,
             temperature=float(c.rollout.temperature),

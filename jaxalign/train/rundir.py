@@ -34,6 +34,7 @@ _FREE = (
     "profile",
     "model.remat",
     "algorithm.offload",
+    "rollout.num_slots",
     "data.cache_dir",
     "data.eval_sources",
 )

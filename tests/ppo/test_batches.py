@@ -172,3 +172,15 @@ def test_unsampled_tokens_are_not_trained_on(small, config, monkeypatch):
         assert float(small.objective.weights(other)["policy"]) == trained.sum()
     assert last_real(with_tool(Rollout(*[np.ones((1, 3), bool)] * 5)).sampled).tolist() == [[True, False, False]]
     assert float(metrics["rollout/length_mean"]) < 6
+
+
+def test_fewer_slots_collect_the_same(small, config):
+    """Slots that are refilled: bitwise the same tokens, experience to rounding."""
+    c = config.copy_and_resolve_references()
+    c.rollout.num_slots = 3
+    (_, plain, _), (_, refilled, _) = (
+        prepare(small.state, small.frozen, small.batch) for prepare in (small.prepare, prepare_of(small, c))
+    )
+    for one, other in zip(plain, refilled, strict=True):
+        np.testing.assert_array_equal(one.batch.rows.tokens, other.batch.rows.tokens)
+        np.testing.assert_allclose(one.old_logprobs, other.old_logprobs, atol=1e-5)
