@@ -209,6 +209,28 @@ def test_each_term_is_logged(x64):
     assert "term/policy" not in stepped("sorted", 4)[0]
 
 
+def test_one_role_of_two_has_two_terms(x64):
+    def terms(params, frozen, extra, statistics, batch):
+        sums = two_terms(params, frozen, extra, statistics, batch) if "policy" in params else Sums({})
+        own = {"value": jnp.sum(batch["item"] * scores(params["value"], batch) ** 2)} if "value" in params else {}
+        return sums._replace(terms=sums.terms | own)
+
+    weights = lambda batch: TWO_TERMS.weights(batch) | {"value": jnp.sum(batch["item"])}  # noqa: E731
+    one = start()
+    both = lambda trees: dict.fromkeys(("policy", "value"), trees["policy"])  # noqa: E731
+    state = one._replace(params=both(one.params), opt=both(one.opt))
+    objective = TWO_TERMS._replace(weights=weights, terms=terms)
+    new, metrics = make_train_step(objective, {"policy": SGD, "value": SGD}, grad_accum_steps=4)(state, {}, batch())
+    loss, expected, _ = by_loop("two terms")
+    np.testing.assert_allclose(metrics["loss/policy"], loss, rtol=1e-9)
+    np.testing.assert_allclose(metrics["loss/value"], metrics["term/policy/items"], rtol=1e-12)
+    chex.assert_trees_all_close(moved(state, new), expected, rtol=1e-9, atol=1e-9)
+    assert "term/value" not in metrics and metrics["weight/value"] == batch()["item"].sum()
+    found = make_eval_step(objective)(state.params, {}, {}, batch())
+    assert {"loss/policy", "loss/value", "term/policy/items"} <= found.keys()
+    np.testing.assert_allclose(np.sum(found["loss/policy"][0] / found["loss/policy"][1]), loss, rtol=1e-9)
+
+
 def test_a_term_without_weight_leaves_the_others(x64):
     data = batch() | {"item": np.zeros((ROWS, 2))}
     new, metrics = make_train_step(TWO_TERMS, {"policy": SGD}, grad_accum_steps=4)(start(), {}, data)
