@@ -78,13 +78,9 @@ def test_what_the_data_report_warns_of_is_told_before_the_first_step(shared, tmp
 
 
 def test_reward_model_run_and_its_results(shared, tmp_path):
-    results = train(
-        shared,
-        tmp_path / "run",
-        "reward",
-        **{"data.eval_fraction": 0.25, "eval.every": 2, "logging.trackers": ("tensorboard",)},
-    )
+    fields = {"data.eval_fraction": 0.25, "eval.every": 2, "logging.trackers": ("tensorboard",)}
     workdir = tmp_path / "run"
+    results = train(shared, workdir, "reward", **fields)
     assert {"loss", "rewards/accuracies", "learning_rate", "tokens_per_second"} <= results["metrics"].keys()
     assert "eval/rewards/accuracies" in results["eval"] and results["num_compiles"] == 1
     assert json.loads((workdir / "export" / "config.json").read_text())["architectures"] == [
