@@ -42,7 +42,7 @@ def export(argv: list[str]) -> int:
         if args.out:
             print(where)
         if args.push:
-            print(push(where, args.push))
+            print(push(where, args.push, kept=bool(args.out)))
     return 0
 
 

@@ -22,6 +22,7 @@ def check_push(repo: str) -> str:
       InputError: a name that no repository has, no token, or a hub that is switched off.
     """
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -30,7 +31,7 @@ def check_push(repo: str) -> str:
             raise HFValidationError(repo)
     except HFValidationError as error:
         raise InputError(f"--push {repo!r}", "a repository's name: owner/name", "--push OWNER/NAME") from error
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise InputError(f"--push {repo} with HF_HUB_OFFLINE set", "a hub that may be asked", "HF_HUB_OFFLINE=0")
     token = huggingface_hub.get_token()
     if not token:
@@ -42,12 +43,13 @@ def check_push(repo: str) -> str:
     return token
 
 
-def push(directory: Any, repo: str) -> str:
+def push(directory: Any, repo: str, *, kept: bool = True) -> str:
     """Uploads an export; a repository that is not there is made, and is private.
 
     Args:
       directory: of the export.
       repo: "owner/name".
+      kept: whether the directory stays, for messages.
 
     Returns:
       Where it is.
@@ -68,6 +70,6 @@ def push(directory: Any, repo: str) -> str:
         raise InputError(
             f"--push {repo}: {words}",
             "a hub that can be reached, and a token that may write there",
-            f"the same command again; the export lies in {directory}",
+            "the same command again" + f"; the export lies in {directory}" * kept,
         ) from error
     return str(getattr(found, "commit_url", None) or repo)

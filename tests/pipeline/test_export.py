@@ -235,9 +235,10 @@ class Hub:
 
     def __init__(self, monkeypatch, token="t", error=None):
         import huggingface_hub
+        from huggingface_hub import constants
 
         self.calls = []
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
 
         class Api:
