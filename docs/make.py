@@ -59,12 +59,11 @@ _FOLDERS = {
     "tests/parallel": "mesh, shardings, start-up",
     "tests/pipeline": "stages, export",
     "tests/plan": "memory planning",
-    "tests/ppo": "PPO: operations, experience, stored TRL values",
     "tests/rewards": "functions and models as rewards",
     "tests/rollout": "sampling, decoding",
     "tests/steps": "invariances, closed form, step 0",
     "tests/structure": "rooms, the tree, configs",
-    "tests/train": "loop, crashes, processes, checkpoints",
+    "tests/train": "loop, collection of experience, crashes, processes, checkpoints",
 }
 
 

@@ -42,7 +42,7 @@ def work(slots: int | None) -> None:
     from jaxalign.rewards.function import FunctionScorer
     from jaxalign.train.experience import initial_extra, make_prepare
     from jaxalign.types import TrainState
-    from tests.ppo.ppo_world import NumberTokenizer, drawn, prompt_batch, record
+    from tests.train.ppo_world import NumberTokenizer, drawn, prompt_batch, record
 
     seen, sample, keys, kind = [], device.sample, device.token_keys, ["even"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign.models.export import save
-from tests.ppo.trl_cases import CASES, GOLDEN, MODELS, compare, models, tokens
+from tests.train.trl_cases import CASES, GOLDEN, MODELS, compare, models, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("JAXALIGN_ORACLE_PPO_PYTHON", ROOT / ".venv-oracle-ppo" / "bin" / "python"))

@@ -21,7 +21,7 @@ from jaxalign.rewards.model import ModelScorer
 from jaxalign.rewards.samples import Samples
 from jaxalign.train import algorithms
 from jaxalign.train.models import Roles
-from tests.ppo.ppo_world import drawn, tiny_model
+from tests.train.ppo_world import drawn, tiny_model
 
 TEXT_END, TURN_END = 0, 2  # minimind's ids of <|endoftext|> and <|im_end|>
 ASKED = [{"role": "user", "content": "Hi there"}]

@@ -13,7 +13,7 @@ from jaxalign.rewards.model import ModelScorer, padded_rows, same_tokenizer, sco
 from jaxalign.rewards.samples import Samples
 from jaxalign.rewards.score_shaping import initial_statistics, merge_statistics, shape_scores
 from jaxalign.types import Rows
-from tests.ppo.ppo_world import drawn, tiny_model
+from tests.train.ppo_world import drawn, tiny_model
 
 
 def left_padded(sequence, width, pad):

@@ -10,7 +10,7 @@ import pytest
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout import continuous, driver
-from tests.ppo.ppo_world import STOP, drawn, prompt_batch, tiny_model
+from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
 LIMIT = 24
 OPTIONS = {"max_new_tokens": LIMIT, "temperature": 0.8, "stop_ids": STOP}

@@ -58,7 +58,7 @@ def test_messages_are_rendered(stories):
 
 def test_a_prompt_without_tokens_is_refused(shared):
     """gpt2 adds no BOS: an empty prompt has nothing to go on from."""
-    from tests.ppo.ppo_world import drawn, tiny_model
+    from tests.train.ppo_world import drawn, tiny_model
 
     tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
     tokenizer.bos_token = None

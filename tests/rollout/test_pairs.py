@@ -10,7 +10,7 @@ from jaxalign.data.tokenize import Example
 from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.pairs import last_columns, paired_rows
 from jaxalign.rollout.slots import repeat_rows
-from tests.ppo.ppo_world import prompt_batch
+from tests.train.ppo_world import prompt_batch
 
 PROMPTS = [[1, 7, 9], [1, 8, 2, 3, 4, 6], [9]]
 SAID = [[4, 5, 6, 3], [7, 3], [8], [2, 4, 6, 8], [11, 12, 3], [3]]  # two of each prompt

@@ -16,8 +16,8 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
 from jaxalign.rollout.completed import completed_rows
 from jaxalign.rollout.continuous import roll_out
-from tests.ppo.ppo_world import STOP, drawn, prompt_batch, tiny_model
 from tests.rollout.greedy_cases import MODELS, golden, ours
+from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12, 13, 4]]
 OPTIONS = {"max_new_tokens": 9, "temperature": 0.8, "stop_ids": STOP}

@@ -11,9 +11,9 @@ from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.pairs import paired_rows
 from jaxalign.rollout.slots import repeat_rows
 from jaxalign.types import Batch, PolicyBatch
-from tests.ppo.ppo_world import prompt_batch
 from tests.steps.layouts import examples, lay
 from tests.steps.worlds import ALGORITHMS, PAIRED, ROWS, assert_same, data, expected, many, result
+from tests.train.ppo_world import prompt_batch
 
 
 def test_there_is_something_to_see(x64):

@@ -10,8 +10,8 @@ import pytest
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.train.minibatches import shuffle_minibatches
-from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
-from tests.ppo.test_experience import fractional
+from tests.train.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
+from tests.train.test_experience import fractional
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12]]
 FIELDS = {

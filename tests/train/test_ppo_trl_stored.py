@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.ppo.trl_cases import CASES, GOLDEN, compare
+from tests.train.trl_cases import CASES, GOLDEN, compare
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,8 +14,8 @@ from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.model import ModelScorer, padded_rows, score_rows
 from jaxalign.rewards.samples import Samples
 from jaxalign.train import collect
-from tests.ppo.ppo_world import STOP, drawn, ppo_config, prompt_batch, record, tiny_model, world
-from tests.ppo.test_policy_ops import gae_loop
+from tests.ops.test_policy_ops import gae_loop
+from tests.train.ppo_world import STOP, drawn, ppo_config, prompt_batch, record, tiny_model, world
 
 
 def fractional(prompts, completions, *, completion_ids, **_):

@@ -24,7 +24,7 @@ from jaxalign.steps.policy import policy_objective
 from jaxalign.steps.step import make_eval_step
 from jaxalign.types import PolicyBatch
 from tests.models.tiny_models import by_name
-from tests.ppo.ppo_world import VOCAB, prompt_batch, tiny_model
+from tests.train.ppo_world import VOCAB, prompt_batch, tiny_model
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "ppo_trl.npz"
 MODELS = ("policy", "behaviour", "ref", "reward", "value")

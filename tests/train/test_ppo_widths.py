@@ -4,9 +4,9 @@ import jax
 import numpy as np
 
 from jaxalign.rollout import continuous, sizes
-from tests.ppo.ppo_world import ppo_config, world
-from tests.ppo.test_experience import fractional
-from tests.ppo.test_num_samples import FIELDS, by_completion
+from tests.train.ppo_world import ppo_config, world
+from tests.train.test_experience import fractional
+from tests.train.test_num_samples import FIELDS, by_completion
 
 MOST, WIDTHS = 40, (24, 32, 40)
 

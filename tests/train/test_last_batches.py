@@ -11,7 +11,7 @@ from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.train import trainer
-from tests.ppo.ppo_world import ppo_config, prompt_batch, world
+from tests.train.ppo_world import ppo_config, prompt_batch, world
 
 REWARD = """
 import json

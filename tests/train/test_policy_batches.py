@@ -17,9 +17,9 @@ from jaxalign.steps.policy import policy_objective
 from jaxalign.steps.step import make_train_step
 from jaxalign.train import collect
 from jaxalign.train.experience import make_prepare
-from tests.ppo.ppo_world import STOP, NumberTokenizer, ppo_config, prompt_batch, record, world
-from tests.ppo.test_experience import fractional
-from tests.ppo.test_num_samples import by_completion
+from tests.train.ppo_world import STOP, NumberTokenizer, ppo_config, prompt_batch, record, world
+from tests.train.test_experience import fractional
+from tests.train.test_num_samples import by_completion
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12]]
 
