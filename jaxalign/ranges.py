@@ -14,7 +14,9 @@ TRAIN_ON = ("completion", "last", "all")  # or roles, joined by commas:
 TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 
 # Fields whose value may also be a function of the user's own, "module:function" or "file.py:function".
-FUNCTIONS = ("algorithm.loss", "optimizer.name", "optimizer.schedule")
+FUNCTIONS = ("algorithm.loss", "algorithm.estimator", "optimizer.name", "optimizer.schedule")
+# Fields that earlier versions did not have: at this value they are as runs of those versions were.
+ADDED = {"algorithm.estimator": "gae", "checkpoint.patience": None}
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although what scores is another now

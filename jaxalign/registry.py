@@ -101,6 +101,7 @@ def _ppo() -> dict[str, dict[str, Any]]:
             "kl_target": none(float),  # set: kl_coef adapts towards this many nats a completion
             "kl_horizon": 10_000,  # completions over which the adaptive coefficient moves
             "entropy_coef": 0.0,  # weight of the entropy bonus
+            "estimator": "gae",  # of advantages; or file.py:function
             "gamma": 1.0,  # discount of a token
             "gae_lambda": 0.95,  # 0 trusts the values alone, 1 the rewards alone
             "clip_range": 0.2,  # of the probability ratio
@@ -245,7 +246,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         method="proximal policy optimization",
         without=("data.max_completion_length", "data.append_eos"),  # rollout.max_new_tokens bounds the completion
         frozen=True,
-        choices=(("algorithm.kl_estimator", ("k1", "k2", "k3")),),
+        choices=(("algorithm.kl_estimator", ("k1", "k2", "k3")), ("algorithm.estimator", ("gae",))),
         bounds=(
             ("algorithm.kl_coef", 0, _BIG),
             ("algorithm.kl_target", 1e-9, _BIG),

@@ -91,5 +91,8 @@ def estimator_options(estimator: Estimator) -> list[str]:
     >>> estimator_options(gae)
     ['gamma', 'gae_lambda']
     """
-    parameters = inspect.signature(estimator).parameters.values()
+    try:
+        parameters = inspect.signature(estimator).parameters.values()
+    except (TypeError, ValueError):  # a builtin does not tell
+        return []
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("values", "group")]

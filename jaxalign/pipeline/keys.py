@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxalign.config import get, to_dict
 from jaxalign.functions import is_name, module_file
-from jaxalign.ranges import FUNCTIONS
+from jaxalign.ranges import ADDED, FUNCTIONS
 
 FORMAT = 1
 
@@ -57,7 +57,7 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
       filled: the fields that these inputs filled; their keys stand for them, wherever the workdir is.
     """
     tree = to_dict(config)
-    for field in _NOT_IN_KEY:
+    for field in (*_NOT_IN_KEY, *(f for f, value in ADDED.items() if get(config, f) == value)):
         *parents, leaf = field.split(".")
         node = tree
         for parent in parents:

@@ -20,7 +20,7 @@ from jaxalign.steps.preference import preference_objective
 from jaxalign.steps.reward import reward_objective
 from jaxalign.steps.sft import sft_objective
 from jaxalign.train.models import Role, Roles, revision_of
-from jaxalign.train.named_functions import own_loss
+from jaxalign.train.named_functions import own_estimator, own_loss
 from jaxalign.types import (
     Batch,
     CausalByIndex,
@@ -231,6 +231,7 @@ def _ppo(config, roles, context) -> Program:
         tokenizer=context.tokenizer,
         stop_ids=context.stop_ids,
         mesh=context.mesh,
+        estimator=own_estimator(cfg.estimator, cfg) if is_name(cfg.estimator) else cfg.estimator,
     )
     objective = policy_objective(
         policy.model.apply,

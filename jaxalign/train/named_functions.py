@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.config import get
 from jaxalign.errors import InputError
 from jaxalign.functions import OURS, check_call, is_name, load_function, raised
+from jaxalign.ops.advantages import estimator_options
 from jaxalign.ranges import FUNCTIONS
 from jaxalign.types import Terms, TrainState
 
@@ -29,6 +31,9 @@ class Form(NamedTuple):
 
 _FORMS = {
     "algorithm.loss": Form("loss", "loss(policy, ref, lengths, mask, *, beta)", ({}, {}, {}, None), {"beta": 0.1}),
+    "algorithm.estimator": Form(
+        "estimator", "estimator(rewards, mask, *, values, group)", (None, None), {"values": None, "group": None}
+    ),
     "optimizer.name": Form("optimizer", "optimizer(learning_rate)", (lambda count: 1.0,)),
     "optimizer.schedule": Form("schedule", "schedule(step, num_steps)", (0, 1)),
     "callbacks": Form("callback", "callback(step, metrics, state)", (1, {}, None)),
@@ -47,7 +52,10 @@ def named_function(field: str, name: str) -> Callable[..., Any]:
     """
     form = _FORMS[field]
     function = load_function(name, field, form.what)
-    return check_call(function, f"{field} {name}", form.call, *form.args, **form.keywords)
+    keywords = dict(form.keywords)
+    if field == "algorithm.estimator":  # its own options are fields, see `own_estimator`
+        keywords |= dict.fromkeys(estimator_options(function))
+    return check_call(function, f"{field} {name}", form.call, *form.args, **keywords)
 
 
 def find_functions(config: Any) -> None:
@@ -70,6 +78,8 @@ def check_functions(config: Any) -> None:
     """
     if is_name(name := get(config, "algorithm.loss")):
         own_loss(name)
+    if is_name(name := get(config, "algorithm.estimator")):
+        own_estimator(name, config.algorithm)
     if is_name(name := get(config, "optimizer.schedule")):
         own_schedule(name)
     if is_name(name := get(config, "optimizer.name")):
@@ -125,6 +135,35 @@ def own_loss(name: str) -> Callable[..., Terms]:
             f"algorithm.loss {name} returned {shown} for 2 pairs",
             "jaxalign.types.Terms(loss [N], weight [N], metrics {name: (sum, weight)})",
             "return Terms(loss, mask, {})",
+        )
+    return function
+
+
+def own_estimator(name: str, fields: Mapping[str, Any]) -> Callable[..., Any]:
+    """An estimator of advantages that `algorithm.estimator` names, tried on the shapes of two completions.
+
+    Args:
+      name: of the function.
+      fields: `config.algorithm`, where its own options are.
+    """
+    function = named_function("algorithm.estimator", name)
+    who = f"algorithm.estimator {name}"
+    options = estimator_options(function)
+    if unknown := [option for option in options if option not in fields]:
+        raise InputError(
+            f"{who} takes the option {unknown[0]!r}, which is no field of algorithm",
+            f"options among {', '.join(sorted(fields))}",
+            f"a default for {unknown[0]!r} by functools.partial, in {name}",
+        )
+    numbers, mask = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.bool_)
+    call = functools.partial(function, group=np.zeros(2, np.int32), **{option: fields[option] for option in options})
+    found = _tried(lambda r, m, v: call(r, m, values=v), (numbers, mask, numbers), who, function)
+    shapes = [getattr(x, "shape", None) for x in found] if isinstance(found, tuple) else None
+    if shapes != [(2, 3), (2, 3)]:
+        raise InputError(
+            f"{who} returned {type(found).__name__ if shapes is None else shapes} for rewards [2, 3]",
+            "(advantages [B, R], returns [B, R]): the value model learns the returns",
+            "return advantages, jnp.where(mask, advantages + values, 0)",
         )
     return function
 

@@ -18,6 +18,7 @@ import jax
 from jaxalign.disk import cannot_write, trouble, write_whole
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import is_main, on_main
+from jaxalign.ranges import ADDED
 
 FORMAT = 1
 
@@ -213,7 +214,8 @@ class RunDir:
         changed = [
             f"{field} (was {before!r}, is {after!r})"
             for field, before, after in _differences(old["config"], json.loads(json.dumps(config)))
-            if not any(field == f or field.startswith(f"{f}.") for f in free)
+            if not (before is None and field in ADDED and after == ADDED[field])
+            and not any(field == f or field.startswith(f"{f}.") for f in free)
         ]
         if changed:
             length = any(c.startswith(_LENGTH) for c in changed)

@@ -12,12 +12,14 @@ from safetensors.numpy import load_file
 
 from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
+from jaxalign.ops.advantages import gae
 from jaxalign.train import trainer
-from jaxalign.train.named_functions import check_functions
+from jaxalign.train.named_functions import check_functions, own_estimator
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 
 OWN = """
 import jax, jax.numpy as jnp, optax
+from jaxalign.ops.advantages import gae
 from jaxalign.ops.losses_preference import sigmoid_loss
 from jaxalign.types import Terms
 
@@ -32,6 +34,15 @@ def broken(policy, ref, lengths, mask, *, beta):
 
 def few(policy):
     return policy
+
+def estimator(rewards, mask, *, values, group, gamma, gae_lambda):
+    return gae(rewards, mask, values=values, group=group, gamma=gamma, gae_lambda=gae_lambda)
+
+def unknown_option(rewards, mask, *, values, group, lam):
+    return rewards, rewards
+
+def no_returns(rewards, mask, *, values, group):
+    return rewards, None
 
 def optimizer(learning_rate):
     return optax.adamw(learning_rate, 0.9, 0.999, eps=1e-8, weight_decay=0.0)
@@ -96,6 +107,30 @@ def test_callbacks_see_each_step_and_add_figures(shared, tmp_path, own):
     assert {row["step"]: row["mine/twice"] for row in rows if "mine/twice" in row} == {
         step: 2 * loss for step, loss in losses.items()
     }
+
+
+def test_own_estimator_is_the_tables_where_it_computes_the_same(own):
+    c = defaults("ppo")
+    found = own_estimator(own("estimator"), c.algorithm)
+    rewards, values = (jax.random.normal(jax.random.key(i), (2, 5)) for i in (0, 1))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    options = {"gamma": 0.9, "gae_lambda": 0.8}
+    ours = gae(rewards, mask, values=values, **options)
+    theirs = found(rewards, mask, values=values, group=jnp.arange(2), **options)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "name, words", [("few", "rewards, mask"), ("unknown_option", "'lam'"), ("no_returns", "returns")]
+)
+def test_estimators_are_tried_at_start(own, name, words):
+    c = defaults("ppo")
+    c.workdir, c.model.path, c.data.sources, c.rewards.model = "w", "m", ("d",), "r"
+    c.algorithm.estimator = own(name)
+    validate(c)
+    with pytest.raises(InputError, match=words):
+        check_functions(c)
 
 
 @pytest.mark.parametrize("name, words", [("wrong", "returned str"), ("raises", "SystemExit")])

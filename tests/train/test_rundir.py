@@ -8,6 +8,7 @@ import pytest
 
 from jaxalign.config import defaults, to_dict
 from jaxalign.errors import InputError
+from jaxalign.pipeline.keys import keys_of
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.metrics import Writer, cut_back, read_metrics
 from jaxalign.train.rundir import FORMAT, RunDir
@@ -45,6 +46,23 @@ def test_same_configuration_goes_on_another_is_refused(tmp_path):
         open_run(make(tmp_path, batch_size=2))
     # what does not change the numbers may change
     assert open_run(make(tmp_path, mesh__data=2, logging__every=7, checkpoint__every=9, model__remat="none")) is None
+
+
+def test_fields_that_were_added_later_are_no_other_run(tmp_path):
+    """A run or a finished stage of an earlier version, whose configuration had fewer fields."""
+    c = make(tmp_path)
+    new = defaults("ppo")
+    new.workdir, new.model.path, new.data.sources = c.workdir, "m", ("a",)
+    old = new.copy_and_resolve_references()
+    with old.unlocked():
+        del old.checkpoint.patience, old.algorithm.estimator
+    assert keys_of(old, {}, ()) == keys_of(new, {}, ())
+    open_run(old)
+    assert open_run(new) is None
+    new.algorithm.estimator = "mine.py:own"
+    assert keys_of(old, {}, ()) != keys_of(new, {}, ())
+    with pytest.raises(InputError, match="estimator"):
+        open_run(new)
 
 
 @pytest.mark.parametrize("left", ["config", "empty folders"])
