@@ -35,7 +35,7 @@ def calibration(
       num_bins: between 1/2 and 1.
 
     Returns:
-      The error, between 0 and 1 (nan without pairs), and the bins that hold any.
+      The error, between 0 and 1 (nan without pairs, or where a margin is), and the bins that hold any.
 
     >>> error, bins = calibration([2.2, 2.2, 2.2, -2.2])
     >>> round(error, 2), bins[0].accuracy
@@ -43,9 +43,9 @@ def calibration(
     """
     margin = np.asarray(margins, np.float64)
     weight = np.ones_like(margin) if weights is None else np.asarray(weights, np.float64)
-    if not weight.sum():
+    if not weight.sum() or np.isnan(margin[weight > 0]).any():
         return math.nan, []
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    confidence = 1 / (1 + np.exp(-np.abs(np.where(weight > 0, margin, 0))))
     right = np.where(margin == 0, 0.5, margin > 0)
     place = np.minimum((2 * num_bins * (confidence - 0.5)).astype(int), num_bins - 1)
     bins = []

@@ -18,6 +18,7 @@ from jaxalign.errors import InputError
 from jaxalign.evaluate.calibration import calibration
 from jaxalign.evaluate.perplexity import perplexity
 from jaxalign.evaluate.winrate import wilson
+from jaxalign.functions import is_name
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.losses_reward import reward_loss
 from jaxalign.ops.readout import completion_sums
@@ -27,6 +28,7 @@ from jaxalign.pipeline.loaded import require_head
 from jaxalign.pipeline.named import named_config
 from jaxalign.steps.preference import by_pair, sequence_logprobs
 from jaxalign.steps.reward import completion_scores
+from jaxalign.train.named_functions import own_loss
 from jaxalign.types import Terms
 
 _ROWS = 16  # of a batch, where no flag says another number; a forward pass holds little
@@ -78,6 +80,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="jaxalign-evaluate-") as scratch:
         flags = [f"--model={model}", *own, f"--out={scratch}", *flags]
         config, _ = named_config(algorithm, flags)
+        _check_flags(config, reference, scratch)
         mesh = make_mesh(config.mesh)
         with config.unlocked():
             if config.batch_size == configuration.defaults(algorithm).batch_size:
@@ -86,6 +89,23 @@ def evaluate(
         with jax.set_mesh(mesh):
             found = _measured(config, mesh, scratch)
     return {"model": model, "reference": reference, "data": sources, "algorithm": algorithm, **found}
+
+
+def _check_flags(config: Any, reference: str | None, scratch: str) -> None:
+    """Refuses flags that would measure something else than the command says."""
+    own = {"data.eval_fraction": 0.0, "data.eval_sources": (), "workdir": scratch}
+    if "reference" in config.algorithm:
+        own |= {
+            "algorithm.reference": "live" if reference else "cached", "algorithm.reference_path": reference,
+        }  # fmt: skip
+    for field, value in own.items():
+        given = configuration.get(config, field)
+        if given != value and not (given is None and value in (None, ())):
+            raise InputError(
+                f"--{field}={given}",
+                "fields of lengths, loss and columns: model, reference and records are given by the command's own",
+                f"without --{field}" + ("; --reference DIR" if field.startswith("algorithm.reference") else ""),
+            )
 
 
 def _has_score(model: str) -> bool:
@@ -135,14 +155,17 @@ def _measured(config: Any, mesh: jax.sharding.Mesh, scratch: str) -> dict[str, A
     reference = stage.program.frozen.get("ref")
     if role.model.config.head == "score":
         each = _each(stage, role, completion_scores, role.model.score_kernel)
+        _check_finite(config, each)
         figures, margins = _of_scores(each, config)
     else:
         each = _each(stage, role, sequence_logprobs, role.model.head)
         if "chosen" in each:
             gc.collect()  # one model in memory
             ref = None if reference is None else _each(stage, reference, sequence_logprobs, reference.model.head)
+            _check_finite(config, each, ref)
             figures, margins = _of_logprobs(each, ref, config)
         else:
+            _check_finite(config, each)
             figures, margins = _of_texts(each), None
     records = stage.dataset.report.get("records", {})
     result: dict[str, Any] = {"records": records, "figures": {k: _finite(v) for k, v in figures.items()}}
@@ -183,6 +206,19 @@ def _each(stage: Any, role: Any, measure: Callable[..., jax.Array], head: Callab
         batch = put_batch(stage.dataset.batch(index, *batch_part(stage.mesh)), stage.mesh)
         parts.append(jax.device_get(values(params, batch)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_finite(config: Any, *models: Each | None) -> None:
+    """Refuses numbers that are none: an accuracy would count them as wrong."""
+    for each in filter(None, models):
+        counted = each["weight"] > 0
+        for name in ("value", "chosen", "rejected"):
+            if name in each and (bad := int(np.sum(~np.isfinite(each[name][counted])))):
+                raise InputError(
+                    f"{bad:,} of {int(counted.sum()):,} completions have no finite log-prob or score",
+                    "a model that computes finite numbers",
+                    "--model.dtype=float32" if config.model.dtype != "float32" else "another checkpoint of the model",
+                )
 
 
 def _means(terms: Terms) -> dict[str, float]:
@@ -228,7 +264,7 @@ def _of_logprobs(each: Each, ref: Each | None, config: Any) -> tuple[dict[str, f
     options: dict[str, Any] = {"label_smoothing": cfg.label_smoothing} if cfg.loss == "sigmoid" else {}
     if cfg.loss == "ipo":
         options["average"] = cfg.average is not False
-    terms = PREFERENCE_LOSSES[cfg.loss](
+    terms = (own_loss(cfg.loss) if is_name(cfg.loss) else PREFERENCE_LOSSES[cfg.loss])(
         {side: jnp.asarray(each[side]) for side in sides},
         {side: jnp.asarray(ref[side]) for side in sides},
         {side: jnp.asarray(each[f"tokens_{side}"]) for side in sides},
@@ -243,6 +279,8 @@ def _of_logprobs(each: Each, ref: Each | None, config: Any) -> tuple[dict[str, f
 def _of_texts(each: Each) -> dict[str, float]:
     """Of completions, as SFT weighs them: each scored token alike, times its record's weight."""
     tokens = float((each["weight"] * each["tokens"]).sum())
+    if not tokens:
+        raise InputError("no token that is scored", "completions to measure", "--train_on=all, or other data")
     loss = -float((each["weight"].astype(np.float64) * each["value"]).sum()) / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
 

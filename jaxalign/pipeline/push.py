@@ -8,6 +8,12 @@ from typing import Any
 
 from jaxalign.errors import InputError
 
+# What an earlier upload may have left: transformers would read such a file in place of a new one of another name.
+_REPLACED = [
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "chat_template*",
+    "generation_config.json",
+]  # fmt: skip
+
 
 def check_push(repo: str) -> str:
     """Makes sure, before a model is read, that there is something to push with.
@@ -44,7 +50,9 @@ def check_push(repo: str) -> str:
 
 
 def push(directory: Any, repo: str, *, kept: bool = True) -> str:
-    """Uploads an export; a repository that is not there is made, and is private.
+    """Uploads an export in place of an earlier one; a repository that is not there is made, and is private.
+
+    One that is there stays as public as it is.
 
     Args:
       directory: of the export.
@@ -64,7 +72,9 @@ def push(directory: Any, repo: str, *, kept: bool = True) -> str:
     try:
         api = HfApi(token=token)
         api.create_repo(repo, private=True, exist_ok=True)
-        found = api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Model exported by jaxalign")
+        found = api.upload_folder(
+            folder_path=folder, repo_id=repo, commit_message="Model exported by jaxalign", delete_patterns=_REPLACED
+        )
     except Exception as error:  # of the network, or what the hub answers: of several libraries
         words = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(

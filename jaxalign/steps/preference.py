@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxalign.errors import InputError
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.readout import completion_sums, pairs, read_with_aux, token_logprobs
-from jaxalign.steps.objective import Objective, Sums, weighted_sum
+from jaxalign.steps.objective import Objective, Sums
 from jaxalign.types import Batch, Params, Terms
 
 
@@ -81,9 +81,14 @@ def preference_objective(
         policy, ref, lengths = (by_pair(x, batch) for x in (logprobs, ref_logprobs, tokens))
         found = terms_of(policy, ref, lengths, weight, beta=beta, **options)
         scored = jnp.sum(jnp.where(weight != 0, lengths["chosen"] + lengths["rejected"], 0))
-        return Sums({"policy": weighted_sum(found)}, found.metrics, {"tokens": scored}, {"policy": aux})
+        return Sums({"policy": pair_sum(found, weight)}, found.metrics, {"tokens": scored}, {"policy": aux})
 
     return Objective(lambda batch: {"policy": jnp.sum(pair_weights(batch))}, terms)
+
+
+def pair_sum(terms: Terms, weight: jax.Array) -> jax.Array:
+    """S of a loss on pairs: sum of weight * loss, by the divisor's weights whatever those of the terms are."""
+    return jnp.sum(jnp.where(weight != 0, terms.loss, 0) * weight)
 
 
 def by_pair(values: jax.Array, batch: Batch) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ class Patience:
         if not self._evaluations or step % self._every or self._metric not in row:
             return
         value = row[self._metric]
-        better = value is not None and (self._best is None or self._sign * value < self._sign * self._best[1])
+        finite = value is not None and math.isfinite(value)  # in metrics.jsonl another one is null
+        better = finite and (self._best is None or self._sign * value < self._sign * self._best[1])
         self._best, self._since = ((step, value), 0) if better else (self._best, self._since + 1)
 
     @property

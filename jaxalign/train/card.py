@@ -64,7 +64,17 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
         parts.append(f"Command:\n\n```bash\n{command}\n```")
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
     parts += ["## Versions", f"jaxalign {__version__}, Python {sys.version.split()[0]}, {versions}"]
-    return "\n\n".join(parts) + "\n"
+    return without_secrets("\n\n".join(parts) + "\n")
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URLs have lost what may open a door: user and password, and what follows a question mark.
+
+    >>> without_secrets("read `https://me:key@host/a.jsonl?sig=1&x=2`, gs://bucket/b")
+    'read `https://host/a.jsonl`, gs://bucket/b'
+    """
+    text = re.sub(r"(\w+://)[^\s/@`'\"|]*@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?`'\"|]*)\?[^\s`'\"|]*", r"\1", text)
 
 
 def changed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class Loop:
             say(f"warning: {self.name}: {concern}")
         speed = self._tokens / self._seconds if self._seconds else None
         results = {"steps": done, "metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
-        return state, results | {"warnings": [concern] if concern else []}
+        early = {"stopped_early": True} if done < self.num_steps else {}
+        return state, results | early | {"warnings": [concern] if concern else []}
 
     def _spent(self) -> bool:
         """Whether evaluations have not improved for so long that the run ends here."""

@@ -102,7 +102,10 @@ class RunDir:
                     "--config.workdir=ANOTHER or --config.checkpoint.resume=True",
                 )
             done = results(self.path)
-            if done is not None and _pick(old["config"], _LENGTH) == _pick(config, _LENGTH):
+            same = _pick(old["config"], _LENGTH) == _pick(config, _LENGTH)
+            if done is not None and done.get("stopped_early"):  # with another patience it may not be over
+                same = same and old["config"]["checkpoint"].get("patience") == config["checkpoint"].get("patience")
+            if done is not None and same:
                 return done
         elif self.path.exists() and any(self.path.glob("checkpoints/*")):
             raise InputError(

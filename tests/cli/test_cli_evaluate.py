@@ -84,6 +84,9 @@ def test_pairs_without_a_reference_and_a_file(shared, tmp_path, pairs, capsys, o
     assert "calibration" not in found
 
 
+PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
+
+
 @pytest.mark.parametrize(
     "rows, flags, words",
     [
@@ -92,13 +95,16 @@ def test_pairs_without_a_reference_and_a_file(shared, tmp_path, pairs, capsys, o
         ([{"prompt": "a", "completion": "b"}], ["--optimizer.learnin_rate=1"], "learning_rate"),
         ([{"prompt": "a", "completion": "b"}], ["--out", "/no/such/dir/e.json"], "--out"),
         ([{"prompt": "a b c d", "completion": "b"}], ["--max_length=2"], "max_length"),
+        ([PAIR], ["--reference", "MODEL", "--algorithm.reference=cached"], "--algorithm.reference=cached"),
+        ([PAIR], ["--reference_path=MODEL"], "--reference DIR"),
+        ([PAIR] * 5, ["--eval_fraction=0.4"], "--data.eval_fraction"),
     ],
 )
 def test_wrong_input_is_told_in_words(shared, tmp_path, capsys, rows, flags, words, one_device):
     model = str(shared / "models" / "stories260k-llama")
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [model if flag == "MODEL" else flag for flag in flags]
+    flags = [flag.replace("MODEL", model) for flag in flags]
     assert main(["evaluate", "--model", model, "--data", str(data), *flags]) == 2
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err and "--config." not in err
@@ -117,4 +123,5 @@ def test_calibration_by_a_loop():
         entry[2] += w * (m > 0)
     expected = sum(abs(c - a) for w, c, a in sums.values() if w) / weights.sum()
     assert calibration(margins, weights)[0] == pytest.approx(expected, rel=1e-12)
+    assert np.isnan(calibration([np.nan, 1.0])[0]) and calibration([np.nan, 0.0], [0, 1])[0] == 0
     assert np.isnan(calibration([])[0]) and calibration([0.0])[0] == 0

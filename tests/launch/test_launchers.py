@@ -255,7 +255,7 @@ def test_train_without_the_environment_says_how_to_make_it(checkout):
 
 def test_train_is_the_command_of_the_clone():
     result = subprocess.run([sys.executable, "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("jaxalign train --config=FILE")
+    assert result.returncode == 0 and "jaxalign train --config=FILE" in result.stdout
 
 
 def test_the_quickstart_brings_what_draws_its_pictures(checkout):

@@ -183,7 +183,8 @@ def test_two_stages_in_an_object_store(shared, tmp_path, monkeypatch, files):
     source = shared / "models" / "stories260k-llama"
     seen = []
 
-    def train(config, dry_run=False):
+    def train(checked, dry_run=False):
+        config = checked.config
         seen.append(config.model.path)
         model, params = hf.load(config.model.path, **tiny.SETTINGS)
         params = jax.tree.map(lambda x: x + 1, params)

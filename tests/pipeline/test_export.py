@@ -248,7 +248,8 @@ class Hub:
             def create_repo(api, repo, **options):
                 self.calls.append(("create", repo, options))
 
-            def upload_folder(api, *, folder_path, repo_id, commit_message):
+            def upload_folder(api, *, folder_path, repo_id, commit_message, delete_patterns):
+                assert "*.safetensors.index.json" in delete_patterns and "*.safetensors" in delete_patterns
                 if error is not None:
                     raise error
                 self.calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))

@@ -14,7 +14,7 @@ from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
 from jaxalign.ops.advantages import gae
 from jaxalign.train import trainer
-from jaxalign.train.named_functions import check_functions, own_estimator
+from jaxalign.train.named_functions import check_functions, own_estimator, own_loss
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 
 OWN = """
@@ -25,6 +25,9 @@ from jaxalign.types import Terms
 
 def loss(policy, ref, lengths, mask, *, beta):
     return sigmoid_loss(policy, ref, lengths, mask, beta=beta)
+
+def weights_of_its_own(policy, ref, lengths, mask, *, beta):
+    return sigmoid_loss(policy, ref, lengths, mask, beta=beta)._replace(weight=7 * jnp.ones_like(mask))
 
 def no_terms(policy, ref, lengths, mask, *, beta):
     return policy["chosen"]
@@ -75,6 +78,18 @@ def own(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(OWN)
     return lambda name: f"{file}:{name}"
+
+
+def test_pairs_are_weighed_by_their_records_whatever_a_loss_returns(own):
+    """The divisor is known beforehand, so what is divided must have the same weights."""
+    import jaxalign.steps.preference as preference
+
+    pairs = {side: jax.random.normal(jax.random.key(i), (4,)) for i, side in enumerate(("chosen", "rejected"))}
+    weight, found = jnp.array([1.0, 0.0, 2.0, 0.0]), {}
+    for name in ("loss", "weights_of_its_own"):
+        terms = own_loss(own(name))(pairs, jax.tree.map(jnp.zeros_like, pairs), pairs, weight, beta=0.1)
+        found[name] = preference.pair_sum(terms, weight)
+    assert found["loss"] == found["weights_of_its_own"] > 0
 
 
 def run(shared, workdir, algorithm, **fields):

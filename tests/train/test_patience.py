@@ -40,6 +40,8 @@ def ends(values, **options):
         ([1, 2, 3, 2, 1], {"mode": "max"}, 10),
         ([3, None, 2.9, None, 5], {}, 10),
         ([None, None], {}, 4),
+        ([float("nan"), 1.0, 0.5], {}, None),
+        ([1.0, float("nan"), float("inf")], {}, 6),
         ([3, 4, 5, 6], {"patience": None}, None),
     ],
 )

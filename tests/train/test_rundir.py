@@ -48,6 +48,14 @@ def test_same_configuration_goes_on_another_is_refused(tmp_path):
     assert open_run(make(tmp_path, mesh__data=2, logging__every=7, checkpoint__every=9, model__remat="none")) is None
 
 
+def test_a_run_that_patience_ended_continues_with_another_patience(tmp_path):
+    c = make(tmp_path, checkpoint__patience=2)
+    open_run(c)
+    (tmp_path / "run" / "DONE").write_text(json.dumps({"steps": 4, "stopped_early": True}))
+    assert open_run(c)["steps"] == 4
+    assert open_run(make(tmp_path, checkpoint__patience=5)) is None
+
+
 def test_fields_that_were_added_later_are_no_other_run(tmp_path):
     """A run or a finished stage of an earlier version, whose configuration had fewer fields."""
     c = make(tmp_path)
