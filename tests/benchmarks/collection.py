@@ -1,6 +1,7 @@
 """Tokens/s of PPO's collection where completions end together and where their lengths spread 1 to 8, of several trees.
 
     python tests/benchmarks/collection.py TREE [TREE ...] [--rounds 3] [--slots N]
+    python tests/benchmarks/collection.py --smoke                 this checkout alone, a tiny model, one round
 
 Each tree runs in a process of its own; they take turns, so that what else the machine does falls on all of them.  The
 lengths are set from outside, the same for every tree, and the completions are compared.
@@ -8,19 +9,21 @@ lengths are set from outside, the same for every tree, and the completions are c
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 
-PROMPTS, WIDTH, NEW, STOP = 64, 32, 128, 2
+SMOKE = "--smoke" in sys.argv
+PROMPTS, WIDTH, NEW, STOP = (8, 32, 16, 2) if SMOKE else (64, 32, 128, 2)
 SHAPE = {
     "model_type": "llama",
     "vocab_size": 4096,
-    "hidden_size": 384,
+    "hidden_size": 48 if SMOKE else 384,
     "intermediate_size": 1024,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 2 if SMOKE else 6,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "initializer_range": 0.05,
@@ -42,8 +45,10 @@ def work(slots: int | None) -> None:
     from jaxalign.rewards.function import FunctionScorer
     from jaxalign.train.experience import initial_extra, make_prepare
     from jaxalign.types import TrainState
-    from tests.train.ppo_world import NumberTokenizer, drawn, prompt_batch, record
 
+    folder = "train" if os.path.exists("tests/train/ppo_world.py") else "ppo"  # as in trees of before
+    world = importlib.import_module(f"tests.{folder}.ppo_world")
+    drawn = world.drawn
     seen, sample, keys, kind = [], device.sample, device.token_keys, ["even"]
 
     def token_keys(key, ids, place):
@@ -66,13 +71,13 @@ def work(slots: int | None) -> None:
     prompts = [rng.integers(8, 4096, n).tolist() for n in rng.integers(8, WIDTH + 1, PROMPTS)]
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     params = {"policy": jax.tree.map(jnp.asarray, drawn(policy)), "value": jax.tree.map(jnp.asarray, drawn(value, 1))}
-    batch, prepares = put_batch(prompt_batch(prompts, WIDTH), mesh), {}
+    batch, prepares = put_batch(world.prompt_batch(prompts, WIDTH), mesh), {}
     for name in ("even", "spread"):
         c = configuration.defaults("ppo").unlock()
         c.batch_size, c.rollout.max_new_tokens = PROMPTS, NEW
         if slots is not None:
             c.rollout.num_slots = slots
-        options = {"records": record, "tokenizer": NumberTokenizer(), "stop_ids": (STOP,), "mesh": mesh}
+        options = {"records": world.record, "tokenizer": world.NumberTokenizer(), "stop_ids": (STOP,), "mesh": mesh}
         reward = FunctionScorer(lambda prompts, completions: [float(len(x)) for x in completions])
         prepares[name] = make_prepare(c, policy=policy, value=value, reward=reward, **options)
     extra, zero = initial_extra(c), jnp.int32(0)
@@ -97,15 +102,19 @@ def work(slots: int | None) -> None:
 def main() -> None:
     """Lays the trees side by side."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("trees", nargs="+")
+    parser.add_argument("trees", nargs="*", default=[os.getcwd()], help="checkouts; default: this one")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--kinds", default="even,spread")
     args = parser.parse_args()
+    args.rounds = 1 if args.smoke else args.rounds
     workers = []
     for tree in args.trees:
-        command = [sys.executable, os.path.abspath(__file__), "work"] + (
-            ["--slots", str(args.slots)] if args.slots else []
+        command = (
+            [sys.executable, os.path.abspath(__file__), "work"]
+            + (["--slots", str(args.slots)] if args.slots else [])
+            + ["--smoke"] * args.smoke
         )
         environment = os.environ | {"PYTHONPATH": os.path.abspath(tree)}
         workers.append(subprocess.Popen(command, stdin=-1, stdout=-1, text=True, cwd=tree, env=environment))
@@ -131,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[3]) if "--slots" in sys.argv else None) if sys.argv[1:2] == ["work"] else main()
+    work(int(sys.argv[3]) if sys.argv[2:3] == ["--slots"] else None) if sys.argv[1:2] == ["work"] else main()
