@@ -223,7 +223,7 @@ class Model:
         return run(rows, None, sources), None, {}
 
     def prefill(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Hidden states as `apply` gives them, and what a cache needs to go on from these rows.
+        """Hidden states as `apply` gives them, and what a cache needs to continue these rows.
 
         Args:
           params: as `abstract` says.

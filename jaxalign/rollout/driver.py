@@ -198,7 +198,7 @@ class Decoder:
 def side_by_side(work: Callable[..., Any], parts: list[Any], mesh: Mesh | None) -> list[Any]:
     """work(part, over) for each part, in a thread of its own where there are several.
 
-    `over` is set when one has failed, or all are interrupted: the others need not go on.
+    `over` is set when one has failed, or all are interrupted: the others need not continue.
     """
     over, wide = threading.Event(), jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
