@@ -15,6 +15,7 @@ from jaxalign import config as configuration  # noqa: E402
 from jaxalign.config import defaults  # noqa: E402
 from jaxalign.parallel.mesh import make_mesh  # noqa: E402
 from jaxalign.parallel.startup import start  # noqa: E402
+from jaxalign.train import trainer  # noqa: E402
 from jaxalign.train.metrics import count_tokens  # noqa: E402
 from jaxalign.train.rundir import RunDir  # noqa: E402
 from jaxalign.train.stage import Stage  # noqa: E402
@@ -118,8 +119,8 @@ def main() -> None:
             config.eval.every = turns.steps
             return {}
 
-        stage._evaluate = lambda frozen, dataset: turn
-        stage.train()
+        trainer._evaluate = lambda stage, frozen, dataset: turn
+        trainer._train(stage)
 
 
 main()
