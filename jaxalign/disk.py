@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import InputError
@@ -99,3 +100,19 @@ def write_whole(path: Any, data: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
             raise
+
+
+def check_out(out: str) -> None:
+    """Makes sure, before the work, that a command's result can be written to `--out`; nothing stays there.
+
+    Raises:
+      InputError: it cannot.
+    """
+    path = Path(out).expanduser()
+    try:
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}", "a file that can be written", "--out FILE.json") from error

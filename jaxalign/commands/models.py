@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.commands.flags import DTYPE, LINES, MODEL, REQUIRED, SEPARATE, parser, sampling, sampling_flags
-from jaxalign.disk import write_whole
+from jaxalign.disk import check_out, write_whole
 from jaxalign.errors import InputError
 
 
@@ -150,7 +150,7 @@ def compare(argv: list[str]) -> int:
         DTYPE,
     )
     args = flags.parse_args(argv)
-    from jaxalign.pipeline.compare import check_out, compare, page
+    from jaxalign.pipeline.compare import compare, page
 
     if args.out:
         check_out(args.out)  # before the models answer, which takes long
@@ -183,7 +183,6 @@ def evaluate(argv: list[str]) -> int:
         ("--json", bool, None, "print the JSON instead of the page"),
     )
     args, rest = flags.parse_known_args(argv)
-    from jaxalign.pipeline.compare import check_out
     from jaxalign.pipeline.evaluate import evaluate, page
 
     if args.out:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxalign.config import defaults
@@ -141,24 +140,6 @@ def compare(
             ],
         }
     )
-
-
-def check_out(out: str) -> None:
-    """Makes sure that the result can be written.
-
-    Raises:
-      InputError: it cannot.
-    """
-    path = Path(out).expanduser()
-    try:
-        there = path.exists()
-        path.open("a").close()
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: {error.strerror}", "a file that can be written", "--out compare.json"
-        ) from error
 
 
 def _records(data: str, num_prompts: int | None) -> list[Record]:

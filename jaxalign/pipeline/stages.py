@@ -245,7 +245,8 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
     from jaxalign.data.files import is_url
     from jaxalign.data.records import Tally
     from jaxalign.data.sources import parse_sources, read
-    from jaxalign.rewards.function import FunctionScorer, load_function
+    from jaxalign.functions import load_function
+    from jaxalign.rewards.function import FunctionScorer
     from jaxalign.train.named_functions import find_functions
 
     for stage in stages:

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 from jaxalign.errors import InputError
 from jaxalign.functions import OURS, raised
-from jaxalign.functions import load_function as load_function
-from jaxalign.functions import module_file as module_file
 from jaxalign.rewards.samples import Samples
 
 # What every reward function is called with; columns of the data by these names are found in `records` alone.

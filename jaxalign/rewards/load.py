@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.files import is_url
+from jaxalign.functions import load_function
 from jaxalign.models import hf
 from jaxalign.models.config import read_config
 from jaxalign.models.hub import locate
 from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rewards.function import FunctionScorer, load_function
+from jaxalign.rewards.function import FunctionScorer
 from jaxalign.rewards.model import ModelScorer
 from jaxalign.rewards.samples import Scorer
 

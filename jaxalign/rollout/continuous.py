@@ -182,17 +182,17 @@ def continue_prompts(
     with on_mesh(mesh):
         laid = lay_out(model, params)
 
-    def work(rows: list[list[_Wanted]], over: threading.Event) -> tuple[_Lists, Decoder]:
+    def work(rows: list[list[_Wanted]], stop: threading.Event) -> tuple[_Lists, Decoder]:
         queue = _Lists(model, params, rows, shape, mesh)
         decoder = Decoder(model, laid, key, num_slots // groups, mesh, options)
-        decoder.run(queue, over)
+        decoder.run(queue, stop)
         return queue, decoder
 
     done = side_by_side(work, dealt, mesh)
-    said = {number: decoder.told(number) for _, decoder in done for number in decoder.said}
-    found = [Sampled(ids.tolist(), float(logprobs.sum())) for ids, logprobs in (said[n] for n in range(total))]
+    completions = {number: decoder.completion(number) for _, decoder in done for number in decoder.pieces}
+    found = [Sampled(ids.tolist(), float(logprobs.sum())) for ids, logprobs in (completions[n] for n in range(total))]
     reading = sum(queue.seconds for queue, _ in done) / groups
-    return found, _figures(said, [decoder for _, decoder in done], reading, begin)
+    return found, _figures(completions, [decoder for _, decoder in done], reading, begin)
 
 
 def roll_out(
@@ -254,23 +254,23 @@ def roll_out(
     if not together:
         del prefilled  # its memory is free when no queue needs it
 
-    def work(queue: _Batch, over: threading.Event) -> Decoder:
+    def work(queue: _Batch, stop: threading.Event) -> Decoder:
         decoder = Decoder(model, laid, key, num_slots // groups, mesh, options)
         if together:
             queue.ready.clear()
             decoder.seat(queue.prefilled, ids, lengths)
-        decoder.run(queue, over)
+        decoder.run(queue, stop)
         return decoder
 
     done = side_by_side(work, queues, mesh)
-    said = {number: decoder.told(number) for decoder in done for number in decoder.said}
-    figures = _figures(said, done, reading, begin)
-    longest = max((len(tokens) for tokens, _ in said.values()), default=0)
+    completions = {number: decoder.completion(number) for decoder in done for number in decoder.pieces}
+    figures = _figures(completions, done, reading, begin)
+    longest = max((len(tokens) for tokens, _ in completions.values()), default=0)
     wide = completion_width(longest, max_new_tokens)
-    dtype = np.result_type(np.float32, *(x.dtype for _, x in list(said.values())[:1]))
+    dtype = np.result_type(np.float32, *(x.dtype for _, x in list(completions.values())[:1]))
     tokens, mask, logprobs = (np.zeros((total, wide), d) for d in (np.int32, bool, dtype))
     finished = np.zeros(total, bool)
-    for number, (of_row, nats) in said.items():
+    for number, (of_row, nats) in completions.items():
         here = slice(len(of_row))
         tokens[number, here], mask[number, here], logprobs[number, here] = of_row, True, nats
         finished[number] = of_row[-1] in stop_ids
@@ -282,9 +282,9 @@ def roll_out(
     return put_batch(jax.tree.map(lambda x: x[part * own : (part + 1) * own], rollout), mesh), figures
 
 
-def _figures(said: dict[int, Any], done: list[Decoder], reading: float, begin: float) -> dict[str, float]:
+def _figures(completions: dict[int, Any], done: list[Decoder], reading: float, begin: float) -> dict[str, float]:
     """How a run went."""
-    tokens, seconds = sum(len(ids) for ids, _ in said.values()), time.perf_counter() - begin
+    tokens, seconds = sum(len(ids) for ids, _ in completions.values()), time.perf_counter() - begin
     return {
         "tokens_per_second": tokens / seconds,
         "slot_occupancy": tokens / max(sum(decoder.slot_steps for decoder in done), 1),

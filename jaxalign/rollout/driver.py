@@ -1,4 +1,4 @@
-"""The decode driver: slots that the host refills, moves and closes up, and the devices decode.
+"""The decode driver: slots that the host refills, moves and compacts, and the devices decode.
 
 The host plans and the devices work: all slots decode, without a word to the host, until some have ended or the cache
 is full; then those that are free take the next prompts.  Where no prompt waits and half of the slots are free, the rows
@@ -84,16 +84,16 @@ class Decoder:
         self._number = np.full(num_slots, -1)  # of the completion; -1: free
         self._start = np.zeros(num_slots, np.int64)  # column of the first prompt token
         self._place = np.zeros(num_slots, np.int64)  # tokens sampled so far
-        self.said: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # number -> tokens and log-probs, in pieces
+        self.pieces: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # number -> tokens and log-probs
         self.slot_steps = 0  # that were taken, of all slots together
 
     @property
     def live(self) -> np.ndarray:
         return self._number >= 0
 
-    def run(self, queue: Queue, over: threading.Event) -> None:
-        """Completes all prompts, unless it is over before."""
-        while (queue or self.live.any()) and not over.is_set():
+    def run(self, queue: Queue, stop: threading.Event) -> None:
+        """Completes all prompts, or returns early where `stop` is set."""
+        while (queue or self.live.any()) and not stop.is_set():
             while queue and not self.live.all():
                 queue.read()
                 self._fill(queue)
@@ -146,7 +146,7 @@ class Decoder:
         self._start -= self._column - column
         self._column, self._width = column, width
 
-    def _close_up(self) -> int:
+    def _compact(self) -> int:
         """Moves the rows together where that leaves no more than half of the slots.
 
         Returns:
@@ -172,7 +172,7 @@ class Decoder:
 
     def _advance(self, waiting: bool) -> None:
         """Decodes until enough slots are free to be worth refilling, or few rows are left where nothing waits."""
-        floor = len(self._number) - max(1, len(self._number) // _IDLE) if waiting else self._close_up()
+        floor = len(self._number) - max(1, len(self._number) // _IDLE) if waiting else self._compact()
         self._make_room()
         batch, live = len(self._number), self.live
         length = min(self._limit, _MOST_STEPS)
@@ -181,30 +181,32 @@ class Decoder:
         self._slots, draws, taken = advance(
             self._model, self._params, self._slots, draws, self._key, np.int32(steps), np.int32(fewest), **self._options
         )
-        tokens, mask, logprobs, goes_on = (all_rows(x) for x in (*draws, self._slots.live))
+        tokens, mask, logprobs, alive = (all_rows(x) for x in (*draws, self._slots.live))
         for row in np.flatnonzero(live):
-            self.said.setdefault(int(self._number[row]), []).append((tokens[row][mask[row]], logprobs[row][mask[row]]))
+            self.pieces.setdefault(int(self._number[row]), []).append(
+                (tokens[row][mask[row]], logprobs[row][mask[row]])
+            )
         self._place += mask.sum(axis=1)
-        self._number[~goes_on] = -1
+        self._number[~alive] = -1
         self._column += int(taken)
         self.slot_steps += int(taken) * batch
 
-    def told(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def completion(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probs of a completion."""
-        tokens, logprobs = zip(*self.said[number], strict=True)
+        tokens, logprobs = zip(*self.pieces[number], strict=True)
         return np.concatenate(tokens), np.concatenate(logprobs)
 
 
 def side_by_side(work: Callable[..., Any], parts: list[Any], mesh: Mesh | None) -> list[Any]:
-    """work(part, over) for each part, in a thread of its own where there are several.
+    """work(part, stop) for each part, in a thread of its own where there are several.
 
-    `over` is set when one has failed, or all are interrupted: the others need not continue.
+    `stop` is set when one has failed, or all are interrupted: the others need not continue.
     """
-    over, wide = threading.Event(), jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    stop, wide = threading.Event(), jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
     def settled(part: Any) -> Any:
         with on_mesh(mesh), jax.enable_x64(wide):  # a thread does not have the settings of the one that started it
-            return work(part, over)
+            return work(part, stop)
 
     if len(parts) == 1:
         return [settled(parts[0])]
@@ -213,7 +215,7 @@ def side_by_side(work: Callable[..., Any], parts: list[Any], mesh: Mesh | None) 
         try:
             wait(started, return_when=FIRST_EXCEPTION)
         finally:
-            over.set()  # who fails or interrupts does not wait for the others' prompts
+            stop.set()  # who fails or interrupts does not wait for the others' prompts
     return [thread.result() for thread in started]
 
 

@@ -283,8 +283,9 @@ def _policy_batch(config: Any, dataset: Any, batch: Batch) -> PolicyBatch:
 def _reward_of(config, roles, context) -> tuple[Any, Role | None]:
     """What scores completions, and the frozen role that it reads its parameters from."""
     from jaxalign.data.dialogues import render_plain
+    from jaxalign.functions import load_function
     from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
-    from jaxalign.rewards.function import FunctionScorer, load_function
+    from jaxalign.rewards.function import FunctionScorer
     from jaxalign.rewards.model import ModelScorer, same_tokenizer
 
     if config.rewards.function:

@@ -1,5 +1,10 @@
+import sys
+import types
+
 import jax
 import pytest
+
+import jaxalign.train
 
 
 @pytest.fixture
@@ -9,3 +14,14 @@ def one_device(monkeypatch):
 
     make_mesh = loaded.make_mesh
     monkeypatch.setattr(loaded, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1]))
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The configurations that the trainer is given."""
+    seen = []
+    fake = types.ModuleType("jaxalign.train.trainer")
+    fake.run = lambda checked, dry_run=False: seen.append((checked.config, dry_run)) or {}
+    monkeypatch.setitem(sys.modules, "jaxalign.train.trainer", fake)
+    monkeypatch.setattr(jaxalign.train, "trainer", fake, raising=False)
+    return seen

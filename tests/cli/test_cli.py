@@ -4,28 +4,15 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
-import jaxalign.train
 from jaxalign.cli import main
 from jaxalign.errors import InputError
 from jaxalign.pipeline.configfile import split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def trainer(monkeypatch):
-    """The configurations that the trainer is given."""
-    seen = []
-    fake = types.ModuleType("jaxalign.train.trainer")
-    fake.run = lambda checked, dry_run=False: seen.append((checked.config, dry_run)) or {}
-    monkeypatch.setitem(sys.modules, "jaxalign.train.trainer", fake)
-    monkeypatch.setattr(jaxalign.train, "trainer", fake, raising=False)
-    return seen
 
 
 @pytest.fixture

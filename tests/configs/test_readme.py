@@ -8,9 +8,9 @@ import pytest
 
 from jaxalign import cli
 from jaxalign.config import ALGORITHMS, defaults, get, leaves
+from jaxalign.functions import load_function
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.configfile import load_config
-from jaxalign.rewards.function import load_function
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}

@@ -108,7 +108,7 @@ def test_a_stage_key_of_links_that_lead_nowhere(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in ("gone.jsonl", "loop.jsonl", "*.jsonl", "pipe.jsonl", "."):
-        file_digest(str(tmp_path / name))
+        assert isinstance(file_digest(str(tmp_path / name)), str | None)  # and it comes to an end
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -36,7 +36,8 @@ def test_names_come_late():
         "from jaxalign import gae, train, sigmoid_loss\n"
         "assert callable(train)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_dpo_by_the_face():

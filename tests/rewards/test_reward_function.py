@@ -8,7 +8,8 @@ import pytest
 
 from jaxalign.data.records import Record
 from jaxalign.errors import InputError
-from jaxalign.rewards.function import FunctionScorer, load_function
+from jaxalign.functions import load_function
+from jaxalign.rewards.function import FunctionScorer
 from jaxalign.rewards.samples import Samples
 
 

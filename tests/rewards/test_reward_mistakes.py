@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxalign.errors import InputError
-from jaxalign.rewards.function import FunctionScorer, load_function
+from jaxalign.functions import load_function
+from jaxalign.rewards.function import FunctionScorer
 from tests.rewards.test_reward_function import samples
 
 

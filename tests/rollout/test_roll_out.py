@@ -63,6 +63,7 @@ def test_padding_id_does_not_matter(policy):
         for pad in (0, 3)  # 3 is a stop token
     ]
     jax.tree.map(np.testing.assert_array_equal, *runs)
+    assert np.asarray(runs[0].sampled).any()
 
 
 def test_same_prompt_twice_gives_two_samples(policy):

@@ -67,13 +67,16 @@ def test_code_in_pages_runs(page, tmp_path, monkeypatch):
     """The blocks of a page that are marked `<!-- run -->`, in order, as one program."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page}
+    assert any("assert " in block for block in RUNNABLE[page]), "code that shows nothing"
     for block in RUNNABLE[page]:
         exec(compile(block, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
 def test_all_code_in_pages_is_python(page):
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == page.read_text().count("```python\n"), "a block that is not closed"
+    for block in blocks:
         ast.parse(block)
 
 

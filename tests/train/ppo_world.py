@@ -9,8 +9,6 @@ import optax
 
 from jaxalign import config as configuration
 from jaxalign.data.records import Record
-from jaxalign.models.config import from_hf
-from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch, replicated
 from jaxalign.rewards.function import FunctionScorer
@@ -18,23 +16,14 @@ from jaxalign.steps.policy import policy_objective, stop_on_kl
 from jaxalign.steps.step import make_train_step
 from jaxalign.train.experience import initial_extra, make_prepare
 from jaxalign.types import SINGLE, Batch, Completions, Readouts, Rows, TrainState
+from tests.steps import layouts
 
-VOCAB, STOP = 32, (3, 5)
+VOCAB, STOP = layouts.VOCAB, (3, 5)
 
 
 def tiny_model(head="lm", dtype="float32", **fields):
     """A Llama of two layers."""
-    hf = {
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-    } | fields
-    return Model(from_hf(hf, dtype=dtype, param_dtype=dtype, remat="none", head=head))
+    return layouts.tiny_model(head, dtype, **fields)
 
 
 def drawn(model, seed=0):
