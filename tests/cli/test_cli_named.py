@@ -134,7 +134,7 @@ def test_config_alone_gives_a_file_to_fill_in(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, fix", [(["dpp"], "config dpo"), (["dpo", "--as=xml"], "--as=py"), (["dpo", "--beta=1"], "--beta=1 --as=py")]
+    "argv, fix", [(["dpoo"], "config dpo"), (["dpo", "--as=xml"], "--as=py"), (["dpo", "--beta=1"], "--beta=1 --as=py")]
 )
 def test_config_refuses_in_words(capsys, argv, fix):
     assert fix in failed(capsys, "config", *argv)
