@@ -3,6 +3,7 @@
     python tests/benchmarks/peers.py                                   all cases, five rounds; about an hour
     python tests/benchmarks/peers.py --cases sft-padded,dpo-live       a name stands for all that begin with it
     python tests/benchmarks/peers.py --smoke                           toy size, one round: does everything still run
+    python tests/benchmarks/peers.py --before TREE                     an earlier checkout of jaxalign takes turns too
     python tests/benchmarks/peers.py --markdown RUN.json               the table of an earlier run, for docs/speed.md
     python tests/benchmarks/peers.py --compare OLD.json NEW.json       two runs of the same cases
 
@@ -30,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="see the head of this file")
     parser.add_argument("--cases", help=f"of {', '.join(c.name for c in CASES)}; default: all")
     parser.add_argument("--contenders", help=f"of {', '.join(contenders.CONTENDERS)}; default: each case's own")
+    parser.add_argument("--before", type=Path, metavar="TREE", help="an earlier checkout of jaxalign, as one more")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="cores that are used (default 2)")
     parser.add_argument(
@@ -59,7 +61,16 @@ def main() -> int:
         print(table.compare(*(json.loads(path.read_text()) for path in args.compare)))
         return 0
     wanted = args.contenders.split(",") if args.contenders else list(contenders.CONTENDERS)
-    cases = [(c, [n for n in c.contenders if n in wanted]) for c in chosen(args.cases, args.smoke)]
+    earlier = []
+    if args.before:
+        contenders.CONTENDERS[contenders.BEFORE] = contenders.Contender(
+            "jaxalign_train", ".venv", tree=str(args.before.resolve())
+        )
+        earlier = [contenders.BEFORE]
+    cases = [
+        (c, [n for n in c.contenders if n in wanted] + earlier * ("jaxalign" in wanted))
+        for c in chosen(args.cases, args.smoke)
+    ]
     cases = [(case, names) for case, names in cases if names]
     if not cases:
         raise SystemExit("found:    no case with these contenders\nexpected: one\nfix:      --cases, --contenders")

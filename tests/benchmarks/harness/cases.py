@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from harness.contenders import is_ours
+
 Sequences = list[tuple[int, int]]  # (tokens, tokens that the head reads) of each causal sequence
 
 
@@ -64,7 +66,7 @@ class Case:
           contender: by name.
           lengths: of the records, where they are ragged.
         """
-        shares = contender == "jaxalign" and self.task in ("dpo", "reward")
+        shares = is_ours(contender) and self.task in ("dpo", "reward")
         forward = lambda sequences, head=True: _forward(self.shape, sequences, head)  # noqa: E731
         tokens, prompt, response = self.length, self.prompt, self.response
         if self.task == "sft":
@@ -81,7 +83,7 @@ class Case:
         if self.task == "generate":
             return read / response
         value = forward([(tokens, response)], head=False)
-        if contender == "jaxalign":
+        if is_ours(contender):
             read, value = (x - _unread(self.shape, tokens, response) for x in (read, value))
         # Rollout, reference, value and reward read each sequence; then policy and value model learn from it.
         return (2 * read + 2 * value + self.epochs * 3 * (read + value)) / tokens

@@ -11,6 +11,7 @@ class Contender(NamedTuple):
     worker: str  # script in workers/, by what it does for a case
     environment: str  # see `environments`
     options: dict[str, Any] = {}  # noqa: RUF012  handed to the worker
+    tree: str = ""  # another checkout of jaxalign, whose package and workers are run in place of this one's
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -28,9 +29,15 @@ CONTENDERS: dict[str, Contender] = {
     "transformers-dynamic": Contender("transformers_generate", ".venv-oracle", {"cache": "dynamic"}),
 }
 CEILING = Contender("ceiling", ".venv")
+BEFORE = "jaxalign-before"  # with --before: an earlier checkout, in the same turns
 
 
 def contender(name: str, task: str) -> Contender:
     """The contender of that name, for a task."""
     found = CONTENDERS[name]
-    return found._replace(worker="jaxalign_generate") if (name, task) == ("jaxalign", "generate") else found
+    return found._replace(worker="jaxalign_generate") if (is_ours(name), task) == (True, "generate") else found
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is jaxalign, of this checkout or an earlier one."""
+    return name in ("jaxalign", BEFORE)

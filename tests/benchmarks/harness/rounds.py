@@ -49,14 +49,15 @@ class Worker:
             "spawned": time.time(),
         }
         (scratch / "spec.json").write_text(json.dumps(spec))
+        workers = Path(who.tree, "tests", "benchmarks", "workers") if who.tree else WORKERS
         with open(self._log, "w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [environments.python_of(who.environment), WORKERS / f"{who.worker}.py", scratch / "spec.json"],
+                [environments.python_of(who.environment), workers / f"{who.worker}.py", scratch / "spec.json"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=_environment(directory, effort),
+                env=_environment(directory, effort) | ({"PYTHONPATH": who.tree} if who.tree else {}),
                 cwd=scratch,
             )
         self._lines: queue.Queue[str] = queue.Queue()
@@ -132,6 +133,7 @@ def _environment(directory: Path, effort: Effort) -> dict[str, str]:
     kept |= {"OMP_WAIT_POLICY": "PASSIVE"} if effort.omp_wait == "passive" else {}
     return kept | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # every start is a first one
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
