@@ -16,6 +16,7 @@ from jaxalign.pipeline.configfile import load_config
 from jaxalign.pipeline.loaded import load_model
 from jaxalign.pipeline.stages import run
 from jaxalign.ranges import check_flags
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Params
 
 
@@ -107,9 +108,8 @@ def generate(
     Raises:
       InputError: a model or a value that cannot be used.
     """
-    usual = defaults("dpo").rollout
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = {name: getattr(usual, name) if value is None else value for name, value in given.items()}
-    check_flags(**sampling, seed=seed)
-    found = load_model(model, head="lm", dtype=dtype).generator(**sampling)(list(prompts), seed=seed)
+    sampling = Sampling.of(defaults("dpo").rollout, **given)
+    check_flags(seed=seed)
+    found = load_model(model, head="lm", dtype=dtype).generator(sampling)(list(prompts), seed=seed)
     return [completion.text for completion in found]

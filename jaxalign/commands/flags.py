@@ -75,8 +75,9 @@ def sampling_flags(*, within_room: bool = False) -> tuple[tuple[str, type, Any, 
     )
 
 
-SAMPLING_NAMES = ("temperature", "max_new_tokens", "top_k", "top_p", "seed")
+def sampling(args: argparse.Namespace) -> Any:
+    """The flags of `sampling_flags`, but for the seed, as `jaxalign.rollout.sampling.Sampling`."""
+    from jaxalign.config import defaults
+    from jaxalign.rollout.sampling import Sampling
 
-
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in SAMPLING_NAMES}
+    return Sampling.of(defaults("ppo").rollout, **{name: getattr(args, name) for name in Sampling._fields})

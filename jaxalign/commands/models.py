@@ -64,7 +64,12 @@ def generate(argv: list[str]) -> int:
     args = flags.parse_args(argv)
     from jaxalign.pipeline.generate import generate
 
-    print(generate(args.model, args.prompt, chat=args.chat, dtype=args.dtype, **sampling(args)))
+    room = args.max_new_tokens is None
+    print(
+        generate(
+            args.model, args.prompt, sampling(args), seed=args.seed, within_room=room, chat=args.chat, dtype=args.dtype
+        )
+    )
     return 0
 
 
@@ -83,7 +88,8 @@ def chat(argv: list[str]) -> int:
     args = flags.parse_args(argv)
     from jaxalign.pipeline.chat import chat
 
-    chat(args.model, system=args.system, dtype=args.dtype, **sampling(args))
+    room = args.max_new_tokens is None
+    chat(args.model, sampling(args), seed=args.seed, within_room=room, system=args.system, dtype=args.dtype)
     return 0
 
 
@@ -158,11 +164,12 @@ def compare(argv: list[str]) -> int:
         args.base,
         args.aligned,
         args.data,
+        sampling(args),
         reward=args.reward,
         num_prompts=args.num_prompts,
         confidence=args.confidence,
         dtype=args.dtype,
-        **sampling(args),
+        seed=args.seed,
     )
     width = min(120, shutil.get_terminal_size((120, 0)).columns)
     _give(result, args.out, lambda: page(result, show=args.show, width=width), args.json)

@@ -16,6 +16,7 @@ from jaxalign.examples.assets import write_assets
 from jaxalign.examples.findings import FIGURES
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.configfile import load_config, run_script
+from jaxalign.rollout.sampling import Sampling
 
 CONFIG = "configs/quickstart.py"
 WIDTH = 150  # of its tables, in characters, where the terminal has them
@@ -81,18 +82,14 @@ def _compare(config: Any, road: str, world: Path) -> dict[str, Any]:
     """A road's model against the SFT model under the gold preference, on prompts that no stage has seen."""
     from jaxalign.pipeline.compare import compare
 
-    sampling = config[road].rollout
     return compare(
         str(Path(config.workdir, "sft", "export")),
         str(Path(config.workdir, road, "export")),
         str(world / "prompts_heldout.jsonl"),
+        Sampling.of(config[road].rollout),
         reward="jaxalign.examples.world:gold",
         num_prompts=None,
         confidence=0.95,
-        temperature=sampling.temperature,
-        max_new_tokens=sampling.max_new_tokens,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
         seed=config.seed,
     )
 

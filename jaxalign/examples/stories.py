@@ -22,6 +22,7 @@ from jaxalign.examples import reviews
 from jaxalign.pipeline import stages
 from jaxalign.pipeline.configfile import load_config, run_script
 from jaxalign.pipeline.keys import file_digest
+from jaxalign.rollout.sampling import Sampling
 
 CONFIG = "configs/stories.py"
 SETS = ("polite", "hh")  # the sets whose pairs are used as they stand
@@ -137,7 +138,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
 
 def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
     """Writes DPO's pairs: two samples of the SFT model to each prompt, the better one by the reward model first."""
-    data, sampling = Path(config.workdir, "data"), config.dpo.rollout
+    data = Path(config.workdir, "data")
     key = _pairs_key(config)
 
     def make() -> dict[str, Any]:
@@ -150,13 +151,7 @@ def _label(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
         asked = [line["prompt"] for line in reviews.read_lines(data / "prompts.jsonl")[: config.prepare.dpo_prompts]]
         log(f"pairs: two samples of the SFT model to each of {len(asked)} prompts, ordered by the reward model")
         loaded = load_model(str(Path(config.workdir, "sft/export")), head="lm")
-        generator = loaded.generator(
-            batch_size=128,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        generator = loaded.generator(Sampling.of(config.dpo.rollout), batch_size=128)
         found = generator(asked * 2, seed=config.seed)
         records = [Record(i, "prompts", i + 1, "prompt", prompt=p) for i, p in enumerate(asked * 2)]
         ends = [c.finished for c in found]
@@ -235,8 +230,12 @@ def _compare(config: Any, base: str, aligned: str, reward: str, prompts: str, co
     """Two stages' models side by side, under a stage's reward model."""
     from jaxalign.pipeline.compare import compare
 
-    sampling = config[aligned].rollout
-    key = [[_stage_key(config, name) for name in (base, aligned, reward)], prompts, count, to_dict(sampling)]
+    key = [
+        [_stage_key(config, name) for name in (base, aligned, reward)],
+        prompts,
+        count,
+        to_dict(config[aligned].rollout),
+    ]
 
     def make() -> dict[str, Any]:
         log(f"compare: {aligned} with {base}")
@@ -245,13 +244,10 @@ def _compare(config: Any, base: str, aligned: str, reward: str, prompts: str, co
             at[base],
             at[aligned],
             str(Path(config.workdir, "data", f"{prompts}.jsonl")),
+            Sampling.of(config[aligned].rollout),
             reward=at[reward],
             num_prompts=count,
             confidence=0.95,
-            temperature=sampling.temperature,
-            max_new_tokens=sampling.max_new_tokens,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
             seed=config.seed,
         )
 

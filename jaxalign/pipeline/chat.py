@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from jaxalign.config import defaults
 from jaxalign.errors import InputError
-from jaxalign.ranges import check_flags
+
+if TYPE_CHECKING:
+    from jaxalign.rollout.sampling import Sampling
 
 HELP = "/reset begins anew, /quit (or the end of the input) ends"
 
 
 def chat(
     model: str,
+    sampling: Sampling,
     *,
     system: str | None = None,
-    temperature: float,
-    max_new_tokens: int | None,
-    top_k: int,
-    top_p: float,
     seed: int,
+    within_room: bool = False,
     dtype: str | None = None,
     lines: Iterable[str] | None = None,
     out: TextIO | None = None,
@@ -32,29 +31,26 @@ def chat(
 
     Args:
       model: directory or hub id of a language model, such as a run's export.
+      sampling: how, and how many tokens of an answer at most.
       system: a system message before the dialogue.
-      temperature: 0 for the likeliest token always, and so on as in `generate`.
-      max_new_tokens: most tokens of an answer; None: the configuration's default, or what the model has room for.
-      top_k: see there.
-      top_p: see there.
       seed: of the first answer; each further one has the next.
+      within_room: answers take half of what the model was made for, at most.
       dtype: of weights and computation; None: the configuration's default.
       lines: the user's messages; None: standard input, with a prompt on a terminal.
       out: where answers go; None: standard output.
 
     Raises:
-      InputError: a model that cannot be used, a value out of its range, a message that is longer than the model.
+      InputError: a model that cannot be used, a message that is longer than the model.
     """
-    most = defaults("ppo").rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
-    check_flags(temperature=temperature, max_new_tokens=most, top_k=top_k, top_p=top_p, seed=seed)
     from jaxalign.pipeline.loaded import load_model
 
     loaded = load_model(model, head="lm", dtype=dtype, flag="--model")
     if not loaded.tokenizer.chat_template:
         print(f"note: {model} has no chat template: the dialogue is written as plain text", file=sys.stderr)
-    if loaded.context is not None and max_new_tokens is None:
+    most = sampling.max_new_tokens
+    if loaded.context is not None and within_room:
         most = min(most, max(1, loaded.context // 2))
-    generator = loaded.generator(max_new_tokens=most, temperature=temperature, top_k=top_k, top_p=top_p)
+    generator = loaded.generator(sampling._replace(max_new_tokens=most))
     start = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
     for line in _typed() if lines is None else lines:

@@ -27,6 +27,7 @@ from jaxalign.ranges import check_flags
 from jaxalign.rewards.model import same_tokenizer
 from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.engine import Completion
+from jaxalign.rollout.sampling import Sampling
 
 # The verdict where every prompt is a tie: the interval says nothing then.
 SAME = "undecided: the reward gave both the same score on every prompt; another reward may tell them apart"
@@ -36,14 +37,11 @@ def compare(
     base: str,
     aligned: str,
     data: str,
+    sampling: Sampling,
     *,
     reward: str | None,
     num_prompts: int | None,
     confidence: float,
-    temperature: float,
-    max_new_tokens: int,
-    top_k: int,
-    top_p: float,
     seed: int,
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -53,14 +51,11 @@ def compare(
       base: the model before: directory or hub id.
       aligned: the model after.
       data: held-out records in any format that training reads.
+      sampling: how both models answer.
       reward: what decides who wins: a reward model, or a function by name; None: no win rate.
       num_prompts: how many of the data's records; None: all.
       confidence: of the win rate's interval, between 0 and 1.
-      temperature: of the samples, and so on as in `generate`; both models sample from the same seed.
-      max_new_tokens: see there.
-      top_k: see there.
-      top_p: see there.
-      seed: see there.
+      seed: of the samples, the same for both models.
       dtype: of weights and computation; None: the configuration's default.
 
     Returns:
@@ -70,8 +65,7 @@ def compare(
     Raises:
       InputError: models, data, reward or a value that cannot be used.
     """
-    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_k": top_k, "top_p": top_p}
-    check_flags(**sampling, seed=seed, confidence=confidence, num_prompts=num_prompts)
+    check_flags(seed=seed, confidence=confidence, num_prompts=num_prompts)
     for flag, path in (("--base", base), ("--aligned", aligned)):
         require_head(path, "lm", flag)
     scorer, reach = (None, None) if reward is None else _scorer(reward, dtype)
@@ -86,7 +80,7 @@ def compare(
     said: list[Tokens] = []  # the aligned model's samples, which the base scores too
     for name, path in (("aligned", aligned), ("base", base)):  # one after the other: one model in memory
         loaded = load_model(path, head="lm", dtype=dtype)
-        generator = loaded.generator(**sampling)
+        generator = loaded.generator(sampling)
         prompts = generator.encode([q.prompt for q in asked]) if asked else []
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
         sizes = [len(p) + len(c.ids) for p, c in zip(prompts, answers[name], strict=True)]
@@ -122,7 +116,7 @@ def compare(
             "data": data,
             "reward": reward,
             "num_prompts": len(asked),
-            "sampling": sampling | {"seed": seed},
+            "sampling": sampling._asdict() | {"seed": seed},
             "win_rate": {**rate._asdict(), "lines": {"harm": HARM, "good": GOOD}} if decided else None,
             "same_tokenizer": same_tokenizer(*tokenizers),
             "models": figures,

@@ -23,6 +23,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.parallel.startup import start
 from jaxalign.rollout.engine import Generator
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Params
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -39,13 +40,15 @@ class Loaded(NamedTuple):
     mesh: jax.sharding.Mesh
     context: int | None  # tokens that the model was made for; None where its config does not say
 
-    def generator(self, **sampling: Any) -> Generator:
+    def generator(self, sampling: Sampling, **options: Any) -> Generator:
         """What continues texts with this model.
 
         Args:
-          sampling: `max_new_tokens`, `temperature` and whatever else `Generator` takes.
+          sampling: how, and how many tokens at most.
+          options: `batch_size`, if not `Generator`'s own.
         """
-        return Generator(self.model, self.params, self.tokenizer, stop_ids=self.stop_ids, mesh=self.mesh, **sampling)
+        options |= {"stop_ids": self.stop_ids, "mesh": self.mesh}
+        return Generator(self.model, self.params, self.tokenizer, sampling=sampling, **options)
 
 
 def load_model(

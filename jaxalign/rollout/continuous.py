@@ -24,6 +24,7 @@ from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.driver import Decoder, Ready, groups_of, on_mesh, side_by_side, whole_shards
 from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, completion_width, few_sizes, power_of_two
 from jaxalign.rollout.slots import Prefilled, lay_out, prefill
 from jaxalign.types import Array, Params, Rows
@@ -139,10 +140,7 @@ def continue_prompts(
     num_samples: int = 1,
     num_slots: int,
     mesh: Mesh | None = None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> tuple[list[Sampled], dict[str, float]]:
     """Samples completions of any number of prompts.
@@ -157,10 +155,7 @@ def continue_prompts(
       num_samples: completions of each prompt; that of prompt i and sample s has the number i * num_samples + s.
       num_slots: completions at a time, at most.
       mesh: where it runs; None: one device.
-      max_new_tokens: the most tokens a completion can have, its stop token included.
-      temperature: 0 for the likeliest token always.
-      top_k: 0 for all tokens.
-      top_p: 1 for all tokens.
+      sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a completion.
 
     Returns:
@@ -177,14 +172,12 @@ def continue_prompts(
     groups = min(groups, len(wanted))
     dealt, height, width = _plan(wanted, groups, times=-(-total // num_slots))
     shape = (height if mesh is None else whole_shards(height, mesh), width)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids}
-    options["max_new_tokens"] = max_new_tokens
     with on_mesh(mesh):
         laid = lay_out(model, params)
 
     def work(rows: list[list[_Wanted]], stop: threading.Event) -> tuple[_Lists, Decoder]:
         queue = _Lists(model, params, rows, shape, mesh)
-        decoder = Decoder(model, laid, key, num_slots // groups, mesh, options)
+        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids)
         decoder.run(queue, stop)
         return queue, decoder
 
@@ -204,10 +197,7 @@ def roll_out(
     *,
     num_slots: int | None = None,
     mesh: Mesh | None = None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> tuple[Rollout, dict[str, float]]:
     """Samples one completion of each prompt of a batch, or several: the prompts are read once.
@@ -224,18 +214,13 @@ def roll_out(
         marks an unused row, which stays empty.
       num_slots: completions at a time, at most; None: all of them.
       mesh: where it runs; None: one device.
-      max_new_tokens: R, the most tokens a completion can have, its stop token included.
-      temperature: 0 for the likeliest token always.
-      top_k: 0 for all tokens.
-      top_p: 1 for all tokens.
+      sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a row.
 
     Returns:
       The completions, as wide as `completion_width` makes the longest, and figures as `continue_prompts` gives.
     """
     begin = time.perf_counter()
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids}
-    options["max_new_tokens"] = max_new_tokens
     with on_mesh(mesh):
         laid = lay_out(model, params)
         prefilled = jax.block_until_ready(prefill(model, params, rows))
@@ -255,7 +240,7 @@ def roll_out(
         del prefilled  # its memory is free when no queue needs it
 
     def work(queue: _Batch, stop: threading.Event) -> Decoder:
-        decoder = Decoder(model, laid, key, num_slots // groups, mesh, options)
+        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids)
         if together:
             queue.ready.clear()
             decoder.seat(queue.prefilled, ids, lengths)
@@ -266,7 +251,7 @@ def roll_out(
     completions = {number: decoder.completion(number) for decoder in done for number in decoder.pieces}
     figures = _figures(completions, done, reading, begin)
     longest = max((len(tokens) for tokens, _ in completions.values()), default=0)
-    wide = completion_width(longest, max_new_tokens)
+    wide = completion_width(longest, sampling.max_new_tokens)
     dtype = np.result_type(np.float32, *(x.dtype for _, x in list(completions.values())[:1]))
     tokens, mask, logprobs = (np.zeros((total, wide), d) for d in (np.int32, bool, dtype))
     finished = np.zeros(total, bool)

@@ -26,6 +26,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width
 from jaxalign.rollout.slots import Prefilled, advance, empty_draws, empty_slots, gather, move, refill, seat
 from jaxalign.types import Params
@@ -65,7 +66,14 @@ class Decoder:
     """The slots, and what the host knows of them."""
 
     def __init__(
-        self, model: Model, params: Params, key: jax.Array, num_slots: int, mesh: Mesh | None, options: dict[str, Any]
+        self,
+        model: Model,
+        params: Params,
+        key: jax.Array,
+        num_slots: int,
+        mesh: Mesh | None,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
     ):
         """
         Args:
@@ -74,10 +82,12 @@ class Decoder:
           key: of the run or the iteration.
           num_slots: completions at a time.
           mesh: where it runs; None: one device.
-          options: of `advance`.
+          sampling: how, and how many tokens at most.
+          stop_ids: the tokens that end a completion.
         """
         self._model, self._params, self._key = model, params, key
-        self._limit, self._options = options["max_new_tokens"], options
+        self._limit = sampling.max_new_tokens
+        self._options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids}
         self._shards = 1 if mesh is None else batch_shards(mesh)
         self._slots: Any = None
         self._column = self._width = 0

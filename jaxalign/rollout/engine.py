@@ -15,6 +15,7 @@ from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.rollout.continuous import continue_prompts
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Params
 
 
@@ -41,10 +42,7 @@ class Generator:
       params: its parameters; with a mesh, on it.
       tokenizer: of transformers.
       stop_ids: the tokens that end a completion (`jaxalign.models.tokenizer.stop_ids`).
-      max_new_tokens: at most.
-      temperature: 0 for the likeliest token always.
-      top_k: 0 for all tokens.
-      top_p: 1 for all tokens.
+      sampling: how, and how many tokens at most.
       batch_size: completions at a time, at most.
       mesh: where it runs; None: one device.  With several processes each calls with the same prompts.
     """
@@ -56,10 +54,7 @@ class Generator:
         tokenizer: Any,
         *,
         stop_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        sampling: Sampling,
         batch_size: int = 32,
         mesh: Mesh | None = None,
     ):
@@ -67,13 +62,7 @@ class Generator:
         self.batch_size = batch_size
         self.stats: dict[str, float] = {}
         self._encoder = Encoder(tokenizer, stop_ids, render_plain)
-        self._options: dict[str, Any] = {
-            "max_new_tokens": int(max_new_tokens),
-            "temperature": float(temperature),
-            "top_k": int(top_k),
-            "top_p": float(top_p),
-            "stop_ids": tuple(int(i) for i in stop_ids),
-        }
+        self._sampling, self._stop_ids = sampling, tuple(int(i) for i in stop_ids)
 
     def __call__(self, prompts: Sequence[str | list[dict[str, Any]]], *, seed: int) -> list[Completion]:
         """Continues each prompt once.
@@ -136,11 +125,14 @@ class Generator:
             num_samples=num_samples,
             num_slots=self.batch_size,
             mesh=self.mesh,
-            **self._options,
+            sampling=self._sampling,
+            stop_ids=self._stop_ids,
         )
         texts = self.tokenizer.batch_decode([s.ids for s in found], skip_special_tokens=True)
-        stops = self._options["stop_ids"]
-        return [Completion(text, s.ids, s.logprob, s.ids[-1] in stops) for text, s in zip(texts, found, strict=True)]
+        return [
+            Completion(text, s.ids, s.logprob, s.ids[-1] in self._stop_ids)
+            for text, s in zip(texts, found, strict=True)
+        ]
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int] | np.ndarray, ids: Sequence[int]) -> str:

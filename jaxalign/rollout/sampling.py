@@ -1,13 +1,40 @@
-"""Choosing a token from logits: temperature, top-k, top-p, and a key for every token."""
+"""How completions are sampled: temperature, top-k, top-p, their length, and a key for every token."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.precision import at_least_float32
+from jaxalign.ranges import check_flags
 from jaxalign.types import Array
+
+
+class Sampling(NamedTuple):
+    """How completions are sampled.  Decoding is compiled for it: it is a static argument there."""
+
+    temperature: float  # 0 always takes the likeliest token
+    max_new_tokens: int  # of a completion, its stop token included
+    top_k: int = 0  # samples among the k likeliest tokens; 0: off
+    top_p: float = 1.0  # samples among the likeliest tokens that make up this share; 1: off
+
+    @classmethod
+    def of(cls, rollout: Any, **given: float | None) -> Sampling:
+        """The configuration's `rollout` section, but for the values that are given and not None.
+
+        Raises:
+          InputError: a value that is out of its bounds.
+
+        >>> from jaxalign.config import defaults
+        >>> Sampling.of(defaults("ppo").rollout, temperature=0, top_k=None)
+        Sampling(temperature=0.0, max_new_tokens=128, top_k=0, top_p=1.0)
+        """
+        values = {name: getattr(rollout, name) if given.get(name) is None else given[name] for name in cls._fields}
+        check_flags(**values)
+        return cls(*(kind(values[name]) for name, kind in zip(cls._fields, (float, int, int, float), strict=True)))
 
 
 def keep_top_k(logits: Array, k: int) -> Array:

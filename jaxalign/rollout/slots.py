@@ -24,7 +24,7 @@ from jaxalign.models.cache import Cache
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
 from jaxalign.parallel.sharding import constrain, param_spec, path_name
-from jaxalign.rollout.sampling import sample, token_keys
+from jaxalign.rollout.sampling import Sampling, sample, token_keys
 from jaxalign.types import Array, CausalByIndex, Params, Rows
 
 
@@ -336,7 +336,7 @@ def empty_draws(*, batch: int, length: int, dtype: Any) -> Draws:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "stop_ids"),
+    static_argnames=("model", "sampling", "stop_ids"),
     donate_argnames=("slots", "draws"),
 )
 def advance(
@@ -348,10 +348,7 @@ def advance(
     steps: Array | int,
     floor: Array | int,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> tuple[Slots, Draws, Array]:
     """Samples up to `steps` tokens of every live row, and ends earlier where few rows are left.
@@ -364,10 +361,7 @@ def advance(
       key: of the run or the iteration.
       steps: at most.
       floor: it ends where no more rows than this are live.
-      max_new_tokens: of a completion.
-      temperature: 0 for the likeliest token always.
-      top_k: 0 for all tokens.
-      top_p: 1 for all tokens.
+      sampling: temperature, most tokens of a completion, and so on.
       stop_ids: the tokens that end a row.
 
     Returns:
@@ -384,7 +378,13 @@ def advance(
     def body(carry):
         step, slots, draws = carry
         keys = token_keys(key, slots.sample_ids, slots.place)
-        token, logprob = sample(logits(slots.hidden, head), keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        token, logprob = sample(
+            logits(slots.hidden, head),
+            keys,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
         live = slots.live
         token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)
         stopped = live & (token[:, None] == stops).any(-1)
@@ -404,7 +404,7 @@ def advance(
         )
         hidden, cache, _ = model.apply(params, row, slots.cache)
         assert cache is not None
-        live = live & ~stopped & (place < max_new_tokens)
+        live = live & ~stopped & (place < sampling.max_new_tokens)
         slots = slots._replace(cache=cache, hidden=hidden[:, -1], position=position, place=place, live=live)
         return step + 1, _on_mesh(slots), draws
 

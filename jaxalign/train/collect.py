@@ -32,6 +32,7 @@ from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows, local_rows
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.slots import repeat_rows
 from jaxalign.train.minibatches import in_parts, stream_key
 from jaxalign.train.texts import read_samples, sample_lines, text_metrics
@@ -133,10 +134,7 @@ class Collector:
             sample_ids,
             num_slots=c.rollout.num_slots,
             mesh=self.mesh,
-            max_new_tokens=c.rollout.max_new_tokens,
-            temperature=float(c.rollout.temperature),
-            top_k=int(c.rollout.top_k),
-            top_p=float(c.rollout.top_p),
+            sampling=Sampling.of(c.rollout),
             stop_ids=self.stop_ids,
         )
         rows, readouts = jax.block_until_ready(self.complete(batch.rows, rollout))

@@ -19,6 +19,7 @@ from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.health import sample_signs
 from jaxalign.train.stage import Stage
@@ -69,10 +70,7 @@ class Sampler:
                 batch.rows,
                 jax.random.key(c.seed),
                 batch.record_ids[:, 0],
-                max_new_tokens=min(c.rollout.max_new_tokens, max_length(c)),
-                temperature=float(c.rollout.temperature),
-                top_k=int(c.rollout.top_k),
-                top_p=float(c.rollout.top_p),
+                sampling=Sampling.of(c.rollout, max_new_tokens=min(c.rollout.max_new_tokens, max_length(c))),
                 stop_ids=stage.stop_ids,
                 mesh=stage.mesh,
             )

@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxalign.cli import main
+from jaxalign.config import defaults
 from jaxalign.pipeline.compare import _ROWS, page
 from jaxalign.pipeline.generate import generate as continue_prompt
+from jaxalign.rollout.sampling import Sampling
 from tests.cli.cases import make_reward, with_context
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -65,14 +67,14 @@ def test_longer_than_the_context_is_said(model, tmp_path, capsys):
 
 def test_the_default_length_is_what_the_model_has_room_for(model, tmp_path, capsys):
     short = with_context(model, tmp_path / "short", 20)
-    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    usual = Sampling.of(defaults("ppo").rollout, temperature=0)
     tokens = AutoTokenizer.from_pretrained(short)
     room = 20 - len(tokens("Once upon a time")["input_ids"])
-    text = continue_prompt(short, "Once upon a time", max_new_tokens=None, **sampling)
-    assert text == continue_prompt(short, "Once upon a time", max_new_tokens=room, **sampling)
+    text = continue_prompt(short, "Once upon a time", usual, seed=0, within_room=True)
+    assert text == continue_prompt(short, "Once upon a time", usual._replace(max_new_tokens=room), seed=0)
     assert capsys.readouterr().err == ""
     long = "Once upon a time there was a cat. " * 4
-    continue_prompt(short, long, max_new_tokens=None, **sampling)
+    continue_prompt(short, long, usual, seed=0, within_room=True)
     assert "longer than the 20 tokens" in capsys.readouterr().err
 
 

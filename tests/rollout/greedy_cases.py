@@ -22,6 +22,7 @@ def ours(shared, name):
     from jaxalign.models import hf
     from jaxalign.models.tokenizer import load_tokenizer, stop_ids
     from jaxalign.rollout.engine import Generator
+    from jaxalign.rollout.sampling import Sampling
 
     path = shared / "models" / name
     model, params = hf.load(path, dtype="float32", param_dtype="float32", remat="none")
@@ -31,8 +32,7 @@ def ours(shared, name):
         params,
         tokenizer,
         stop_ids=stop_ids(path, tokenizer),
-        max_new_tokens=NEW_TOKENS,
-        temperature=0.0,
+        sampling=Sampling(0.0, NEW_TOKENS),
         batch_size=4,
     )
     return generator(PROMPTS, seed=0)

@@ -10,10 +10,12 @@ import pytest
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout import continuous, driver
+from jaxalign.rollout.sampling import Sampling
 from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
 LIMIT = 24
-OPTIONS = {"max_new_tokens": LIMIT, "temperature": 0.8, "stop_ids": STOP}
+SAMPLING = Sampling(0.8, LIMIT)
+OPTIONS = {"sampling": SAMPLING, "stop_ids": STOP}
 _RNG = np.random.default_rng(0)
 # Lengths on both sides of a power of two, so that later prompts are wider than the column that slots stand at.
 PROMPTS = [np.r_[1, _RNG.integers(6, 32, n)].astype(np.int32) for n in (2, 19, 4, 7, 1, 22, 30, 3, 12, 5, 26, 9)]
@@ -100,7 +102,7 @@ def test_prompts_are_read_in_full_rows_of_one_shape(policy, monkeypatch, meshed)
     if mesh is not None:
         model, params = policy
         policy = model, jax.device_put(params, param_shardings(mesh, params))
-    found, _ = run(policy, prompts, mesh=mesh, num_slots=16, max_new_tokens=1)
+    found, _ = run(policy, prompts, mesh=mesh, num_slots=16, sampling=SAMPLING._replace(max_new_tokens=1))
     assert len(found) == len(prompts) and len(set(shapes)) == 1 and len(shapes) > 3
     assert sum(lengths) / sum(rows * columns for rows, columns in shapes) > 0.85
 
@@ -165,9 +167,10 @@ def batched(policy, mesh=None, **options):
 @pytest.mark.parametrize("num_slots,groups,temperature", [(3, 1, 0.8), (5, 1, 0.0), (12, 2, 0.8), (6, 3, 0.8)])
 def test_a_batch_in_fewer_slots_or_in_groups_is_the_same(policy, monkeypatch, num_slots, groups, temperature):
     """Tokens bitwise, greedy and sampled, whatever the number of slots and of threads."""
-    whole = batched(policy, temperature=temperature)
+    sampling = SAMPLING._replace(temperature=temperature)
+    whole = batched(policy, sampling=sampling)
     monkeypatch.setattr(continuous, "groups_of", lambda *_: groups)
-    found = batched(policy, num_slots=num_slots, temperature=temperature)
+    found = batched(policy, num_slots=num_slots, sampling=sampling)
     assert found[0] == whole[0]
     np.testing.assert_allclose(found[1], whole[1], atol=2e-4)
     if num_slots < 12:

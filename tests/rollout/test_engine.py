@@ -9,6 +9,7 @@ from jaxalign.models.tokenizer import load_tokenizer, stop_ids
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout.engine import Generator, continuation
+from jaxalign.rollout.sampling import Sampling
 
 PROMPTS = ["Once upon a time", "Tom", "The cat sat on the mat and looked at the bird. It was", "Lily said"]
 
@@ -23,8 +24,8 @@ def stories(shared):
 
 def generator(stories, **options):
     model, params, tokenizer, stops = stories
-    options = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": stops} | options
-    return Generator(model, options.pop("params", params), tokenizer, **options)
+    sampling = Sampling(options.pop("temperature", 1.0), max_new_tokens=12)
+    return Generator(model, options.pop("params", params), tokenizer, sampling=sampling, stop_ids=stops, **options)
 
 
 def test_grouping_and_mesh_do_not_matter(stories):
@@ -63,6 +64,6 @@ def test_a_prompt_without_tokens_is_refused(shared):
     tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
     tokenizer.bos_token = None
     model = tiny_model(vocab_size=len(tokenizer))
-    made = Generator(model, drawn(model), tokenizer, stop_ids=(0,), max_new_tokens=2, temperature=0.0)
+    made = Generator(model, drawn(model), tokenizer, stop_ids=(0,), sampling=Sampling(0.0, 2))
     with pytest.raises(InputError, match="prompt 1 has no token"):
         made(["x", ""], seed=0)

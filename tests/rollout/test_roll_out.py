@@ -16,11 +16,13 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
 from jaxalign.rollout.completed import completed_rows
 from jaxalign.rollout.continuous import roll_out
+from jaxalign.rollout.sampling import Sampling
 from tests.rollout.greedy_cases import MODELS, golden, ours
 from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12, 13, 4]]
-OPTIONS = {"max_new_tokens": 9, "temperature": 0.8, "stop_ids": STOP}
+SAMPLING = Sampling(0.8, 9)
+OPTIONS = {"sampling": SAMPLING, "stop_ids": STOP}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_tokens_do_not_depend_on_slot_batch_or_padding(policy):
     np.testing.assert_array_equal(whole.tokens[jnp.array(order)], shuffled.tokens)
     wide = run(policy, PROMPTS[1:2], [11], width=8)
     np.testing.assert_array_equal(whole.tokens[1:2], wide.tokens)
-    longer = run(policy, PROMPTS, [10, 11, 12, 13], max_new_tokens=12)
+    longer = run(policy, PROMPTS, [10, 11, 12, 13], sampling=SAMPLING._replace(max_new_tokens=12))
     cut = np.asarray(whole.present)
     np.testing.assert_array_equal(np.asarray(longer.tokens)[:, :9][cut], np.asarray(whole.tokens)[cut])
     other = run(policy, PROMPTS, [20, 21, 22, 23])
@@ -72,7 +74,7 @@ def test_same_prompt_twice_gives_two_samples(policy):
 
 
 def test_rows_end_at_any_stop_and_the_loop_with_them(policy):
-    out = jax.tree.map(np.asarray, run(policy, PROMPTS * 4, range(16), max_new_tokens=24))
+    out = jax.tree.map(np.asarray, run(policy, PROMPTS * 4, range(16), sampling=SAMPLING._replace(max_new_tokens=24)))
     ends = set()
     for tokens, mask, finished in zip(out.tokens, out.present, out.finished, strict=True):
         said = tokens[mask].tolist()
@@ -96,7 +98,7 @@ def test_logprobs_are_those_of_the_training_forward(policy, temperature, top_k):
     """At the sampling temperature (1 for greedy), top-k left out, from rows that training reads."""
     model, params = policy
     batch = prompt_batch(PROMPTS, 5)
-    out = run(policy, PROMPTS, [0, 1, 2, 3], temperature=temperature, top_k=top_k)
+    out = run(policy, PROMPTS, [0, 1, 2, 3], sampling=Sampling(temperature, 9, top_k))
     rows, readouts = completed_rows(batch.rows, out)
     hidden, _, _ = model.apply(params, rows)
     logprobs, _ = token_logprobs(hidden, model.head(params), readouts, temperature=temperature or 1.0)
@@ -146,7 +148,7 @@ def test_a_capped_head_is_capped_in_decoding_too(policy, monkeypatch):
     plain = Model.head
     monkeypatch.setattr(Model, "head", lambda self, params: Head(plain(self, params), Scores(0.5, softcap=1.5)))
     batch = prompt_batch(PROMPTS, 5)
-    out = run((model, params), PROMPTS, [0, 1, 2, 3], temperature=0.7)
+    out = run((model, params), PROMPTS, [0, 1, 2, 3], sampling=Sampling(0.7, 9))
     rows, readouts = completed_rows(batch.rows, out)
     hidden = model.apply(params, rows)[0]
     capped, uncapped = (

@@ -9,6 +9,7 @@ import pytest
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.rollout.continuous import roll_out
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.train.minibatches import shuffle_minibatches
 from tests.train.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
 from tests.train.test_experience import fractional
@@ -94,7 +95,7 @@ def test_keys_are_by_prompt_and_number(num_samples):
         return
     model = tiny_model()
     params = jax.tree.map(jnp.asarray, drawn(model))
-    options = {"max_new_tokens": 6, "temperature": 0.8, "stop_ids": STOP}
+    options = {"sampling": Sampling(0.8, 6), "stop_ids": STOP}
     together, _ = roll_out(model, params, prompt_batch(PROMPTS, 5).rows, jax.random.key(3), ids, **options)
     for i, number in ((0, 0), (2, num_samples - 1)):
         at = i * num_samples + number

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 from batches import prompts  # noqa: E402
 
 from jaxalign.rollout.continuous import roll_out  # noqa: E402
+from jaxalign.rollout.sampling import Sampling  # noqa: E402
 
 PROMPT, NEW = (8, 8) if SMOKE else (512, 512)
 BATCHES = (4,) if SMOKE else (16, 64, 1, 256)
@@ -47,11 +48,11 @@ def measure(name: str, model, params, batch: int) -> None:
     ids, key = np.arange(batch, dtype=np.int32), jax.random.key(0)
     rows = jax.device_put(made.rows)
     # No token ends a row: all have their full length.
-    options = {"max_new_tokens": NEW, "temperature": 1.0, "stop_ids": (-1,)}
+    options = {"sampling": Sampling(1.0, NEW), "stop_ids": (-1,)}
     whole = seconds_of(
         lambda: roll_out(model, params, rows, key, ids, **options), jax.block_until_ready, at_most=6.0, calls=3
     )
-    once = options | {"max_new_tokens": 1}
+    once = options | {"sampling": Sampling(1.0, 1)}
     read = seconds_of(
         lambda: roll_out(model, params, rows, key, ids, **once), jax.block_until_ready, at_most=1.0, calls=3
     )

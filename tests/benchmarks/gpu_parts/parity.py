@@ -14,6 +14,7 @@ from jaxalign.models.transformer import Model  # noqa: E402
 from jaxalign.ops.readout import token_logprobs  # noqa: E402
 from jaxalign.rollout.completed import completed_rows  # noqa: E402
 from jaxalign.rollout.continuous import roll_out  # noqa: E402
+from jaxalign.rollout.sampling import Sampling  # noqa: E402
 from jaxalign.steps.preference import preference_objective  # noqa: E402
 from jaxalign.steps.sft import sft_objective  # noqa: E402
 from jaxalign.steps.step import make_eval_step  # noqa: E402
@@ -84,7 +85,7 @@ def decoding(params) -> None:
     for dtype in ("float32", "bfloat16"):
         with guarded(f"decoding in {dtype}", fails=True):
             model = small(dtype)
-            options = {"max_new_tokens": LENGTH // 8, "temperature": 1.0, "stop_ids": (-1,)}
+            options = {"sampling": Sampling(1.0, LENGTH // 8), "stop_ids": (-1,)}
             rollout, _ = roll_out(model, params, given.rows, jax.random.key(0), np.arange(4, dtype=np.int32), **options)
             rows, readouts = completed_rows(jax.device_put(given.rows), rollout)
             hidden = jax.jit(lambda p, r, model=model: model.apply(p, r)[0])(params, rows)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import batch_sharding, param_shardings
 from jaxalign.rollout.pairs import completions_per_row
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width
 from jaxalign.rollout.slots import advance, empty_draws, lay_out, prefill, seat
 from jaxalign.train.checkpoints import abstract
@@ -103,9 +104,9 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
     prefilled = jax.eval_shape(lambda p, r: prefill(policy, p, r), params, rows)
     slots = jax.eval_shape(lambda p, i: seat(p, i, width=width), prefilled, ids)
     draws = jax.eval_shape(lambda: empty_draws(batch=ids.shape[0], length=min(new, 128), dtype=jnp.float32))
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop_ids": stage.stop_ids or (0,)}
+    options = {"sampling": Sampling(1.0, new), "stop_ids": stage.stop_ids or (0,)}
     numbers = (jax.eval_shape(lambda: jax.random.key(0)), *(np.int32(0) for _ in range(2)))
-    loop = advance.lower(policy, laid, slots, draws, *numbers, max_new_tokens=new, **options).compile()
+    loop = advance.lower(policy, laid, slots, draws, *numbers, **options).compile()
     there = parts["weights"] + (0 if stage.offload else parts["frozen"] + parts["optimizer"])
     read = memory_of(prefill.lower(policy, params, rows).compile())["total"] - on_one_device(params)
     return {

@@ -11,6 +11,7 @@ turns.count_compilation()
 from jaxalign.models import hf  # noqa: E402
 from jaxalign.models.tokenizer import load_tokenizer  # noqa: E402
 from jaxalign.rollout.engine import Generator  # noqa: E402
+from jaxalign.rollout.sampling import Sampling  # noqa: E402
 
 turns.imported("jaxalign", "jax", "jaxlib", "flax")
 
@@ -24,8 +25,7 @@ def main() -> None:
         params,
         load_tokenizer(path),
         stop_ids=(),
-        max_new_tokens=case["length"] - case["prompt"],
-        temperature=0.0,
+        sampling=Sampling(0.0, case["length"] - case["prompt"]),
         batch_size=case["batch"],
     )
     prompts = [record["ids"] for record in turns.records()]
