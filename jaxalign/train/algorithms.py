@@ -33,9 +33,19 @@ from jaxalign.types import (
     TrainState,
 )
 
-# (state, frozen, a batch on the mesh) -> (state, batches to step on, metrics).  All reads of `state` end before it
-# returns: the steps that follow take over its memory.
-Prepare = Callable[[TrainState, dict[str, Params], Any], tuple[TrainState, list[Any], dict[str, Any]]]
+
+class Prepared(NamedTuple):
+    """What a batch of the data stream becomes before it is stepped on."""
+
+    state: TrainState
+    batches: list[Any]  # one update each
+    metrics: dict[str, Any] = {}  # noqa: RUF012
+    samples: list[dict[str, Any]] | None = None  # this process's completions; None: nothing was sampled
+
+
+# (state, frozen, a batch on the mesh) -> Prepared.  All reads of `state` end before it returns: the steps that follow
+# take over its memory.
+Prepare = Callable[[TrainState, dict[str, Params], Any], Prepared]
 
 
 class Program(NamedTuple):
@@ -48,7 +58,7 @@ class Program(NamedTuple):
     extra: dict[str, Any] = {}  # noqa: RUF012  initial `TrainState.extra`
     updates: int = 1  # optimizer updates for each batch of the data stream
     early_stop: Callable | None = None
-    prepare: Prepare = lambda state, frozen, batch: (state, [batch], {})
+    prepare: Prepare = lambda state, frozen, batch: Prepared(state, [batch])
     # from the shapes of a batch of the data stream to those that a step is given, where `prepare` makes other ones
     stepped: Callable[[Any], Any] = lambda batch: batch
     reference: Role | None = None  # whose log-probs are computed ahead and attached to each batch
@@ -56,7 +66,6 @@ class Program(NamedTuple):
     # {name: (sum, weight)}; None: the objective's own metrics
     evaluate: Callable[..., dict[str, Any]] | None = None
     eval_metrics: Callable[[], list[str]] | None = None  # names of what `evaluate` measures
-    samples: Callable[[int], list[dict[str, Any]]] | None = None  # completions that `prepare` has made anyway
     passes: float = 3.0  # forward passes' worth of work of one token, for MFU
 
 
@@ -256,7 +265,6 @@ def _ppo(config, roles, context) -> Program:
         stepped=functools.partial(_policy_batch, config, context.dataset),
         evaluate=prepare.evaluate,
         eval_metrics=experience.eval_metrics,
-        samples=prepare.samples,
     )
 
 

@@ -3,9 +3,8 @@
     prepare = make_prepare(config, policy=Model, value=Model, reward=..., records=dataset.record, tokenizer=...,
                            stop_ids=(2,), mesh=mesh)
     state.extra |= initial_extra(config)
-    state, batches, metrics = prepare(state, frozen, batch)     # frozen: {"ref", and "reward" where it is a model}
+    state, batches, metrics, samples = prepare(state, frozen, batch)  # frozen: {"ref", "reward" where it is a model}
     for minibatch in batches: state, ... = step(state, frozen, minibatch)
-    prepare.samples(4)                                          # for the log; of this process's rows
 
 Every result is a function of (state, batch, seed); the iteration's number is `state.data_cursor`, whatever it counts.
 `state` is read here only, before the first step may donate it, and comes back with a new `extra`: KL coefficient,
@@ -34,10 +33,11 @@ from jaxalign.rewards.score_shaping import initial_statistics
 from jaxalign.rewards.scores import combine, one_part
 from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.host import all_rows
+from jaxalign.train.algorithms import Prepared
 from jaxalign.train.collect import Collector, Forward
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.policy_batches import OF_SCORES, make_batches
-from jaxalign.types import Array, Batch, Params, PolicyBatch, TrainState
+from jaxalign.types import Array, Batch, Params, TrainState
 
 _EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
 
@@ -82,7 +82,7 @@ def make_prepare(
       estimator: of advantages, by its name or itself.
 
     Returns:
-      prepare(state, frozen, batch) -> (state, batches, metrics); batch: prompts on the mesh.
+      prepare(state, frozen, batch) -> Prepared; batch: prompts on the mesh.
 
     Raises:
       InputError: rows that minibatches, micro-batches or the mesh do not divide.
@@ -115,13 +115,10 @@ class Prepare:
 
     def __init__(self, config: Any, collector: Collector, estimator: Estimator):
         self.config, self.collector, self.estimator = config, collector, estimator
-        self._last: list[dict[str, Any]] = []  # of the last iteration, for `samples`; evaluation leaves it alone
         rows, whole = batch_sharding(collector.mesh), replicated(collector.mesh)
         self.batches = jax.jit(self._batches, out_shardings=(rows, whole, whole))
 
-    def __call__(
-        self, state: TrainState, frozen: dict[str, Params], batch: Batch
-    ) -> tuple[TrainState, list[PolicyBatch], dict[str, Any]]:
+    def __call__(self, state: TrainState, frozen: dict[str, Params], batch: Batch) -> Prepared:
         """One iteration's experience; metrics are scalars, some of them still on their way from the device.
 
         Raises:
@@ -131,7 +128,7 @@ class Prepare:
         mesh = self.collector.mesh
         with jax.set_mesh(mesh), memory_errors("collection of experience"):
             extra = jax.device_put(state.extra, replicated(mesh))
-            collected, self._last, metrics = self.collector.collect(
+            collected, samples, metrics = self.collector.collect(
                 state.params, frozen, batch, state.data_cursor, int(state.step)
             )
             batches, extra, more = self.batches(collected, extra, state.data_cursor)
@@ -144,7 +141,7 @@ class Prepare:
                         "--config.data.sources=...",
                     )
                 more = {name: value for name, value in more.items() if name not in OF_SCORES}
-        return state._replace(extra=extra), batches, metrics | more
+        return Prepared(state._replace(extra=extra), batches, metrics | more, samples)
 
     def _batches(self, collected, extra, iteration):
         return make_batches(self.config, self.estimator, collected, extra, iteration, self.collector.together)
@@ -168,14 +165,6 @@ class Prepare:
             found, _, _ = self.collector.collect(state.params, frozen, batch, stream, int(state.step), records)
             used = found.batch.completions.mask[:, 0]
             return _eval_sums(used, found.rollout, found.forward, found.scores)
-
-    def samples(self, count: int) -> list[dict[str, Any]]:
-        """All completions of the last iteration's first prompts, with their scores, of this process's rows.
-
-        Args:
-          count: of prompts.
-        """
-        return self._last[: count * self.collector.num_samples]
 
 
 @jax.jit

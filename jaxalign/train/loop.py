@@ -20,7 +20,7 @@ from jaxalign.ops.trees import joined
 from jaxalign.parallel.host_memory import DEVICE, HOST, moved
 from jaxalign.parallel.processes import say
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
-from jaxalign.train.algorithms import Prepare
+from jaxalign.train.algorithms import Prepare, Prepared
 from jaxalign.train.best import Patience
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.compiled import Compiled
@@ -38,6 +38,7 @@ class Pending(NamedTuple):
     step: int  # batches done with it
     updates: list[dict[str, jax.Array]]  # metrics of each update
     prepared: dict[str, float]
+    samples: list[dict[str, Any]] | None  # completions that `prepare` has sampled
     batch: Any  # the host's own rows
     compile_seconds: float
     ended: Callable[[], float]  # when the updates had been made, as `time.monotonic` has it
@@ -59,7 +60,8 @@ class Loop:
     writer: Writer
     health: Health
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
-    sample: Callable[[TrainState, dict[str, Params], int], dict[str, float]] | None = None
+    # (state, frozen, step, samples of `prepare`) -> metrics
+    sample: Callable[[TrainState, dict[str, Params], int, Any], dict[str, float]] | None = None
     seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     directory: Any = None  # of the run, where a profile's trace goes
@@ -84,16 +86,14 @@ class Loop:
             that is to be saved and is not finite.
           Interrupted: asked to stop; the state is saved.
         """
-        self._last: dict[str, float] = {}
-        self._last_eval: dict[str, float] = {}
-        self._eval_step = -1
-        self._saved = start if start else None
         self._tokens, self._seconds = 0.0, 0.0
         state = self._optimizer_in(HOST, state)
         if start:
             say(f"{self.name}: resuming from step {start} of {self.num_steps}")
         progress = Progress(self.name, self.num_steps, start=start, enabled=self.config.logging.progress)
         profile = self._profile = Profile(self.directory, self.config.profile, start)
+        figures: dict[str, float] = {}
+        held_out: dict[str, float] = {}
         pending: Pending | None = None
         done, end = start, start if self._spent() else self.num_steps
         try:
@@ -103,18 +103,18 @@ class Loop:
                     state, this = self._advance(state, index, host)
                     with profile.phase("figures and logs"):
                         if pending is not None:
-                            self._read(pending, progress)
+                            figures = self._read(pending, progress)
                         pending = this
                     if self.lock is not None:
                         self.lock.check()
                     signal = stop.at(index + 1)
                     if signal or self._due(index + 1):
                         with profile.phase("figures and logs"):
-                            self._read(pending, progress)
-                            pending = None
+                            figures, pending = self._read(this, progress), None
                         with profile.phase("eval, samples, save"):
-                            self._pause(state, index + 1, stopping=bool(signal))
-                            self._call_back(state, index + 1)
+                            found = self._pause(state, index + 1, this.samples, stopping=bool(signal))
+                            self._call_back(state, index + 1, figures | found)
+                        held_out = found or held_out
                         self._mark = time.monotonic()
                     if signal:
                         self.checkpoints.wait()
@@ -132,7 +132,7 @@ class Loop:
         if concern:
             say(f"warning: {self.name}: {concern}")
         speed = self._tokens / self._seconds if self._seconds else None
-        results = {"steps": done, "metrics": self._last, "eval": self._last_eval, "tokens_per_second": speed}
+        results = {"steps": done, "metrics": figures, "eval": held_out, "tokens_per_second": speed}
         early = {"stopped_early": True} if done < self.num_steps else {}
         return state, results | early | {"warnings": [concern] if concern else []}
 
@@ -149,10 +149,10 @@ class Loop:
         before = self.step.compile_seconds
         with self._profile.phase("prepare") as made_ready:
             trained = state.params
-            state, batches, made = self.prepare(self._whole(state), self.frozen, put_batch(host, self.mesh))
-            state = state._replace(params=trained)
+            made = Prepared(*self.prepare(self._whole(state), self.frozen, put_batch(host, self.mesh)))
+            state, batches = made.state._replace(params=trained), made.batches
             # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
-            prepared = {name: float(value) for name, value in jax.device_get(made).items()}
+            prepared = {name: float(value) for name, value in jax.device_get(made.metrics).items()}
             made_ready.append(batches)
         inner = {name.removeprefix("time/"): value for name, value in prepared.items() if name.startswith("time/")}
         self._profile.split("prepare", inner)
@@ -168,7 +168,7 @@ class Loop:
         cursor = jax.device_put(np.int32(index + 1), replicated(self.mesh))
         state = state._replace(data_cursor=cursor)
         compiling = self.step.compile_seconds - before
-        return state, Pending(index + 1, updates, prepared, host, compiling, note_end(updates))
+        return state, Pending(index + 1, updates, prepared, made.samples, host, compiling, note_end(updates))
 
     def _whole(self, state: TrainState) -> TrainState:
         """The state with whole models, for all that reads them and trains nothing."""
@@ -185,39 +185,40 @@ class Loop:
         calls = self.callbacks and (step % c.logging.every == 0 or step == 1)
         return bool(calls) or step == self.num_steps or any(n and step % n == 0 for n in every)
 
-    def _call_back(self, state: TrainState, step: int) -> None:
+    def _call_back(self, state: TrainState, step: int, figures: dict[str, float]) -> None:
         """Gives the user's callbacks a step's figures and the state, which the next step takes over."""
-        figures = self._last | (self._last_eval if self._eval_step == step else {})
         for callback in self.callbacks:
             if found := callback(step, figures, state):
                 self.writer.write(step, found)
 
-    def _pause(self, state: TrainState, step: int, *, stopping: bool) -> None:
-        """What happens between two steps: evaluation, samples, a checkpoint; to choose the best, one by evaluation."""
+    def _pause(self, state: TrainState, step: int, samples: Any, *, stopping: bool) -> dict[str, float]:
+        """What happens between two steps: evaluation, samples, a checkpoint; to choose the best, one by evaluation.
+
+        Returns:
+          The evaluation's figures, `eval/...`; empty where none was due.
+        """
         c, last = self.config, step == self.num_steps
         due = last or bool(c.eval.every and step % c.eval.every == 0)
         best = bool(self.evaluate and c.checkpoint.best_metric)
         save = last or stopping or (best and due) or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
-        save = save and self._saved != step
         sums = self.checkpoints.checked(step, state) if save else {}  # before anything is asked of such a model
-        row: dict[str, float] = {}
+        held_out: dict[str, float] = {}
         if self.evaluate and (due or (save and best)):
-            row |= {f"eval/{name}": value for name, value in self.evaluate(state).items()}
-            self._last_eval, self._eval_step = dict(row), step
+            held_out = {f"eval/{name}": value for name, value in self.evaluate(state).items()}
             if self.patience is not None:
-                self.patience.add(step, row)
+                self.patience.add(step, held_out)
+        row = dict(held_out)
         every = c.logging.get("samples_every", 0)
         if self.sample and not stopping and every and (last or step % every == 0):
-            row |= self.sample(self._whole(state), self.frozen, step)
+            row |= self.sample(self._whole(state), self.frozen, step, samples)
         if row:
             self.writer.write(step, row)
         if save:
             self.writer.flush()
-            metrics = self._last_eval if self._eval_step == step else {}
-            self.checkpoints.save(step, state, {**self.meta, "step": step}, metrics, sums)
-            self._saved = step
+            self.checkpoints.save(step, state, {**self.meta, "step": step}, held_out, sums)
+        return held_out
 
-    def _read(self, pending: Pending, progress: Progress) -> None:
+    def _read(self, pending: Pending, progress: Progress) -> dict[str, float]:
         """Waits for a batch's figures, checks them, writes them."""
         updates = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending.updates)]
         row = merge(updates) | pending.prepared
@@ -239,8 +240,9 @@ class Loop:
             self.writer.write(step, row)
         if problem:
             raise problem
-        self._tokens, self._seconds, self._last = self._tokens + tokens, self._seconds + seconds, row
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         progress.update(step, headline(row), speed)
+        return row
 
     def _problem(self, pending: Pending, updates: list[dict[str, float]]) -> InputError | None:
         """What makes continuing pointless."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,9 +29,9 @@ from jaxalign.types import Params, Rows, TrainState
 
 
 class Sampler:
-    """Writes `samples/STEP.jsonl`: what PPO's collection sampled last, or completions of held-out prompts.
+    """Writes `samples/STEP.jsonl`: the completions that an online algorithm has sampled, or of held-out prompts.
 
-    The prompts are the same at every step, and so are the random keys: what changes is the model.
+    Held-out prompts are the same at every step, and so are the random keys: what changes is the model.
     """
 
     def __init__(self, stage: Stage):
@@ -38,17 +40,24 @@ class Sampler:
           stage: data, models and compiled steps.
         """
         self._stage = stage
-        self._made = stage.program.samples
         self._count = stage.config.logging.num_samples
 
-    def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> dict[str, float]:
+    def __call__(
+        self, state: TrainState, frozen: dict[str, Params], step: int, samples: list[dict[str, Any]] | None
+    ) -> dict[str, float]:
         """Writes the samples of this step.
+
+        Args:
+          state: with whole models.
+          frozen: by role.
+          step: batches done.
+          samples: this process's completions of the step's own prompts; None: held-out prompts are completed.
 
         Returns:
           Signs of collapse, `samples/...`.
         """
-        if self._made is not None:
-            rows, signs = self._made(self._count), {}
+        if samples is not None:
+            rows, signs = samples[: self._count * self._stage.config.rollout.num_samples], {}
         else:
             rows, signs = self._generate(state, frozen)
         folder = self._stage.directory.samples
@@ -61,7 +70,7 @@ class Sampler:
 
     def _generate(self, state: TrainState, frozen: dict[str, Params]) -> tuple[list[dict[str, Any]], dict[str, float]]:
         stage, c = self._stage, self._stage.config
-        examples, batch = self._prompts()
+        examples, batch = self._prompts
         with memory_errors("sampling"):
             model, params = stage.program.trained["policy"].model, state.params["policy"]
             rollout, _ = roll_out(
@@ -94,41 +103,39 @@ class Sampler:
             signs["samples/kl"] = float(np.mean(all_rows(kl)[: len(examples)]))
         return rows, signs
 
-    def _kl(self, params: Params, ref: Params, rows: Rows, rollout: Rollout) -> jax.Array:
+    @functools.cached_property
+    def _kl(self) -> Callable[[Params, Params, Rows, Rollout], jax.Array]:
         """log pi - log pi_ref of each sampled completion, [B], nats: its mean estimates their KL."""
-        if not hasattr(self, "_compare"):
-            model = self._stage.program.trained["policy"].model
-            temperature = float(self._stage.config.rollout.temperature) or 1.0
+        model = self._stage.program.trained["policy"].model
+        temperature = float(self._stage.config.rollout.temperature) or 1.0
 
-            def compare(params, ref, rows, rollout):
-                rows, readouts = completed_rows(rows, rollout)
+        def compare(params, ref, rows, rollout):
+            rows, readouts = completed_rows(rows, rollout)
 
-                def logprobs(params):
-                    hidden, at = read_hidden(model.apply, params, rows, readouts)
-                    return token_logprobs(hidden, model.head(params), at, temperature=temperature)[0]
+            def logprobs(params):
+                hidden, at = read_hidden(model.apply, params, rows, readouts)
+                return token_logprobs(hidden, model.head(params), at, temperature=temperature)[0]
 
-                return jnp.sum(logprobs(params) - logprobs(ref), axis=1)
+            return jnp.sum(logprobs(params) - logprobs(ref), axis=1)
 
-            self._compare = jax.jit(compare)
-        return self._compare(params, ref, rows, rollout)
+        return jax.jit(compare)
 
+    @functools.cached_property
     def _prompts(self) -> tuple[list[Any], Any]:
         """The first prompts of the held-out data (else of the training data), on the mesh."""
         from jaxalign.data.rows import Shape, build_prompts, round_up
 
-        if not hasattr(self, "_batch"):
-            stage = self._stage
-            dataset = stage.eval_dataset or stage.dataset
-            self._examples = [dataset.example(i) for i in range(min(self._count, dataset.num_records))]
-            index, parts = batch_part(stage.mesh)
-            count = round_up(len(self._examples), batch_shards(stage.mesh))
-            # Rows that only fill the mesh repeat the first prompts: a row of padding alone has nothing to continue.
-            filled = [self._examples[i % len(self._examples)] for i in range(count)]
-            length = round_up(max(len(e.prompt) for e in filled), 8)
-            local = filled[index * count // parts : (index + 1) * count // parts]
-            batch = build_prompts(local, Shape(len(local), length, 0, 1), dataset.pad_id)
-            self._batch = put_batch(batch, stage.mesh)
-        return self._examples, self._batch
+        stage = self._stage
+        dataset = stage.eval_dataset or stage.dataset
+        examples = [dataset.example(i) for i in range(min(self._count, dataset.num_records))]
+        index, parts = batch_part(stage.mesh)
+        count = round_up(len(examples), batch_shards(stage.mesh))
+        # Rows that only fill the mesh repeat the first prompts: a row of padding alone has nothing to continue.
+        filled = [examples[i % len(examples)] for i in range(count)]
+        length = round_up(max(len(e.prompt) for e in filled), 8)
+        local = filled[index * count // parts : (index + 1) * count // parts]
+        batch = build_prompts(local, Shape(len(local), length, 0, 1), dataset.pad_id)
+        return examples, put_batch(batch, stage.mesh)
 
 
 def masked_text(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:

@@ -87,7 +87,7 @@ def work(slots: int | None) -> None:
             kind[0] = line.strip()
             jax.clear_caches()  # the programs hold the lengths of the other kind
         start, begun = time.perf_counter(), time.process_time()
-        _, batches, metrics = jax.block_until_ready(prepares[kind[0]](state, {"ref": params["policy"]}, batch))
+        _, batches, metrics, *_ = jax.block_until_ready(prepares[kind[0]](state, {"ref": params["policy"]}, batch))
         seconds, cpu = time.perf_counter() - start, time.process_time() - begun
         order = np.argsort(np.concatenate([np.asarray(b.batch.record_ids)[:, 0] for b in batches[:1]]))
         target, mask = (

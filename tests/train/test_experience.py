@@ -87,9 +87,9 @@ def in_float64(width=5, sizes=ALONE, accumulation=1):
             prompts=[[1, i] for i in range(32)],
         )
         with jax.set_mesh(mesh):
-            state, batches, metrics = jax.block_until_ready(w.prepare(w.state, w.frozen, w.batch))
+            state, batches, metrics, samples = jax.block_until_ready(w.prepare(w.state, w.frozen, w.batch))
             state, of_step = jax.block_until_ready(w.step(state, w.frozen, batches[0]))
-        return jax.device_get((by_record(batches), w.prepare.samples(32), state.params, metrics | of_step))
+        return jax.device_get((by_record(batches), samples, state.params, metrics | of_step))
 
 
 def test_quantities_are_the_loop():
@@ -150,14 +150,14 @@ def test_invariance(width, sizes, accumulation):
 
 
 def test_trap_rewards_stay_fractional(plain):
-    scores = [s["score"] for s in plain.prepare.samples(8)]
+    scores = [s["score"] for s in plain.collected.samples]
     assert all(s != int(s) for s in scores)
-    np.testing.assert_allclose(plain.collected[2]["objective/scores"], np.mean(scores), rtol=1e-6)
+    np.testing.assert_allclose(plain.collected.metrics["objective/scores"], np.mean(scores), rtol=1e-6)
 
 
 def test_trap_old_logprobs_are_the_training_forwards(plain):
     """Not the sampler's: the first update's ratio is exactly 1, and the sampler's gap is logged."""
-    state, batches, metrics = plain.collected
+    state, batches, metrics, _ = plain.collected
     _, of_step = plain.step(state, plain.frozen, batches[0])
     assert float(of_step["policy/approxkl"]) < 1e-12
     assert abs(float(of_step["val/ratio"]) - 1) < 1e-6
@@ -174,8 +174,8 @@ def test_trap_a_sampler_that_disagrees_is_logged_and_not_trained_on(plain, monke
         return rollout._replace(logprobs=rollout.logprobs - 0.1), rest
 
     monkeypatch.setattr(collect, "roll_out", off)
-    _, batches, metrics = plain.prepare(plain.state, plain.frozen, plain.batch)
-    jax.tree.map(np.testing.assert_array_equal, batches, plain.collected[1])
+    _, batches, metrics, _ = plain.prepare(plain.state, plain.frozen, plain.batch)
+    jax.tree.map(np.testing.assert_array_equal, batches, plain.collected.batches)
     assert abs(float(metrics["rollout/sampler_gap"]) - 0.1) < 1e-4
     assert abs(float(metrics["rollout/sampler_ratio"]) - np.exp(0.1)) < 1e-4
 
@@ -183,7 +183,7 @@ def test_trap_a_sampler_that_disagrees_is_logged_and_not_trained_on(plain, monke
 def test_trap_temperature(plain):
     """Identical policy and reference at T = 0.5: KL exactly 0 at every token (Tunix: 0.859)."""
     same = {"ref": plain.state.params["policy"]}
-    _, batches, metrics = plain.prepare(plain.state, same, plain.batch)
+    _, batches, metrics, _ = plain.prepare(plain.state, same, plain.batch)
     assert float(metrics["objective/kl"]) == 0.0
     np.testing.assert_array_equal(batches[0].old_logprobs, batches[0].ref_logprobs)
     assert float(metrics["rollout/sampler_gap"]) < 1e-4  # the sampler's log-probs are at T = 0.5 as well
@@ -201,7 +201,7 @@ def test_bitwise_function_of_state_batch_and_seed(plain):
 
 
 def test_minibatches_deal_every_row_once_an_epoch(plain):
-    _, batches, _ = plain.collected
+    batches = plain.collected.batches
     assert len(batches) == 4
     ids = [np.asarray(b.batch.record_ids)[:, 0].tolist() for b in batches]
     assert [len(i) for i in ids] == [4] * 4
@@ -214,7 +214,7 @@ def test_minibatches_deal_every_row_once_an_epoch(plain):
 def test_everything_compiles_once(plain):
     state = plain.state
     for _ in range(2):
-        state, batches, _ = plain.prepare(state, plain.frozen, plain.batch)
+        state, batches, _, _ = plain.prepare(state, plain.frozen, plain.batch)
         for batch in batches:
             state, _ = plain.step(state, plain.frozen, batch)
         jax.block_until_ready(state)
@@ -236,10 +236,10 @@ def test_evaluation_is_repeatable_and_leaves_no_trace(plain):
 def test_last_batch_of_an_epoch_is_dealt_out(plain):
     """Three prompts in a batch of eight: the five empty rows teach nothing and every minibatch has a real row."""
     batch = put_batch(prompt_batch([[1, 7], [1, 8], [1, 9, 10]], 5, 8), plain.mesh)
-    state, batches, metrics = plain.prepare(plain.state, plain.frozen, batch)
+    state, batches, metrics, samples = plain.prepare(plain.state, plain.frozen, batch)
     assert [np.asarray(b.batch.readouts.mask).any(1).sum() for b in batches] == [2, 1, 2, 1]
-    assert np.isclose(metrics["objective/scores"], np.mean([s["score"] for s in plain.prepare.samples(8)]))
-    assert len(plain.prepare.samples(8)) == 3
+    assert np.isclose(metrics["objective/scores"], np.mean([s["score"] for s in samples]))
+    assert len(samples) == 3
     new, of_step = plain.step(state, plain.frozen, batches[1])
     assert float(of_step["skipped"]) == 0 and np.isfinite(float(of_step["loss/policy"]))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.params))
@@ -250,13 +250,13 @@ def test_completions_without_a_score_teach_nothing(plain, monkeypatch):
         return [sum(ids) / 64 if w else None for ids, w in zip(completion_ids, wanted, strict=True)]
 
     monkeypatch.setattr(plain.prepare.collector.reward, "function", some)
-    _, batches, metrics = plain.prepare(plain.state, plain.frozen, plain.batch)
+    _, batches, metrics, samples = plain.prepare(plain.state, plain.frozen, plain.batch)
     got = by_record(batches[:2])
     taught = got.batch.readouts.mask.any(1)
     assert taught.tolist() == [bool(i % 2) for i in range(8)]
     assert not got.advantages[~taught].any()
     assert float(metrics["objective/scores_share"]) == 0.5
-    assert [s["score"] is None for s in plain.prepare.samples(8)] == [i % 2 == 0 for i in range(8)]
+    assert [s["score"] is None for s in samples] == [i % 2 == 0 for i in range(8)]
     real = got.advantages[got.batch.readouts.mask]
     np.testing.assert_allclose([real.mean(), real.std()], [0, 1], atol=1e-4)  # whitened over those that count
     reward = plain.prepare.collector.reward
@@ -267,7 +267,7 @@ def test_completions_without_a_score_teach_nothing(plain, monkeypatch):
 
 def test_early_stop_skips_what_is_left_of_an_iteration(plain):
     """Once an update's batch shows too much KL, it and the later ones change nothing but the step count."""
-    state, batches, _ = plain.prepare(plain.state, plain.frozen, plain.batch)
+    state, batches, _, _ = plain.prepare(plain.state, plain.frozen, plain.batch)
     stopped = []
     for i, batch in enumerate(batches):
         before = jax.device_get((state.params, state.opt))
@@ -277,7 +277,7 @@ def test_early_stop_skips_what_is_left_of_an_iteration(plain):
         assert all(jax.tree.leaves(same)) == stopped[-1], i
         assert int(state.step) == i + 1
     assert stopped == [False, True, True, True]  # the first update is on policy: its KL is 0
-    state, _, _ = plain.prepare(state, plain.frozen, plain.batch)
+    state = plain.prepare(state, plain.frozen, plain.batch).state
     assert not bool(state.extra["skip"])
 
 
@@ -286,9 +286,8 @@ def test_reward_model_reads_the_policys_own_rows(plain, monkeypatch):
     model = tiny_model("score")
     params = drawn(model, 3)
     monkeypatch.setattr(plain.prepare.collector, "reward", model)
-    _, batches, metrics = plain.prepare(plain.state, plain.frozen | {"reward": params}, plain.batch)
+    _, batches, metrics, said = plain.prepare(plain.state, plain.frozen | {"reward": params}, plain.batch)
     readouts = by_record(batches[:2]).batch.readouts
-    said = plain.prepare.samples(8)
     for prompt, sample, ids, mask in zip(plain.prompts, said, readouts.target, readouts.mask, strict=True):
         alone = score_rows(model, params, *padded_rows([np.array([*prompt, *ids[mask]], np.int32)]))
         np.testing.assert_allclose(sample["score"], alone[0], atol=1e-5)
@@ -302,8 +301,7 @@ def test_reward_model_with_another_tokenizer_reads_text(plain, monkeypatch, shar
     params = drawn(model, 3)
     monkeypatch.setattr(plain.prepare.collector, "reward", ModelScorer(model, tokenizer, mesh=plain.mesh))
     batch = put_batch(prompt_batch([[1, 7], [1, 8], [1, 9, 10]], 5, 8), plain.mesh)
-    plain.prepare(plain.state, plain.frozen | {"reward": params}, batch)
-    said = plain.prepare.samples(8)
+    said = plain.prepare(plain.state, plain.frozen | {"reward": params}, batch).samples
     alone = ModelScorer(model, tokenizer, params)
     for i, sample in enumerate(said):
         assert sample["prompt"] == f"prompt {i}"
@@ -327,9 +325,9 @@ def test_adaptive_coefficient_and_running_statistics():
     w = world(fractional, config=c, perturb=0.1)
     state, coef, seen = w.state, 0.05, []
     for _ in range(2):
-        state, batches, metrics = w.prepare(state, w.frozen, w.batch)
+        state, batches, metrics, samples = w.prepare(state, w.frozen, w.batch)
         np.testing.assert_allclose(metrics["objective/kl_coef"], coef, rtol=1e-6)
-        scores = np.array([s["score"] for s in w.prepare.samples(8)])
+        scores = np.array([s["score"] for s in samples])
         seen.extend(scores)
         shaped = np.clip((scores - np.mean(seen)) / np.sqrt(np.var(seen) + 1e-8), -1, 1)
         got = by_record(batches)
@@ -360,7 +358,7 @@ def test_reward_rises():
     w = world(upper, config=c, prompts=[[1, i] for i in range(32)], learning_rate=5e-3)
     state, scores, kls = w.state, [], []
     for iteration in range(20):
-        state, batches, metrics = w.prepare(state, w.frozen, w.batch)
+        state, batches, metrics, _ = w.prepare(state, w.frozen, w.batch)
         for batch in batches:
             state, _ = w.step(state, w.frozen, batch)
         cursor = jax.device_put(jnp.int32(iteration + 1), state.data_cursor.sharding)

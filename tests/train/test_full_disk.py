@@ -173,11 +173,10 @@ def test_samples(tmp_path):
 
     from jaxalign.train.samples import Sampler
 
-    program = SimpleNamespace(samples=lambda count: [{"text": "x" * LIMIT}])
-    config = SimpleNamespace(logging=SimpleNamespace(num_samples=1))
-    sampler = Sampler(SimpleNamespace(program=program, config=config, directory=RunDir(str(tmp_path))))
+    config = SimpleNamespace(logging=SimpleNamespace(num_samples=1), rollout=SimpleNamespace(num_samples=1))
+    sampler = Sampler(SimpleNamespace(config=config, directory=RunDir(str(tmp_path))))
     with refused(tmp_path / "samples"):
-        sampler(None, {}, 5)
+        sampler(None, {}, 5, [{"text": "x" * LIMIT}])
     assert left(tmp_path) == []
 
 

@@ -113,7 +113,7 @@ def test_minibatches_without_a_score_are_skipped_updates(shape):
     )
     w = world(some({3, 7}), config=c, prompts=[[1, 7 + i] for i in range(16)], perturb=0.05, mesh=mesh)
     with jax.set_mesh(mesh):
-        state, batches, _ = w.prepare(w.state, w.frozen, w.batch)
+        state, batches, _, _ = w.prepare(w.state, w.frozen, w.batch)
         learned = []
         for number, batch in enumerate(batches):
             before = snapshot(state)
@@ -130,7 +130,7 @@ def test_prompts_with_scores_are_spread_over_the_minibatches():
     """Four prompts of eight have scores: each of four minibatches gets one, whatever the order."""
     c = ppo_config(batch_size=8, **{"algorithm.num_minibatches": 4, "algorithm.num_ppo_epochs": 3})
     w = world(some({1, 2, 5, 6}), config=c)
-    _, batches, _ = w.prepare(w.state, w.frozen, w.batch)
+    _, batches, _, _ = w.prepare(w.state, w.frozen, w.batch)
     assert [int(np.asarray(b.batch.readouts.mask).any(1).sum()) for b in batches] == [1] * 12
 
 
@@ -138,11 +138,11 @@ def test_fewer_prompts_than_minibatches_and_none_with_a_score():
     c = ppo_config(batch_size=8, **{"algorithm.num_minibatches": 4, "algorithm.num_ppo_epochs": 1})
     w = world(some({0}), config=c)
     batch = put_batch(prompt_batch(w.prompts[:2], 5, 8), w.mesh)
-    _, batches, metrics = w.prepare(w.state, w.frozen, batch)
+    _, batches, metrics, samples = w.prepare(w.state, w.frozen, batch)
     assert sorted(int(np.asarray(b.batch.readouts.mask).any()) for b in batches) == [0, 0, 0, 1]
-    assert np.isclose(metrics["objective/scores"], w.prepare.samples(1)[0]["score"])
+    assert np.isclose(metrics["objective/scores"], samples[0]["score"])
     w.prepare.collector.reward.function = some(set())
-    _, batches, metrics = w.prepare(w.state, w.frozen, batch)  # a batch that is not whole: nothing to learn, no error
+    _, batches, metrics, _ = w.prepare(w.state, w.frozen, batch)  # not a whole batch: nothing to learn, no error
     assert not any(np.asarray(b.batch.readouts.mask).any() for b in batches)
     assert "objective/scores" not in metrics and np.isfinite(metrics["objective/kl"])
     with pytest.raises(InputError, match="None for every completion"):

@@ -1,6 +1,8 @@
 """Several completions of a prompt: as if each stood alone, in rows, rewards, minibatches and updates."""
 
 import functools
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.train.minibatches import shuffle_minibatches
+from jaxalign.train.rundir import RunDir
+from jaxalign.train.samples import Sampler
 from tests.train.ppo_world import STOP, drawn, ppo_config, prompt_batch, tiny_model, world
 from tests.train.test_experience import fractional
 
@@ -49,8 +53,8 @@ def iteration(num_samples, sizes=(("data", 1), ("fsdp", 1), ("tensor", 1))):
         prompts = [p for p in PROMPTS for _ in range(2 // num_samples)]
         w = world(fractional, config=c, perturb=0.05, dtype="float64", prompts=prompts, mesh=mesh)
         with jax.set_mesh(mesh):
-            _, batches, metrics = jax.block_until_ready(w.prepare(w.state, w.frozen, w.batch))
-            lines, model = w.prepare.samples(4), tiny_model("score", dtype="float64")
+            _, batches, metrics, lines = jax.block_until_ready(w.prepare(w.state, w.frozen, w.batch))
+            model = tiny_model("score", dtype="float64")
             w.prepare.collector.reward = model
             frozen = w.frozen | {"reward": jax.tree.map(jnp.asarray, drawn(model, 3))}
             collected, _, _ = w.prepare.collector.collect(w.state.params, frozen, w.batch, w.state.data_cursor, 0)
@@ -72,8 +76,7 @@ def test_two_completions_are_those_of_the_prompt_written_twice():
         for name in fields:
             np.testing.assert_allclose(fields[name], fields2[name], rtol=0, atol=1e-9, err_msg=name)
     assert len({tuple(said) for _, said, _ in one}) > 6
-    assert len(lines) == 8 and len(lines2) == 4  # all completions of the first four prompts
-    assert [(x["completion"], x["score"]) for x in lines[:4]] == [(x["completion"], x["score"]) for x in lines2]
+    assert [(x["completion"], x["score"]) for x in lines] == [(x["completion"], x["score"]) for x in lines2]
     assert [x["prompt"] for x in lines[:4]] == ["prompt 0", "prompt 0", "prompt 1", "prompt 1"]
     np.testing.assert_allclose(scores, scores2, rtol=0, atol=1e-9)
     assert np.ptp(scores) > 0.1
@@ -82,6 +85,15 @@ def test_two_completions_are_those_of_the_prompt_written_twice():
     for name in set(metrics) - counted:
         np.testing.assert_allclose(metrics[name], metrics2[name], rtol=1e-9, atol=1e-9, err_msg=name)
     assert metrics2["processed_tokens"] - metrics["processed_tokens"] == sum(map(len, PROMPTS))  # read once
+
+
+def test_samples_are_all_completions_of_the_first_prompts(tmp_path):
+    config = ppo_config(**{"rollout.num_samples": 3})
+    config.logging.num_samples = 2
+    made = [{"prompt": i // 3, "completion": i} for i in range(12)]
+    Sampler(SimpleNamespace(config=config, directory=RunDir(str(tmp_path))))(None, {}, 5, made)
+    written = [json.loads(line) for line in (tmp_path / "samples" / "5.jsonl").read_text().splitlines()]
+    assert written == [{"step": 5, **line} for line in made[:6]]
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])

@@ -54,7 +54,7 @@ def test_an_estimator_without_a_critic(small, config):
     """No value model anywhere: collection, batches, the objective and its gradient; advantages by a loop."""
     prepare = prepare_of(small, config, value=None, estimator=leave_one_out)
     state = small.state._replace(params={"policy": small.state.params["policy"]})
-    _, batches, metrics = prepare(state, small.frozen, small.batch)
+    _, batches, metrics, _ = prepare(state, small.frozen, small.batch)
     assert "val/explained_variance" not in metrics and "objective/scores" in metrics
     joined = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *batches)
     assert joined.old_values is None and joined.returns is None
@@ -95,9 +95,9 @@ def test_parts_and_scores_of_tokens_are_the_loop(small, config):
     c.rewards.scale = 2.0
     prepare = prepare_of(small, c, reward=Parts())
     prepare.collector._weights = {"tokens": 0.5}
-    _, batches, metrics = prepare(small.state, small.frozen, small.batch)
+    _, batches, metrics, samples = prepare(small.state, small.frozen, small.batch)
     joined = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *batches)
-    lines = {tuple(map(int, x["completion"].split())) + (x["prompt"],): x for x in prepare.samples(4)}
+    lines = {tuple(map(int, x["completion"].split())) + (x["prompt"],): x for x in samples}
     for prompt, ids, fields in by_completion(joined):
         kl = fields["old_logprobs"] - fields["ref_logprobs"]
         line = lines[(*(i for i in ids if i not in STOP), f"prompt {prompt}")]
@@ -107,9 +107,7 @@ def test_parts_and_scores_of_tokens_are_the_loop(small, config):
         for t in range(len(ids)):
             assert fields["returns"][t] == pytest.approx(sum(rewards[t:]), abs=1e-4)
         assert line["score"] == pytest.approx((whole or 0.0) + 0.5 * sum(ids) / 32, abs=1e-6)
-    assert float(metrics["objective/scores"]) == pytest.approx(
-        np.mean([x["score"] for x in prepare.samples(4)]), rel=1e-5
-    )
+    assert float(metrics["objective/scores"]) == pytest.approx(np.mean([x["score"] for x in samples]), rel=1e-5)
 
 
 def test_parts_as_arrays():
@@ -158,11 +156,10 @@ def test_unsampled_tokens_are_not_trained_on(small, config, monkeypatch):
         rollout, figures = sample(*args, **options)
         return put_batch(jax.tree.map(np.asarray, with_tool(rollout)), small.mesh), figures
 
-    _, plain, _ = small.prepare(small.state, small.frozen, small.batch)
-    lines = small.prepare.samples(4)
+    _, plain, _, lines = small.prepare(small.state, small.frozen, small.batch)
     monkeypatch.setattr(collect, "roll_out", off)
-    _, batches, metrics = small.prepare(small.state, small.frozen, small.batch)
-    assert [x["completion"] for x in small.prepare.samples(4)] == [x["completion"] for x in lines]  # read whole
+    _, batches, metrics, samples = small.prepare(small.state, small.frozen, small.batch)
+    assert [x["completion"] for x in samples] == [x["completion"] for x in lines]  # read whole
     for one, other in zip(plain, batches, strict=True):
         np.testing.assert_array_equal(one.batch.rows.tokens, other.batch.rows.tokens)
         trained, before = np.asarray(other.batch.readouts.mask), np.asarray(one.batch.readouts.mask)
@@ -178,7 +175,7 @@ def test_fewer_slots_collect_the_same(small, config):
     """Slots that are refilled: bitwise the same tokens, experience to rounding."""
     c = config.copy_and_resolve_references()
     c.rollout.num_slots = 3
-    (_, plain, _), (_, refilled, _) = (
+    (_, plain, *_), (_, refilled, *_) = (
         prepare(small.state, small.frozen, small.batch) for prepare in (small.prepare, prepare_of(small, c))
     )
     for one, other in zip(plain, refilled, strict=True):

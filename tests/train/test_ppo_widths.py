@@ -19,7 +19,7 @@ def test_a_program_for_each_width_and_the_same_results(x64, monkeypatch):
 
     def iteration(number):
         state = w.state._replace(data_cursor=jax.device_put(np.int32(number), w.state.data_cursor.sharding))
-        _, (batch,), metrics = w.prepare(state, w.frozen, w.batch)
+        _, (batch,), metrics, _ = w.prepare(state, w.frozen, w.batch)
         return batch, metrics
 
     def programs():
