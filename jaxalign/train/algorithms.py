@@ -21,31 +21,16 @@ from jaxalign.steps.reward import reward_objective
 from jaxalign.steps.sft import sft_objective
 from jaxalign.train.models import Role, Roles, revision_of
 from jaxalign.train.named_functions import own_estimator, own_loss
+from jaxalign.train.prepare import Prepare, Prepared
 from jaxalign.types import (
     Batch,
     CausalByIndex,
     CausalByPosition,
     Completions,
-    Params,
     PolicyBatch,
     Readouts,
     Rows,
-    TrainState,
 )
-
-
-class Prepared(NamedTuple):
-    """What a batch of the data stream becomes before it is stepped on."""
-
-    state: TrainState
-    batches: list[Any]  # one update each
-    metrics: dict[str, Any] = {}  # noqa: RUF012
-    samples: list[dict[str, Any]] | None = None  # this process's completions; None: nothing was sampled
-
-
-# (state, frozen, a batch on the mesh) -> Prepared.  All reads of `state` end before it returns: the steps that follow
-# take over its memory.
-Prepare = Callable[[TrainState, dict[str, Params], Any], Prepared]
 
 
 class Program(NamedTuple):

@@ -33,10 +33,10 @@ from jaxalign.rewards.score_shaping import initial_statistics
 from jaxalign.rewards.scores import combine, one_part
 from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.host import all_rows
-from jaxalign.train.algorithms import Prepared
 from jaxalign.train.collect import Collector, Forward
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.policy_batches import OF_SCORES, make_batches
+from jaxalign.train.prepare import Prepared
 from jaxalign.types import Array, Batch, Params, TrainState
 
 _EVAL_STREAM = 2**31 - 1  # the iteration number whose keys evaluation uses
@@ -67,7 +67,7 @@ def make_prepare(
     stop_ids: tuple[int, ...],
     mesh: Mesh,
     estimator: str | Estimator = "gae",
-) -> Prepare:
+) -> Experience:
     """The collection of experience for one stage.
 
     Args:
@@ -107,10 +107,10 @@ def make_prepare(
         mesh=mesh,
         parts=minibatches * accumulation,
     )
-    return Prepare(config, collector, ESTIMATORS[estimator] if isinstance(estimator, str) else estimator)
+    return Experience(config, collector, ESTIMATORS[estimator] if isinstance(estimator, str) else estimator)
 
 
-class Prepare:
+class Experience:
     """See `make_prepare`."""
 
     def __init__(self, config: Any, collector: Collector, estimator: Estimator):
@@ -186,7 +186,7 @@ def _eval_sums(used, rollout, forward, scores) -> dict[str, tuple[Array, Array]]
 
 
 def eval_metrics() -> list[str]:
-    """The names of what `Prepare.evaluate` measures, whatever the batch."""
+    """The names of what `Experience.evaluate` measures, whatever the batch."""
     number, truth, one = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool), np.zeros(1, bool)
     rollout = Rollout(np.zeros((1, 1), np.int32), truth, truth, number, one)
     scores = one_part(number[:, 0], one)

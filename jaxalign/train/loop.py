@@ -20,7 +20,6 @@ from jaxalign.ops.trees import joined
 from jaxalign.parallel.host_memory import DEVICE, HOST, moved
 from jaxalign.parallel.processes import say
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
-from jaxalign.train.algorithms import Prepare, Prepared
 from jaxalign.train.best import Patience
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.compiled import Compiled
@@ -28,6 +27,7 @@ from jaxalign.train.health import Health
 from jaxalign.train.interrupts import Interrupted, StopRequests
 from jaxalign.train.lock import Lock
 from jaxalign.train.metrics import Progress, Writer, count_tokens, headline
+from jaxalign.train.prepare import Prepare, Prepared
 from jaxalign.train.profile import Profile
 from jaxalign.types import Params, TrainState
 
