@@ -77,9 +77,9 @@ def chat(argv: list[str]) -> int:
     """Talks with a model."""
     flags = parser(
         "chat",
-        "Talks with a model: each line typed (or piped in) is a message, each answer is printed. The dialogue is put\n"
-        "into the model's chat template, or written as plain text, as in training, where it has none. /reset begins\n"
-        "anew, /quit ends.",
+        "Talks with a model: each line typed (or piped in) is a message, answers appear as they are decoded. The\n"
+        "dialogue is put into the model's chat template, or written as plain text, as in training, where it has none.\n"
+        "/reset begins anew, Ctrl-C stops an answer, /quit ends.",
         MODEL,
         ("--system", str, None, "a system message before the dialogue"),
         *sampling_flags(within_room=True),

@@ -1,4 +1,4 @@
-"""A dialogue with a model, line by line."""
+"""A dialogue with a model, line by line, its answers as they are decoded."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from jaxalign.errors import InputError
 if TYPE_CHECKING:
     from jaxalign.rollout.sampling import Sampling
 
-HELP = "/reset begins anew, /quit (or the end of the input) ends"
+_COLUMNS = 256  # that the dialogue is given, then twice as many: each further number compiles anew
+
+HELP = "/reset begins anew, Ctrl-C stops an answer, /quit (or the end of the input) ends"
 
 
 def chat(
     model: str,
     sampling: Sampling,
     *,
-    system: str | None = None,
     seed: int,
     within_room: bool = False,
+    system: str | None = None,
     dtype: str | None = None,
     lines: Iterable[str] | None = None,
     out: TextIO | None = None,
 ) -> None:
     """Answers each line of the input as the user's next message; the whole dialogue is what the model reads.
 
-    Where the dialogue outgrows the model, its oldest turns are left out.
+    Where the dialogue outgrows the model, its oldest turns are left out.  A Ctrl-C stops an answer: what was said of it
+    stays in the dialogue.
 
     Args:
       model: directory or hub id of a language model, such as a run's export.
       sampling: how, and how many tokens of an answer at most.
-      system: a system message before the dialogue.
       seed: of the first answer; each further one has the next.
       within_room: answers take half of what the model was made for, at most.
+      system: a system message before the dialogue.
       dtype: of weights and computation; None: the configuration's default.
       lines: the user's messages; None: standard input, with a prompt on a terminal.
       out: where answers go; None: standard output.
@@ -50,7 +53,7 @@ def chat(
     most = sampling.max_new_tokens
     if loaded.context is not None and within_room:
         most = min(most, max(1, loaded.context // 2))
-    generator = loaded.generator(sampling._replace(max_new_tokens=most))
+    generator = loaded.generator(sampling._replace(max_new_tokens=most), columns=_COLUMNS)
     start = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
     for line in _typed() if lines is None else lines:
@@ -62,19 +65,56 @@ def chat(
             print(HELP if said == "/help" else "a new dialogue", file=sys.stderr)
         elif said:
             turns.append({"role": "user", "content": said})
-            turns = _within(generator, start, turns, loaded.context, most)
-            (answer,) = generator([start + turns], seed=seed)
+            turns, ids = _within(generator, start, turns, loaded.context, most)
+            answer = _Answer(loaded.tokenizer, out or sys.stdout)
+            try:
+                (whole,) = generator.continue_ids([ids], seed=seed, heard=answer.hear)
+                answer.say(whole.text)
+            except KeyboardInterrupt:
+                if lines is None and not sys.stdin.isatty():  # a script's: no one is there to type the next message
+                    raise
+            answer.end()
             seed += 1
-            turns.append({"role": "assistant", "content": answer.text.strip()})
-            print(answer.text.strip(), file=out or sys.stdout, flush=True)
+            if answer.text:
+                turns.append({"role": "assistant", "content": answer.text})
+            else:
+                turns.pop()  # no word came to this message
+
+
+class _Answer:
+    """An answer that is written while it is decoded."""
+
+    def __init__(self, tokenizer: Any, out: TextIO):
+        self.text = ""  # what has been written
+        self._tokenizer, self._out = tokenizer, out
+        self._ids: list[int] = []
+
+    def hear(self, number: int, ids: Iterable[int]) -> None:
+        """Further tokens."""
+        from jaxalign.rollout.engine import settled_text
+
+        self._ids.extend(ids)
+        self.say(settled_text(self._tokenizer, self._ids))
+
+    def say(self, text: str) -> None:
+        """The answer so far: what is new of it is written."""
+        text = text.strip()
+        if text.startswith(self.text):
+            new, self.text = text[len(self.text) :], text
+            self._out.write(new)
+            self._out.flush()
+
+    def end(self) -> None:
+        self._out.write("\n")
+        self._out.flush()
 
 
 def _within(
     generator: Any, start: list[dict[str, str]], turns: list[dict[str, str]], context: int | None, most: int
-) -> list[dict[str, str]]:
-    """The dialogue without its oldest turns, as far as the model and an answer of `most` tokens have no room for it."""
+) -> tuple[list[dict[str, str]], Any]:
+    """The dialogue, and its token ids, without the oldest turns where it and an answer outgrow the model."""
     dropped = False
-    while context is not None and len(ids := generator.encode([start + turns])[0]) + most > context:
+    while len(ids := generator.encode([start + turns])[0]) + most > (context or sys.maxsize):
         if len(turns) == 1:
             raise InputError(
                 f"a message of {len(ids)} tokens, and answers of up to {most}",
@@ -84,7 +124,7 @@ def _within(
         turns, dropped = turns[2:], True
     if dropped:
         print("note: the oldest turns are left out: the dialogue outgrew the model", file=sys.stderr)
-    return turns
+    return turns, ids
 
 
 def _typed() -> Iterator[str]:

@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
 
         Args:
           sampling: how, and how many tokens at most.
-          options: `batch_size`, if not `Generator`'s own.
+          options: `batch_size` and `columns`, if not `Generator`'s own.
         """
         options |= {"stop_ids": self.stop_ids, "mesh": self.mesh}
         return Generator(self.model, self.params, self.tokenizer, sampling=sampling, **options)

@@ -22,7 +22,7 @@ from jaxalign.data.tokenize import Example
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.driver import Decoder, Ready, groups_of, on_mesh, side_by_side, whole_shards
+from jaxalign.rollout.driver import Decoder, Heard, Ready, groups_of, on_mesh, side_by_side, whole_shards
 from jaxalign.rollout.host import all_rows
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, completion_width, few_sizes, power_of_two
@@ -68,10 +68,12 @@ def _in_rows(wanted: list[_Wanted], width: int) -> list[list[_Wanted]]:
     return rows
 
 
-def _plan(wanted: list[_Wanted], groups: int, times: int) -> tuple[list[list[list[_Wanted]]], int, int]:
+def _plan(wanted: list[_Wanted], groups: int, times: int, columns: int) -> tuple[list[list[list[_Wanted]]], int, int]:
     """Each group's rows of prompts, and in how many rows of how many columns all are read, in about so many times."""
     lengths = [len(w.prompt) for w in wanted]
     width = max(cache_width(lengths[-1]), min(cache_width(sum(lengths)), _ROW))
+    if columns:
+        width = power_of_two(max(lengths[-1], columns))
     dealt = [_in_rows(wanted[i::groups], width) for i in range(groups)]
     return dealt, few_sizes(-(-max(len(rows) for rows in dealt) // times)), width
 
@@ -79,8 +81,8 @@ def _plan(wanted: list[_Wanted], groups: int, times: int) -> tuple[list[list[lis
 class _Lists:
     """Completions that are wanted, by the length of their prompts, and the prompts of the next ones, read ahead."""
 
-    def __init__(self, model, params, rows: list[list[_Wanted]], shape: tuple[int, int], mesh):
-        self._model, self._params, self._mesh, self._shape = model, params, mesh, shape
+    def __init__(self, model, params, rows: list[list[_Wanted]], shape: tuple[int, int], columns: int, mesh):
+        self._model, self._params, self._mesh, self._shape, self._columns = model, params, mesh, shape, columns
         self._waiting = deque(rows)
         self.ready: deque[Ready] = deque()
         self.prefilled: Prefilled | None = None
@@ -104,7 +106,7 @@ class _Lists:
                 end += len(prompt)
                 self.ready.extend(Ready(len(rows), end, len(prompt), s, s) for s in samples)
             rows.append([Example(own.samples[0], own.prompt, (), (), (), 1.0, 0.0) for own in self._waiting.popleft()])
-        self.window = min(cache_width(power_of_two(max(r.length for r in self.ready))), width)
+        self.window = min(cache_width(power_of_two(max(self._columns, *(r.length for r in self.ready)))), width)
         part, parts = (0, 1) if self._mesh is None else batch_part(self._mesh)
         own = height // parts
         layout, shape = Layout("none"), Shape(own, width, 0, width)
@@ -142,6 +144,8 @@ def continue_prompts(
     mesh: Mesh | None = None,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
+    columns: int = 0,
+    heard: Heard | None = None,
 ) -> tuple[list[Sampled], dict[str, float]]:
     """Samples completions of any number of prompts.
 
@@ -157,6 +161,8 @@ def continue_prompts(
       mesh: where it runs; None: one device.
       sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a completion.
+      columns: that prompts are given at least, and then powers of two: few programs for a dialogue that grows.
+      heard: is told a completion's number and its new tokens every few steps; of one completion in this thread.
 
     Returns:
       The completions by number, and figures: `tokens_per_second`, `slot_occupancy`, `time/prefill`, `time/decode`.
@@ -170,14 +176,14 @@ def continue_prompts(
         num_slots = whole_shards(num_slots, mesh)
     wanted, groups = _by_length(prompts, num_samples), groups_of(num_slots, mesh)
     groups = min(groups, len(wanted))
-    dealt, height, width = _plan(wanted, groups, times=-(-total // num_slots))
+    dealt, height, width = _plan(wanted, groups, -(-total // num_slots), columns)
     shape = (height if mesh is None else whole_shards(height, mesh), width)
     with on_mesh(mesh):
         laid = lay_out(model, params)
 
     def work(rows: list[list[_Wanted]], stop: threading.Event) -> tuple[_Lists, Decoder]:
-        queue = _Lists(model, params, rows, shape, mesh)
-        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids)
+        queue = _Lists(model, params, rows, shape, columns, mesh)
+        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids, heard)
         decoder.run(queue, stop)
         return queue, decoder
 

@@ -33,10 +33,14 @@ from jaxalign.types import Params
 
 GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
 _MOST_STEPS = 128  # between two looks of the host
+_HEARD_STEPS = 4  # the same where someone reads along
 _IDLE = 8  # one in so many slots may wait for its next prompt: refilling costs time too
 _GROUP = 8  # slots of a CPU's thread, at least, since each thread reads all weights: two of 8 are 1.3x one of 16
 _FEWEST = 8  # slots that rows move together to, at least: with fewer a step is hardly cheaper
 _WORTH = 32  # tokens that a row may have left, at least, where rows move together
+
+
+Heard = Callable[[int, np.ndarray], None]  # number of a completion, its new tokens
 
 
 class Ready(NamedTuple):
@@ -74,6 +78,7 @@ class Decoder:
         mesh: Mesh | None,
         sampling: Sampling,
         stop_ids: tuple[int, ...],
+        heard: Heard | None = None,
     ):
         """
         Args:
@@ -84,10 +89,12 @@ class Decoder:
           mesh: where it runs; None: one device.
           sampling: how, and how many tokens at most.
           stop_ids: the tokens that end a completion.
+          heard: is told a completion's new tokens every few steps.
         """
         self._model, self._params, self._key = model, params, key
         self._limit = sampling.max_new_tokens
         self._options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids}
+        self._heard, self._steps = heard, _HEARD_STEPS if heard else _MOST_STEPS
         self._shards = 1 if mesh is None else batch_shards(mesh)
         self._slots: Any = None
         self._column = self._width = 0
@@ -187,15 +194,16 @@ class Decoder:
         batch, live = len(self._number), self.live
         length = min(self._limit, _MOST_STEPS)
         draws = empty_draws(batch=batch, length=length, dtype=at_least_float32(self._slots.hidden).dtype)
-        fewest, steps = min(int(live.sum()) - 1, floor), min(length, self._width - self._column)
+        fewest, steps = min(int(live.sum()) - 1, floor), min(length, self._steps, self._width - self._column)
         self._slots, draws, taken = advance(
             self._model, self._params, self._slots, draws, self._key, np.int32(steps), np.int32(fewest), **self._options
         )
         tokens, mask, logprobs, alive = (all_rows(x) for x in (*draws, self._slots.live))
         for row in np.flatnonzero(live):
-            self.pieces.setdefault(int(self._number[row]), []).append(
-                (tokens[row][mask[row]], logprobs[row][mask[row]])
-            )
+            number, new = int(self._number[row]), tokens[row][mask[row]]
+            self.pieces.setdefault(number, []).append((new, logprobs[row][mask[row]]))
+            if self._heard:
+                self._heard(number, new)
         self._place += mask.sum(axis=1)
         self._number[~alive] = -1
         self._column += int(taken)

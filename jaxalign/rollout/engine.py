@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,11 @@ from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.rollout.continuous import continue_prompts
+from jaxalign.rollout.driver import Heard
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Params
+
+_JOINED = 8  # characters at the end of a text that tokenizers may yet join to those before
 
 
 class Completion(NamedTuple):
@@ -44,6 +48,7 @@ class Generator:
       stop_ids: the tokens that end a completion (`jaxalign.models.tokenizer.stop_ids`).
       sampling: how, and how many tokens at most.
       batch_size: completions at a time, at most.
+      columns: that prompts are given at least, as `continue_prompts` takes it.
       mesh: where it runs; None: one device.  With several processes each calls with the same prompts.
     """
 
@@ -56,10 +61,11 @@ class Generator:
         stop_ids: Sequence[int],
         sampling: Sampling,
         batch_size: int = 32,
+        columns: int = 0,
         mesh: Mesh | None = None,
     ):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
-        self.batch_size = batch_size
+        self.batch_size, self._columns = batch_size, columns
         self.stats: dict[str, float] = {}
         self._encoder = Encoder(tokenizer, stop_ids, render_plain)
         self._sampling, self._stop_ids = sampling, tuple(int(i) for i in stop_ids)
@@ -105,7 +111,12 @@ class Generator:
         return tokenised
 
     def continue_ids(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], *, seed: int, num_samples: int = 1
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        *,
+        seed: int,
+        num_samples: int = 1,
+        heard: Heard | None = None,
     ) -> list[Completion]:
         """Continues token ids, as they are; the texts are those of the new ids alone.
 
@@ -113,6 +124,7 @@ class Generator:
           prompts: of at least one token each.
           seed: of the samples.
           num_samples: completions of each prompt.
+          heard: is told a completion's place in the list and its new tokens, every few steps.
 
         Returns:
           Completions in the order of the prompts, those of one prompt after each other.
@@ -127,6 +139,8 @@ class Generator:
             mesh=self.mesh,
             sampling=self._sampling,
             stop_ids=self._stop_ids,
+            columns=self._columns,
+            heard=heard,
         )
         texts = self.tokenizer.batch_decode([s.ids for s in found], skip_special_tokens=True)
         return [
@@ -148,3 +162,21 @@ def continuation(tokenizer: Any, prompt: Sequence[int] | np.ndarray, ids: Sequen
     before = tokenizer.decode(list(prompt), skip_special_tokens=True)
     whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def settled_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of a completion that is still being decoded, up to where further tokens cannot change it.
+
+    Left out at the end are characters of which bytes are missing, and the last word where it is so short that a
+    tokenizer may yet join it to the one before it (`clean_up_tokenization_spaces` writes " n't" as "n't").
+
+    Args:
+      tokenizer: of transformers.
+      ids: of the completion so far.
+    """
+    end = len(ids)
+    while end and re.fullmatch("<0x..>", tokenizer.convert_ids_to_tokens(int(ids[end - 1])) or ""):
+        end -= 1  # bytes are decoded together: a half character after them makes all of them U+FFFD
+    text = tokenizer.decode(list(ids[:end]), skip_special_tokens=True).rstrip("\ufffd")
+    last = text.rfind(" ", max(0, len(text) - _JOINED))
+    return text[:last] if last >= 0 else text

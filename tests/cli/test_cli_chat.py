@@ -5,6 +5,10 @@ import io
 import pytest
 
 from jaxalign.cli import main
+from jaxalign.pipeline.chat import _Answer, chat
+from jaxalign.pipeline.loaded import load_model
+from jaxalign.rollout.sampling import Sampling
+from jaxalign.rollout.slots import advance, prefill
 from tests.cli.cases import make_reward, with_context
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -47,3 +51,75 @@ def test_wrong_models_are_told_in_words(model, tmp_path, monkeypatch, capsys):
     assert "no directory" in capsys.readouterr().err
     assert main(["chat", "--model", make_reward(model, tmp_path / "rm")]) == 2
     assert "reward model" in capsys.readouterr().err
+
+
+MESSAGES = ["Tell me of a dog.", "And of a cat?", "Who is the bird?"]
+
+
+class Pieces(io.StringIO):
+    """What is written, piece by piece; a Ctrl-C comes with the piece of the given number."""
+
+    def __init__(self, interrupted=None):
+        super().__init__()
+        self.pieces, self.interrupted = [], interrupted
+
+    def write(self, text):
+        self.pieces.append(text)
+        super().write(text)
+        if len(self.pieces) == self.interrupted:
+            raise KeyboardInterrupt
+        return len(text)
+
+
+def answers(model, messages, interrupted=None):
+    """(pieces, lines) of a dialogue, of which each message gets at most 24 tokens."""
+    out = Pieces(interrupted)
+    chat(str(model), Sampling(0.0, 24), seed=0, lines=messages, out=out)
+    return out.pieces, out.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """What the model says to a dialogue of user, assistant, user, ... messages, all at once."""
+    made = load_model(str(model), head="lm").generator(Sampling(0.0, 24))
+
+    def say(*said):
+        roles = ("user", "assistant")
+        (answer,) = made([[{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]], seed=0)
+        return answer.text.strip()
+
+    return say
+
+
+def test_an_answer_is_written_as_it_is_decoded(model, whole):
+    pieces, _ = answers(model, MESSAGES[:1])
+    assert "".join(pieces) == whole(MESSAGES[0]) + "\n"
+    assert len([p for p in pieces if p.strip()]) > 3
+
+
+def test_an_interrupted_answer_stays_in_the_dialogue(model, whole):
+    _, (first, second) = answers(model, MESSAGES[:2], interrupted=3)
+    all_of_it = whole(MESSAGES[0])
+    assert first and all_of_it.startswith(first) and len(first) < len(all_of_it)
+    assert second == whole(MESSAGES[0], first, MESSAGES[1])
+
+
+def test_a_message_without_a_word_of_an_answer_is_forgotten(model, whole, monkeypatch):
+    def once(self, number, ids):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Answer, "hear", once)
+    assert answers(model, MESSAGES[:2])[1] == ["", whole(MESSAGES[1])]
+
+
+def test_a_dialogue_that_grows_compiles_once(model):
+    programs = []
+
+    def messages():
+        for message in MESSAGES:
+            yield message
+            programs.append(prefill._cache_size() + advance._cache_size())
+
+    answers(model, messages())
+    assert len(programs) == 3 and len(set(programs)) == 1

@@ -8,7 +8,7 @@ from jaxalign.models import hf
 from jaxalign.models.tokenizer import load_tokenizer, stop_ids
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rollout.engine import Generator, continuation
+from jaxalign.rollout.engine import Generator, continuation, settled_text
 from jaxalign.rollout.sampling import Sampling
 
 PROMPTS = ["Once upon a time", "Tom", "The cat sat on the mat and looked at the bird. It was", "Lily said"]
@@ -67,3 +67,20 @@ def test_a_prompt_without_tokens_is_refused(shared):
     made = Generator(model, drawn(model), tokenizer, stop_ids=(0,), sampling=Sampling(0.0, 2))
     with pytest.raises(InputError, match="prompt 1 has no token"):
         made(["x", ""], seed=0)
+
+
+NAMES = ("tokenizers/gpt2", "tokenizers/minimind-6400", "models/stories260k-llama")
+SAID = "Déjà vu 😀😀: don't, 中文 ' quoted ' , I 've it\u00a0\ufffd! do n't . ñ"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("joined", [False, True])
+def test_settled_text_is_never_taken_back(shared, name, joined):
+    """Each prefix of the tokens gives a beginning of the whole text, of half characters nothing."""
+    tokenizer = load_tokenizer(shared / name)
+    tokenizer.clean_up_tokenization_spaces = joined
+    ids = tokenizer(SAID, add_special_tokens=False)["input_ids"]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    settled = [settled_text(tokenizer, ids[:n]) for n in range(len(ids) + 1)]
+    assert all(whole.startswith(text) for text in settled)
+    assert len(set(settled)) > 8 and len(settled[-1]) > len(whole) - 10
