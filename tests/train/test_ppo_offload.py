@@ -12,7 +12,7 @@ from jaxalign.config import defaults
 from jaxalign.models import hf
 from jaxalign.train import trainer
 from jaxalign.train.compiled import Compiled
-from jaxalign.train.experience import Prepare
+from jaxalign.train.experience import Experience
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_run_is_bitwise_the_same_and_holds_less(shared, tmp_path, monkeypatch,
 
         monkeypatch.setattr(kind, name, record)
 
-    recorded(Prepare, "__call__")
+    recorded(Experience, "__call__")
     recorded(Compiled, "__call__")
     results = {}
     for offload in (False, True):
@@ -73,7 +73,7 @@ def test_a_run_is_bitwise_the_same_and_holds_less(shared, tmp_path, monkeypatch,
     assert results[True]["num_compiles"] == 1
     frozen = sum(results[False]["model_bytes"][role] for role in ("ref", "reward"))
     moments = results[False]["optimizer_bytes"]
-    for phase, waiting in (("Prepare", frozen + moments), ("Compiled", frozen)):
+    for phase, waiting in (("Experience", frozen + moments), ("Compiled", frozen)):
         without, with_it = held[phase, False], held[phase, True]
         assert len(without) == len(with_it) == 2
         for x, y in zip(without, with_it, strict=True):
