@@ -152,6 +152,12 @@ def _check_trackers(cfg: Any) -> None:
     for tag in cfg.tags:
         if not isinstance(tag, str) or not tag.strip():
             raise InputError(f"logging.tags holds {shown(tag)}", "words", "--config.logging.tags=first,second")
+    if cfg.run_name and (len(cfg.run_name) > 128 or not cfg.run_name.isprintable()):
+        raise InputError(
+            f"logging.run_name is {shown(cfg.run_name)}",
+            "one line of at most 128 characters, as trackers take it",
+            "--config.logging.run_name=dpo-beta-0.1",
+        )
 
 
 def _check_mesh(sizes: Any) -> None:

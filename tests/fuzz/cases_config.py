@@ -199,6 +199,7 @@ def _texts(rng):
         }.items():
             fine = {"workdir": ("nowhere", "number", "newline"), "data.cache_dir": ("nowhere", "number", "newline")}
             fine["logging.project"] = ("nowhere", "number", "newline", "long", "nul")
+            fine["logging.run_name"] = ("nowhere", "number")
             fine["checkpoint.best_metric"] = fine["model.revision"] = ()
             expect = SOUND if name in fine.get(field, ()) else REFUSED
             yield _case(rng, field, algorithms, name, value, expect, words=(), dry=field == "workdir")
