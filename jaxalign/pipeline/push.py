@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_push(repo: str) -> str:
 def push(directory: Any, repo: str, *, kept: bool = True) -> str:
     """Uploads an export in place of an earlier one; a repository that is not there is made, and is private.
 
-    One that is there stays as public as it is.
+    One that is there stays as public as it is, with a warning where the model card then shows the run's data.
 
     Args:
       directory: of the export.
@@ -72,6 +73,9 @@ def push(directory: Any, repo: str, *, kept: bool = True) -> str:
     try:
         api = HfApi(token=token)
         api.create_repo(repo, private=True, exist_ok=True)
+        card = folder / "README.md"
+        if not api.repo_info(repo).private and card.exists() and "\n## Data\n" in card.read_text(encoding="utf-8"):
+            print(f"warning: {repo} is public, and README.md names the run's data and configuration", file=sys.stderr)
         found = api.upload_folder(
             folder_path=folder, repo_id=repo, commit_message="Model exported by jaxalign", delete_patterns=_REPLACED
         )

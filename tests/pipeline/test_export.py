@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -233,7 +234,7 @@ def test_a_card_that_somebody_wrote_is_not_replaced(run, tmp_path, capsys):
 class Hub:
     """A hub that notes what it is given, or refuses."""
 
-    def __init__(self, monkeypatch, token="t", error=None):
+    def __init__(self, monkeypatch, token="t", error=None, private=True):
         import huggingface_hub
         from huggingface_hub import constants
 
@@ -247,6 +248,9 @@ class Hub:
 
             def create_repo(api, repo, **options):
                 self.calls.append(("create", repo, options))
+
+            def repo_info(api, repo):
+                return SimpleNamespace(private=private)
 
             def upload_folder(api, *, folder_path, repo_id, commit_message, delete_patterns):
                 assert "*.safetensors.index.json" in delete_patterns and "*.safetensors" in delete_patterns
@@ -263,6 +267,15 @@ def test_push(run, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "me/model\n"
     assert ("token", "t") in hub.calls and ("create", "me/model", {"private": True, "exist_ok": True}) in hub.calls
     assert {"README.md", "config.json", "model.safetensors"} <= set(hub.calls[-1][2])
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_push_where_all_can_read_the_card_warns(run, monkeypatch, capsys, private):
+    hub = Hub(monkeypatch, private=private)
+    assert main(["export", "--workdir", str(run), "--push", "me/model"]) == 0
+    said = capsys.readouterr().err
+    assert ("me/model is public" in said) is not private
+    assert hub.calls[-1][0] == "upload"
 
 
 @pytest.mark.parametrize(
