@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def build(
         field="data.eval_sources" if own_sources else "data.sources",
         on_error=data.on_error,
         max_skipped=data.max_skipped,
+        directory=_cache_dir(config),
     )
     return from_records(records, config, tokenizer, split, eos_ids=eos_ids, like=like, tally=tally.to_dict())
 
@@ -87,9 +89,7 @@ def from_records(
       InputError: a record of a form that the algorithm does not read; else as `build`.
     """
     data, reads = config.data, ALGORITHMS[config.algorithm.name].reads
-    _check_forms(records, reads)
     encoder = Encoder(tokenizer, eos_ids, render_plain)
-    records = _without_system_turns(records, data.system_turns)
     limits = _limits(config, reads, encoder)
     options = {
         "train_on": data.get("train_on", "completion"),
@@ -102,8 +102,9 @@ def from_records(
     max_row_length = row_length or limits.max_length * max(len(slots(reads)), 1)
 
     def examples(counts: Notes) -> Iterator[tuple[Record, Example]]:
-        made = tokenize_records(records, encoder, **options, notes=counts)
-        for record, example in zip(records, made, strict=True):
+        used, ahead = tee(_with_system_turns(records, data.system_turns))
+        made = tokenize_records(ahead, encoder, **options, notes=counts)
+        for record, example in zip(used, made, strict=True):
             result = example if isinstance(example, Dropped) else limits.apply(example, counts)
             if not isinstance(result, Dropped):
                 lengths: list[np.ndarray | int] = [len(c) for c in result.completions]
@@ -119,7 +120,16 @@ def from_records(
             else:
                 yield record, result
 
-    content, sources = digest_records(records)
+    plain = 0  # dialogues that have no template
+
+    def checked() -> Iterator[Record]:
+        nonlocal plain
+        for record in _with_system_turns(records, data.system_turns):
+            _check_form(record, reads)
+            plain += encoder.template.is_plain and _is_dialogue(record)
+            yield record
+
+    content, sources = digest_records(checked())
     key = digest(
         config.algorithm.name,  # nothing depends on it: caches of earlier versions have it, and stay valid
         [content, sources],
@@ -157,23 +167,20 @@ def from_records(
     )
     dataset.records_digest = content
     train = like if split == "eval" else None
-    plain = sum(map(_is_dialogue, records)) if encoder.template.is_plain else 0
     dataset.report = data_report(dataset, tally, train, plain)
     return dataset
 
 
-def _without_system_turns(records: Sequence[Record], how: str) -> Sequence[Record]:
-    """Records whose system turns are folded into the user's or dropped, as `data.system_turns` says."""
-    if how == "keep":
-        return records
-
-    def changed(record: Record) -> Record:
-        fields = ("messages", "prompt", "completion", "chosen", "rejected")
+def _with_system_turns(records: Iterable[Record], how: str) -> Iterator[Record]:
+    """Records whose system turns are kept, folded into the user's or dropped, as `data.system_turns` says."""
+    fields = ("messages", "prompt", "completion", "chosen", "rejected")
+    for record in records:
+        if how == "keep":
+            yield record
+            continue
         lists = {name: value for name in fields if isinstance(value := getattr(record, name), list)}
         parts: dict[str, Any] = {name: with_system_turns(value, how) for name, value in lists.items()}
-        return record._replace(**parts)
-
-    return [changed(record) for record in records]
+        yield record._replace(**parts)
 
 
 def _completed(tally: dict[str, Any], store: TokenStore, encoder: Encoder) -> dict[str, Any]:
@@ -201,10 +208,10 @@ def _is_dialogue(record: Record) -> bool:
     return isinstance(record.messages, list) or isinstance(record.prompt, list)
 
 
-def _check_forms(records: Sequence[Record], reads: Reads) -> None:
-    if strange := next((record for record in records if record.form not in reads.forms), None):
+def _check_form(record: Record, reads: Reads) -> None:
+    if record.form not in reads.forms:
         raise InputError(
-            f"record {strange.index} ({strange.source}:{strange.line}) is of the form {strange.form!r}",
+            f"record {record.index} ({record.source}:{record.line}) is of the form {record.form!r}",
             f"one of {', '.join(reads.forms)}",
             "records that `load_records` has read for this algorithm",
         )

@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.records import Notes, Record
-from jaxalign.data.split import Groups, prompt_key
+from jaxalign.data.split import Groups
 from jaxalign.data.tokenize import Example
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
 
 FORMAT = 3
 _FILES = ("tokens.bin", "scored.bin", "records.jsonl", "table.npy", "record_ends.npy")
+_ROWS = 256  # of the table that are made at once
 TABLE = np.dtype(
     [
         ("start", np.int64),  # of the prompt in tokens.bin
@@ -138,7 +140,7 @@ def _map(path: Path, dtype) -> np.ndarray:
 
 
 def _write(directory: Path, pairs: Iterable[tuple[Record, Example]], meta: Callable[[], dict[str, Any]]) -> None:
-    rows, ends, place, end = [], [], 0, 0
+    rows, table_bytes, ends, place, end = [], bytearray(), array("q"), 0, 0
     groups = Groups()
     with (
         open(directory / "tokens.bin", "wb") as tokens,
@@ -146,15 +148,17 @@ def _write(directory: Path, pairs: Iterable[tuple[Record, Example]], meta: Calla
         open(directory / "records.jsonl", "wb") as lines,
     ):
         for record, example in pairs:
-            groups.add(record)
             count = len(example.completions)
             lengths = [len(c) for c in example.completions] + [0] * (2 - count)
             sums = [int(m.sum()) for m in example.masks] + [0] * (2 - count)
             done = (*example.complete, *[False] * (2 - count))
             data = [np.ascontiguousarray(part, np.int32).tobytes() for part in (example.prompt, *example.completions)]
-            keys = (int(digest(*data)[:16], 16), prompt_key(record), 0)
+            keys = (int(digest(*data)[:16], 16), groups.add(record), 0)
             head = (place, len(example.prompt), lengths, sums, count, done, example.weight, example.score)
             rows.append((*head, *keys))
+            if len(rows) == _ROWS:
+                table_bytes += np.array(rows, TABLE).tobytes()
+                rows.clear()
             for part in data:
                 tokens.write(part)
             scored.write(bytes(len(example.prompt)))
@@ -165,7 +169,8 @@ def _write(directory: Path, pairs: Iterable[tuple[Record, Example]], meta: Calla
             lines.write(line)
             end += len(line)
             ends.append(end)
-    table = np.array(rows, TABLE)
+    table_bytes += np.array(rows, TABLE).tobytes()
+    table = np.frombuffer(table_bytes, TABLE)
     table["group"] = groups.finish()
     np.save(directory / "table.npy", table)
     np.save(directory / "record_ends.npy", np.array(ends, np.int64))
@@ -207,20 +212,28 @@ def open_or_write(
       InputError: where nothing can be written to `cache_dir`.
     """
     root = Path(cache_dir)
-    try:
+    with writable(root):
         root.mkdir(parents=True, exist_ok=True)
         return _open_or_write(root, key, examples)
+
+
+@contextlib.contextmanager
+def writable(root: str | os.PathLike) -> Iterator[None]:
+    """Turns every failure to write below the cache's directory into an InputError that names the directory."""
+    try:
+        with writing(root):
+            yield
     except OSError as error:
         raise InputError(
-            f"{root}: the cache of tokens cannot be written ({error.strerror or error})",
-            "a directory on this machine with room for it: about 5 bytes for a token, and the records",
+            f"{os.fspath(root)}: the cache of tokens cannot be written ({error.strerror or error})",
+            "a directory on this machine with room for it: about 5 bytes for a token, and the records twice",
             "--config.data.cache_dir=DIR",
         ) from error
 
 
 def _open_or_write(root: Path, key: str, examples: Callable[[Notes], Iterable[tuple[Record, Example]]]) -> TokenStore:
     final = root / key
-    with writing(root), _locked(root / f"{key}.lock") as alone:
+    with _locked(root / f"{key}.lock") as alone:
         damage = _damage(final, key)
         if damage is not None:
             for left_over in root.glob(f"{key}.*.tmp") if alone else ():
@@ -266,7 +279,7 @@ def _checksum(path: Path) -> int:
     """CRC-32 of a file: it finds flipped bits and torn ends, and is the fastest sum that Python has."""
     sum = 0
     with open(path, "rb") as file:
-        while part := file.read(1 << 22):
+        while part := file.read(1 << 16):
             sum = zlib.crc32(part, sum)
     return sum
 

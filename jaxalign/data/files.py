@@ -167,12 +167,12 @@ def _json(text: str) -> Any:
 
 def _read_jsonl(path: str, on_bad: OnBad) -> Iterator[Raw]:
     with _stream(path) as stream:
-        encoding = _encoding(path, stream)
-        # Lines end at \n alone: U+2028 and its kin are legal inside a JSON string.
-        lines: Iterable[bytes | str] = stream
-        if encoding != "utf-8-sig":
-            lines = io.TextIOWrapper(stream, encoding=encoding, newline="\n")
-        yield from _json_lines(path, lines, on_bad)
+        yield from _json_lines(path, _lines(stream, _encoding(path, stream)), on_bad)
+
+
+def _lines(stream: IO[bytes], encoding: str) -> IO[Any]:
+    """The stream itself where it is UTF-8, else its text.  Lines end at \\n alone: U+2028 is legal in a JSON string."""
+    return stream if encoding == "utf-8-sig" else io.TextIOWrapper(stream, encoding=encoding, newline="\n")
 
 
 def _json_lines(path: str, lines: Iterable[bytes | str], on_bad: OnBad) -> Iterator[Raw]:
@@ -227,20 +227,22 @@ def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
     """An array of objects, an object of equally long columns, an object around one array, or JSON lines."""
     with _stream(path) as stream:
         encoding = _encoding(path, stream)
-        text = stream.read().decode(encoding)
+        lines = _lines(stream, encoding)
+        begin: list[Any] = []  # up to the second line that is not blank
+        full = 0
+        for line in lines:
+            begin.append(line)
+            full += bool(line.strip())
+            if full == 2:
+                break
+        if full == 2 and _is_object(next(line for line in begin if line.strip())):  # JSON lines, as many .json files
+            yield from _json_lines(path, chain(begin, lines), on_bad)
+            return
+        begin.append(lines.read())
+    text = "".join(begin) if encoding != "utf-8-sig" else b"".join(begin).decode(encoding)
     try:
         whole = _json(text)
     except ValueError as error:
-        # Many .json files hold JSON lines; then the first line is whole by itself.
-        lines = text.split("\n")
-        first = next((line for line in lines if line.strip()), "")
-        try:
-            is_lines = isinstance(_json(first), dict)
-        except ValueError:
-            is_lines = False
-        if is_lines:
-            yield from _json_lines(path, lines, on_bad)
-            return
         if not text.strip():
             return
         line = getattr(error, "lineno", 1)
@@ -260,6 +262,14 @@ def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
             on_bad(BadRow(f"{path}:{number}", f"record {number} is {_kind(row)}", "an object", fix, "no JSON object"))
             continue
         yield Raw(path, number, row)
+
+
+def _is_object(line: bytes | str) -> bool:
+    """Whether a line is a JSON object by itself."""
+    try:
+        return isinstance(_json(line.decode("utf-8-sig") if isinstance(line, bytes) else line), dict)
+    except ValueError:  # a UnicodeDecodeError is one too
+        return False
 
 
 def _rows_of(whole: Any) -> list | None:
@@ -367,9 +377,10 @@ def _arrow_rows(path: str, batches) -> Iterator[Raw]:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged file's offsets point outside of it: reading there would end the process
-        for row in batch.to_pylist():
-            number += 1
-            yield Raw(path, number, row)
+        for start in range(0, batch.num_rows, 1024):
+            for row in batch.slice(start, 1024).to_pylist():
+                number += 1
+                yield Raw(path, number, row)
 
 
 def _broken(path: str, name: str, error: Exception) -> InputError:

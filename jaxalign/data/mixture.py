@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ from jaxalign.data.preference import Codes, UnknownCode, canonical
 from jaxalign.data.presets import apply_preset
 from jaxalign.data.records import BadRow, Record, Tally, check_skipped
 from jaxalign.data.sources import Source, parse_sources, read
+from jaxalign.data.spool import Records, Spool
 from jaxalign.data.unmapped import columns_of, unknown_code
 from jaxalign.errors import InputError
 from jaxalign.registry import Reads
@@ -33,7 +35,8 @@ def load_records(
     field: str = "",
     on_error: str = "stop",
     max_skipped: float = 1.0,
-) -> tuple[list[Record], Tally]:
+    directory: str | os.PathLike | None = None,
+) -> tuple[Records, Tally]:
     """Reads, converts and mixes sources.
 
     A source of n usable records and weight w gives round(w n) records, at least one: each as often as w has whole
@@ -49,6 +52,7 @@ def load_records(
       field: the config field that holds the sources, for messages; default: no configuration is at hand.
       on_error: "stop" at the first row that is wrong, or "skip" such rows and count them by reason.
       max_skipped: the share of a source's rows that may be skipped.
+      directory: where records wait on disk; see `Spool`.
 
     Returns:
       The records, `index` counting from 0, and what was read, dropped and why.
@@ -62,14 +66,14 @@ def load_records(
     loaded, tallies = [], []
     for source in parsed:
         tally = Tally(on_error, source.field)
-        records = list(islice(_records(source, reads, tally), max_records if alone else None))
+        records = Spool(islice(_records(source, reads, tally), max_records if alone else None), directory)
         check_skipped(tally.skipped, tally.read, max_skipped, source.path, tally.examples)
         if not records:
             raise _empty(source, tally, reads)
         loaded.append(records)
         tallies.append(tally)
     drawn = [_draw(len(r), s.weight, np.random.default_rng([seed, i])) for i, (r, s) in enumerate(zip(loaded, parsed))]
-    mixed = _interleave(drawn)[:max_records]
+    mixed, places = (of[:max_records] for of in _interleave(drawn))
     total = Tally(used=len(mixed))
     for number, (source, tally) in enumerate(zip(parsed, tallies)):
         total.absorb(tally)
@@ -80,12 +84,12 @@ def load_records(
                 "weight": source.weight,
                 "read": tally.read,
                 "kept": tally.kept,
-                "used": sum(1 for of, _ in mixed if of == number),
+                "used": int(np.count_nonzero(mixed == number)),
                 "dropped": dict(tally.dropped),
                 "skipped": dict(tally.skipped),
             }
         )
-    return [loaded[of][at]._replace(index=index) for index, (of, at) in enumerate(mixed)], total
+    return Records(loaded, mixed, places), total
 
 
 def _records(source: Source, reads: Reads | None, tally: Tally) -> Iterator[Record]:
@@ -175,22 +179,26 @@ def _empty(source: Source, tally: Tally, reads: Reads | None) -> InputError:
     )
 
 
-def _draw(count: int, weight: float, rng: np.random.Generator) -> list[int]:
+def _draw(count: int, weight: float, rng: np.random.Generator) -> np.ndarray:
     """Which of `count` records a source gives, in order.
 
-    >>> _draw(4, 1.5, np.random.default_rng(0))
+    >>> _draw(4, 1.5, np.random.default_rng(0)).tolist()
     [0, 1, 2, 3, 2, 3]
     """
     total = max(round(weight * count), 1)
     rest = np.sort(rng.choice(count, total % count, replace=False))
-    return list(range(count)) * (total // count) + rest.tolist()
+    return np.concatenate([np.tile(np.arange(count), total // count), rest])
 
 
-def _interleave(drawn: list[list[int]]) -> list[tuple[int, int]]:
-    """(source, record) of all draws, each source spread evenly over the whole.
+def _interleave(drawn: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Source and record of all draws, each source spread evenly over the whole.
 
-    >>> _interleave([[0, 1, 2, 3], [0, 1]])
+    >>> sources, places = _interleave([np.arange(4), np.arange(2)])
+    >>> list(zip(sources.tolist(), places.tolist()))
     [(0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (0, 3)]
     """
-    places = [((2 * i + 1) / (2 * len(d)), source, at) for source, d in enumerate(drawn) for i, at in enumerate(d)]
-    return [(source, at) for _, source, at in sorted(places, key=lambda place: place[:2])]
+    sources = np.repeat(np.arange(len(drawn), dtype=np.int32), [len(d) for d in drawn])
+    if len(drawn) == 1:
+        return sources, drawn[0]
+    order = np.lexsort((sources, np.concatenate([(2 * np.arange(len(d)) + 1) / (2 * len(d)) for d in drawn])))
+    return sources[order], np.concatenate(drawn)[order]

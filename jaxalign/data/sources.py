@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxalign.data.files import SUFFIXES, OnBad, Raw, is_url, read_file, stop, supported
@@ -42,6 +43,7 @@ class Source(NamedTuple):
     weight: float = 1.0  # how often each record is drawn
     columns: dict[str, Any] = {}  # noqa: RUF012  our name -> the data's name, or a dict of it and its codes
     preset: str | None = None
+    streaming: bool = False  # whether a hub set is read as it is downloaded, and no further than is needed
     field: str = ""  # the config field it was given in, for messages; "": no configuration is at hand
 
 
@@ -99,6 +101,12 @@ def _parse(item: Any, field: str) -> Source:
             raise InputError(
                 f"a source whose {key} is {value!r}", "a string", f'{field or _FIELD}=({{"path": "data.jsonl", ...}},)'
             )
+    if not isinstance(item.get("streaming", False), bool):
+        raise InputError(
+            f"{item['path']}: streaming {item['streaming']!r}",
+            "true or false",
+            f'{field or _FIELD}=({{"path": ..., "streaming": True}},)',
+        )
     source = Source(item["path"], item.get("split"), item.get("name"), item.get("revision"), field=field)
     weight = item.get("weight", 1.0)
     if expected := misfit(weight, *SOURCE_WEIGHT):
@@ -108,7 +116,9 @@ def _parse(item: Any, field: str) -> Source:
             config_line(source, weight=1.0),
         )
     columns = _columns(source, item.get("columns") or {})
-    return source._replace(weight=float(weight), columns=columns, preset=item.get("preset"))
+    return source._replace(
+        weight=float(weight), columns=columns, preset=item.get("preset"), streaming=item.get("streaming", False)
+    )
 
 
 def _columns(source: Source, columns: Any) -> dict[str, Any]:
@@ -151,7 +161,7 @@ def config_line(source: Source, **changes: Any) -> str:
         if name != "field" and (name == "path" or value != Source._field_defaults[name])
     }
     text = json.dumps(shown, ensure_ascii=False)
-    line = f"{source.field or _FIELD}=({text},)"
+    line = f"{source.field or _FIELD}=({text.replace(': true', ': True')},)"
     if not source.field:
         return line
     plain = set(shown) == {"path"} and not set(shown["path"]) & set(",([{'\"")
@@ -171,13 +181,11 @@ def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
     """
     path = source.path
     if not is_url(path) and os.path.isdir(path) and _needs_datasets(source):
-        if source.revision or (source.name and _is_saved(path)):
-            option = "revision" if source.revision else "name"
-            raise InputError(
-                f"{path}: {option} {getattr(source, option)!r} of a directory on this machine",
-                f"{option} for a hub id only",
-                config_line(source, **{option: None}),
-            )
+        _refuse(
+            source,
+            ("name", "revision", "streaming") if _is_saved(path) else ("revision",),
+            "a directory on this machine",
+        )
         yield from _read_datasets(source)
         return
     files = _files(source)
@@ -186,15 +194,20 @@ def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
             raise _not_found(source)
         yield from _read_datasets(source)
         return
-    for option in ("name", "revision"):
-        if getattr(source, option):
-            raise InputError(
-                f"{path}: {option} {getattr(source, option)!r} of local files",
-                f"{option} for a hub id only",
-                config_line(source, **{option: None}),
-            )
+    _refuse(source, ("name", "revision", "streaming"), "local files")
     for file in files:
         yield from read_file(file, on_bad)
+
+
+def _refuse(source: Source, options: tuple[str, ...], kind: str) -> None:
+    """Refuses options that only hub sets have."""
+    for option in options:
+        if getattr(source, option):
+            raise InputError(
+                f"{source.path}: {option} {getattr(source, option)!r} of {kind}",
+                f"{option} for a hub id only",
+                config_line(source, **{option: Source._field_defaults[option]}),
+            )
 
 
 def _needs_datasets(source: Source) -> bool:
@@ -374,27 +387,49 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
     path = source.path
     local = os.path.isdir(path)
     saved = local and _is_saved(path)
+    part = _part(source) if source.streaming and source.split else None
     try:
         if saved:
             loaded = datasets.load_from_disk(path)
-            for part in loaded.values() if hasattr(loaded, "keys") else (loaded,):
-                part.data.table.validate(full=True)  # damaged, it would end the process when it is read
+            for each in loaded.values() if hasattr(loaded, "keys") else (loaded,):
+                each.data.table.validate(full=True)  # damaged, it would end the process when it is read
         else:
             folder = path.lower() in _SUBSET_IS_FOLDER
             subset = {"data_dir" if folder else "name": source.name} if source.name else {}
-            sliced = {"split": source.split} if source.split and "[" in source.split else {}
-            loaded = datasets.load_dataset(path, revision=source.revision, **subset, **sliced)
+            options: dict[str, Any] = {"streaming": True} if source.streaming else {}
+            if part is None and source.split and "[" in source.split:
+                options["split"] = source.split
+            loaded = datasets.load_dataset(path, revision=source.revision, **subset, **options)
     except Exception as error:  # `datasets` raises whatever its readers of YAML, JSON and Arrow raise
         raise _not_loaded(source, error) from error
     if hasattr(loaded, "keys"):  # a dict of splits
-        split = choose_split(source, list(loaded.keys()))
+        split = choose_split(source if part is None else source._replace(split=part[0]), list(loaded.keys()))
         if split is None:
             raise InputError(f"{path}: a set without a split", "records", f"ls {path}")
-        rows, label = loaded[split], f"{path}[{split}]"
+        rows, label = loaded[split], f"{path}[{split if part is None else source.split}]"
     else:
         rows, label = loaded, path if saved else f"{path}[{source.split or 'train'}]"
-    for number, row in enumerate(rows, 1):
-        yield Raw(label, number, row)
+    try:
+        for number, row in enumerate(islice(rows, *(part or ("", 0, None))[1:]), 1):
+            yield Raw(label, number, row)
+    except Exception as error:  # a connection that breaks while a set is streamed
+        raise _not_loaded(source, error) from error
+
+
+def _part(source: Source) -> tuple[str, int, int | None] | None:
+    """Name, begin and end of a streamed split such as `train[:1000]`, which `datasets` slices only whole sets by.
+
+    >>> _part(Source("owner/set", "train[:1000]", streaming=True))
+    ('train', 0, 1000)
+    """
+    name, bracket, numbers = (source.split or "").partition("[")
+    found = re.fullmatch(r"(\d*):(\d*)\]", numbers)
+    if not bracket:
+        return None
+    if found is None:
+        right = config_line(source, split=f"{name}[:1000]")
+        raise InputError(f"{source.path}: split {source.split!r} of a streamed set", "numbers of records", right)
+    return name, int(found[1] or 0), int(found[2]) if found[2] else None
 
 
 def _not_loaded(source: Source, error: Exception) -> InputError:
@@ -407,5 +442,5 @@ def _not_loaded(source: Source, error: Exception) -> InputError:
     return InputError(
         f"{source.path}: no such file or folder, and as a hub id it did not load ({reason})",
         "a file, a folder, a glob, or a hub id that can be reached (HF_HUB_OFFLINE unset, HF_TOKEN for gated sets)",
-        config_line(source, path=near or "FILE", name=None, revision=None, split=None),
+        config_line(source, path=near or "FILE", name=None, revision=None, split=None, streaming=False),
     )

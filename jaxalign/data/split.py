@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 
 import numpy as np
 
@@ -28,36 +29,33 @@ def prompt_key(record: Record) -> int:
 
 
 class Groups:
-    """Groups of records that share a prompt or an origin, found while they are read."""
+    """Groups of records that share a prompt or an origin, directly or through others; 16 bytes a record."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []  # by group, -> an earlier group that it was joined to, or itself
-        self._group_of: dict[object, int] = {}  # prompt key or origin -> group
-        self._keys: list[int] = []  # by group, the prompt key it began with
-        self._records: list[int] = []
+        self._keys, self._origins = array("Q"), array("q")
+        self._files: dict[str, int] = {}
 
-    def add(self, record: Record) -> None:
-        """The next record."""
-        key = prompt_key(record)
-        known = [self._root(self._group_of[k]) for k in (key, record.origin) if k in self._group_of]
-        if known:
-            group = min(known)
-            self._parent[max(known)] = group
-        else:
-            group = len(self._parent)
-            self._parent.append(group)
-            self._keys.append(key)
-        self._group_of[key] = self._group_of[record.origin] = group
-        self._records.append(group)
-
-    def _root(self, group: int) -> int:
-        while self._parent[group] != group:
-            self._parent[group] = group = self._parent[self._parent[group]]
-        return group
+    def add(self, record: Record) -> int:
+        """Takes the next record.  Returns its prompt key."""
+        source, line = record.origin
+        self._keys.append(prompt_key(record))
+        self._origins.append(self._files.setdefault(source, len(self._files)) << 40 | line)
+        return self._keys[-1]
 
     def finish(self) -> np.ndarray:
-        """uint64 [N]: a number for each record, equal within a group and made from a prompt of it."""
-        return np.array([self._keys[self._root(group)] for group in self._records], np.uint64)
+        """uint64 [N]: a number for each record, equal within a group: the prompt key of the group's first record."""
+        keys, origins = np.array(self._keys, np.uint64), np.array(self._origins, np.int64)
+        labels = [np.unique(values, return_inverse=True)[1] for values in (keys, origins)]
+        first = np.arange(len(keys))  # of each record's group, as far as it is known
+        while True:
+            before = first
+            for label in labels:
+                least = np.full(len(keys), len(keys))
+                np.minimum.at(least, label, first)
+                first = least[label]
+            first = first[first]
+            if np.array_equal(first, before):
+                return keys[first]
 
 
 def held_out(groups: np.ndarray, fraction: float, seed: int, split: str) -> np.ndarray:
@@ -79,7 +77,7 @@ def held_out(groups: np.ndarray, fraction: float, seed: int, split: str) -> np.n
     if not fraction:
         return np.arange(n, dtype=np.int32)
     unique, members, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.argsort([_key(int(g), str(seed)) for g in unique])
+    order = np.argsort(np.fromiter((_key(int(g), str(seed)) for g in unique), np.uint64, len(unique)))
     taken = max(int(np.searchsorted(np.cumsum(counts[order]), fraction * n, side="right")), 1)
     is_held = np.zeros(len(unique), bool)
     is_held[order[:taken]] = True

@@ -139,7 +139,7 @@ def compare(
 def _records(data: str, num_prompts: int | None) -> list[Record]:
     """The held-out records; there is no configuration here, so a config line becomes what it means for the flag."""
     try:
-        return load_records(data, None, max_records=num_prompts)[0]
+        return list(load_records(data, None, max_records=num_prompts)[0])
     except InputError as error:
         found = re.search(r"data\.sources=\((\{.*\}),\)", error.fix)
         if found is None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +97,8 @@ def test_drops_do_not_count_against_max_records(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4))
 def test_interleaving_loses_nothing_and_is_even(sizes):
-    mixed = mixture._interleave([list(range(size)) for size in sizes])
+    sources, places = mixture._interleave([np.arange(size) for size in sizes])
+    mixed = list(zip(sources.tolist(), places.tolist(), strict=True))
     assert sorted(mixed) == [(source, i) for source, size in enumerate(sizes) for i in range(size)]
     seen = [0] * len(sizes)
     for n, (source, _) in enumerate(mixed, 1):

@@ -9,8 +9,10 @@ import fsspec
 import pytest
 from ml_collections import ConfigDict
 
+from jaxalign.data.mixture import load_records
 from jaxalign.data.sources import Source, config_line, parse_sources, read
 from jaxalign.errors import InputError
+from jaxalign.registry import COMPLETIONS
 
 
 def write(path, *texts):
@@ -136,6 +138,43 @@ def test_hub_id_reaches_load_dataset_as_given(monkeypatch):
     (raw,) = read(Source("owner/set", split="test"))
     assert raw.where == "owner/set[test]:1"
     assert '"split": "train"' in fails({"path": "owner/set", "split": "trian"}).fix
+
+
+def test_a_streamed_set_is_read_no_further_than_needed(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    given = []
+
+    def rows():
+        for i in range(1000):
+            if i == 900:
+                raise ConnectionError("reset by peer")
+            given.append(i)
+            yield {"text": f"t{i}"}
+
+    def load_dataset(path, **options):
+        assert path == "owner/set" and options == {"revision": None, "streaming": True}
+        return datasets.IterableDatasetDict(train=datasets.IterableDataset.from_generator(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    records, tally = load_records({"path": "owner/set", "streaming": True}, COMPLETIONS, max_records=300)
+    assert len(records) == tally.read == 300 and given == list(range(300))
+    part = {"path": "owner/set", "streaming": True, "split": "train[5:8]"}
+    assert texts(part) == ["t5", "t6", "t7"] and len(given) == 308
+    (raw, *_) = read(Source("owner/set", split="train[5:8]", streaming=True))
+    assert raw.where == "owner/set[train[5:8]]:1"
+    assert "reset by peer" in fails({"path": "owner/set", "streaming": True}).found
+    assert '"split": "train[:1000]"' in fails({**part, "split": "train[:5%]"}).fix
+    assert '"split": "train"' in fails({**part, "split": "trian[:5]"}).fix
+    assert "streaming" in fails({**part, "streaming": "yes"}).found
+    assert "local files" in fails({"path": write(tmp_path / "a.jsonl", "a"), "streaming": True}).found
+
+
+def test_a_repository_on_disk_may_be_streamed(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
+    write(tmp_path / "a.jsonl", *"abc")
+    whole, streamed = (load_records({"path": str(tmp_path), "streaming": on}, COMPLETIONS)[0] for on in (False, True))
+    assert list(whole) == list(streamed) and len(whole) == 3
 
 
 def test_unreachable_hub_id_says_both_ways(tmp_path, monkeypatch):

@@ -205,6 +205,15 @@ def test_token_cache(tmp_path):
     assert left(tmp_path) in ([], ["key.lock"])
 
 
+def test_records_that_wait_on_disk(tmp_path):
+    from jaxalign.data.mixture import load_records
+
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{"x" * 9000}"}}\n' * 1000)
+    with refused(tmp_path):
+        load_records(str(tmp_path / "a.jsonl"), None, directory=tmp_path / "not" / "yet")
+    assert left(tmp_path) == ["a.jsonl"]
+
+
 def test_export(tmp_path):
     from jaxalign.models.export import save
 

@@ -1,0 +1,115 @@
+"""Records on disk: sources are read once, and their records can be read again without being held in memory."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import IO, overload
+
+import numpy as np
+
+from jaxalign.data.cache import writable
+from jaxalign.data.records import Record
+
+_BLOCK = 64  # records that are written and read together
+_IN_MEMORY = 8 << 20  # bytes that are held before a file is made
+
+
+class Spool:
+    """The records of one source, written once and then read by number.
+
+    Up to 8 MiB stay in memory.  More go to a temporary file without a name, which the system removes with the process,
+    however that ends.
+
+    Args:
+      records: all of them.
+      directory: where the file is made, or in the nearest folder above that exists; default: the system's own.
+
+    Raises:
+      InputError: the disk is full.
+    """
+
+    def __init__(self, records: Iterable[Record], directory: str | os.PathLike | None = None):
+        self._directory = os.fspath(directory or tempfile.gettempdir())
+        self._count = 0
+        self._ends = array("q", [0])  # of blocks
+        self._blocks: list[bytes] = []  # as long as there is no file
+        self._file: IO[bytes] | None = None
+        self._latest: tuple[int, list[tuple]] = -1, []  # the block that was read last
+        stream = map(tuple, records)
+        while block := list(islice(stream, _BLOCK)):
+            self._count += len(block)
+            self._write(pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Record:
+        number, within = divmod(i, _BLOCK)
+        if self._latest[0] != number:
+            self._latest = number, pickle.loads(self._read(number))
+        return Record(*self._latest[1][within])
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self._file.close()  # type: ignore[union-attr]
+
+    def _write(self, data: bytes) -> None:
+        self._ends.append(self._ends[-1] + len(data))
+        if self._file is None and self._ends[-1] <= _IN_MEMORY:
+            self._blocks.append(data)
+            return
+        with writable(self._directory):
+            if self._file is None:
+                self._file = self._made()
+                data, self._blocks = b"".join([*self._blocks, data]), []
+            rest = memoryview(data)
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[self._file.write(rest) :]
+
+    def _made(self) -> IO[bytes]:
+        """A file in the nearest folder that exists: nothing has been read to its end yet that a folder is for."""
+        folder = os.path.abspath(self._directory)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        return tempfile.TemporaryFile(buffering=0, dir=folder)
+
+    def _read(self, number: int) -> bytes:
+        if self._file is None:
+            return self._blocks[number]
+        self._file.seek(self._ends[number])
+        return self._file.read(self._ends[number + 1] - self._ends[number])
+
+
+class Records(Sequence[Record]):
+    """The records of a mixture, read from disk one by one; `index` is a record's place.
+
+    Args:
+      spools: one of each source.
+      sources: int [N], the source of each record.
+      places: int [N], its place there.
+    """
+
+    def __init__(self, spools: Sequence[Spool], sources: np.ndarray, places: np.ndarray):
+        self._spools, self._sources, self._places = spools, sources, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Record]: ...
+    def __getitem__(self, i: int | slice) -> Record | list[Record]:
+        at = range(len(self))[i]
+        return self._at(at) if isinstance(at, int) else [self._at(k) for k in at]
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(self._at, range(len(self)))
+
+    def _at(self, i: int) -> Record:
+        return self._spools[self._sources[i]][int(self._places[i])]._replace(index=i)
