@@ -1,4 +1,4 @@
-"""The command line: which command, and how each way to end is told."""
+"""The command line: finds the command, and turns exceptions into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxalign {__version__}")
         return 0
     if argv[0] != "train":
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
+        logging.getLogger("absl").setLevel(logging.ERROR)  # hides Orbax's warnings
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is absent on purpose
     try:
         return _command(argv[0])(argv[1:])
     except InputError as error:

@@ -64,7 +64,7 @@ def _common() -> ConfigDict:
     none = config_dict.placeholder
     return ConfigDict(
         {
-            "seed": 0,  # of everything that is random: initialisation, order of the data, samples
+            "seed": 0,  # of initialisation, data order and sampling
             "workdir": none(str),  # the run's directory, on disk or in an object store
             # What this stage starts from, by the name of an earlier stage; see `stages`.
             "from": {
@@ -74,9 +74,9 @@ def _common() -> ConfigDict:
             "num_train_steps": none(int),  # batches of the data stream; PPO: iterations. Else num_epochs
             "num_epochs": 1,  # passes over the data, where num_train_steps is not set
             "batch_size": 64,  # rows of a global batch: records, pairs or prompts where rows are not packed
-            "grad_accum_steps": 1,  # parts in which batch_size is worked on; the result is that of the whole batch
-            "process_timeout": 300,  # seconds without a sign of life after which another process of the run is lost
-            "profile": 0,  # steps whose time is told by phase, with a trace in workdir/profile; 0: none
+            "grad_accum_steps": 1,  # microbatches of a batch; the gradient is that of the whole batch
+            "process_timeout": 300,  # seconds without a heartbeat after which another process of the run counts as lost
+            "profile": 0,  # steps to profile: time by phase, and a trace in workdir/profile; 0: none
             "callbacks": (),  # "file.py:function" each, called with step, metrics, state at every line of metrics.jsonl
             "model": {
                 "path": none(str),  # directory or hub id
@@ -87,16 +87,16 @@ def _common() -> ConfigDict:
                 "dtype": "float32",  # of the computation
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
-                "remat": "full",  # the backward pass keeps all, matrix products (offload: on the host), or layer inputs
+                "remat": "full",  # the backward pass keeps all, matmul outputs (offload: on the host), or layer inputs
                 "attention": none(str),  # the backend; default: what suits the platform
             },
             "data": {
                 "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset
                 "eval_sources": (),  # held-out records, in the form of data.sources
                 "eval_fraction": 0.0,  # share of the training records held out where eval_sources is empty
-                "max_records": none(int),  # records that are read of all sources together
-                "on_error": "stop",  # at a row that is wrong; skip: it is counted by reason and left out
-                "max_skipped": 0.01,  # share of the rows of a source that on_error may skip
+                "max_records": none(int),  # records read from all sources together
+                "on_error": "stop",  # at an invalid row; skip: leave it out and count it by reason
+                "max_skipped": 0.01,  # share of a source's rows that on_error=skip may leave out
                 "max_length": none(int),  # tokens of prompt + completion; default: 1,024, or the models' limit if less
                 "max_prompt_length": none(int),  # tokens of the prompt alone
                 "max_completion_length": none(int),  # tokens of the completion alone
@@ -116,17 +116,17 @@ def _common() -> ConfigDict:
             },
             "optimizer": {
                 "name": "adamw",  # the optimizer
-                "learning_rate": 1e-5,  # the peak of the schedule
+                "learning_rate": 1e-5,  # peak learning rate
                 "schedule": "cosine",  # of the learning rate, after the warmup
-                "warmup_steps": 0,  # steps of a linear rise from 0
+                "warmup_steps": 0,  # steps of linear warmup from 0
                 "final_fraction": 0.1,  # share of the learning rate at the end of linear and cosine
                 "b1": 0.9,  # decay of the first moment
                 "b2": 0.999,  # decay of the second moment
-                "eps": 1e-8,  # added to the root of the second moment
+                "eps": 1e-8,  # added to the denominator
                 "weight_decay": 0.0,  # decoupled, scaled by the learning rate
                 "decay_mask": "matrices",  # which weights decay: matrices alone, or all
                 "max_grad_norm": 1.0,  # gradients are clipped to this norm, by role; 0: no clipping
-                "state_dtype": none(str),  # of what is kept between steps: bfloat16, int8; default: model.param_dtype
+                "state_dtype": none(str),  # of the optimizer's moments: bfloat16, int8; default: model.param_dtype
             },
             "eval": {
                 "every": 0,  # steps between evaluations; 0: at the end only
@@ -134,7 +134,7 @@ def _common() -> ConfigDict:
             },
             "checkpoint": {
                 "every": 0,  # steps between checkpoints; 0: at the end only
-                "keep": 1,  # how many checkpoints stay
+                "keep": 1,  # newest checkpoints kept
                 "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
                 "best_mode": "min",  # whether less or more of best_metric is better
                 "patience": none(int),  # evaluations in a row without a better best_metric that end the run; none: off
@@ -234,14 +234,14 @@ def max_length(config: ConfigDict, positions: int | None = None) -> int:
 
 
 class Validated(NamedTuple):
-    """A stage's configuration that has been checked: it is not checked again, and its warnings are told by who did."""
+    """A stage's configuration that has been validated: it is not validated again."""
 
     config: ConfigDict
     warnings: tuple[str, ...]
 
 
 def validated(config: ConfigDict) -> Validated:
-    """A configuration with what `validate` says of it."""
+    """A configuration and the warnings that `validate` gave."""
     return Validated(config, tuple(validate(config)))
 
 
@@ -370,7 +370,7 @@ def _check_value(field: str, value: Any, default: Any, kind: type) -> None:
             proposed = high if isinstance(value, (int, float)) and value > high else low
     elif not isinstance(value, (tuple, list) if kind is tuple else kind):
         expected = f"a value of type {kind.__name__}"
-    elif isinstance(value, str) and not value.strip():  # a variable of a shell that is not set, mostly
+    elif isinstance(value, str) and not value.strip():  # usually a shell variable that is not set
         required = field in REQUIRED
         expected = "a value" if default is not None or required else "a value, or None for none"
         proposed = "..." if required else default
@@ -381,7 +381,7 @@ def _check_value(field: str, value: Any, default: Any, kind: type) -> None:
 
 
 def _unwritable(value: Any) -> str:
-    """What is expected in place of a value that no file holds and no path can bear; "" for any other."""
+    """What to expect instead of a string that can be neither in a file nor in a path; "" for any other value."""
     if isinstance(value, str):
         broken = any("\ud800" <= letter <= "\udfff" for letter in value)
         return "text without NUL or halves of surrogate pairs" if broken or "\0" in value else ""

@@ -1,4 +1,4 @@
-"""Writing files whole: a full disk or an unwritable path becomes an InputError, and no partial file stays."""
+"""Atomic writes: a full disk or an unwritable path becomes an InputError, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXTS = tuple(os.strerror(number) for number in _NUMBERS)  # how libraries in C
 
 
 def trouble(error: BaseException) -> str | None:
-    """What keeps the system from writing, in its own words; None where an error is about something else.
+    """The system's reason why it cannot write; None for any other error.
 
     >>> trouble(ValueError("INTERNAL: write failed: No space left on device"))
     'No space left on device'
@@ -57,7 +57,7 @@ def cannot_write(path: Any, words: str) -> InputError:
 
 @contextlib.contextmanager
 def writing(path: Any) -> Iterator[None]:
-    """Makes a full or failing disk in the block an error of input that names the path; other errors pass."""
+    """Turns a full or failing disk in the block into an InputError that names the path; other errors pass through."""
     try:
         yield
     except InputError:
@@ -70,7 +70,7 @@ def writing(path: Any) -> Iterator[None]:
 
 
 def write_whole(path: Any, data: str | bytes) -> None:
-    """Writes a file: a reader sees the old one or the new one, and a disk that fills up meanwhile keeps the old one.
+    """Writes a file atomically: readers see the old file or the new one, and a full disk keeps the old one.
 
     Args:
       path: a `pathlib.Path` or an `epath.Path`; an object appears when it is complete.
@@ -84,8 +84,8 @@ def write_whole(path: Any, data: str | bytes) -> None:
         if "://" in os.fspath(path):
             path.write_bytes(raw)
             return
-        path = os.path.realpath(path)  # a link stays one
-        if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe, which nothing may take the place of
+        path = os.path.realpath(path)  # a link is written through
+        if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe must not be replaced
             with open(path, "wb") as file:
                 file.write(raw)
             return
@@ -103,7 +103,7 @@ def write_whole(path: Any, data: str | bytes) -> None:
 
 
 def check_out(out: str) -> None:
-    """Makes sure, before the work, that a command's result can be written to `--out`; nothing stays there.
+    """Checks, before the work, that `--out` can be written; leaves nothing there.
 
     Raises:
       InputError: it cannot.

@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause."""
+"""InputError: the one exception for input that the user can fix."""
 
 import contextlib
 import re
@@ -10,8 +10,8 @@ _SETTING = re.compile(r"--config\.([A-Za-z_][\w.]*)")
 class InputError(ValueError):
     """Input that cannot be used, in three parts: what was found, what was expected, the line that fixes it.
 
-    A caller may add what it is about (`within`: a stage, a field, a record) and rename the fields of the fix; the text
-    is made once, where it is shown.  The command line prints it without a traceback and
+    `within` adds what it is about (a stage, a field, a record) and renames fields of the fix; the text is rendered
+    once, where it is shown.  The command line prints it without a traceback and
     exits with status 2.
 
     Args:
@@ -34,7 +34,7 @@ class InputError(ValueError):
 
     @property
     def found(self) -> str:
-        """The problem, and before it what it is about."""
+        """The problem, with what it is about before it."""
         return ": ".join((*self.places, self.problem))
 
     @property
@@ -43,7 +43,7 @@ class InputError(ValueError):
         return tuple(_SETTING.findall(self.fix))
 
     def within(self, place: str, rename: Callable[[str], str] = str) -> "InputError":
-        """The same error as its caller's caller knows it.
+        """The same error in the terms of an outer caller.
 
         Args:
           place: what it is about, such as "stage dpo"; "" adds nothing.
@@ -67,7 +67,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def named(field: str) -> Iterator[None]:
-    """Makes an error in the block speak of the field that a path came from, where lower rooms know `model.path` alone.
+    """Names the field that a path came from in errors of the block; lower rooms know only `model.path`.
 
     Args:
       field: dotted name of a configuration's field.

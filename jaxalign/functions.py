@@ -1,4 +1,4 @@
-"""Functions that users name, "package.module:function" or "file.py:function": found, and what they raise told."""
+"""Loading a user's functions by name, "package.module:function" or "file.py:function", and reporting their errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from jaxalign.errors import InputError
 
-OURS = {__file__}  # files whose frames are not shown, those that call users' functions
-_LONGEST = 1000  # characters of what somebody else's code says
+OURS = {__file__}  # files that call users' functions: their frames are left out of tracebacks
+_LONGEST = 1000  # characters shown of an exception's message
 
 
 def is_name(text: Any) -> bool:
@@ -34,7 +34,7 @@ def module_file(name: str) -> str:
         return module
     try:
         spec = importlib.util.find_spec(module)
-    except Exception:  # a parent package is imported on the way; what it raises is told when the function is loaded
+    except Exception:  # importing a parent package may raise; `load_function` reports that
         spec = None
     return spec.origin if spec and spec.origin else name
 
@@ -111,7 +111,7 @@ def _import(where: str, attribute: str, field: str, what: str) -> Any:
     except BaseException as error:
         frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
         theirs = [f for f in frames if f not in OURS and "importlib" not in f]
-        if theirs or isinstance(error, SyntaxError):  # the module is there; it or what it imports is wrong
+        if theirs or isinstance(error, SyntaxError):  # the module exists; it or one of its imports fails
             file = (error.filename if isinstance(error, SyntaxError) else theirs[-1]) or ""
             who = f"{where}, imported for {attribute!r},"
             raise raised(error, file, who, "a module that Python imports") from error
@@ -123,7 +123,7 @@ def _import(where: str, attribute: str, field: str, what: str) -> Any:
 
 
 def raised(error: BaseException, file: str, who: str, expected: str) -> InputError:
-    """An exception of the user's own code as an error of input: where it was, and how it came there.
+    """An exception in a user's code as an InputError with the user's part of the traceback.
 
     Args:
       error: what was raised.
@@ -134,7 +134,7 @@ def raised(error: BaseException, file: str, who: str, expected: str) -> InputErr
     frames = list(traceback.extract_tb(error.__traceback__))
     theirs = [i for i, frame in enumerate(frames) if frame.filename == file]
     frames = frames[theirs[0] :] if theirs else [frame for frame in frames if frame.filename not in OURS][-1:]
-    if isinstance(error, SyntaxError) and error.filename == file:  # it has no frame of its own
+    if isinstance(error, SyntaxError) and error.filename == file:  # it has no frame in the traceback
         place, shown = f"{file}:{error.lineno}", [f"{file}:{error.lineno}: {(error.text or '').strip()}"]
     else:
         last = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
@@ -142,7 +142,7 @@ def raised(error: BaseException, file: str, who: str, expected: str) -> InputErr
         shown = [f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames[-8:]]
     try:
         message = str(error.msg if isinstance(error, SyntaxError) else error)
-    except Exception:  # an error of their own that cannot say what it is
+    except Exception:  # the exception's own __str__ fails
         message = ""
     if len(message) > _LONGEST:
         message = f"{message[:_LONGEST]}... ({len(message):,} characters)"
@@ -151,7 +151,7 @@ def raised(error: BaseException, file: str, who: str, expected: str) -> InputErr
 
 
 def check_call(function: Callable[..., Any], name: str, form: str, *args: Any, **keywords: Any) -> Callable[..., Any]:
-    """A function, once it is known that it can be called as it will be; it is not called.
+    """Checks a function's signature without calling it, and returns the function.
 
     Args:
       function: a user's.

@@ -1,4 +1,4 @@
-"""What `import jaxalign` adds to the rooms' own functions: models by a path alone, whole runs, texts from a model."""
+"""The public API beside the rooms' own functions: load a model, run a config, generate text."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 
 # Fields whose value may also be a function of the user's own, "module:function" or "file.py:function".
 FUNCTIONS = ("algorithm.loss", "algorithm.estimator", "optimizer.name", "optimizer.schedule")
-# Fields that earlier versions did not have: at this value they are as runs of those versions were.
+# Fields that earlier versions did not have, each with the value at which runs of those versions resume.
 ADDED = {"algorithm.estimator": "gae", "checkpoint.patience": None}
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
-ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although what scores is another now
+ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although the reward changed
 
 # (field, allowed values)
 CHOICES: tuple[tuple[str, tuple], ...] = (
@@ -42,8 +42,8 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("checkpoint.resume", (True, False, "whole", ANOTHER_REWARD)),
 )
 
-# (field, least, greatest), both within the range: each field that holds a number has its line.  Far bounds are no
-# advice; they keep out what would overflow a counter or a memory before anything else says so.
+# (field, least, greatest), both within the range: every numeric field has a line.  Wide bounds are no
+# advice: they only refuse what would overflow a counter or memory.
 _MANY = 1_000_000_000  # steps, records: well within 32 bits
 _BIG = 1e6  # coefficients
 _TOKENS = 1 << 24  # of a sequence
@@ -121,7 +121,7 @@ def bounds(field: str) -> tuple[float, float]:
 
 
 def misfit(value: Any, low: float, high: float, *, whole: bool = False) -> str:
-    """The one rule for numbers, wherever they come from: what would fit in the place of a value that does not.
+    """The one check of numbers: "" for a number within its bounds, else what was expected.
 
     Args:
       value: anything.
@@ -130,7 +130,7 @@ def misfit(value: Any, low: float, high: float, *, whole: bool = False) -> str:
       whole: whether it must be a whole number.
 
     Returns:
-      What was expected, in words; "" for a number that fits.  NaN fits nothing, truth values are no numbers.
+      What was expected, in words; "" for a number that fits.  NaN fits nothing, booleans are not numbers.
 
     >>> misfit(0.5, 0, 1), misfit(float("nan"), 0, 1), misfit(True, 0, 1, whole=True)
     ('', 'a number from 0 to 1', 'a whole number from 0 to 1')
@@ -142,7 +142,7 @@ def misfit(value: Any, low: float, high: float, *, whole: bool = False) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: thousands apart, and never thousands of digits or letters.
+    """A value as messages show it: with thousands separators, and shortened.
 
     >>> shown(1048576), shown(1e6), shown("x"), shown(10**400)
     ('1,048,576', '1e+06', "'x'", 'a number of 1,329 bits')
@@ -154,7 +154,7 @@ def shown(value: Any) -> str:
 
 
 def check_flags(**values: Any) -> None:
-    """Numbers that are given to a command, by their flags; None for one that was not given.
+    """Checks the numeric flags of a command; None stands for a flag that was not given.
 
     Raises:
       InputError: one that is not a number within its bounds.

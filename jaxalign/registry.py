@@ -79,7 +79,7 @@ def _dpo() -> dict[str, dict[str, Any]]:
             # ipo alone: log-ratios averaged over a completion's tokens, as in TRL (True, which None means), or summed
             # as in the paper (False); summed, the same aim takes a beta smaller by the completions' length
             "average": config_dict.placeholder(bool),
-            "beta": 0.1,  # how strongly the policy is held to the reference
+            "beta": 0.1,  # strength of the KL constraint to the reference
             "label_smoothing": 0.0,  # share of labels taken to be wrong
             "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
             "reference_path": config_dict.placeholder(str),  # directory or hub id; default: the policy's own start
@@ -97,24 +97,24 @@ def _ppo() -> dict[str, dict[str, Any]]:
         "algorithm": {
             "name": "ppo",
             "kl_coef": 0.05,  # weight of the KL penalty in the reward
-            "kl_estimator": "k1",  # of the KL in the reward: k1 unbiased, k2 low variance, k3 both
-            "kl_target": none(float),  # set: kl_coef adapts towards this many nats a completion
-            "kl_horizon": 10_000,  # completions over which the adaptive coefficient moves
+            "kl_estimator": "k1",  # KL estimator of the penalty: k1 unbiased, k2 low variance, k3 both
+            "kl_target": none(float),  # adaptive kl_coef: the target KL, nats per completion; none: kl_coef is fixed
+            "kl_horizon": 10_000,  # horizon of the adaptive kl_coef, in completions
             "entropy_coef": 0.0,  # weight of the entropy bonus
             "estimator": "gae",  # of advantages; or file.py:function
             "gamma": 1.0,  # discount of a token
             "gae_lambda": 0.95,  # 0 trusts the values alone, 1 the rewards alone
             "clip_range": 0.2,  # of the probability ratio
-            "value_clip_range": 0.2,  # of the value's move, in units of value
+            "value_clip_range": 0.2,  # clipping of the value's change from its old value
             "vf_coef": 0.1,  # weight of the value loss
             "num_ppo_epochs": 4,  # passes over an iteration's experience
             "num_minibatches": 1,  # updates in each pass
             "whiten_advantages": True,  # advantages to mean 0 and variance 1 over the iteration's tokens
-            "max_approx_kl": none(float),  # set: the updates left of an iteration are skipped above it
-            "offload": False,  # what is not in use waits in host memory: frozen weights, and moments but for updates
+            "max_approx_kl": none(float),  # early stopping: above it an iteration's remaining updates are skipped
+            "offload": False,  # keep frozen weights and optimizer moments in host memory while they are not used
             "value_path": none(str),  # what the value model starts from; default: the reward model, or else the policy
         },
-        # value_learning_rate: the peak of the value model's schedule
+        # value_learning_rate: the peak learning rate of the value model
         "optimizer": {"learning_rate": 1e-6, "value_learning_rate": 5e-6, "schedule": "constant"},
         "rewards": _rewards(),
         "rollout": {
@@ -133,7 +133,7 @@ def _rewards() -> dict[str, Any]:
         "function": none(str),  # "package.module:function" or "file.py:function"
         "scale": 1.0,  # factor of the scores
         "clip": none(float),  # scores are clipped to [-clip, clip] after scaling
-        "whiten": False,  # whitens the tokens' rewards of an iteration; their mean is kept
+        "whiten": False,  # whitens the iteration's token rewards, without shifting the mean
         "normalize": False,  # divides scores by their running standard deviation, after subtracting their running mean
         "missing_eos_penalty": none(float),  # subtracted where a completion did not finish
     }

@@ -1,4 +1,4 @@
-"""What fields of a configuration must be to each other, and which have no effect beside the others."""
+"""Checks between fields of a configuration, and fields that have no effect given the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check(c: Any, inputs: bool) -> None:
     """Checks between fields.
 
     Args:
-      c: one stage's configuration, each field of which is as it may be by itself.
+      c: one stage's configuration, each field already checked by itself.
       inputs: whether required inputs must be set.
 
     Raises:
@@ -77,7 +77,7 @@ def check(c: Any, inputs: bool) -> None:
 
 
 def check_lengths(c: Any, usual: Any, max_length: int) -> list[str]:
-    """Checks of what must have room in a sequence.
+    """Checks that prompts, completions and rows fit `max_length`.
 
     Args:
       c: one stage's configuration.
@@ -170,7 +170,7 @@ def _check_mesh(sizes: Any) -> None:
 
 
 def _check_stop(stop: Any) -> None:
-    """`rollout.stop`: whether there is such a token is known when the tokenizer is."""
+    """`rollout.stop`: whether the tokens exist is checked when the tokenizer is loaded."""
     for item in stop:
         if not (isinstance(item, str) and item) and misfit(item, 0, (1 << 31) - 1, whole=True):
             raise InputError(
@@ -187,7 +187,7 @@ def _where(reads: Callable[[Algorithm], bool]) -> tuple[Callable[[Any], bool], s
     return lambda c: reads(ALGORITHMS[c.algorithm.name]), words
 
 
-# (field, whether the others let it be read, where it would be)
+# (field, whether it is read given the others, what would make it be read)
 _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("optimizer.b1", lambda c: c.optimizer.name in ("adamw", "lion", "muon", "sgd"), "adamw, lion, muon and sgd"),
     ("optimizer.b2", lambda c: c.optimizer.name in ("adamw", "lion", "muon"), "adamw, lion and muon"),
@@ -208,7 +208,7 @@ _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 
 
 def without_effect(c: Any, usual: Any) -> list[str]:
-    """Fields that were set and that nothing reads, a sentence each.
+    """Fields that were set but are not read, a sentence each.
 
     Args:
       c: one stage's configuration.

@@ -12,7 +12,7 @@ REQUIRED = object()
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags are wrong input, in the same three lines as any other."""
+    """An argparse parser whose errors are InputErrors."""
 
     def parse_known_args(self, *args, **named):  # type: ignore[override]  # of `parse_args` too
         found, rest = super().parse_known_args(*args, **named)
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def _checked(found: argparse.Namespace) -> argparse.Namespace:
     """Refuses blank values, and numbers out of their bounds."""
     for flag, value in vars(found).items():
-        if isinstance(value, str) and not value.strip() and flag != "prompt":  # a shell's variable, not set
+        if isinstance(value, str) and not value.strip() and flag != "prompt":  # a shell variable that is not set
             raise InputError(f"--{flag} is {value!r}", "a value, or the flag left out", f"--{flag}=...")
     check_flags(**vars(found))
     return found

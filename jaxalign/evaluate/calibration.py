@@ -1,4 +1,4 @@
-"""Whether a model's confidence in its preferences is as large as its accuracy."""
+"""Expected calibration error (ECE) of pairwise preferences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Bin(NamedTuple):
-    """Predictions of like confidence."""
+    """A bin of predictions with similar confidence."""
 
     weight: float  # of its predictions together
     confidence: float  # their mean

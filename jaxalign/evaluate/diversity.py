@@ -1,4 +1,4 @@
-"""Signs of collapse in a model's samples: few distinct n-grams, repetition, the same text everywhere."""
+"""Diversity of samples: distinct-n, repetition, distinct samples, length-reward correlation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def distinct_ngrams(samples: Sequence[Sequence], n: int) -> float:
 
 
 def repetition(samples: Sequence[Sequence], n: int) -> float:
-    """Mean over samples of the share of a sample's n-grams that it has said before.
+    """Mean over samples of the share of repeated n-grams (seq-rep-n).
 
         rep_n(x) = 1 - distinct n-grams of x / n-grams of x
 
@@ -52,7 +52,7 @@ def repetition(samples: Sequence[Sequence], n: int) -> float:
 
 
 def distinct_samples(samples: Sequence[Sequence]) -> float:
-    """Share of samples that are distinct: 1 where no two prompts get the same answer.
+    """Share of distinct samples: 1 where no two prompts get the same answer.
 
     >>> distinct_samples(["yes", "yes", "no", "yes"])
     0.5
@@ -61,7 +61,7 @@ def distinct_samples(samples: Sequence[Sequence]) -> float:
 
 
 def length_correlation(lengths: Sequence[float], scores: Sequence[float]) -> float:
-    """Pearson correlation of the samples' lengths and scores: near 1, the score mostly pays for length.
+    """Pearson correlation of the samples' lengths and scores: near 1, the reward mostly rewards length.
 
     Args:
       lengths: of each sample, in tokens or words.

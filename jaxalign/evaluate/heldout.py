@@ -1,4 +1,4 @@
-"""Held-out records as an evaluation uses them: prompts to continue, and answers to be surprised by."""
+"""Held-out records for evaluation: prompts to sample from, and reference answers for perplexity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxalign.evaluate.sequences import Tokens
 
 
 class Question(NamedTuple):
-    """A prompt that models are asked to continue."""
+    """A held-out prompt."""
 
     record: Record
     prompt: Content  # a string, or messages that end where the assistant speaks next
@@ -42,14 +42,14 @@ def _prompt(record: Record) -> Content | None:
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
         return messages[:last]
     prompt = record.prompt
-    if isinstance(prompt, list):  # the sides of a pair may part in a user turn, after an assistant's
+    if isinstance(prompt, list):  # chosen and rejected may differ from a user turn on, after an assistant turn
         while prompt and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
     return prompt
 
 
 def references(records: Sequence[Record], tokenizer: Any, stop_ids: Sequence[int], plain: Any) -> list[Tokens]:
-    """What the data answers, as tokens: completions, chosen sides, assistant turns, whole texts.
+    """Reference answers as tokens: completions, chosen sides, assistant turns, whole texts.
 
     Tokenised as in training, an EOS at the end included; records without an answer are left out.
 

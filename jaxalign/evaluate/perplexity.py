@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def perplexity(sum_logprobs: Sequence[float], num_tokens: Sequence[int]) -> float:
-    """How surprised a model is by texts: exp of the mean negative log-prob of a token.
+    """Perplexity: exp of the mean negative log-prob of a token.
 
         exp(-sum_i logprob_i / sum_i tokens_i)
 

@@ -1,4 +1,4 @@
-"""Numbers that a model gives to whole sequences: log-probs of completions, scores at their ends.
+"""Sequence log-probs and reward scores of given completions, in batches.
 
 Sequences of any length go in and numbers come out in the same order.  Between, they are sorted by length into
 batches of few shapes: widths are powers of two, rows are what a budget of tokens allows.

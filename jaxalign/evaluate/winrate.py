@@ -1,4 +1,4 @@
-"""Win rates between two models, with the interval that says how sure they are."""
+"""Win rates between two models, with Wilson intervals."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def wilson(wins: float, items: int, *, confidence: float) -> tuple[float, float]
     centre = p + z * z / (2 * items)
     half = z * math.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
     scale = 1 + z * z / items
-    # p lies inside the interval; where all items agree, rounding alone would put it a digit outside
+    # rounding can put p just outside the interval where all items agree
     return max(0.0, min(p, (centre - half) / scale)), min(1.0, max(p, (centre + half) / scale))
 
 

@@ -1,4 +1,4 @@
-"""A judge of another kind than a language model: logistic regression over bags of words, in numpy."""
+"""An independent judge: logistic regression over bags of words, in numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PENALTY = 1e-4  # L2, of the weights
 
 
 class WordBag(NamedTuple):
-    """P(label 1) = sigmoid(bias + sum of the weights of the words that a text has); order and number do not count."""
+    """P(label 1) = sigmoid(bias + sum of the weights of the distinct words in a text)."""
 
     words: dict[str, int]  # word -> place in weights
     weights: np.ndarray  # float64 [words]
@@ -54,7 +54,7 @@ def bag(text: str) -> list[str]:
 
 
 def fit(texts: Sequence[str], labels: Sequence[int]) -> WordBag:
-    """Fits by full-batch Adam: the same texts give the same judge.
+    """Fits logistic regression by full-batch Adam, deterministically.
 
         mean over texts of log(1 + exp(-s z)) + penalty / 2 |weights|^2,  s = 1 or -1 by label, z = log-odds
 
@@ -91,6 +91,6 @@ def fit(texts: Sequence[str], labels: Sequence[int]) -> WordBag:
 
 
 def accuracy(judge: WordBag, texts: Sequence[str], labels: Sequence[int]) -> float:
-    """Share of texts whose label the judge tells, from 0 to 1."""
+    """The judge's accuracy, from 0 to 1."""
     told = [score > 0 for score in judge.scores(texts)]
     return float(np.mean([a == bool(b) for a, b in zip(told, labels, strict=True)]))

@@ -1,4 +1,4 @@
-"""The quickstart's files, written from a seed: text, a tokenizer trained on it, and the shape of a small Llama."""
+"""The quickstart's files, made from a seed: data, a tokenizer trained on it, and a small Llama's config."""
 
 from __future__ import annotations
 

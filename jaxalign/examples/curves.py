@@ -1,4 +1,4 @@
-"""Pictures of a run with both roads: what the quickstart saves and the notebook shows."""
+"""Figures of a quickstart run, saved by it and shown in the notebook."""
 
 from __future__ import annotations
 

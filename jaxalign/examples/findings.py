@@ -1,4 +1,4 @@
-"""What a run with both roads found, in words: figures, samples, and the claims that it settles, as Markdown."""
+"""A quickstart run's report as Markdown: metrics, samples, and which claims they support."""
 
 from __future__ import annotations
 

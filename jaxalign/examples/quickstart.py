@@ -1,4 +1,4 @@
-"""The quickstart: makes its world, runs the stages, compares the two roads, and shows what came of it."""
+"""The quickstart: makes synthetic data, runs SFT, reward, DPO and PPO, and compares DPO with PPO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real data of the stories run, cut into disjoint parts and written as files that stages read.
+"""The stories run's data: IMDb and preference sets in disjoint splits, written as files.
 
 IMDb's two halves serve two sides that never meet: from the training half come all texts that models learn from or are
 asked about, the test half teaches the judge alone.  Reviews that stand in both are left to the judge.

@@ -1,4 +1,4 @@
-"""A small world of text with a known preference, made from a seed: what the quickstart aligns a model to.
+"""A synthetic task with a known gold preference, made from a seed: what the quickstart aligns a model to.
 
 In this world a thing's colour depends on the season, and the facts are drawn once from a fixed seed.  A prompt
 names a season and some things; a response states their colours.  The people who wrote the demonstrations were

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what the steps of a CPU give back.
+"""glibc malloc settings that keep a CPU step's temporary memory for the next step.
 
 XLA takes a step's temporary arrays as one piece of memory and gives it back after the step. The GNU C library fetches
 each piece beyond 32 MiB from the kernel and returns it at once, so that every step pays for clearing all its pages:
@@ -18,7 +18,7 @@ _SETTINGS = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES")  # of a person who has c
 
 
 def keep_freed_memory() -> bool:
-    """Lets the memory that this process frees stay with it, for the next step, where a CPU computes.
+    """Keeps freed memory in the process for the next step, on a CPU.
 
     To be called before JAX's first array: XLA must compute in the thread that calls it, since memory of other threads
     cannot be kept in pieces so large. Data are made ready in threads all the same.
@@ -40,14 +40,14 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel what is kept and not in use, so that a later peak does not count it."""
+    """Returns unused memory to the kernel, so that a later peak does not include it."""
     glibc = _glibc()
     if glibc is not None:
         glibc.malloc_trim(0)
 
 
 def _virtual_devices() -> bool:
-    """Whether the CPU is several devices, which must not wait for each other in one thread."""
+    """Whether the CPU is several virtual devices; these would wait for each other in one thread."""
     flags = os.environ.get("XLA_FLAGS", "")
     return "xla_force_host_platform_device_count" in flags or getattr(jax.config, "jax_num_cpu_devices", 1) > 1
 

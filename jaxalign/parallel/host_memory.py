@@ -1,4 +1,4 @@
-"""Pinned host memory as a place for arrays."""
+"""Offloading arrays to pinned host memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOST, DEVICE = "pinned_host", "device"  # JAX's names
 
 
 def require_host_memory(mesh: Mesh, field: str, instead: str) -> None:
-    """Refuses what keeps arrays in the host's memory where the devices cannot reach it.
+    """Refuses offloading where the devices have no pinned host memory.
 
     Args:
       mesh: of the run.
@@ -34,7 +34,7 @@ def require_host_memory(mesh: Mesh, field: str, instead: str) -> None:
 
 
 def in_memory(tree: Any, kind: str) -> Any:
-    """The same arrays on the same devices of the mesh, in memory of a kind: those that are in another are copied.
+    """The tree with every array in the given memory kind, copied where it is in another; shardings stay.
 
     Args:
       tree: arrays; numpy's, which are on no device, stay as they are.
@@ -50,7 +50,7 @@ def in_memory(tree: Any, kind: str) -> Any:
 
 
 def moved(tree: Any, kind: str) -> Any:
-    """`in_memory`, and where arrays are copied from they leave nothing behind, whoever holds them still.
+    """`in_memory` that deletes the source of every copied array.
 
     A checkpoint in the making is not disturbed: it has numpy views, and memory under a view is not given back.
 

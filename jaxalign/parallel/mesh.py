@@ -92,5 +92,5 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, in
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are split into."""
+    """How many shards the rows of a batch have."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)

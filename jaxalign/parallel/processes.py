@@ -31,8 +31,8 @@ def initialize(timeout: int = 300) -> bool:
     After it SIGTERM is swallowed by the runtime; the loop polls `reached_preemption_sync_point` instead.
 
     Args:
-      timeout: seconds without a sign of life after which a process counts as lost; the runtime, which then ends the
-        others without words, waits a little longer than `watch.watched`.
+      timeout: seconds without a heartbeat after which a process counts as lost; the runtime, which then aborts the
+        others without a message, waits a little longer than `watch.watched`.
 
     Returns:
       True where several processes were joined.
@@ -44,8 +44,8 @@ def initialize(timeout: int = 300) -> bool:
         return jax.process_count() > 1
     env = os.environ
     if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", ""):
-        # Virtual devices: XLA starts independent collectives in an order of its own on each device and holds a thread
-        # for each; where threads are as few as cores, devices wait for each other's next one, until they are aborted.
+        # Virtual devices: XLA may start independent collectives in a different order on each device and blocks a
+        # thread for each; with as few threads as cores the devices deadlock, until they are aborted.
         env.setdefault("NPROC", "64")
     found = settings(env)
     heartbeat: dict[str, Any] = {"heartbeat_timeout_seconds": int(timeout) + 30}
@@ -121,18 +121,18 @@ def _half(found: str) -> InputError:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes text."""
+    """Whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
 
 
 def say(line: str) -> None:
-    """Prints a line for people, above the progress; processes other than 0 keep silent."""
+    """Prints a line above the progress line, on process 0 alone."""
     if is_main():
         print(line, file=sys.stderr, flush=True)
 
 
 def first_problem(problem: str) -> str:
-    """The same on every process: its own problem, or that of the first process that has one; "" where none has.
+    """Agrees on a problem: every process gets its own, or that of the first process that has one; "" where none has.
 
     Every process calls it; what only one of them sees (a file, a model on its disk) stops all together.
 
@@ -151,7 +151,7 @@ def first_problem(problem: str) -> str:
 
 
 def on_main(call: Callable[[], Any]) -> Any:
-    """Calls a function on process 0; every process gets its result, or its error: none waits for another in vain.
+    """Calls a function on process 0 and broadcasts its result, or its error, to all processes.
 
     Args:
       call: returns JSON values.

@@ -117,7 +117,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """Which part of each batch's rows this process reads: (part, number of parts).
+    """This process's share of each batch's rows: (part, number of parts).
 
     Processes that hold different shards of the same rows (a `tensor` axis over hosts) read the same part.
     """

@@ -1,4 +1,4 @@
-"""What is set once for a whole process, before its first array: other processes, memory, stored programs."""
+"""Process start-up, before the first array: distributed runtime, allocator, persistent compilation cache."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def start(timeout: int = 300) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxalign/xla`.
+    """Turns on JAX's persistent compilation cache, in `JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxalign/xla`.
 
-    A CPU's programs use the instructions of that very CPU, so each kind of CPU has a folder of its own. On several CPU
-    devices nothing is kept unless the folder is named: a program that XLA reads back may start its collectives in
-    another order on each device, and hang (jax 0.10.2: always with a mesh of three axes).
+    CPU executables depend on the CPU's instruction set, so each kind of CPU has its own folder. With several CPU
+    devices the cache is off unless its folder is set: a cached executable may start its collectives in a different
+    order on each device, and hang (jax 0.10.2: always with a mesh of three axes).
     """
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return

@@ -19,7 +19,7 @@ from jaxalign.errors import InputError
 _BEATS, _LOST = "jaxalign/beats/", "jaxalign/lost"
 _STORE = "process 0, which the others meet at ({})"
 _AGAIN = "the same command, started again for all processes, resumes from the last checkpoint"
-_SLICE = 1.0  # seconds that a question to process 0 waits for news
+_SLICE = 1.0  # seconds that a request to process 0 waits
 _REFUSED = 10.0  # seconds for which process 0 refuses connections before it counts as lost
 # What libraries say when another process does not answer.
 _SILENCE = re.compile(
@@ -28,7 +28,7 @@ _SILENCE = re.compile(
 
 
 class Watch:
-    """A thread that gives signs of life through the runtime's key-value store, and looks for the others'.
+    """A thread that sends heartbeats through the runtime's key-value store and checks those of the others.
 
     Process 0, where that store is, notes whose signs stay away and tells all; whoever cannot reach the store any more
     knows that process 0 is lost. The runtime's own heartbeat would end the process with a stack of C++ and no name.
@@ -128,7 +128,7 @@ class Watch:
         return ""
 
     def _silent(self, start: float) -> str:
-        """The processes that have given no sign for too long, in words."""
+        """The processes whose heartbeats are overdue, in words."""
         now = time.monotonic()
         for key, value in self._client.key_value_dir_get(_BEATS):
             index = int(key.rpartition("/")[2])
@@ -140,7 +140,7 @@ class Watch:
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     def _end(self, lost: str) -> None:
-        """Says who is lost and ends the process: collectives under way wait for the lost one, and cannot be left."""
+        """Names the lost process and exits: a collective in progress waits for it and cannot be cancelled."""
         if self._ended.is_set():
             return
         error = InputError(
@@ -160,7 +160,7 @@ def watched(timeout: float) -> Iterator[None]:
     """Watches the other processes in the block; with one process, does nothing.
 
     Args:
-      timeout: seconds without a sign of life after which a process counts as lost.
+      timeout: seconds without a heartbeat after which a process counts as lost.
     """
     from jax._src.distributed import global_state
 
@@ -179,7 +179,7 @@ def watched(timeout: float) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """One write, past all buffers: the runtime may end the process at any moment."""
+    """One unbuffered write: the runtime may end the process at any moment."""
     os.write(2, f"{text}\n".encode())
 
 

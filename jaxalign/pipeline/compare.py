@@ -72,7 +72,7 @@ def compare(
     records = _records(data, num_prompts)
     asked = questions(records)
     if base != aligned:
-        check_weights(base, head="lm", dtype=dtype, flag="--base")  # its turn comes late
+        check_weights(base, head="lm", dtype=dtype, flag="--base")  # it is loaded late: check it now
 
     answers: dict[str, list[Completion]] = {}
     figures: dict[str, dict[str, Any]] = {"base": {}, "aligned": {}}

@@ -41,7 +41,7 @@ def load_config(path: str, overrides: Iterable[tuple[str, str | None]] = ()) -> 
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """Parts the flags of a config's fields from the rest, in order.
+    """Separates the flags of config fields from the rest, in order.
 
     `--config.a.b=1`, `--config.a.b 1`, `--config.a.b` (true) and `--noconfig.a.b` (false) are known.
 
@@ -152,7 +152,7 @@ def _is_config(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """A config file may import its neighbours, as a script may; forgotten again, they hide no other file's."""
+    """Lets a config file import its neighbours, as a script may; their modules are dropped afterwards."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:

@@ -1,4 +1,4 @@
-"""What this machine has, and whether the pieces work together."""
+"""`jaxalign doctor`: devices, versions, memory, missing extras, and a small compiled step."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def load_model(
 
 
 def check_weights(path: str, *, head: str, dtype: str | None = None, flag: str = "") -> None:
-    """Makes sure that `load_model` will take a model whose turn comes after another one's work.
+    """Checks a model that is loaded only after another one's work.
 
     Args:
       path: a directory in Hugging Face form, or a hub id.
@@ -113,7 +113,7 @@ def _usable(dtype: str | None) -> str:
 
 @contextlib.contextmanager
 def _without_config(path: str, flag: str = "") -> Iterator[None]:
-    """Says what would help where no configuration names the model: a directory in place of the one given."""
+    """Rewrites fixes that name config fields, for commands that have flags instead."""
     try:
         yield
     except InputError as error:
@@ -212,7 +212,7 @@ def tokenize(
 
 
 def warn_of_context(path: str, limit: int | None, lengths: Sequence[int], places: Sequence[str]) -> None:
-    """Says on standard error where sequences are longer than the model was made for; their numbers mean little.
+    """Warns on standard error of sequences longer than the model's context.
 
     Args:
       path: the model's.

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration, in words: names that no field has, values of another type, files that break."""
+"""Error messages for configurations: unknown fields, values of the wrong type, config files that raise."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What scores completions."""
+"""Rewards: reward models, reward functions, and how scores are combined and shaped."""

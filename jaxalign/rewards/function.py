@@ -1,4 +1,4 @@
-"""Rewards that are Python functions, checked at every call."""
+"""Reward functions: a user's Python function as a scorer, with its arguments and return values checked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jaxalign.errors import InputError
 from jaxalign.functions import OURS, raised
 from jaxalign.rewards.samples import Samples
 
-# What every reward function is called with; columns of the data by these names are found in `records` alone.
+# The arguments of every reward function; data columns of these names are only in `records`.
 ARGUMENTS = ("prompts", "completions", "records", "completion_ids", "finished", "step")
 _FORM = f"reward(prompts, completions, *, {', '.join(ARGUMENTS[2:])}, **columns), or fewer of the keywords"
-_LARGEST = 1e18  # of a score: float32 holds its square, and a batch's sum of such
+_LARGEST = 1e18  # of a score: its square, summed over a batch, still fits float32
 OURS.add(__file__)
 _NO_NUMBERS = "cSUMm"  # kinds of array types: complex, bytes, text, dates and durations
 
@@ -34,10 +34,10 @@ class _Takes(NamedTuple):
 
 
 def _signature(function: Callable[..., Any], name: str) -> _Takes:
-    """Reads a signature before anything is computed.
+    """Checks a reward function's signature.
 
     Raises:
-      InputError: what cannot be called with prompts and completions, or gives no list.
+      InputError: it cannot be called with prompts and completions, or yields.
     """
     if inspect.isclass(function):
         fix = f"made = {function.__name__}(...) in its file, and --config.rewards.function=FILE.py:made"
@@ -47,7 +47,7 @@ def _signature(function: Callable[..., Any], name: str) -> _Takes:
             raise InputError(f"{name} yields", "a function that returns a list of scores", "return [...]")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin does not tell
+    except (TypeError, ValueError):  # builtins may have no signature
         return _Takes(frozenset(), frozenset(), frozenset(), False)
     parameters = list(signature.parameters.values())
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -110,7 +110,7 @@ class FunctionScorer:
         return self._takes.needed - set(ARGUMENTS)
 
     def expect(self, columns: Iterable[str]) -> None:
-        """Makes sure, before anything is computed, that the data has what the function needs.
+        """Checks, before training, that the data has the columns that the function needs.
 
         Args:
           columns: of the data; those that a batch lacks are given as None for each completion.
@@ -148,7 +148,7 @@ class FunctionScorer:
                 result = _wait(result)
         except (InputError, MemoryError, KeyboardInterrupt):
             raise
-        except BaseException as error:  # sys.exit(0) in a reward must not end the run as if it were done
+        except BaseException as error:  # sys.exit(0) in a reward must not end the run as if it had finished
             count = len(samples.completions)
             code = _code(self.function)
             raise raised(
@@ -190,7 +190,7 @@ class FunctionScorer:
 
 
 def _real(value: Any) -> float:
-    """One real number as a float; NaN for what is none, infinity for what is too large for one."""
+    """A value as a float; NaN for what is not a real number, infinity for what overflows."""
     if isinstance(value, str) or (isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)):
         return math.nan
     if getattr(value, "ndim", 0) or getattr(getattr(value, "dtype", None), "kind", "f") in _NO_NUMBERS:
@@ -204,7 +204,7 @@ def _real(value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    """A value in a few characters: some have no `repr`, or a very long one."""
+    """A shortened `repr`, also of a value whose `repr` fails."""
     try:
         text = repr(value)
     except Exception:
@@ -217,7 +217,7 @@ def _expected(count: int) -> str:
 
 
 def _wait(awaitable: Any) -> Any:
-    """Runs an awaitable to its end, whether or not a loop (a notebook's) is already running."""
+    """Runs an awaitable to completion, also inside a running event loop (a notebook's)."""
 
     async def run():
         return await awaitable

@@ -1,4 +1,4 @@
-"""A reward by its name: a model's directory, or a function."""
+"""Loading a reward by its name: a reward model's directory, or a reward function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards that are models: a scalar read at the last real token of prompt and completion."""
+"""Reward models: a scalar score at the last real token of prompt and completion."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LEAST_WIDTH = 32  # row lengths are powers of two from here on, so that few sha
 
 @functools.partial(jax.jit, static_argnames="model")
 def score_rows(model: Model, params: Params, rows: Rows, last: Array) -> Array:
-    """Scores of rows, each read at the stated row index; no token id decides where.
+    """Scores of rows, each read at a given row index.
 
     Args:
       model: with a scalar head.
@@ -146,7 +146,7 @@ class ModelScorer:
         return scores[: len(sequences)]
 
     def tokens(self, prompt: Any, completion: str, finished: bool, columns: Mapping[str, Any] = _NONE) -> np.ndarray:
-        """Prompt and completion as the reward model was trained to see them; ended where, and only where, it finished.
+        """Prompt and completion in the reward model's own template, with an end of turn only where it finished.
 
         The end is what its template writes at the end of a turn, up to a stop id; without one, the tokenizer's EOS.
 
@@ -171,7 +171,7 @@ class ModelScorer:
         if example.complete[0] and not finished:
             ids = ids[:-1]
         elif not finished and not isinstance(said, str) and not encoder.template.is_plain:
-            # A template that ends turns by no stop id: what it writes behind the words would look like an end.
+            # The template has no stop id at the end of a turn: what it appends would look like one.
             shown = encoder.template.conversation([*prompt, *said], len(prompt), tools=tools_of(dict(columns)))
             ids = encoder.ids(shown.text[: shown.words_end[-1]], templated=True)
         if not example.complete[0] and finished and eos is not None:
@@ -180,7 +180,7 @@ class ModelScorer:
 
 
 def require_finite(scores: Iterable[float | None], places: Sequence[str], name: str) -> None:
-    """Refuses a reward model's scores that are not numbers, before anything is learned from them.
+    """Refuses scores that are not finite.
 
     Args:
       scores: None where there is none.
@@ -210,7 +210,7 @@ def padded_rows(sequences: list[np.ndarray]) -> tuple[Rows, np.ndarray]:
       Rows [N, T] of numpy arrays and the row index of each last token, int32 [N].
     """
     longest = max(len(s) for s in sequences)
-    if jax.process_count() > 1:  # every process runs the same program
+    if jax.process_count() > 1:  # all processes must compile the same shapes
         longest = int(multihost_utils.process_allgather(np.int32(longest)).max())
     width = max(_LEAST_WIDTH, 1 << (longest - 1).bit_length())
     lengths = np.array([len(s) for s in sequences], np.int32)

@@ -1,4 +1,4 @@
-"""What a reward is asked about, and the form that every reward has."""
+"""The input of a reward, and the type of every reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a reward says to what the policy is trained on: scale, normalise, clip, ask for an end."""
+"""Score shaping: scale, normalise, clip, missing-EOS penalty."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jaxalign.types import Array
 
 
 def initial_statistics() -> dict[str, Array]:
-    """The running statistics of scores before any score; they live in the state's `extra`."""
+    """Running statistics before any score; they are part of the train state (`extra`)."""
     return {"score_count": jnp.float32(0), "score_mean": jnp.float32(0), "score_var": jnp.float32(0)}
 
 
 def merge_statistics(statistics: dict[str, Array], scores: Array, applies: Array) -> dict[str, Array]:
-    """Count, mean and biased variance of all scores so far and these.
+    """The running count, mean and biased variance, updated by a batch of scores.
 
     Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm", equation 2.1.
 

@@ -33,7 +33,7 @@ jax.tree_util.register_dataclass(Scores, ["values", "applies", "per_token"], ["n
 
 
 def by_part(said: Sequence[Score] | Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-    """What a reward returned, by part; scores without a name are one part."""
+    """A reward's return value as named parts; a plain list is one part."""
     return {name: list(part) for name, part in said.items()} if isinstance(said, Mapping) else {"score": list(said)}
 
 

@@ -1,4 +1,4 @@
-"""From prompts to completions as text: tokenise, generate, decode."""
+"""The generation engine: tokenise prompts, decode, detokenise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _JOINED = 8  # characters at the end of a text that tokenizers may yet join to t
 
 
 class Completion(NamedTuple):
-    """What a model said."""
+    """One completion as text."""
 
     text: str  # without special tokens; for a prompt of text, prompt + text is the whole text
     ids: list[int]  # the stop token included

@@ -1,4 +1,4 @@
-"""Sizes that arrays of generation are given: few, so that few programs are compiled."""
+"""Bucketed array sizes for generation, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _NARROWEST = 32  # completions are cut to no less
 
 
 def power_of_two(n: int) -> int:
-    """The least that is at least n.
+    """The least power of two that is at least n.
 
     >>> [power_of_two(n) for n in (1, 3, 8)]
     [1, 4, 8]
