@@ -117,10 +117,10 @@ def _common() -> ConfigDict:
             "optimizer": {
                 "name": "adamw",  # the optimizer
                 "learning_rate": 1e-5,  # peak learning rate
-                "schedule": "cosine",  # of the learning rate, after the warmup
+                "schedule": "cosine",  # of the learning rate, after the warmup; schedule_free: constant
                 "warmup_steps": 0,  # steps of linear warmup from 0
                 "final_fraction": 0.1,  # share of the learning rate at the end of linear and cosine
-                "b1": 0.9,  # decay of the first moment
+                "b1": 0.9,  # decay of the first moment; schedule_free: share of the average in the weights
                 "b2": 0.999,  # decay of the second moment
                 "eps": 1e-8,  # added to the denominator
                 "weight_decay": 0.0,  # decoupled, scaled by the learning rate

@@ -34,7 +34,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("data.truncation", ("drop", "keep_start", "keep_end")),
     ("data.train_on_eos", ("turn", "last", "none")),
     ("data.system_turns", ("keep", "fold", "drop")),
-    ("optimizer.name", ("adamw", "adafactor", "lion", "muon", "sgd")),
+    ("optimizer.name", ("adamw", "adafactor", "lion", "muon", "schedule_free", "sgd")),
     ("optimizer.schedule", ("constant", "linear", "cosine")),
     ("optimizer.decay_mask", ("matrices", "all")),
     ("optimizer.state_dtype", (None, "float32", "bfloat16", "int8")),

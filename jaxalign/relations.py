@@ -48,6 +48,8 @@ def check(c: Any, inputs: bool) -> None:
             "None: muon's momentum has the parameters' dtype",
             "--config.optimizer.state_dtype=None",
         )
+    if c.optimizer.name == "schedule_free":
+        _check_schedule_free(c)
     if c.optimizer.state_dtype and c.optimizer.name == "sgd" and not c.optimizer.b1:
         raise InputError(
             f"optimizer.state_dtype {c.optimizer.state_dtype!r} with sgd without momentum",
@@ -126,6 +128,23 @@ def _check_evaluated(c: Any) -> None:
         )
 
 
+def _check_schedule_free(c: Any) -> None:
+    """What schedule-free's average x, which is computed from the weights y and the state's z, does not go with."""
+    o, dtype = c.optimizer, c.model.param_dtype
+    for field, value, allowed, expected, fix in (
+        ("optimizer.schedule", o.schedule, o.schedule == "constant", "constant: averaging replaces decay", "constant"),
+        ("optimizer.b1", o.b1, o.b1 > 0, "above 0: the share of the average in the weights", 0.9),
+        ("optimizer.state_dtype", o.state_dtype, o.state_dtype != "bfloat16", "None or int8: z needs its digits", None),
+        ("model.param_dtype", dtype, dtype != "bfloat16", "float32: the average needs all digits", "float32"),
+    ):
+        if not allowed:
+            raise InputError(
+                f"{field} is {shown(value)} with optimizer.name=schedule_free",
+                expected,
+                f"--config.{field}={fix}",
+            )
+
+
 def _check_train_on(train_on: str | None) -> None:
     """`data.train_on`: a word, or roles joined by commas."""
     roles = (train_on or "").replace(" ", "").split(",")
@@ -187,11 +206,13 @@ def _where(reads: Callable[[Algorithm], bool]) -> tuple[Callable[[Any], bool], s
     return lambda c: reads(ALGORITHMS[c.algorithm.name]), words
 
 
+_LIKE_ADAM = ("adamw", "muon", "schedule_free")
+
 # (field, whether it is read given the others, what would make it be read)
 _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-    ("optimizer.b1", lambda c: c.optimizer.name in ("adamw", "lion", "muon", "sgd"), "adamw, lion, muon and sgd"),
-    ("optimizer.b2", lambda c: c.optimizer.name in ("adamw", "lion", "muon"), "adamw, lion and muon"),
-    ("optimizer.eps", lambda c: c.optimizer.name in ("adamw", "muon"), "adamw and muon"),
+    ("optimizer.b1", lambda c: c.optimizer.name in (*_LIKE_ADAM, "lion", "sgd"), "all but adafactor"),
+    ("optimizer.b2", lambda c: c.optimizer.name in (*_LIKE_ADAM, "lion"), "adamw, muon, schedule_free and lion"),
+    ("optimizer.eps", lambda c: c.optimizer.name in _LIKE_ADAM, "adamw, muon and schedule_free"),
     ("optimizer.final_fraction", lambda c: c.optimizer.schedule != "constant", "linear and cosine schedules"),
     ("optimizer.decay_mask", lambda c: c.optimizer.weight_decay, "a positive optimizer.weight_decay"),
     ("checkpoint.best_mode", lambda c: c.checkpoint.best_metric, "a checkpoint.best_metric"),

@@ -119,7 +119,11 @@ _VALUES: dict[str, dict[str, str | None]] = {
         ("load_best_model_at_end", {"true": "eval/loss", "false": "None"}),
         ("attn_implementation flash_attention", dict.fromkeys(("sdpa", "eager", "flash_attention_2", "true"), "None")),
         ("lr_scheduler_type lr_scheduler scheduler lr_schedule", {"constant_with_warmup": "constant"}),
-        ("optim optimizer.type", dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")),
+        (
+            "optim optimizer.type",
+            dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
+            | {"schedule_free_adamw": "schedule_free"},
+        ),
         ("evaluation_strategy eval_strategy save_strategy", {"no": "0", "epoch": None, "steps": None}),
         ("report_to", {"none": "None", "all": "tensorboard,wandb"}),
         ("wandb logging.wandb", {"true": "wandb", "false": "tensorboard"}),

@@ -20,7 +20,8 @@ def export(
 ) -> Path | str:
     """Writes the model of a checkpoint, of a run that is done, stopped or still going.
 
-    Only the model's own weights are read, not the optimizer's state, and nothing in `workdir` is touched.
+    Only the model's own weights are read, of the optimizer's state no more than schedule-free's average needs, and
+    nothing in `workdir` is touched.
 
     Args:
       workdir: of a run, or of a run with stages.
@@ -51,6 +52,7 @@ def export(
     from jaxalign.train.card import model_card
     from jaxalign.train.checkpoints import read_meta
     from jaxalign.train.rundir import RunDir, usable
+    from jaxalign.train.schedule_free import average, saved_z
 
     with usable(out, "--out exported/NAME"):
         check_target(out)
@@ -76,7 +78,14 @@ def export(
     own = given["tokenizer"] in (None, given["path"])  # another tokenizer has no revision
     tokenizer = load_tokenizer(source if own else given["tokenizer"], revision if own else None, given["chat_template"])
     check_vocabulary(tokenizer, description.vocab_size, source)
-    params = _checked(run / "checkpoints", step, steps, role, like)
+    wanted: dict[str, Any] = {"params": {role: like}}
+    if config["optimizer"]["name"] == "schedule_free":
+        wanted["opt"] = {role: saved_z(config["optimizer"], like)}
+    found = _checked(run / "checkpoints", step, steps, wanted)
+    params = found["params"][role]
+    if "opt" in found:
+        z = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found["opt"]))
+        params = average(params, z, config["optimizer"]["b1"])
     card = model_card(RunDir(os.fspath(run)), config, step, read_meta(run / "checkpoints" / str(step)).get("inputs"))
     return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype, card=card)
 
@@ -201,13 +210,20 @@ def _choose(run: Any, config: dict[str, Any], checkpoint: str) -> tuple[int, lis
     return int(checkpoint), steps
 
 
-def _checked(folder: Any, step: int, others: list[int], role: str, like: Any) -> Any:
-    """One role's parameters out of a checkpoint, once they are known to be what was saved, and finite."""
-    params, problem = _attempt(folder / str(step), role, like)
+def _checked(folder: Any, step: int, others: list[int], wanted: Any) -> Any:
+    """Parts of a checkpoint, once they are known to be what was saved, and finite.
+
+    Args:
+      folder: of the checkpoints.
+      step: whose.
+      others: that there are.
+      wanted: the parts of the state, with shapes, dtypes and shardings.
+    """
+    found, problem = _attempt(folder / str(step), wanted)
     if not problem:
-        return params
-    del params
-    whole = next((n for n in reversed(others) if n != step and not _attempt(folder / str(n), role, like)[1]), None)
+        return found
+    del found
+    whole = next((n for n in reversed(others) if n != step and not _attempt(folder / str(n), wanted)[1]), None)
     raise InputError(
         f"checkpoint {step} of {folder} is damaged: {problem}",
         "a whole checkpoint" + ("; there is no other" if whole is None else f"; {whole} is one"),
@@ -215,25 +231,24 @@ def _checked(folder: Any, step: int, others: list[int], role: str, like: Any) ->
     )
 
 
-def _attempt(folder: Any, role: str, like: Any) -> tuple[Any, str]:
-    """(a role's parameters, what is wrong with them or "")."""
+def _attempt(folder: Any, wanted: Any) -> tuple[Any, str]:
+    """(parts of a checkpoint, what is wrong with them or "")."""
     from jaxalign.train.checkpoints import check, read_meta, reading_problem
 
     try:
         meta = read_meta(folder)
-        params = _restore(folder / "state", role, like)
+        found = _restore(folder / "state", wanted)
     except Exception as error:  # whatever a reader says of bytes that it does not understand
         return None, reading_problem(error)
-    return params, check(params, meta, f"checkpoint {folder.name}", f"params/{role}/")
+    return found, check(found, meta, f"checkpoint {folder.name}")
 
 
-def _restore(state: Any, role: str, like: Any) -> Any:
-    """One role's parameters out of a saved state, into the given shapes, dtypes and shardings."""
+def _restore(state: Any, wanted: Any) -> Any:
+    """Parts of a saved state, into the given shapes, dtypes and shardings."""
     import orbax.checkpoint as ocp
 
-    item = {"params": {role: like}}
     args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(state, args=args)["params"][role]
+        return reader.restore(state, args=args)

@@ -303,37 +303,35 @@ def reading_problem(error: Exception) -> str:
     return f"it cannot be read ({' '.join(text.split())[:200]})"
 
 
-def checksums(tree: Any, prefix: str = "") -> dict[str, Any]:
+def checksums(tree: Any) -> dict[str, Any]:
     """`ops.checksum` of each leaf by its path, one leaf after the other, as numpy arrays; 8-bit moments count blocks.
 
     Args:
       tree: arrays on a mesh; those that wait in the host's memory are copied to the devices one at a time.
-      prefix: of the paths.
     """
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        found[prefix + path_name(path)] = _checksum(in_memory(leaf, DEVICE))
+        found[path_name(path)] = _checksum(in_memory(leaf, DEVICE))
     found, counts = jax.device_get((found, count_not_finite(tree)))
-    return found | {prefix + name: found[prefix + name] + np.array([0, 0, n], np.uint32) for name, n in counts.items()}
+    return found | {name: found[name] + np.array([0, 0, n], np.uint32) for name, n in counts.items()}
 
 
 _checksum = jax.jit(checksum)
 
 
-def check(tree: Any, meta: Mapping[str, Any], name: str, prefix: str = "") -> str:
+def check(tree: Any, meta: Mapping[str, Any], name: str) -> str:
     """What is wrong with arrays that were read from a checkpoint; "" where they are what was saved, and finite.
 
     Args:
-      tree: the state, or a part of it.
+      tree: the state, or a part of it that has the state's paths.
       meta: from `read_meta`.
       name: of the checkpoint, for the warning where an earlier version kept no checksums.
-      prefix: of the part's paths in the state.
     """
-    sums, known = checksums(tree, prefix), meta.get("checksums")
+    sums, known = checksums(tree), meta.get("checksums")
     if known is None:
         say(f"warning: {name} has no checksums, as earlier versions wrote it: it is taken as it is")
     else:
-        wrong = [path for path, value in _described(tree, sums, prefix).items() if known.get(path) != value]
+        wrong = [path for path, value in _described(tree, sums).items() if known.get(path) != value]
         if wrong:
             more = f" and {len(wrong) - 1} more arrays are" if len(wrong) > 1 else " is"
             return f"{wrong[0]}{more} not what was saved"
@@ -369,9 +367,9 @@ def _hex(value: Any) -> str:
     return f"{int(value[0]):08x}{int(value[1]):08x}"
 
 
-def _described(tree: Any, sums: Mapping[str, Any], prefix: str = "") -> dict[str, list]:
+def _described(tree: Any, sums: Mapping[str, Any]) -> dict[str, list]:
     """What a checkpoint's meta says of each array: dtype, shape, the two sums."""
-    leaves = {prefix + path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
     return {name: [str(x.dtype), list(x.shape), _hex(sums[name])] for name, x in leaves.items()}
 
 

@@ -29,6 +29,7 @@ from jaxalign.train.lock import Lock
 from jaxalign.train.metrics import Progress, Writer, count_tokens, headline
 from jaxalign.train.prepare import Prepare, Prepared
 from jaxalign.train.profile import Profile
+from jaxalign.train.schedule_free import evaluated
 from jaxalign.types import Params, TrainState
 
 
@@ -202,15 +203,18 @@ class Loop:
         best = bool(self.evaluate and c.checkpoint.best_metric)
         save = last or stopping or (best and due) or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
         sums = self.checkpoints.checked(step, state) if save else {}  # before anything is asked of such a model
+        evaluating = self.evaluate is not None and (due or (save and best))
+        every = c.logging.get("samples_every", 0)
+        sampling = bool(self.sample and not stopping and every and (last or step % every == 0))
+        averaged = evaluated(state) if evaluating or sampling else state
         held_out: dict[str, float] = {}
-        if self.evaluate and (due or (save and best)):
-            held_out = {f"eval/{name}": value for name, value in self.evaluate(state).items()}
+        if self.evaluate and evaluating:
+            held_out = {f"eval/{name}": value for name, value in self.evaluate(averaged).items()}
             if self.patience is not None:
                 self.patience.add(step, held_out)
         row = dict(held_out)
-        every = c.logging.get("samples_every", 0)
-        if self.sample and not stopping and every and (last or step % every == 0):
-            row |= self.sample(self._whole(state), self.frozen, step, samples)
+        if self.sample and sampling:
+            row |= self.sample(self._whole(averaged), self.frozen, step, samples)
         if row:
             self.writer.write(step, row)
         if save:

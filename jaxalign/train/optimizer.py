@@ -16,6 +16,7 @@ from jaxalign.steps.step import global_norm
 from jaxalign.train.muon import scale_by_muon
 from jaxalign.train.named_functions import own_optimizer, own_schedule
 from jaxalign.train.quantised_moments import pack, unpack
+from jaxalign.train.schedule_free import schedule_free_adamw
 from jaxalign.types import Params
 
 Schedule = Callable[[Any], jax.Array]
@@ -70,10 +71,11 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     Weight decay is decoupled (Loshchilov and Hutter 2019): parameters shrink by learning rate x `weight_decay`.
     Under `lion` and `sgd`, `b1` is the momentum.  `adafactor` (Shazeer and Stern 2018) keeps factored second moments,
     clips each update to a root mean square of 1 and takes the learning rate as it stands (no parameter scaling).
-    `muon` (Jordan et al. 2024) orthogonalises the layers' matrices, see `scale_by_muon`; the rest gets Adam. A name
-    such as `file.py:function` is a function of the user's own, `optimizer(learning_rate)`, which gets the schedule.
-    What is kept between steps has the parameters' dtype, or `state_dtype`; in bfloat16, whichever of them says so, it
-    is rounded by chance (see `kept_in`).
+    `muon` (Jordan et al. 2024) orthogonalises the layers' matrices, see `scale_by_muon`; the rest gets Adam.
+    `schedule_free` (Defazio et al. 2024) averages instead of lowering the rate, see `schedule_free_adamw`. A name such
+    as `file.py:function` is a function of the user's own, `optimizer(learning_rate)`, which gets the schedule. What is
+    kept between steps has the parameters' dtype, or `state_dtype`; in bfloat16, whichever of them says so, it is
+    rounded by chance (see `kept_in`).
 
     Args:
       cfg: the `optimizer` section.
@@ -82,6 +84,9 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     """
     parts: list[optax.GradientTransformation] = []
     schedule = make_schedule(cfg, learning_rate, num_steps)
+    decay = []
+    if cfg.weight_decay:
+        decay = [optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay_mask == "matrices" else None)]
     if cfg.max_grad_norm:
         parts.append(clip_by_global_norm(cfg.max_grad_norm))
     if cfg.name == "adamw":
@@ -92,6 +97,9 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
         parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     elif cfg.name == "muon":
         parts.append(scale_by_muon(cfg.b1, cfg.b2, cfg.eps))
+    elif cfg.name == "schedule_free":
+        parts.append(schedule_free_adamw(schedule, cfg.b1, cfg.b2, cfg.eps, decay))
+        return kept_in(optax.chain(*parts), cfg.state_dtype)
     elif is_name(cfg.name):  # it has its own decay and learning rate; the schedule's count says how many updates
         parts += [own_optimizer(cfg.name, schedule), optax.scale_by_schedule(lambda count: 1.0)]
         return kept_in(optax.chain(*parts), cfg.state_dtype)
@@ -99,11 +107,8 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
         parts += [optax.trace(cfg.b1)] if cfg.b1 else []  # without momentum nothing is kept
     else:
         raise ValueError(cfg.name)
-    if cfg.weight_decay:
-        parts.append(optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay_mask == "matrices" else None))
-    parts.append(optax.scale_by_schedule(lambda count: -schedule(count)))
-    whole = optax.chain(*parts)
-    return kept_in(whole, cfg.state_dtype)
+    parts += [*decay, optax.scale_by_schedule(lambda count: -schedule(count))]
+    return kept_in(optax.chain(*parts), cfg.state_dtype)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

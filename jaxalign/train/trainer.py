@@ -36,6 +36,7 @@ from jaxalign.train.models import bytes_by_role, fit_length, num_bytes
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
+from jaxalign.train.schedule_free import evaluated
 from jaxalign.train.stage import Stage, data_warnings
 from jaxalign.train.trackers import check_trackers
 from jaxalign.types import TrainState
@@ -225,7 +226,7 @@ def _export(
     hf.save(
         target,
         stage.program.trained[role].model,
-        joined(state.params, frozen)[role],
+        joined(evaluated(state).params, frozen)[role],
         source=locate(c.model.path, c.model.revision, weights=False),
         tokenizer=stage.tokenizer,
         card=model_card(stage.directory, configuration.to_dict(c), step, inputs),

@@ -75,6 +75,7 @@ VALUES = [
     ("sft", "gradient_checkpointing", "True", "model.remat", "full", ""),
     ("sft", "num_train_epochs", "3.0", "num_epochs", "3", ""),
     ("sft", "optim", "adamw_torch", "optimizer.name", "adamw", ""),
+    ("sft", "optim", "schedule_free_adamw", "optimizer.name", "schedule_free", ""),
     ("sft", "min_lr", "2e-6", "optimizer.final_fraction", "0.1", "share of optimizer.learning_rate"),
     ("sft", "warmup_ratio", "0.1", "optimizer.warmup_steps", "...", "counts steps: 0.1 x the run's steps"),
     ("sft", "per_device_train_batch_size", "4", "batch_size", "4", "global"),

@@ -209,7 +209,7 @@ def test_moments_of_8_bits_that_are_no_numbers_are_counted(moment):
     moments = getattr(state, moment)["kernel"]
     for value in (jnp.nan, jnp.inf):
         spoilt = state._replace(**{moment: {"kernel": moments.at[1, 2].set(value).at[3, 40].set(value)}})
-        found = checksums({"opt_state": pack(spoilt, 0)}, "train/")
+        found = checksums({"train": {"opt_state": pack(spoilt, 0)}})
         wrong = {name: int(sums[2]) for name, sums in found.items() if sums[2]}
         assert wrong == {f"train/opt_state/moments/{moment}/kernel": 2}
     assert not any(sums[2] for sums in checksums({"opt_state": pack(state, 0)}).values())
