@@ -253,36 +253,3 @@ def build_prompts(examples: Sequence[Example], shape: Shape, pad_id: int) -> Bat
         batch.completions.mask[b, 0] = True
         batch.record_ids[b, 0] = example.record
     return batch
-
-
-def sizes(examples: Sequence[Example], layout: Layout) -> Sizes:
-    """What each example takes of a row."""
-    parts = [segment(e, layout) for e in examples]
-    return Sizes(
-        np.array([len(p.tokens) for p in parts], np.int64),
-        np.array([len(p.source) for p in parts], np.int64),
-        np.array([max(len(e.completions), 1) for e in examples], np.int64),
-    )
-
-
-def batch_of(
-    examples: Sequence[Example], layout: Layout, pad_id: int, *, shape: Shape | None = None, multiple: int = 64
-) -> Batch:
-    """One example per row, in order: for scoring and evaluating files and for tests.
-
-    Args:
-      examples: at least one.
-      layout: how examples become segments; "none" gives left-padded prompts.
-      pad_id: the token of padding.
-      shape: the sizes, where several batches shall share one compiled program; else what these examples need.
-      multiple: rows are as long as needed, rounded up to this.
-    """
-    if shape is None:
-        need = sizes(examples, layout)
-        length, readouts = (round_up(int(a.max()), multiple) for a in need[:2])
-        shape = Shape(
-            len(examples), length, readouts if layout.readout == "tokens" else int(need[1].max()), int(need[2].max())
-        )
-    if layout.readout == "none":
-        return build_prompts(examples, shape, pad_id)
-    return build_batch([[e] for e in examples], shape, layout, pad_id)

@@ -367,35 +367,3 @@ def _reason(error: InputError) -> str:
     """Under which a record that cannot be rendered is counted; its own words are left out."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "...", re.sub(r" \([^()]*\)", "", error.found))
     return text.splitlines()[0][:120]
-
-
-def plain_example(encoder: Encoder, record: int, prompt: str, completion: str, *, joint: bool = False) -> Example:
-    """An example from two strings as they are: no template, no EOS beside what the completion holds.
-
-    Args:
-      encoder: the tokenizer.
-      record: number that the example carries.
-      prompt: text, tokenised with the tokenizer's own special tokens.
-      completion: text, tokenised without special tokens.
-      joint: tokenise prompt + completion as one text, as training does, rather than each by itself.
-
-    Returns:
-      An example whose completion is scored throughout.
-
-    Raises:
-      InputError: where prompt or completion give no token.
-    """
-    if joint:
-        encoded = encoder.encode([prompt + completion], [False])[0]
-        split = encoded.before(len(prompt))
-        ids, said = encoded.ids[:split], encoded.ids[split:]
-    else:
-        ids = encoder.ids(prompt) if prompt else np.asarray(encoder.prefix, np.int32)
-        said = encoder.ids(completion, templated=True)
-    if not len(ids) and encoder.bos_id is not None:
-        ids = np.asarray([encoder.bos_id], np.int32)
-    if not len(ids) or not len(said):
-        empty = "prompt" if not len(ids) else "completion"
-        raise InputError(f"line {record + 1}: an empty {empty}", "at least one token", f"the file's {empty} column")
-    complete = int(said[-1]) in encoder.eos_ids
-    return Example(record, ids, (said,), (np.ones(len(said), bool),), (complete,), 1.0, 0.0)

@@ -8,7 +8,8 @@ import pytest
 from jaxalign.config import defaults
 from jaxalign.data.build import from_records
 from jaxalign.data.records import Record
-from jaxalign.data.report import as_text, row_texts
+from jaxalign.data.report import as_text
+from tests.data.row_texts import row_texts
 
 TOKENIZER = "models/stories3m-llama"
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxalign.data.rows import Layout, Shape, batch_of, build_batch, build_prompts, segment, segment_tokens, sizes
+from jaxalign.data.rows import Layout, Shape, Sizes, build_batch, build_prompts, round_up, segment, segment_tokens
 from jaxalign.data.tokenize import Example
 from jaxalign.types import CHOSEN, REJECTED, SINGLE
 
@@ -17,6 +17,20 @@ def _example(number, prompt, *completions):
         mask[-1] = True  # what ends a completion is scored
     ids = [rng.integers(0, 50, n).astype(np.int32) for n in (prompt, *completions)]
     return Example(number, ids[0], tuple(ids[1:]), masks, (True,) * len(completions), 1.0 + number, 0.5 * number)
+
+
+def _sizes(examples, layout):
+    parts = [segment(e, layout) for e in examples]
+    counts = [max(len(e.completions), 1) for e in examples]
+    return Sizes(np.array([len(p.tokens) for p in parts]), np.array([len(p.source) for p in parts]), np.array(counts))
+
+
+def _batch_of(examples, layout, pad_id, multiple=64):
+    """One example per row, in rows as long as the longest, rounded up."""
+    need = [int(a.max()) for a in _sizes(examples, layout)]
+    readouts = round_up(need[1], multiple) if layout.readout == "tokens" else need[1]
+    shape = Shape(len(examples), round_up(need[0], multiple), readouts, need[2])
+    return build_batch([[e] for e in examples], shape, layout, pad_id)
 
 
 def _visible(rows, b, t):
@@ -75,7 +89,7 @@ LAYOUTS = [Layout("tokens"), Layout("tokens", False), Layout("last"), Layout("la
 )
 def test_trap_packed_pairs_see_their_own_context_alone(layout, rows, slack):
     examples = [[_example(10 * b + i, *lengths) for i, lengths in enumerate(row)] for b, row in enumerate(rows)]
-    need = [sizes(row, layout) if row else None for row in examples]
+    need = [_sizes(row, layout) if row else None for row in examples]
     most = [max((int(n[k].sum()) for n in need if n), default=0) + slack for k in range(3)]
     batch = build_batch(examples, Shape(len(rows) + 1, *most), layout, pad_id=7)
     for b, row in enumerate(examples):
@@ -92,8 +106,8 @@ def test_trap_packed_pairs_see_their_own_context_alone(layout, rows, slack):
 def test_packed_sequences_equal_unpacked_ones(lengths):
     layout = Layout("tokens")
     examples = [_example(i, *n) for i, n in enumerate(lengths)]
-    alone = batch_of(examples, layout, 0, multiple=1)
-    need = sizes(examples, layout)
+    alone = _batch_of(examples, layout, 0, multiple=1)
+    need = _sizes(examples, layout)
     packed = build_batch([examples], Shape(1, *(int(a.sum()) for a in need)), layout, pad_id=0)
     _check_row(packed, 0, examples, layout)
     for b, example in enumerate(examples):
@@ -112,7 +126,7 @@ def test_shared_prompt_equals_two_segments(prompt, chosen, rejected):
     seen = []
     for shared in (True, False):
         layout = Layout("tokens", shared)
-        batch = batch_of([example], layout, 0, multiple=1)
+        batch = _batch_of([example], layout, 0, multiple=1)
         assert batch.rows.tokens.shape[1] == segment_tokens(prompt, (chosen, rejected), shared)
         seen.append([(_visible(batch.rows, 0, s), t, c) for s, t, c in _readouts(batch, 0)])
     assert seen[0] == seen[1]
@@ -145,7 +159,7 @@ def test_trap_a_reward_is_read_at_the_stated_last_token_whatever_its_id():
         0, np.array([1, eos], np.int32), completions, (np.ones(3, bool), np.ones(1, bool)), (True, True), 1.0, 0.0
     )
     for shared in (True, False):
-        batch = batch_of([example], Layout("last", shared), pad_id=eos)
+        batch = _batch_of([example], Layout("last", shared), pad_id=eos)
         _check_row(batch, 0, [example], Layout("last", shared))
         assert batch.readouts.mask.sum() == 2
 
@@ -153,7 +167,7 @@ def test_trap_a_reward_is_read_at_the_stated_last_token_whatever_its_id():
 def test_trap_the_pad_id_decides_nothing():
     examples = [_example(0, 3, 4, 2), _example(1, 2, 1, 5)]
     for layout in LAYOUTS:
-        batches = [batch_of(examples, layout, pad_id) for pad_id in (0, 2, 49)]
+        batches = [_batch_of(examples, layout, pad_id) for pad_id in (0, 2, 49)]
         pads = [batch.rows.attend_end - batch.rows.attend_start == 1 for batch in batches]
         for batch in batches[1:]:
             assert all(np.array_equal(a, b) for a, b in zip(batch.rows[1:], batches[0].rows[1:], strict=True))
@@ -163,7 +177,7 @@ def test_trap_the_pad_id_decides_nothing():
 
 def test_all_masked_and_one_token():
     example = Example(0, np.array([1]), (np.array([2]),), (np.zeros(1, bool),), (False,), 1.0, 0.0)
-    batch = batch_of([example], Layout("tokens"), 0)
+    batch = _batch_of([example], Layout("tokens"), 0)
     assert batch.readouts.mask.shape == (1, 0) and batch.completions.mask.sum() == 1
     assert batch.rows.tokens.shape == (1, 64)
 

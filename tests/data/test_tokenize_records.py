@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
-from jaxalign.data.tokenize import Dropped, Encoder, plain_example, tokenize_records
-from jaxalign.errors import InputError
+from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.registry import PAIRS as READ_PAIRS
 
 
@@ -203,17 +202,6 @@ def test_prompts_to_sample_from(tokenizer_of):
 def test_weights_and_scores_are_carried(tokenizer_of):
     example = _one(_pair("Q", " a", " b", weight=0.5, score=2.25), Encoder(tokenizer_of("models/stories3m-llama")))
     assert (example.weight, example.score) == (0.5, 2.25)
-
-
-def test_plain_examples_for_scoring(tokenizer):
-    encoder = Encoder(tokenizer)
-    example = plain_example(encoder, 3, "Once upon", " a time")
-    assert example.prompt.tolist() == tokenizer("Once upon")["input_ids"]
-    assert example.completions[0].tolist() == tokenizer(" a time", add_special_tokens=False)["input_ids"]
-    joint = plain_example(encoder, 3, "Once upon", " a time", joint=True)
-    assert np.concatenate([joint.prompt, joint.completions[0]]).tolist() == tokenizer("Once upon a time")["input_ids"]
-    with pytest.raises(InputError, match="line 4: an empty completion"):
-        plain_example(encoder, 3, "Once", "")
 
 
 @settings(max_examples=25, deadline=None)
