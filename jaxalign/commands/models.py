@@ -207,7 +207,7 @@ def _give(result: dict[str, Any], out: str | None, page: Callable[[], str], as_j
         try:
             write_whole(Path(out).expanduser(), text + "\n")
         except InputError:
-            print(text)  # minutes of work: not lost
+            print(text)  # so that minutes of work are not lost
             raise
     print(text if as_json else page())
 

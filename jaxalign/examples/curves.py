@@ -21,12 +21,12 @@ _MIB = 2**20
 
 
 class Results(NamedTuple):
-    """What a quickstart left behind."""
+    """A finished quickstart run."""
 
     workdir: Path
     summary: dict[str, Any]
     metrics: dict[str, list[dict[str, Any]]]  # of each stage, a dict for each logged step
-    done: dict[str, dict[str, Any]]  # of each stage, the trainer's own account
+    done: dict[str, dict[str, Any]]  # of each stage, its DONE file
 
 
 def find() -> Path:
@@ -120,7 +120,7 @@ def draw(workdir: Path) -> Path:
 
 
 def training(found: Results) -> Any:
-    """How each stage learned."""
+    """Training curves of each stage."""
     figure, axes = _figure(14, 6.5, 2, 4)
     for panel, axis in zip(_TRAINING, axes, strict=False):
         _lines(axis, found, *panel)
@@ -129,7 +129,7 @@ def training(found: Results) -> Any:
 
 
 def memory(found: Results) -> Any:
-    """What each stage holds between two steps, and what it needs in all."""
+    """Memory of each stage: its state between steps, and its peak."""
     figure, axes = _figure(13, 4.2, 1, 2)
     _held(axes[0], found)
     _needed(axes[1], found)
@@ -220,7 +220,7 @@ def _frontier(axis: Any, found: Results) -> None:
         if s.get("kl") is not None:
             at = (s["kl"], s["gold_reward"])
             axis.scatter(*at, color=_COLOURS[name], s=90, zorder=3)
-            # Names at the points: wherever a legend stands, some run's samples lie under it.
+            # Labels at the points: a legend would cover points of some run.
             right = name != "dpo"  # the two roads may end side by side
             side = {"xytext": (8 if right else -8, 6), "ha": "left" if right else "right"}
             axis.annotate(name.upper(), at, textcoords="offset points", color=_COLOURS[name], bbox=box, **side)

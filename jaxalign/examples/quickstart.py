@@ -30,7 +30,7 @@ _MODELS = {  # models in memory while a stage trains
 
 
 def run(config: Any) -> dict[str, Any]:
-    """Runs the quickstart, or what of it is not done yet.
+    """Runs the quickstart, or resumes it.
 
     Args:
       config: the tree of `configs/quickstart.py`.
@@ -64,7 +64,7 @@ def run(config: Any) -> dict[str, Any]:
 
 
 def _with_its_world(config: Any) -> Any:
-    """The config with its data in `workdir/world`, so that runs in different directories share none."""
+    """The config with its data under `workdir/world`, so that runs in different directories share no files."""
     usual, own = "runs/quickstart/world/", f"{config.workdir}/world/"
 
     def moved(path: Any) -> Any:
@@ -116,7 +116,7 @@ def _quality(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(summary: dict[str, Any], width: int = WIDTH) -> str:
-    """The summary for people: a table and samples side by side."""
+    """The summary as text: a table and samples side by side."""
     import io
 
     from rich.console import Console

@@ -83,7 +83,7 @@ def _done(workdir: Path, names: Sequence[str]) -> bool:
 
 
 def _kept(path: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was made before under the same key, or is made now and kept."""
+    """A cached result with the same key, or a new one that is then cached."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     if path.exists() and (found := json.loads(path.read_text())).get("key") == digest:
         return found["result"]
@@ -93,7 +93,7 @@ def _kept(path: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def _stage_key(config: Any, name: str) -> str:
-    """What a finished stage was made of."""
+    """The key of a finished stage."""
     return json.loads(Path(config.workdir, name, stages.RECORD).read_text())["key"]
 
 
@@ -109,7 +109,7 @@ def _prepare(config: Any) -> dict[str, Any]:
 
 
 def _judge(config: Any, log: Callable[[str], None]) -> dict[str, Any]:
-    """The judge, and how well it tells reviews of the half that it was not trained on."""
+    """The judge, and its accuracy on the half of the reviews that it was not trained on."""
     sizes, path = config.prepare, Path(config.workdir, "data/judge.npz")
 
     def make() -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _cost(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def _accuracies(summary: dict[str, Any], done: dict[str, Any]) -> None:
-    """How many held-out pairs each reward is right about, with its interval."""
+    """Each reward's accuracy on held-out pairs, with its interval."""
     files = {"reward": "labels", "dpo": "pairs"} | {f"{s}_{kind}": s for s in SETS for kind in ("reward", "dpo")}
     for name, file in files.items():
         if name in done:
@@ -271,7 +271,7 @@ def _sentiment(config: Any, road: str, summary: dict[str, Any], judge: WordBag, 
     summary[road]["win_rate"] = {**rate._asdict(), "prompts": len(samples)}
     for name, model in (("sft", "base"), (road, "aligned")):
         summary[name]["positive"] = sum(o > 0 for o in odds[model]) / len(samples)
-    # A judge that adds up words may like long texts: the odds for each word tell.
+    # A judge that sums over words may prefer long texts, so its odds per word are reported too.
     words = {m: [max(len((s["prompt"] + s[m]).split()), 1) for s in samples] for m in odds}
     each = {m: [o / n for o, n in zip(odds[m], words[m], strict=True)] for m in odds}
     summary[road]["win_rate_per_word"] = win_rate(each["base"], each["aligned"], confidence=0.95).rate

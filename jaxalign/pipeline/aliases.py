@@ -1,4 +1,4 @@
-"""What other programs call a field, TRL and transformers before all, and what their values mean here."""
+"""Field names and values of other programs (TRL, transformers, axolotl, OpenRLHF, Tunix), translated."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from jaxalign.config import get
 
-# What other programs call a field, TRL and transformers before all; a name with a dot is meant within that section.
-# Of several fields the first that the tree has.
+# Another program's name: the field here; of several fields the first that the configuration has.  A name with a dot
+# stands for itself alone, one without also for the last part of a dotted name.
 ALIASES: dict[str, tuple[str, ...]] = {
     alias: tuple(fields.split())
     for aliases, fields in (
@@ -100,7 +100,7 @@ _DTYPES = {
     "fp32": "float32", "32": "float32", "no": "float32", "float": "float32", "auto": "bfloat16",
 }  # fmt: skip
 
-# What a value is here, by what it was there; others stay as they are, and None is for the user to say.
+# Values to translate, by alias; other values stay as they are, and None is left to the user.
 _VALUES: dict[str, dict[str, str | None]] = {
     alias: values
     for aliases, values in (
@@ -133,7 +133,7 @@ _VALUES: dict[str, dict[str, str | None]] = {
     for alias in aliases.split()
 }
 
-# Names whose numbers count something else here: what the field counts, and the number where it can be told.
+# Names that count something else there: a sentence on what the field counts, and the number where it can be computed.
 _Told = Callable[[float, ConfigDict], float | None]
 _COUNTS: dict[str, tuple[str, _Told]] = {
     alias: (note, number)
@@ -184,7 +184,7 @@ _COUNTS: dict[str, tuple[str, _Told]] = {
 
 
 def meaning(alias: str, value: Any, section: ConfigDict) -> tuple[Any, str]:
-    """What the value of another program's option is here.
+    """Translates the value of another program's option.
 
     Args:
       alias: one of `ALIASES`, or any other name, whose value stays as it is.
@@ -192,7 +192,7 @@ def meaning(alias: str, value: Any, section: ConfigDict) -> tuple[Any, str]:
       section: the stage's configuration.
 
     Returns:
-      The value, None where it is for the user to say, and what the field counts where that is something else; "" else.
+      The value, None where the user must choose it, and a sentence where the field counts something else; "" else.
 
     >>> from jaxalign.config import defaults
     >>> meaning("bf16", "True", defaults("sft"))

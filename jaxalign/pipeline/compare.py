@@ -29,7 +29,7 @@ from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.engine import Completion
 from jaxalign.rollout.sampling import Sampling
 
-# The verdict where every prompt is a tie: the interval says nothing then.
+# The verdict where every prompt is a tie, and the interval means nothing.
 SAME = "undecided: the reward gave both the same score on every prompt; another reward may tell them apart"
 
 
@@ -45,7 +45,7 @@ def compare(
     seed: int,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Lets two models answer the same held-out prompts and says how they differ.
+    """Compares two models' samples on the same held-out prompts.
 
     Args:
       base: the model before: directory or hub id.
@@ -137,7 +137,7 @@ def compare(
 
 
 def _records(data: str, num_prompts: int | None) -> list[Record]:
-    """The held-out records; there is no configuration here, so a config line becomes what it means for the flag."""
+    """The held-out records; fixes that name config fields are rewritten for the flag."""
     try:
         return list(load_records(data, None, max_records=num_prompts)[0])
     except InputError as error:
@@ -155,7 +155,7 @@ def _sample(question: Question) -> str:
 
 
 def _scorer(reward: str, dtype: str | None) -> tuple[Any, int | None]:
-    """The reward, found before anything is generated; and the tokens that it was made for, if it is a model."""
+    """The reward, loaded before anything is generated, and its context length if it is a model."""
     from jaxalign.rewards.load import load_scorer
 
     file = {} if ":" in reward else require_head(reward, "score", "--reward")[0]
@@ -181,7 +181,7 @@ def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion])
 
 
 def _perplexity(loaded: Loaded, records: Sequence[Any], data: str) -> dict[str, Any]:
-    """Of the data's own answers."""
+    """Perplexity of the data's reference answers."""
     tokens = references(records, loaded.tokenizer, loaded.stop_ids, render_plain)
     sizes = [len(t.prompt) + len(t.completion) for t in tokens]
     warn_of_context(loaded.path, loaded.context, sizes, [f"an answer of {data}"] * len(tokens))
@@ -202,7 +202,7 @@ def _kl(policy: Sequence[float], base: Sequence[float] | None) -> float:
 
 
 def _figures(found: Sequence[Completion]) -> dict[str, Any]:
-    """Signs of health of a model's samples; n-grams are of words."""
+    """Diversity and length of a model's samples; n-grams are of words."""
     words = [c.text.split() for c in found]
     count = len(found)
     return {
@@ -216,7 +216,7 @@ def _figures(found: Sequence[Completion]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """JSON values; what is not a number becomes None."""
+    """JSON values; NaN becomes None."""
     if isinstance(value, dict):
         return {k: _json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -293,7 +293,7 @@ def page(result: dict[str, Any], *, show: int, width: int = 120) -> str:
 
 
 def _scale(low: float, rate: float, high: float) -> str:
-    """The interval on a line from 0 to 100 %, with the lines at 50 and 55 %.
+    """The interval as a line of text from 0 to 100 %, with marks at 50 and 55 %.
 
     >>> print(_scale(0.6, 0.7, 0.8))
     0% .........................|..|.[====o====].......... 100%   (| at 50% and 55%)

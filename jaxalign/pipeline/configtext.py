@@ -16,7 +16,7 @@ from jaxalign.registry import ALGORITHMS
 
 FORMS = ("py", "yaml", "json")
 SUFFIXES = (".yaml", ".yml", ".json")
-# What stands in a new config file for what its reader fills in.
+# Placeholders in a new config file.
 PLACEHOLDERS = {
     "model.path": "DIR_OR_HUB_ID",
     "data.sources": ("FILE.jsonl",),

@@ -103,7 +103,7 @@ def _devices() -> Iterator[tuple[str, str, str]]:
 
         start()
         devices = jax.devices()
-    except Exception as error:  # whatever a broken driver or plugin raises
+    except Exception as error:  # a broken driver or plugin may raise anything
         yield BAD, "devices", f"jax finds none: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return
     kinds = sorted({d.device_kind for d in devices})
@@ -153,7 +153,7 @@ def _works(jax) -> Iterator[tuple[str, str, str]]:
             value, gradient = jax.jit(jax.value_and_grad(loss))(params, put_batch(rows, mesh))
             finite = bool(jnp.isfinite(value)) and all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
         seconds = time.perf_counter() - start
-    except Exception as error:  # this is the place that finds out
+    except Exception as error:  # any failure is the finding
         first = str(error).splitlines()[0][:300] if str(error) else ""
         yield BAD, "a step", f"failed: {type(error).__name__}: {first}"
         return

@@ -1,4 +1,4 @@
-"""What each field of a configuration is: its default, what it may hold, and the comment that stands beside it."""
+"""`jaxalign config`: each field's default, allowed values and description, read from the code's comments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxalign.registry import ALGORITHMS
 
 
 class Field(NamedTuple):
-    """A field as its reader needs it."""
+    """A field for a reader."""
 
     name: str  # dotted
     default: object

@@ -18,7 +18,7 @@ from jaxalign.ranges import ADDED, FUNCTIONS
 
 FORMAT = 1
 
-# Fields that say where or how to run; they do not change what is learnt, so they are no part of a key.
+# Fields that say where or how to run: they do not change the result and are not part of the key.
 _NOT_IN_KEY = (
     "workdir", "logging", "process_timeout", "profile", "mesh", "from", "model.remat", "data.cache_dir",
     "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "callbacks", "rollout.num_slots",
@@ -35,17 +35,12 @@ _LENGTH = ("num_train_steps", "num_epochs")
 
 
 class Keys(NamedTuple):
-    """Hashes of what a stage is made of, 32 hex digits each."""
+    """Hashes of a stage's configuration and inputs, 32 hex digits each."""
 
     key: str  # of its configuration, the files it names and its inputs' keys
-    base: str  # but for the run's length
-    unscored: str  # but for the file of its reward function
+    base: str  # `key` without the run's length
+    unscored: str  # `key` without the file of the reward function
     files: dict[str, str | None]  # path -> digest of what is there
-
-
-def key_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> str:
-    """The first of `keys_of`."""
-    return keys_of(config, inputs, filled).key
 
 
 def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ...]) -> Keys:
@@ -98,7 +93,7 @@ def paths_in(value: Any) -> list[str]:
 
 
 def file_digest(path: str) -> str | None:
-    """What is in a local file, in all files of a directory, or of a glob; None where there is none here.
+    """The digest of a local file, of all files of a directory or a glob; None where there is none here.
 
     A file up to 64 MiB counts by its content; a larger one by size, time of change and first and last MiB.
     """

@@ -9,7 +9,7 @@ from jaxalign.errors import InputError
 
 
 class Line(NamedTuple):
-    """A prompt and its completion, and where they stand."""
+    """A prompt and its completion, with their place in the file."""
 
     where: str
     prompt: str

@@ -27,7 +27,7 @@ def logprobs(
     Raises:
       InputError: a model or a line that cannot be used.
     """
-    lines = read_lines(data)  # before the model: a wrong file is told at once
+    lines = read_lines(data)  # before the model is loaded: a bad file fails at once
     from jaxalign.evaluate.sequences import completion_logprobs
     from jaxalign.pipeline.loaded import load_model, tokenize, warn_of_context
 

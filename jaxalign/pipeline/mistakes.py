@@ -24,7 +24,7 @@ _NONE = object()
 
 
 def nearest_field(config: ConfigDict, name: str) -> str:
-    """The existing dotted field that was most likely meant: what others call so, else the name most like it.
+    """The field that was most likely meant: by another program's name for it, else the most similar name.
 
     A field of the same section counts as nearer than one of another.
 
@@ -48,7 +48,7 @@ def nearest_field(config: ConfigDict, name: str) -> str:
 
 
 def _alias(config: ConfigDict, name: str) -> str:
-    """The name that other programs know, of those that were written: whole, or behind a stage or a section; or ""."""
+    """The alias in a name: the whole name, or without its stage or section; "" for none."""
     stage, _, rest = name.partition(".")
     own = (rest if stage in _stages(config) and rest else name).lower()
     tail = name.rpartition(".")[2]
@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
 
 def no_field(config: ConfigDict, field: str, found: str, value: Any = None, place: Place | None = None) -> InputError:
-    """What to say of a name that no field has: a stage's field without the stage, another algorithm's, or misspelt.
+    """The error for an unknown field: a stage's field without the stage, another algorithm's field, or a misspelt one.
 
     Args:
       config: the whole tree.
@@ -112,7 +112,7 @@ def no_field(config: ConfigDict, field: str, found: str, value: Any = None, plac
 
 
 def no_flag(config: ConfigDict, rest: Sequence[str], own: Sequence[str]) -> InputError:
-    """What to say of a flag that a command does not have: one of its own, misspelt, or a field without its beginning.
+    """The error for an unknown flag: a misspelt one, or a field without `--config.`.
 
     Args:
       config: the whole tree.
@@ -143,7 +143,7 @@ def no_flag(config: ConfigDict, rest: Sequence[str], own: Sequence[str]) -> Inpu
 
 
 def no_section(config: ConfigDict, field: str, value: str | None, found: str) -> InputError:
-    """What to say of a value that a section was given: the field in it that is most likely meant.
+    """The error for a value given to a section: the field in it that was most likely meant.
 
     Args:
       config: the whole tree.
@@ -169,7 +169,7 @@ def _parted(config: ConfigDict, field: str) -> tuple[str, str]:
 
 
 def _flag(config: ConfigDict, field: str, value: Any) -> str:
-    """The flag that gives a field a value, or what of it is known."""
+    """The flag that sets a field, `...` for a value that is not known."""
     text, _ = _fitting(config, field, value)
     return f"--config.{field}={shlex.quote(text) if text else '...'}"
 
@@ -254,7 +254,7 @@ def broken(file: Path, error: BaseException) -> InputError:
 
 
 def _said(error: BaseException) -> str:
-    """The exception's words; a config file's own exception may have none that can be made."""
+    """The exception's message; a config file's own exception class may fail to give one."""
     try:
         return str(error)
     except Exception:
@@ -266,7 +266,7 @@ def _same_file(name: str, file: Path) -> bool:
 
 
 def _assigned(error: BaseException) -> Any:
-    """The value that a field was to have; None where it was only read."""
+    """The value that was assigned to the field; None where it was only read."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         if frame.f_code.co_name in ("__setattr__", "__setitem__") and isinstance(
             frame.f_locals.get("self"), ConfigDict

@@ -1,4 +1,4 @@
-"""A configuration from flags alone: an algorithm's name, a model, data, and fields by their names."""
+"""`jaxalign train ALGORITHM`: a configuration from flags alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxalign.pipeline.mistakes import no_field
 from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS
 
-# A flag of its own and the field that it stands for; `reward` is one of two fields.
+# Short flags and their fields; `--reward` stands for one of two.
 _FLAGS = {"model": "model.path", "data": "data.sources", "eval_data": "data.eval_sources", "out": "workdir"}
 _SWITCHES = ("dry_run",)
 
@@ -113,7 +113,7 @@ def _reward_field(c: ConfigDict, name: str) -> str:
 
 
 def _check(name: str, c: ConfigDict) -> None:
-    """What must be given is there."""
+    """Checks that the required flags were given."""
     data = f"{ALGORITHMS[name].reads.forms[0]}s.jsonl"
     flags = {"--model DIR": bool(c.model.path), f"--data {data}": bool(c.data.sources)}
     if "rewards" in c:
@@ -129,7 +129,7 @@ def _check(name: str, c: ConfigDict) -> None:
 
 
 def no_algorithm(name: str, config: bool = False, command: str = "train") -> InputError:
-    """What to say of a word that is no algorithm's name."""
+    """The error for an unknown algorithm."""
     near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.0)[0]
     rest = " --model DIR --data FILE" if command == "train" else ""
     return InputError(

@@ -1,4 +1,4 @@
-"""What a config file's note says is to be done first, told where a file or model that it names is not there yet."""
+"""Errors about missing files of a shipped config give the preparation commands of its docstring."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMMANDS = ("bash ", "python ", ".venv/", "jaxalign ")
 
 @contextlib.contextmanager
 def first_told(config: str) -> Iterator[None]:
-    """Makes an error about what a config file names, and what is not there, give the commands that make it.
+    """Adds a config file's preparation commands to errors about files that it names and that do not exist.
 
     Args:
       config: the file, as `--config` takes it.
@@ -53,7 +53,7 @@ def first(config: str) -> list[str]:
 
 
 def _missing(config: str) -> list[str]:
-    """Local paths that the file itself names, whatever flags say, and that are not there."""
+    """Local paths that the config file itself names and that do not exist."""
     tree = load_config(config)
     parts = [tree, *(tree[key] for key in tree)]  # a stage's fields are a section's own
     paths = [path for part in parts for field in INPUTS for path in paths_in(get(part, field))]

@@ -1,4 +1,4 @@
-"""Fields of a configuration set from text, as the command line and a config file in YAML or JSON give it."""
+"""Setting fields from text, given on the command line or in a YAML or JSON config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxalign.pipeline.mistakes import no_field, no_section
 def override(config: ConfigDict, field: str, text: str | None, *, extend: bool = False) -> None:
     """Sets one field from the command line's text, by the type that the field has.
 
-    - A number, a truth value (true/false) or a string, as it stands.  `None` empties a field that may be empty.
+    - A number, a boolean (true/false) or a string, as it stands.  `None` empties a field that may be empty.
     - A tuple: one value (`a.jsonl`), several with commas (`a.jsonl,b.jsonl`), the flag repeated, or a Python or
       JSON literal (`[{"path": "a.jsonl", "weight": 2}]`); one dict is a tuple of one.
     - A section: a dict of the fields to change; the others stay.
@@ -61,7 +61,7 @@ def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now:
     """The text as a value of the field's type; the scalars are read by absl's own parsers.  `now` is its value."""
     if may_be_empty and text == "None":
         return None
-    if kind in (bool, object):  # object: a truth value or one of the field's words
+    if kind in (bool, object):  # object: a boolean or one of the allowed words
         if text is None:
             return True
         try:

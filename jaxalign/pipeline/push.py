@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxalign.errors import InputError
 
-# What an earlier upload may have left: transformers would read such a file in place of a new one of another name.
+# Files of an earlier upload to delete: transformers might load them instead of the new ones.
 _REPLACED = [
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "chat_template*",
     "generation_config.json",
@@ -17,7 +17,7 @@ _REPLACED = [
 
 
 def check_push(repo: str) -> str:
-    """Makes sure, before a model is read, that there is something to push with.
+    """Checks the repository's name and the token before a model is loaded.
 
     Args:
       repo: "owner/name".

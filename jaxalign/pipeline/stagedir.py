@@ -1,4 +1,4 @@
-"""A stage's directory: whether what lies in it is done, resumes, or is put aside, and what was noted there."""
+"""A stage's directory: skip, resume or move aside what is in it, and the record of what it was made of."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def is_done(workdir: str) -> bool:
 
 
 def remember(stage: PlannedStage) -> None:
-    """Adds to the results of a run without stages what was in the files that it named, for whoever runs it again."""
+    """Stores the digests of a run's input files with its results, to notice changed files when it is run again."""
     from jaxalign.train.rundir import results
 
     path = path_of(stage.config.workdir)
@@ -50,19 +50,19 @@ def remember(stage: PlannedStage) -> None:
 
 
 def changed(stage: PlannedStage, before: dict[str, Any]) -> str:
-    """The files of a finished run in which something else is now, by their paths."""
+    """Input files of a finished run that have changed since."""
     now = stage.keys.files
     return ", ".join(p for p, digest in before.get("files", {}).items() if p in now and now[p] != digest)
 
 
 RUN, SKIP = 1, 2
-# What a dry run leaves, a crash before the start, and a run that failed before its first step; no result among it.
+# Files that a dry run or a run that failed before its first step leaves: no result among them.
 _SCRATCH = ("cache", "data_report.json")
 _BEGUN = (*_SCRATCH, RECORD, "config.json", "checkpoints", "metrics.jsonl", "events")
 
 
 def prepare(stage: PlannedStage, say: Callable[[str], None]) -> int:
-    """Decides what to do with a stage's directory, and makes it ready; not while another run is at work in it."""
+    """Decides whether a stage is skipped, resumed or begun anew, and prepares its directory, under its lock."""
     from jaxalign.train.lock import Lock
     from jaxalign.train.rundir import RunDir, usable
 
@@ -113,7 +113,7 @@ def _prepared(stage: PlannedStage, say: Callable[[str], None], lock: Any) -> int
 
 
 def note(stage: PlannedStage) -> None:
-    """Writes what a stage's directory holds."""
+    """Writes the record of a stage's directory."""
     text = {
         "format": FORMAT,
         "key": stage.key,
@@ -148,7 +148,7 @@ def _scored_anew(stage: PlannedStage, record: dict) -> bool:
 
 
 def _is_fresh(workdir: str) -> bool:
-    """Whether a stage's directory holds nothing that was learned, and nothing but a stage's own files."""
+    """Whether a stage's directory holds no result, and no files but a stage's own."""
     from jaxalign.train.rundir import RunDir
 
     names = {path.name for path in path_of(workdir).iterdir() if not path.name.startswith(".")}
@@ -156,7 +156,7 @@ def _is_fresh(workdir: str) -> bool:
 
 
 def _known(stage: PlannedStage) -> dict:
-    """The record of what lies in a stage's directory; empty where there is none.
+    """The record of a stage's directory; empty where there is none.
 
     Raises:
       InputError: it is damaged.

@@ -33,10 +33,11 @@ class Completion(NamedTuple):
 
 
 class Generator:
-    """A model that continues text.
+    """Generates text from a model.
 
-    Prompts wait by length for one of `batch_size` slots, and shapes are few, so that few programs are compiled.  Equal
-    prompts are read once.  A completion depends on its prompt, the seed and its place in the list, on nothing else.
+    Prompts wait by length for one of `batch_size` slots, and shapes are few, so that few programs are compiled.
+    Equal prompts are prefilled once.  A completion depends on its prompt, the seed and its place in the list
+    alone.
 
     `stats` says how the last call went: `tokens_per_second`, `slot_occupancy` (the share of the slots' steps that gave
     a token), `time/prefill` and `time/decode` in seconds.

@@ -22,7 +22,7 @@ from jaxalign.types import Array, CausalByPosition, Readouts, Rows
 
 
 def completions_per_row(num_samples: int) -> int:
-    """Two where the completions of a prompt come out even, else one.
+    """How many completions share a row: two for an even number of samples, else one.
 
     Args:
       num_samples: completions of each prompt.

@@ -5,8 +5,9 @@ import io
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.pipeline.chat import _Answer, chat
+from jaxalign.pipeline.chat import chat
 from jaxalign.pipeline.loaded import load_model
+from jaxalign.rollout.engine import Generator
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.slots import advance, prefill
 from tests.cli.cases import make_reward, with_context
@@ -105,11 +106,11 @@ def test_an_interrupted_answer_stays_in_the_dialogue(model, whole):
 
 
 def test_a_message_without_a_word_of_an_answer_is_forgotten(model, whole, monkeypatch):
-    def once(self, number, ids):
+    def once(*args, **options):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Answer, "hear", once)
+    monkeypatch.setattr(Generator, "continue_ids", once)
     assert answers(model, MESSAGES[:2])[1] == ["", whole(MESSAGES[1])]
 
 

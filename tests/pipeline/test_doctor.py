@@ -1,3 +1,7 @@
+import jax
+import pytest
+
+import jaxalign.parallel.mesh
 from jaxalign.pipeline import doctor as module
 
 
@@ -9,38 +13,44 @@ def test_doctor_finds_this_machine_in_order(capsys):
     assert "everything that a run needs works here" in page
 
 
-def test_missing_packages_are_bad(monkeypatch, capsys):
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes a function raise."""
+
+    def make(module, name, error):
+        def fail(*args, **keywords):
+            raise error
+
+        monkeypatch.setattr(module, name, fail)
+
+    return make
+
+
+def problems():
+    """What is bad, by subject."""
+    return {subject: text for status, subject, text in module.examine() if status == module.BAD}
+
+
+def test_missing_packages_are_bad(monkeypatch, broken, capsys):
     monkeypatch.setattr(module, "CORE", ("jax", "a-package-nobody-has"))
-    monkeypatch.setattr(module, "_devices", lambda: iter(()))
+    broken(jax, "devices", RuntimeError())
     assert module.doctor() == 1
     page = capsys.readouterr().out
-    assert "BAD  packages" in page and "a-package-nobody-has" in page and "1 problem\n" in page
+    assert "BAD  packages" in page and "a-package-nobody-has" in page and "2 problems" in page
 
 
-def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
+def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch, broken):
     monkeypatch.setattr(module, "_nvidia", lambda: ["NVIDIA H100"])
-    monkeypatch.setattr(module, "_works", lambda jax: iter(()))
-    found = list(module._devices())
-    assert any(status == module.BAD and "jaxalign[cuda]" in text for status, _, text in found)
+    broken(jaxalign.parallel.mesh, "make_mesh", ValueError())
+    assert "jaxalign[cuda]" in problems()["devices"]
 
 
-def test_no_device_at_all_is_told_not_raised(monkeypatch):
-    import jax
-
-    def broken():
-        raise RuntimeError("Unable to initialize backend 'tpu'\nmore")
-
-    monkeypatch.setattr(jax, "devices", broken)
-    assert list(module._devices()) == [(module.BAD, "devices", "jax finds none: Unable to initialize backend 'tpu'")]
+def test_no_device_at_all_is_told_not_raised(broken):
+    broken(jax, "devices", RuntimeError("Unable to initialize backend 'tpu'\nmore"))
+    found = problems()["devices"]
+    assert "Unable to initialize backend 'tpu'" in found and "more" not in found
 
 
-def test_a_step_that_fails_is_told_not_raised(monkeypatch):
-    import jax
-
-    import jaxalign.parallel.mesh
-
-    def broken(*args, **kwargs):
-        raise ValueError("no mesh today")
-
-    monkeypatch.setattr(jaxalign.parallel.mesh, "make_mesh", broken)
-    assert list(module._works(jax)) == [(module.BAD, "a step", "failed: ValueError: no mesh today")]
+def test_a_step_that_fails_is_told_not_raised(broken):
+    broken(jaxalign.parallel.mesh, "make_mesh", ValueError("no mesh today"))
+    assert "no mesh today" in problems()["a step"]

@@ -349,10 +349,10 @@ def test_reward_functions_count_by_their_source(tmp_path):
     function.write_text("def f(): return 1\n")
     config = defaults("ppo")
     config.rewards.function = f"{function}:f"
-    before = keys.key_of(config, {}, ())
-    assert before == keys.key_of(config, {}, ())
+    before = keys.keys_of(config, {}, ()).key
+    assert before == keys.keys_of(config, {}, ()).key
     function.write_text("def f(): return 2\n")
-    assert keys.key_of(config, {}, ()) != before
+    assert keys.keys_of(config, {}, ()).key != before
     assert keys.module_file("json.decoder:JSONDecoder").endswith("decoder.py")
     assert keys.module_file("nowhere.at.all:f") == "nowhere.at.all:f"
 
