@@ -50,11 +50,11 @@ def whole_run(shared, tmp_path_factory):
     """The directory of the uninterrupted run of an algorithm, made once."""
     made = {}
 
-    def of(algorithm):
-        if algorithm not in made:
-            made[algorithm] = tmp_path_factory.mktemp("whole") / algorithm
-            assert finish(start(stories(shared, made[algorithm], algorithm))) == 0
-        return made[algorithm]
+    def of(algorithm, name="adamw", **fields):
+        if (key := (algorithm, name)) not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / algorithm
+            assert finish(start(stories(shared, made[key], algorithm, optimizer__name=name, **fields))) == 0
+        return made[key]
 
     return of
 
@@ -83,8 +83,10 @@ def test_trap_killed_and_resumed_is_bitwise_the_uninterrupted_run(algorithm, sha
 
 
 def test_killed_during_a_save_goes_on_from_the_last_whole_checkpoint(shared, whole_run, tmp_path):
-    whole, killed = whole_run("sft"), tmp_path / "killed"
-    spec = stories(shared, killed, "sft")
+    """With an optimizer whose weights of the end are computed from those in training and its state."""
+    fields = {"optimizer__schedule": "constant", "optimizer__learning_rate": 1e-3}
+    whole, killed = whole_run("sft", "schedule_free", **fields), tmp_path / "killed"
+    spec = stories(shared, killed, "sft", optimizer__name="schedule_free", **fields)
     assert finish(start(spec, die_renaming=4)) == -signal.SIGKILL
     left = sorted(p.name for p in (killed / "checkpoints").iterdir())
     assert any(name.startswith("4.") and "tmp" in name for name in left), left
