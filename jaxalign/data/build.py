@@ -27,7 +27,7 @@ from jaxalign.data.tokenize import LOST, Dropped, Encoder, Example, tokenize_rec
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS, Reads
 
-_SKIPPED = "skipped: "  # counts: before the reason why records cannot be rendered
+_SKIPPED = "skipped: "  # prefix in counts: records that cannot be rendered, by reason
 
 
 def build(
@@ -83,7 +83,7 @@ def from_records(
     like: Dataset | None = None,
     tally: dict[str, Any] | None = None,
 ) -> Dataset:
-    """As `build`, from records that are already there.
+    """Builds a dataset from records instead of sources; see `build`.
 
     Raises:
       InputError: a record of a form that the algorithm does not read; else as `build`.
@@ -98,7 +98,7 @@ def from_records(
         "on_error": data.on_error,
     }
     shared_prompt = bool(data.get("shared_prompt", True))
-    row_length = None if reads.readout == "none" else data.row_length  # prompts take what they need
+    row_length = None if reads.readout == "none" else data.row_length  # prompts to sample from have no fixed length
     max_row_length = row_length or limits.max_length * max(len(slots(reads)), 1)
 
     def examples(counts: Notes) -> Iterator[tuple[Record, Example]]:
@@ -120,7 +120,7 @@ def from_records(
             else:
                 yield record, result
 
-    plain = 0  # dialogues that have no template
+    plain = 0  # dialogues rendered without a chat template
 
     def checked() -> Iterator[Record]:
         nonlocal plain
@@ -131,7 +131,7 @@ def from_records(
 
     content, sources = digest_records(checked())
     key = digest(
-        config.algorithm.name,  # nothing depends on it: caches of earlier versions have it, and stay valid
+        config.algorithm.name,  # tokens do not depend on it; kept so that existing caches stay valid
         [content, sources],
         digest_tokenizer(tokenizer, encoder.prefix, encoder.eos_ids),
         limits,
@@ -184,7 +184,7 @@ def _with_system_turns(records: Iterable[Record], how: str) -> Iterator[Record]:
 
 
 def _completed(tally: dict[str, Any], store: TokenStore, encoder: Encoder) -> dict[str, Any]:
-    """The sources' tally with what tokenisation found: records skipped, words lost, markers, damage."""
+    """Adds what tokenisation found to the sources' tally: records skipped, text left out, split markers, damage."""
     counts, places = store.meta["counts"], store.meta["places"]
     named = {name: n for name, n in counts.items() if name.startswith((_SKIPPED, LOST))}
     skipped = {name.removeprefix(_SKIPPED): n for name, n in named.items() if name.startswith(_SKIPPED)}
@@ -218,7 +218,7 @@ def _check_form(record: Record, reads: Reads) -> None:
 
 
 def _sampled(config, reads: Reads) -> int:
-    """Tokens that are sampled behind a prompt: `data.max_length` has room for them too."""
+    """Tokens to sample after a prompt, which `data.max_length` includes."""
     return config.rollout.max_new_tokens if reads.readout == "none" else 0
 
 

@@ -1,14 +1,14 @@
-"""The token cache: examples tokenised once, kept in files that are mapped into memory.
+"""The token cache: examples are tokenised once and read through memory maps.
 
-    <cache_dir>/<key>/tokens.bin      int32, all examples behind each other: prompt, then completions
+    <cache_dir>/<key>/tokens.bin      int32, all examples concatenated: prompt, then completions
                       scored.bin      bool, as long as tokens
                       table.npy       a structured row per example, see TABLE
-                      records.jsonl   the records, a line each; record_ends.npy says where lines end
+                      records.jsonl   the records, one a line; record_ends.npy has the offset of each line's end
                       meta.json       format, key, counts, a checksum of each file; written last
 
-A cache is written in a directory of its own and renamed into place, so a half-written one is never seen; its
-name is a digest of everything it depends on, so a stale one is never used; its checksums are compared when it is
-opened, so a damaged one is made again.
+A cache is written to a temporary directory and renamed into place, so it is never seen half-written.  Its name is a
+digest of everything that it depends on, so a stale one is never used.  Checksums are compared when it is opened: a
+damaged cache is written again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxalign.errors import InputError
 
 FORMAT = 3
 _FILES = ("tokens.bin", "scored.bin", "records.jsonl", "table.npy", "record_ends.npy")
-_ROWS = 256  # of the table that are made at once
+_ROWS = 256  # rows of the table that are converted at once
 TABLE = np.dtype(
     [
         ("start", np.int64),  # of the prompt in tokens.bin
@@ -63,7 +63,7 @@ def digest(*parts: Any) -> str:
 
 
 def digest_records(records: Iterable[Record]) -> tuple[str, str]:
-    """Digests of all that records hold, and of the files that they come from, wherever those lie now."""
+    """Digests of the records' contents and of their source paths."""
     content, sources = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for record in records:
         index, source, *rest = record
@@ -73,7 +73,7 @@ def digest_records(records: Iterable[Record]) -> tuple[str, str]:
 
 
 def digest_tokenizer(tokenizer, prefix: list[int], eos_ids: Iterable[int]) -> str:
-    """A digest of all that decides which tokens a text becomes."""
+    """A digest of everything that tokenisation depends on."""
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -87,7 +87,7 @@ class TokenStore:
 
     Args:
       directory: of a whole cache.
-      damage: what was wrong with the one that stood there before; "" where there was none.
+      damage: what was wrong with the cache that this one replaces; "" where there was none.
     """
 
     def __init__(self, directory: str | Path, damage: str = ""):
@@ -102,7 +102,7 @@ class TokenStore:
         return len(self.table)
 
     def example(self, i: int, number: int | None = None) -> Example:
-        """Example i; it carries `number` as its record, or i."""
+        """Example i; its `record` is `number`, default i."""
         row = self.table[i]
         start, count = int(row["start"]), int(row["count"])
         here = start + int(row["prompt"])
@@ -181,7 +181,7 @@ def _write(directory: Path, pairs: Iterable[tuple[Record, Example]], meta: Calla
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """One writer at a time on this machine, where the file system can lock; without it writers only waste work."""
+    """Holds a file lock: one writer at a time.  Without locks several processes write the same cache; still correct."""
     with contextlib.ExitStack() as stack:
         try:
             import fcntl
@@ -197,16 +197,16 @@ def _locked(path: Path) -> Iterator[bool]:
 def open_or_write(
     cache_dir: str | Path, key: str, examples: Callable[[Notes], Iterable[tuple[Record, Example]]]
 ) -> TokenStore:
-    """The store of a key, written if it is not there or not as it was written.
+    """Opens the store of a key; writes it first if it is missing or damaged.
 
-    Safe with several processes: each writes a directory of its own, the first to finish renames it into place,
-    the others use that one.  Every file is compared with its checksum before it is used, which reads the whole cache
-    once: 0.07 s of a core for 200 MB that the system holds in memory (2.8 GB/s), else as long as the disk takes.
+    Safe with several processes: each writes its own directory, the first to finish renames it into place, and the
+    others use that one.  Checksums are compared before use, which reads the whole cache once: 0.07 s for 200 MB in the
+    page cache (2.8 GB/s), else the time of the disk.
 
     Args:
       cache_dir: holds one directory per key.
       key: a digest of everything the examples depend on.
-      examples: makes them; counts what it leaves out in the notes, which are kept as `meta["counts"]` and `["places"]`.
+      examples: yields them; what it counts in the notes is kept as `meta["counts"]` and `["places"]`.
 
     Raises:
       InputError: where nothing can be written to `cache_dir`.
@@ -256,7 +256,7 @@ def _open_or_write(root: Path, key: str, examples: Callable[[Notes], Iterable[tu
 
 
 def _damage(directory: Path, key: str) -> str | None:
-    """What is wrong with the store of a key: "" where there is none yet, None where it is whole."""
+    """What is wrong with the store of a key: None if nothing, "" if there is none yet."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
         found, said = meta["format"], meta.pop("sum")
@@ -276,7 +276,7 @@ def _damage(directory: Path, key: str) -> str | None:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file: it finds flipped bits and torn ends, and is the fastest sum that Python has."""
+    """CRC-32 of a file: detects flipped bits and truncation, and is the fastest checksum in Python."""
     sum = 0
     with open(path, "rb") as file:
         while part := file.read(1 << 16):

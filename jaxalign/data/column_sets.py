@@ -24,11 +24,11 @@ from jaxalign.data.dialogues import (
 from jaxalign.data.records import Content, Message
 from jaxalign.registry import Reads
 
-_LARGEST = 1e18  # of a number for the loss: float32 holds its square
+_LARGEST = 1e18  # of a score or weight: its square fits float32
 
 
 class SkipRow(Exception):
-    """A row that gives no record; its text is the reason that the report counts."""
+    """A row without a record; its message is the reason that the report counts."""
 
 
 class ColumnSet(NamedTuple):
@@ -41,7 +41,7 @@ class ColumnSet(NamedTuple):
 
 
 def number(row: dict[str, Any], name: str, absent: float) -> float:
-    """A number of a row; strings of digits count, and an empty one is no number, as csv has them."""
+    """A number in a row.  Strings of digits are numbers, as in csv; an empty string is none."""
     value = row.get(name, absent)
     if isinstance(value, str) and not value.strip():
         return absent
@@ -57,7 +57,7 @@ def number(row: dict[str, Any], name: str, absent: float) -> float:
 
 
 def truth(value: Any) -> bool | None:
-    """What a label says, as true and false or, as csv has it, in words; None where it says neither.
+    """A label as true or false, also in words, as in csv; None if it is neither.
 
     >>> truth(True), truth("False"), truth("positive"), truth(1)
     (True, False, None, None)
@@ -85,7 +85,7 @@ def _content(row: dict[str, Any], name: str) -> Content:
 
 
 def blank(content: Content) -> bool:
-    """Whether nothing is said: white space, or messages whose assistant says nothing and calls no tool."""
+    """Whether content is empty: white space, or messages without assistant text or tool calls."""
     if isinstance(content, str):
         return not content.strip()
     said = [m for m in content if m["role"] == "assistant" and m.get("weight", 1) != 0]
@@ -97,7 +97,7 @@ def _assistant(text: str) -> Message:
 
 
 def _with_system(row: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """Messages with the row's system message in front, where it has one and they do not."""
+    """Messages with the row's system message first, unless they have one."""
     if row.get("system") and messages[:1] and messages[0]["role"] != "system":
         return [{"role": "system", "content": _string(row, "system")}, *messages]
     return messages
@@ -129,7 +129,7 @@ def _make_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(row: dict[str, Any]) -> Content:
-    """The prompt; a string beside a column `system` is a user's turn."""
+    """The prompt; a string beside a column `system` becomes a user turn."""
     prompt = _content(row, "prompt")
     if isinstance(prompt, str):
         if "system" not in row:
@@ -160,12 +160,12 @@ def _make_completion(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def blank_prompt(prompt: Content) -> bool:
-    """Whether there is nothing to answer."""
+    """Whether a prompt has nothing to answer."""
     return not prompt or (isinstance(prompt, str) and not prompt.strip())
 
 
 def _alpaca_prompt(row: dict[str, Any]) -> list[Message]:
-    """The user's turn carries its `input`, so that a plain rendering can frame it as Alpaca does."""
+    """The user turn; it keeps its `input`, so that rendering without a template can follow Alpaca's format."""
     instruction = _string(row, "instruction")
     given = _string(row, "input") if row.get("input") else ""
     given = given if given.strip() else ""
@@ -220,7 +220,7 @@ def _make_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_chosen(row: dict[str, Any]) -> dict[str, Any]:
-    """The better side alone: its last answer, and all before that as the prompt."""
+    """The chosen side of a pair: its last answer as completion, the rest as prompt."""
     prompt, chosen, _ = _sides(_ordered(row))
     if isinstance(prompt, list):
         chosen = until_answer(chosen)
@@ -280,7 +280,7 @@ def _repeats(prompt: Any, sides: Mapping[str, Any]) -> bool:
 
 
 def _ordered(row: dict[str, Any]) -> dict[str, Any]:
-    """Chosen and rejected in the order that `preference` states: 1, 2, or None where it states none."""
+    """Chosen and rejected in the order of `preference`: 1, 2, or None for no preference."""
     if "preference" not in row:
         return row
     if row["preference"] == 2:
@@ -335,8 +335,8 @@ COLUMN_SETS: tuple[ColumnSet, ...] = (
     ColumnSet("text", ("text",), (), _make_text),
 )
 
-# (form that is read, required columns of a set of another form) -> what is taken of them: of pairs the better side
-# where completions are read, and prompts alone where only those are
+# (form that is read, required columns of a set of another form) -> how to reduce it: pairs to the chosen completion,
+# everything to its prompt
 _NARROWED: dict[tuple[str, tuple[str, ...]], ColumnSet] = {
     ("completion", ("chosen", "rejected")): ColumnSet(
         "completion", ("chosen",), (*PROMPT_FIELDS, "preference", "rejected"), _make_chosen

@@ -1,4 +1,4 @@
-"""Rows to records: which columns mean what, in whatever form the data has."""
+"""Rows to records: decides which columns mean what, and converts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FIELDS: dict[str, str] = {
     "weight": "weight of the record in the loss",
 }
 
-# Names that data uses for our fields without a mapping.  A `preference` or `weight` in the data may mean anything.
+# Other names for our fields that need no mapping.  A column `preference` or `weight` may mean anything: map it.
 _ALIASES: tuple[tuple[str, str], ...] = (("conversations", "messages"), ("margin", "score"))
 _ONLY_MAPPED = ("preference", "weight", "score")
 
@@ -63,9 +63,9 @@ class ColumnPlan(NamedTuple):
     source: Source
     columns: ColumnSet
     names: dict[str, str]  # our name -> the data's
-    labelled: bool  # whether `label` says true or false of each completion: unpaired feedback, KTO's form
+    labelled: bool  # whether `label` is true or false for each completion: unpaired feedback, as for KTO
     codes: Codes | None = None  # of the column that says which side is better
-    warnings: tuple[str, ...] = ()  # what may be wrong with it, in words
+    warnings: tuple[str, ...] = ()  # about what may be wrong
 
     @property
     def form(self) -> str:
@@ -125,7 +125,7 @@ def make_plan(source: Source, sample: list[Raw], reads: Reads | None) -> ColumnP
         raise wrong_form(source, sample, columns.form, listed, reads, labelled)
     is_pair = columns.form == "pair"
     columns = narrowed(columns, reads)
-    asks = is_pair and codes is None and columns.form != "prompt"  # of which side is better
+    asks = is_pair and codes is None and columns.form != "prompt"  # whether chosen must be told from rejected
     used = {ours: theirs for ours, theirs in names.items() if ours in columns.required + columns.optional}
     used |= {ours: names[ours] for ours in ("score", "weight") if ours in names}
     if columns.form == "pair" and not any(ours in used for ours in _PROMPTS):
@@ -137,7 +137,7 @@ def make_plan(source: Source, sample: list[Raw], reads: Reads | None) -> ColumnP
 
 
 def widened(plan: ColumnPlan, sample: list[Raw], raw: Raw, reads: Reads | None) -> ColumnPlan:
-    """The plan from a row on that has columns which the first rows had not: what the form can use of them, it uses.
+    """The plan from a row on that has columns which the first rows lack, where the form can use them.
 
     Args:
       plan: made from `sample`.
@@ -149,7 +149,7 @@ def widened(plan: ColumnPlan, sample: list[Raw], raw: Raw, reads: Reads | None) 
       InputError: where the column would change how the rows before it had to be read.
     """
     wider = make_plan(plan.source, [*sample, raw], reads)
-    if wider.columns.required != plan.columns.required:  # another set; these rows have what theirs needs
+    if wider.columns.required != plan.columns.required:  # another column set; the current one still fits
         return plan
     names = {**wider.names, **plan.names}
     as_text = any(isinstance(row.row.get(plan.names.get("prompt", "")), str) for row in sample)
@@ -166,7 +166,7 @@ _PROMPTS = ("prompt", "messages", "instruction")
 
 
 def _check_implicit(source: Source, sample: list[Raw], listed: list[str], names: dict[str, str]) -> None:
-    """Completions alone make no pair: their prompt stands in a column that nobody named."""
+    """Refuses pairs of plain strings without a prompt column."""
     sides = [raw.row.get(names[side]) for raw in sample for side in ("chosen", "rejected")]
     if any(side and not (isinstance(side, str) and not is_dialogue(side)) for side in sides):
         return
@@ -201,7 +201,7 @@ def _mapped(source: Source, file: str, listed: list[str]) -> dict[str, str]:
 
 
 def _numeric(sample: list[Raw], name: str) -> bool:
-    """Whether a column holds numbers, as themselves or, as csv has them, in digits."""
+    """Whether a column holds numbers, also as strings of digits, as in csv."""
     values = [raw.row.get(name) for raw in sample]
     if any(isinstance(value, bool) for value in values):
         return False
@@ -234,7 +234,7 @@ def to_record(plan: ColumnPlan, raw: Raw) -> Record:
         value = raw.row.get(theirs)
         if value is None and ours in plan.columns.required:
             raise SkipRow(f"{ours} is null")
-        # The column itself says something.
+        # For these columns null has a meaning.
         if value is not None or ours in ("system", "preference") or (ours == "prompt" and theirs in raw.row):
             row[ours] = value
     if "preference" in row and plan.codes is not None:
@@ -255,13 +255,13 @@ def to_record(plan: ColumnPlan, raw: Raw) -> Record:
 def _bad(plan: ColumnPlan, raw: Raw, problem: str, expected: str) -> BadRow:
     names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else {}
     fix = "repair or delete that record"
-    if names:  # which may be the wrong columns
+    if names:  # the mapping may be wrong
         fix += f", or {config_line(plan.source, columns={**names, **plan.source.columns})}"
     return BadRow(raw.where, problem, expected, fix, _reason(problem))
 
 
 def _reason(problem: str) -> str:
-    """A problem without what is the row's own, so that like rows are counted together.
+    """A problem without the row's own values, so that equal problems are counted together.
 
     >>> _reason("message 12 has the role 'wizard'; known are bot, user")
     'message ... has the role ...'
@@ -271,7 +271,7 @@ def _reason(problem: str) -> str:
 
 
 def _check_text(value: Any) -> None:
-    """A tokenizer takes no half of a surrogate pair, as a cut emoji leaves it."""
+    """Skips text with half a surrogate pair, such as a cut emoji: a tokenizer cannot encode it."""
     texts = [value] if isinstance(value, str) else [message["content"] for message in value]
     for text in texts:
         if not text.isascii():

@@ -22,11 +22,11 @@ from jaxalign.types import Batch
 _TOKEN_MULTIPLE = 64  # rows of training tokens are a multiple of this, unless max_length is smaller
 _PROMPT_MULTIPLE = 8  # rows of prompts, which completions are added to
 _READOUT_MULTIPLE = 8
-NEEDS = "needs: "  # counts: before the name of a limit, what the longest record needs of it
+NEEDS = "needs: "  # prefix in counts: the limit that the longest record would need, by name
 
 
 class DataStreamError(RuntimeError):
-    """A batch that could not be made; says which, of which records, and why."""
+    """A batch could not be made; with its index, the record and the reason."""
 
 
 class Dataset:
@@ -64,7 +64,7 @@ class Dataset:
         self._store, self._selection = store, selection
         self.reads, self.pad_id, self.batch_size = reads, pad_id, batch_size
         self.layout = Layout(reads.readout, shared_prompt and int(store.table["count"].max()) > 1)
-        self._prompts = reads.readout == "none"  # to sample from: a row each, as wide as the longest of a batch
+        self._prompts = reads.readout == "none"  # one row each, as wide as the batch's longest
         self.num_records = len(selection)
         self.fingerprint = digest(store.meta["key"], np.ascontiguousarray(selection, np.int64).tobytes())
         self._seed, self._shuffle, self._packed = seed, shuffle, packed and not self._prompts
@@ -84,7 +84,7 @@ class Dataset:
         self.records_digest = ""
 
     def _example_sizes(self) -> Sizes:
-        """Of both splits: they share one shape."""
+        """Sizes of the examples of both splits, which share one shape."""
         table = self._store.table
         prompt, completions = table["prompt"], table["completions"]
         slots = [completions[:, slot] for slot in range(int(table["count"].max()))]
@@ -125,16 +125,16 @@ class Dataset:
 
     @property
     def selection(self) -> np.ndarray:
-        """int [N]: which of the examples made from the records are this split's."""
+        """int [N]: indices of this split's examples in the cache."""
         return self._selection
 
     @property
     def num_rows(self) -> int:
-        """Rows of an epoch, those that fill up the last batch aside."""
+        """Rows of an epoch, without the padding rows of the last batch."""
         return self._num_rows
 
     def fill(self) -> float:
-        """Share of tokens that are not padding, over an epoch of whole batches (the first, where they differ)."""
+        """Share of tokens that are not padding, over the first epoch."""
         if len(self.widths) == 1:
             columns = self.batches_per_epoch * self.shape.length
         else:
@@ -142,7 +142,7 @@ class Dataset:
         return float(self._sizes.tokens.sum() / (columns * self.batch_size))
 
     def counts(self) -> dict[str, int]:
-        """What tokenisation and limits left out or cut, over both splits."""
+        """How many records tokenisation and limits dropped or truncated, over both splits."""
         return {name: n for name, n in self._store.meta["counts"].items() if not name.startswith(NEEDS)}
 
     def plan(self, epoch: int) -> packing.PackingPlan:
@@ -163,18 +163,18 @@ class Dataset:
         )
 
     def members(self, index: int) -> list[np.ndarray]:
-        """Record ids of each row of batch `index`; fewer rows than batch_size at the end of an epoch."""
+        """Record ids of each row of batch `index`; fewer than batch_size rows at the end of an epoch."""
         epoch, within = divmod(index, self.batches_per_epoch)
         plan = self.plan(epoch)
         first = within * self.batch_size
         return [plan.row(r) for r in range(first, min(first + self.batch_size, plan.num_rows))]
 
     def is_whole(self, index: int) -> bool:
-        """Whether batch `index` is full: the last one of an epoch may have rows to spare."""
+        """Whether batch `index` has no padding rows, as the last of an epoch may."""
         return len(self.members(index)) == self.batch_size
 
     def _width(self, rows: list[np.ndarray]) -> int:
-        """Columns of a batch of prompts: every process says the same, whatever its part of the rows."""
+        """Row length of a batch of prompts: the same in every process."""
         return width_of(int(max(self._sizes.tokens[row].max() for row in rows)), self.widths)
 
     def batch(self, index: int, process_index: int = 0, process_count: int = 1) -> Batch:

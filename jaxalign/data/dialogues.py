@@ -16,7 +16,7 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# What data calls the four roles.
+# Names of the four roles in public data.
 _ROLE_NAMES: dict[str, str] = {
     "system": "system",
     "developer": "system",
@@ -59,7 +59,7 @@ def as_messages(value: Any) -> list[Message]:
     if isinstance(value, Mapping):
         columns = [v for v in value.values() if v is not None]
         if columns and all(isinstance(v, (list, tuple)) for v in columns) and _get(value, _ROLE_KEYS) is not None:
-            if len({len(v) for v in columns}) != 1:  # a sequence of structs, stored by columns
+            if len({len(v) for v in columns}) != 1:  # a struct of lists, as `datasets` stores a list of structs
                 raise ValueError("lists of roles and contents of different lengths")
             value = [dict(zip(value, row)) for row in zip(*columns)] if len(columns) == len(value) else None
         else:
@@ -133,7 +133,7 @@ def _text(content: Any, number: int) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words, with its beginning.
+    """A value's type and beginning, for messages.
 
     >>> kind_of(None), kind_of(5), kind_of([1, 2])
     ('null', 'the number 5', 'a list of 2')
@@ -166,7 +166,7 @@ def _framed(text: str) -> str:
 
 
 def is_dialogue(text: str) -> bool:
-    r"""Whether a string is a dialogue that a human opens, with a turn of the assistant.
+    r"""Whether a string is a dialogue in Anthropic's format: a human turn first, and an assistant turn.
 
     >>> is_dialogue("\n\nHuman: Hi\n\nAssistant: Yes?"), is_dialogue("The Human: a history")
     (True, False)
@@ -177,7 +177,7 @@ def is_dialogue(text: str) -> bool:
 
 
 def parse_dialogue(text: str) -> list[Message]:
-    r"""The turns of a dialogue in Anthropic's form; text before the first turn is a system message.
+    r"""The turns of a dialogue in Anthropic's format; text before the first turn is a system message.
 
     One space behind a speaker's colon belongs to the form; all other white space is the turn's own.
 
@@ -226,7 +226,7 @@ def render_plain(messages: list[Message], add_generation_prompt: bool = False) -
     <BLANKLINE>
     """
     first = next((message for message in messages if message["role"] == "user"), {})
-    alpaca = "input" in first  # the first user turn decides for all, so that a prompt is a prefix of what follows
+    alpaca = "input" in first  # the first user turn decides, so that a prompt's rendering is a prefix of the whole
     text = "".join(_alpaca(messages)) if alpaca else "".join(_dialogue(messages))
     if not add_generation_prompt:
         return text
@@ -259,7 +259,7 @@ def _alpaca(messages: list[Message]):
 
 
 def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Splits two dialogues into what they share and what each goes on with, at a turn boundary.
+    """Splits two dialogues into their common prompt and the two completions, at a turn boundary.
 
     Turns of others behind the last answer of the assistant are left out: nothing in them is scored.
 
@@ -298,6 +298,6 @@ def until_answer(messages: list[Message]) -> list[Message]:
 
 
 def until_request(messages: list[Message]) -> list[Message]:
-    """A dialogue up to the last turn that the assistant is to answer; empty where there is none."""
+    """A dialogue up to the last user or tool turn; empty where there is none."""
     last = max((i for i, message in enumerate(messages) if message["role"] in ("user", "tool")), default=-1)
     return messages[: last + 1]

@@ -1,7 +1,7 @@
-"""Rows of one data file: json, jsonl, csv (each also gzipped), parquet, arrow; on disk or at a URL fsspec knows.
+"""Reads rows of one data file: json, jsonl, csv (each also gzipped), parquet, arrow; on disk or at an fsspec URL.
 
-A row comes as a plain dict with the place it stands at.  A file that cannot be read is an InputError that names it;
-one row that cannot be read is a BadRow, which is raised, or handed to whoever wants to continue without it.
+A row is a plain dict with its file and line.  A file that cannot be read is an InputError.  A row that cannot be read
+is a BadRow, which is passed to `on_bad`: it raises, or counts the row and reading continues.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ OnBad = Callable[[BadRow], None]
 
 
 def stop(error: BadRow) -> None:
-    """The first row that is wrong ends the reading."""
+    """The default `on_bad`: raises at the first bad row."""
     raise error
 
 
 class Raw(NamedTuple):
-    """One row as the data has it."""
+    """One row as read from a file, before its columns are mapped."""
 
     file: str  # path, or hub id and split
     line: int  # line of a text file, else number of the record, from 1
@@ -71,7 +71,7 @@ def read_file(path: str, on_bad: OnBad = stop) -> Iterator[Raw]:
 
     Args:
       path: a file whose name ends in one of `SUFFIXES`, or in one of them and `.gz` (text formats).
-      on_bad: is told of a row that is wrong by itself; reading continues where it does not raise.
+      on_bad: called with each bad row; reading continues where it does not raise.
 
     Raises:
       InputError: with the file, the line and what is wrong there.
@@ -102,7 +102,7 @@ def read_file(path: str, on_bad: OnBad = stop) -> Iterator[Raw]:
 
 
 def _check_regular(path: str) -> None:
-    """Refuses what would be waited for without an end (a pipe, a device), and says where a link leads."""
+    """Refuses pipes, sockets and devices, which may block for ever, and links that lead nowhere."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -112,7 +112,7 @@ def _check_regular(path: str) -> None:
                 "a link to a file",
                 f"ln -sfn /path/to/the/data {path}",
             ) from error
-        return  # said when it is opened
+        return  # reported when it is opened
     kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
     for test, kind in (*kinds, (stat.S_ISBLK, "a device")):
         if test(mode):
@@ -127,7 +127,7 @@ def _stream(path: str) -> IO[bytes]:
     return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
 
 
-# Marks at the beginning of a file, longer ones first: that of UTF-32-LE begins like that of UTF-16-LE.
+# Byte order marks, longer ones first: that of UTF-32-LE begins like that of UTF-16-LE.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -137,7 +137,7 @@ _MARKS = (
 
 
 def _encoding(path: str, stream: IO[bytes]) -> str:
-    """What a text file is written in, by its mark; UTF-8 where there is none."""
+    """The encoding of a text file by its byte order mark; UTF-8 without one."""
     head = stream.peek(4)[:4]  # type: ignore[attr-defined]
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -158,7 +158,7 @@ def _bad_line(path: str, line: int, problem: str, expected: str, reason: str) ->
 
 
 def _json(text: str) -> Any:
-    """Parses JSON; every way in which text can fail to be JSON is a ValueError."""
+    """Parses JSON; every failure is a ValueError."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -176,7 +176,7 @@ def _lines(stream: IO[bytes], encoding: str) -> IO[Any]:
 
 
 def _json_lines(path: str, lines: Iterable[bytes | str], on_bad: OnBad) -> Iterator[Raw]:
-    """Rows of lines; bytes are UTF-8, decoded line by line, so that one that is not spoils no other."""
+    """Parses lines; bytes are decoded line by line, so that invalid UTF-8 costs only its own line."""
     for number, line in enumerate(lines, 1):
         if isinstance(line, bytes):
             try:
@@ -205,13 +205,13 @@ def _json_lines(path: str, lines: Iterable[bytes | str], on_bad: OnBad) -> Itera
 
 
 def _cut_off(line: str, error: ValueError) -> str | None:
-    """What to say of a line that ends too early; None where something else is wrong with it."""
+    """The problem of a truncated line; None where something else is wrong."""
     text = line.rstrip()
     if not isinstance(error, json.JSONDecodeError):
         return None
     ends = error.pos >= len(text)
     if error.msg.startswith("Unterminated string") or (ends and error.msg.startswith("Invalid control")):
-        return f"the line ends inside a string: ...{text[-40:]}"  # the newline is the control character
+        return f"the line ends inside a string: ...{text[-40:]}"  # the invalid control character is the newline
     return f"the line ends before its object does: ...{text[-40:]}" if ends else None
 
 
@@ -273,7 +273,7 @@ def _is_object(line: bytes | str) -> bool:
 
 
 def _rows_of(whole: Any) -> list | None:
-    """The records in a parsed JSON file, None where there are none to be seen."""
+    """The records in a parsed JSON file; None if it has no such structure."""
     if isinstance(whole, list):
         return whole
     if not isinstance(whole, dict) or not whole:
@@ -363,7 +363,7 @@ def _read_arrow(path: str, on_bad: OnBad) -> Iterator[Raw]:
 
     with open_binary(path) as file:
         try:
-            if file.read(6) == b"ARROW1":  # the file format; `datasets` writes the stream format
+            if file.read(6) == b"ARROW1":  # IPC file format; `datasets` writes the stream format
                 reader = pyarrow.ipc.open_file(file)
                 yield from _arrow_rows(path, (reader.get_batch(i) for i in range(reader.num_record_batches)))
             else:
@@ -376,7 +376,7 @@ def _read_arrow(path: str, on_bad: OnBad) -> Iterator[Raw]:
 def _arrow_rows(path: str, batches) -> Iterator[Raw]:
     number = 0
     for batch in batches:
-        batch.validate(full=True)  # a damaged file's offsets point outside of it: reading there would end the process
+        batch.validate(full=True)  # offsets of a damaged file point outside of it: a segmentation fault
         for start in range(0, batch.num_rows, 1024):
             for row in batch.slice(start, 1024).to_pylist():
                 number += 1
@@ -388,7 +388,7 @@ def _broken(path: str, name: str, error: Exception) -> InputError:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words.
+    """The type of a JSON value, for messages.
 
     >>> _kind([1]), _kind(None), _kind("x")
     ('an array', 'null', 'a string')
@@ -398,13 +398,13 @@ def _kind(value: Any) -> str:
 
 
 def _names(names) -> str:
-    """The first names of many."""
+    """Up to twelve names, for messages."""
     names = [str(name) for name in names]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _shown(text: str) -> str:
-    """The start of a line."""
+    """The start of a line, for messages."""
     text = text.strip()
     return text if len(text) <= 60 else text[:60] + "..."
 

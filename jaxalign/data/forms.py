@@ -1,4 +1,4 @@
-"""The forms of records: of each what it holds to learn from, and which others it can be made of.
+"""The forms of records: the completions of each, and which other forms it can be made of.
 
 An objective says which forms it reads (`registry.Reads`); nothing in this folder knows more of it.  A new form is a row
 of `FORMS`, and rows of `column_sets.COLUMN_SETS` for the columns that make it.
@@ -14,10 +14,10 @@ from jaxalign.registry import Reads
 class Form(NamedTuple):
     """One form of record."""
 
-    described: str  # records of it, in a message
-    completions: tuple[str, ...]  # the fields behind the prompt, in the order of a batch's slots; none: a prompt alone
+    described: str  # for messages
+    completions: tuple[str, ...]  # fields after the prompt, in the order of a batch's slots; none: a prompt alone
     example: str  # a line of a file
-    made_of: tuple[str, ...] = ()  # forms of which a part is of this form: an answer, a prompt
+    made_of: tuple[str, ...] = ()  # forms that contain this one: a pair contains a completion and a prompt
 
 
 FORMS: dict[str, Form] = {

@@ -26,7 +26,7 @@ class Limits(NamedTuple):
     bos_id: int | None = None
 
     def apply(self, example: Example, counts: Counter) -> Example | Dropped:
-        """The example within the limits, or why it is left out.
+        """Truncates an example to the limits, or drops it.
 
         Args:
           example: a tokenised record.
@@ -85,7 +85,7 @@ class Limits(NamedTuple):
         return example
 
     def _dropped(self, example: Example, reason: str) -> Dropped:
-        """Says too what each limit would have to be."""
+        """Dropped, with the limits that the whole example would need."""
         longest = max((len(c) for c in example.completions), default=0)
         whole = {"max_prompt_length": len(example.prompt), "max_completion_length": longest}
         needs = [("max_length", len(example.prompt) + longest), *whole.items()]

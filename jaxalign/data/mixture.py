@@ -1,4 +1,4 @@
-"""Records of all sources of a run: the door of the source side of the data layer."""
+"""Loads all sources of a run as records and mixes them by weight."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def load_records(
 
     A source of n usable records and weight w gives round(w n) records, at least one: each as often as w has whole
     parts, and a share of them, drawn without replacement from the seed, once more for the rest.  Sources are
-    interleaved evenly, each in its own order, so that any first part of the list has the mixture's proportions; the
-    loader shuffles.  The list is a function of the sources and the seed.
+    interleaved evenly, each in its own order, so that every prefix has the mixture's proportions; the loader shuffles.
+    The result is a function of the sources and the seed.
 
     Args:
       sources: `config.data.sources`: a path, a dict with the fields of `Source`, or a sequence of these.
-      reads: the forms that are read, which records of other forms are cut down to; None to take them as they are.
+      reads: the forms that the objective reads, to which other forms are reduced; None keeps records as they are.
       seed: of the draw where weights have fractions.
       max_records: the first so many of the mixture are kept; a single source of weight 1 is read no further.
-      field: the config field that holds the sources, for messages; default: no configuration is at hand.
-      on_error: "stop" at the first row that is wrong, or "skip" such rows and count them by reason.
+      field: the config field that holds the sources, for messages; default: none.
+      on_error: "stop" at the first bad row, or "skip" bad rows and count them by reason.
       max_skipped: the share of a source's rows that may be skipped.
-      directory: where records wait on disk; see `Spool`.
+      directory: for a temporary file of the records; see `Spool`.
 
     Returns:
       The records, `index` counting from 0, and what was read, dropped and why.
 
     Raises:
-      InputError: for a source that is not there, cannot be read, lacks columns, holds records of no form that is
-        read, or gives none; with the line of the config or of the file that is at fault.
+      InputError: a source is missing, cannot be read, lacks columns, has records of other forms only, or has none;
+        with the line of the config or of the file.
     """
     parsed = parse_sources(sources, field)
     alone = len(parsed) == 1 and parsed[0].weight == 1
@@ -118,7 +118,7 @@ def _records(source: Source, reads: Reads | None, tally: Tally) -> Iterator[Reco
 
 
 def _all_codes(source: Source, plan: ColumnPlan, reads: Reads | None) -> Counter[str]:
-    """How often each code of the preference column occurs, the whole source read again."""
+    """Counts the codes of the preference column; reads the whole source again."""
     rows = apply_preset(source, read(source, lambda error: None), reads, Tally("skip"))
     column = plan.names["preference"]
     return Counter(canonical(raw.row[column]) for raw in rows if column in raw.row)
@@ -134,7 +134,7 @@ def _planned(source: Source, rows: Iterator[Raw], reads: Reads | None) -> Iterat
     """Rows with the plan of their file."""
     waiting: list[Raw] = []
     plan: ColumnPlan | None = None
-    known: set[str] = set()  # columns that have held something so far
+    known: set[str] = set()  # columns with a value so far
     for raw in rows:
         if waiting and raw.file != waiting[0].file:
             yield from _flush(source, waiting, plan, reads)
@@ -180,7 +180,7 @@ def _empty(source: Source, tally: Tally, reads: Reads | None) -> InputError:
 
 
 def _draw(count: int, weight: float, rng: np.random.Generator) -> np.ndarray:
-    """Which of `count` records a source gives, in order.
+    """Indices of the records that a source of `count` records contributes, in order.
 
     >>> _draw(4, 1.5, np.random.default_rng(0)).tolist()
     [0, 1, 2, 3, 2, 3]
@@ -191,7 +191,7 @@ def _draw(count: int, weight: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _interleave(drawn: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Source and record of all draws, each source spread evenly over the whole.
+    """Source and index of every draw, each source spread evenly over the whole.
 
     >>> sources, places = _interleave([np.arange(4), np.arange(2)])
     >>> list(zip(sources.tolist(), places.tolist()))

@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation, and which of its markers are no tokens."""
+"""Finds what a chat template leaves out of a conversation, and markers that are not single tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MARKER = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,60}｜>|<(?:start|e
 
 
 def left_out(messages: Sequence[Message], text: str) -> tuple[str, ...]:
-    """Whose words are not in the rendered text, in words that a report counts.
+    """The parts of a conversation that are not in its rendered text, by the names that the report counts.
 
     A message's content is looked for behind that of the message before it, then anywhere; a template may trim it,
     write it as JSON, or change its white space and punctuation.

@@ -11,8 +11,8 @@ import numpy as np
 from jaxalign.data.rows import Sizes
 
 _WINDOW = 16_384  # examples packed together: large enough to fill rows, small enough to mix them anew each epoch
-_SLACK = 0.002  # rows beyond epoch 0's, so that every epoch has the same number
-_SAMPLE = 4_096  # examples that capacities are chosen on
+_SLACK = 0.002  # share of rows added to epoch 0's number, which all epochs use
+_SAMPLE = 4_096  # examples from which row sizes are chosen
 _GOOD_FILL = 0.98
 _DRAWS = 24  # random choices looked at before the best of them is taken
 
@@ -44,7 +44,7 @@ def permutation(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[list[int]]:
-    """Rows filled one after the other: random examples, then the one or two that leave least room.
+    """Fills rows one by one: random examples, then the one or two that leave the least room.
 
     Best-fit decreasing uses the long examples up first and is left with short ones that do not fill a row; taking
     examples at random keeps the mixture of lengths until the end.  Only examples longer than half a row, which
@@ -121,7 +121,7 @@ def fill_rows(sizes: Sizes, capacity: tuple[int, int, int], seed: int) -> list[l
                         if one + two == room:
                             break
             filled = best + max(other, 0)
-            if filled < room and room > 1.5 * mean:  # no exact end, and space to try another example first
+            if filled < room and room > 1.5 * mean:  # no exact fit, and room to try another example first
                 drawn = random_length(room)
                 if fits(by_length[drawn][-1]):
                     take(drawn)
@@ -185,7 +185,7 @@ def plan_epoch(
     rng = _generator(seed, epoch)
     order = permutation(len(sizes.tokens), seed, epoch, shuffle)
     plan = _packed(sizes, capacity, order, int(rng.integers(2**62)))
-    if num_rows is not None and plan.num_rows > num_rows:  # a rare epoch that packs worse: the rows of epoch 0
+    if num_rows is not None and plan.num_rows > num_rows:  # a rare epoch that packs worse takes the rows of epoch 0
         plan = _packed(
             sizes, capacity, permutation(len(sizes.tokens), seed, 0, shuffle), int(_generator(seed, 0).integers(2**62))
         )
@@ -197,7 +197,7 @@ def plan_epoch(
 
 
 def rows_per_epoch(plan: PackingPlan) -> int:
-    """A number of rows that other epochs can be given too, from epoch 0's plan.
+    """The number of rows of every epoch, from epoch 0's plan.
 
     Epochs pack a little better or worse; with the same number of rows in each, the batch of an index is found
     without planning the epochs before it.
@@ -211,7 +211,7 @@ def fill(sizes: Sizes, plan: PackingPlan, length: int) -> float:
 
 
 def choose_capacity(sizes: Sizes, row_length: int | None, max_row_length: int, seed: int) -> tuple[int, int, int]:
-    """Tokens, readouts and completions of a row, as small as they may be where rows still fill well.
+    """Chooses tokens, readouts and completions of a row: as small as rows still fill well.
 
     Args:
       sizes: what each example takes.

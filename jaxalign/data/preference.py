@@ -1,4 +1,4 @@
-"""Labels that say which of two answers is better: the codes of a column as first, second or tie.
+"""Preference labels: which codes of a column mean that the first answer is better, the second, or a tie.
 
 A source maps them as `"preference": {"column": "label", "first": 0, "second": 1, "tie": 2}`, where `first` means the
 column mapped to `chosen`; each may be a list of codes.  `"preference": "label"` is short for 1 and 2, without a tie.
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 SIDES = ("first", "second", "tie")
 _LABELS = re.compile(r"prefer|label|winner|choice|better|best|verdict|vote|judg", re.IGNORECASE)
 _CODES = frozenset(("-1", "0", "0.5", "1", "1.5", "2", "3", "a", "b", "model_a", "model_b", "tie", "first", "second"))
-_TWINS = (("1", "2"), ("0", "1"), ("a", "b"))  # what neutral names of two answers end in
+_TWINS = (("1", "2"), ("0", "1"), ("a", "b"))  # how neutral names of two answers end
 
 
 def canonical(value: Any) -> str:
-    """A code as it is compared: numbers by their value, also as digits in a string; words in lower case.
+    """A code in canonical form: numbers by value, also from strings of digits; words in lower case.
 
     >>> canonical(1.0), canonical("1"), canonical(True), canonical("Model_A"), canonical(None)
     ('1', '1', 'true', 'model_a', '')
@@ -34,7 +34,7 @@ def canonical(value: Any) -> str:
 
 
 class UnknownCode(Exception):
-    """A code that is neither first, second nor tie; its text is the code."""
+    """A code that is neither first, second nor tie; its message is the code."""
 
 
 class Codes(NamedTuple):
@@ -90,7 +90,7 @@ def codes_of(mapped: Any) -> Codes:
 
 
 def counter(name: str) -> tuple[str, str]:
-    """A name without what counts it, and that: a digit or a letter by itself, or at its end.
+    """A name with its number or letter replaced by #, and that number or letter.
 
     >>> counter("output_1"), counter("answerB"), counter("response_a_text"), counter("chosen")
     (('output_#', '1'), ('answer#', 'b'), ('response_#_text', 'a'), ('chosen', ''))
@@ -100,7 +100,7 @@ def counter(name: str) -> tuple[str, str]:
 
 
 def twins(one: str, other: str) -> bool:
-    """Whether two names differ only in what counts them, so that they do not say which is better.
+    """Whether two names differ only in a number or letter, so that they do not tell which is better.
 
     >>> twins("output_1", "output_2"), twins("answer_B", "answer_A"), twins("chosen", "rejected")
     (True, True, False)
@@ -110,7 +110,7 @@ def twins(one: str, other: str) -> bool:
 
 
 def label_columns(rows: Iterable[Mapping[str, Any]], others: Iterable[str]) -> dict[str, Counter]:
-    """The columns that may say which of two answers is better, likeliest first, each with the counts of its codes.
+    """Columns that may hold the preference, the likeliest first, each with the counts of its codes.
 
     Args:
       rows: a sample.

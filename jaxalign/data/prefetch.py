@@ -1,4 +1,4 @@
-"""Batches made ahead of the step by a thread."""
+"""Prefetches batches in a thread."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prefetch(make: Callable[[int], T], start: int, stop: int | None, *, depth: i
                 put((index, make(index), None))
                 index += 1
             put((index, None, None))
-        except BaseException as error:  # delivered to the reader, whatever it is
+        except BaseException as error:  # re-raised in the reader
             put((index, None, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

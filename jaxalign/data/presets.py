@@ -17,15 +17,15 @@ RawRows = Iterator[Raw]
 
 
 class Preset(NamedTuple):
-    """How the rows of one published set become rows of a form."""
+    """How the rows of one published set are converted to our columns."""
 
     hub_ids: tuple[str, ...]
-    signatures: tuple[tuple[str, ...], ...]  # columns by which its schemas are known
+    signatures: tuple[tuple[str, ...], ...]  # columns that identify its schemas
     rows: Callable[[RawRows, Reads | None, Tally], RawRows]  # (rows, reads, tally) -> rows under our names
 
 
 def preset_of(source: Source, first: Raw) -> Preset | None:
-    """The preset that a source names, or that its hub id or its columns show; None where there is none.
+    """The preset of a source: named, or found by its hub id or columns; None where there is none.
 
     Raises:
       InputError: for a name that is not known, or data that is not in the preset's schema.
@@ -48,13 +48,13 @@ def preset_of(source: Source, first: Raw) -> Preset | None:
                 f"those of the preset {name}: {wanted}",
                 config_line(source, preset=None),
             )
-        # With a mapping of the user's own, columns alone do not call for a preset.
+        # With the user's own mapping, columns alone do not select a preset.
         return preset if named or not source.columns else None
     return None
 
 
 def apply_preset(source: Source, rows: RawRows, reads: Reads | None, tally: Tally) -> RawRows:
-    """The rows of a source, through its preset where it has one."""
+    """The rows of a source, converted by its preset if it has one."""
     first = next(rows, None)
     if first is None:
         return iter(())
@@ -64,7 +64,7 @@ def apply_preset(source: Source, rows: RawRows, reads: Reads | None, tally: Tall
 
 
 def _hh_rlhf(rows: RawRows, reads: Reads | None, tally: Tally) -> RawRows:
-    """Anthropic/hh-rlhf: two whole dialogues; the common form of an implicit prompt reads them."""
+    """Anthropic/hh-rlhf: two whole dialogues, which pairs with an implicit prompt already cover."""
     return rows
 
 
@@ -111,7 +111,7 @@ def _by_shape(rows: RawRows) -> tuple[list[Raw], list[Raw]]:
 
 
 def _trees(flat: list[Raw], tally: Tally) -> Iterator[Raw]:
-    """Nests single messages under their parents; each tree stands where its first message stood."""
+    """Nests messages under their parents; trees come in the order of their first messages."""
     flat = [raw for raw in flat if _named(raw, tally)]
     nodes = {raw.row.get("message_id"): {**raw.row, "replies": []} for raw in flat}
     roots = []
@@ -128,7 +128,7 @@ def _trees(flat: list[Raw], tally: Tally) -> Iterator[Raw]:
 
 
 def _named(raw: Raw, tally: Tally) -> bool:
-    """Whether a single message has names that can be looked up; told where it has none."""
+    """Whether a message has valid ids; counted as a bad row if not."""
     for name in ("message_id", "parent_id"):
         if not isinstance(raw.row.get(name), (str, int, type(None))):
             tally.bad(_broken_tree(raw, f"{name} {raw.row[name]!r}", f"a string for {name}", f"broken {name}"))
@@ -142,7 +142,7 @@ _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 def _walk(raw: Raw, root: dict[str, Any], tree: Any, reads: Reads | None, tally: Tally) -> RawRows:
     """The rows of one tree."""
     stack: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
-    while stack:  # by hand: trees may be deeper than Python recurses
+    while stack:  # no recursion: trees may be deeper than Python's limit
         node, path = stack.pop()
         if not _usable(node):
             tally.drop("message deleted or failed review", raw.where)
@@ -178,7 +178,7 @@ def _usable(node: dict[str, Any]) -> bool:
 
 
 def _ranked(path: list[Message], replies: list[dict[str, Any]], reads: Reads | None) -> Iterable[dict[str, Any]]:
-    """What one message of the user and its replies give."""
+    """The rows of one user message and its replies."""
     forms = ("pair",) if reads is None else reads.forms
     if "prompt" in forms:
         yield {"prompt": path}
@@ -218,5 +218,5 @@ PRESETS: dict[str, Preset] = {
         _ultrafeedback,
     ),
 }
-# Their columns alone tell these; two whole dialogues may be anyone's.
+# Found by their columns alone; `chosen` and `rejected` are too common for that.
 _SHOWN_BY_COLUMNS = ("oasst1", "ultrafeedback-binarized-preferences")

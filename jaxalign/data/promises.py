@@ -1,4 +1,4 @@
-"""What rows promise of their layout, checked: attention leaves keys out where it is told that none sees them."""
+"""Checks what rows promise of their layout: attention skips keys that a promise says nobody sees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jaxalign.types import CausalByIndex, CausalByPosition, Rows
 
 
 def check_layout(rows: Rows) -> None:
-    """Makes sure that rows are laid out as they say.
+    """Checks that rows are laid out as they promise.
 
     Args:
       rows: [B, T] of numpy arrays.

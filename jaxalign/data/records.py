@@ -1,12 +1,12 @@
-"""One record of training data, as tokenisation knows it, and the tally of how records came to be.
+"""The record of training data, the input of tokenisation, and counts of what was read, dropped and skipped.
 
-    file, hub id --sources.read--> raw dict --columns, presets--> Record --mixture.load_records--> list of Record
+    file, hub id --sources.read--> raw dict --columns, presets--> Record --mixture.load_records--> Records
 
-`mixture.load_records(sources, reads, seed=..., max_records=...)` is the door; what tokenisation may rely on:
+The entry point is `mixture.load_records(sources, reads, seed=..., max_records=...)`.  Tokenisation relies on:
 
-- `record.index` is the record's place in the returned list.  A source of weight 2 gives each record twice, with two
+- `record.index` is the record's position in the result.  A source of weight 2 gives each record twice, with two
   indices and the same `origin`; a held-out split must keep equal origins on one side.
-- A field is a string or a list of messages `{"role", "content", ...}`, and all fields of one record are of one sort.
+- A field is a string or a list of messages `{"role", "content", ...}`, the same for all fields of a record.
   Strings are used as they are, without a chat template; roles are system, user, assistant and tool.  A message may
   carry what a chat template reads beside role and content (`tool_calls`, `name`, ...); an assistant message with
   `"weight": 0` is not trained on.
@@ -42,7 +42,7 @@ class Record(NamedTuple):
     | prompt | prompt |
     """
 
-    index: int  # type: ignore[assignment]  # hides tuple.index.  Place in the list of records
+    index: int  # type: ignore[assignment]  # hides tuple.index.  Position among the records
     source: str  # file, or hub id and split
     line: int  # line of the file, or record of the set, from 1
     form: str  # one of forms.FORMS
@@ -52,25 +52,25 @@ class Record(NamedTuple):
     completion: Content | None = None
     chosen: Content | None = None
     rejected: Content | None = None
-    weight: float = 1.0  # of the item in the loss
+    weight: float = 1.0  # in the loss
     score: float = 0.0  # a number from the data: margin of a pair, label, rating
-    columns: dict[str, Any] = {}  # noqa: RUF012  every other column, by the data's own names; reward functions get them
+    columns: dict[str, Any] = {}  # noqa: RUF012  all other columns, under the data's names; passed to reward functions
 
     @property
     def origin(self) -> tuple[str, int]:
-        """What the record was made from; repeated records and pairs of one dialogue tree share it."""
+        """File and line; equal for repeated records and for pairs of one dialogue tree."""
         return self.source, self.line
 
 
 class BadRow(InputError):
-    """One row that is wrong, where others may be right: `data.on_error` says whether it ends the run.
+    """One bad row among others; `data.on_error` decides whether it ends the run.
 
     Args:
-      where: its place, as file:line.
-      problem: what is wrong with it.
-      expected: what it should be.
-      fix: the line that repairs it.
-      reason: under which it is counted where it is skipped.
+      where: file:line.
+      problem: what is wrong.
+      expected: what was expected.
+      fix: how to repair it.
+      reason: under which it is counted if it is skipped.
     """
 
     def __init__(self, where: str, problem: str, expected: str, fix: str, reason: str):
@@ -82,16 +82,16 @@ class BadRow(InputError):
 class Tally:
     """What was read, kept, dropped and skipped, and why."""
 
-    on_error: str = "stop"  # or skip: a row that is wrong is counted and left out
-    config_field: str = ""  # that holds the source, "" where no configuration is at hand
+    on_error: str = "stop"  # or "skip": bad rows are counted and left out
+    config_field: str = ""  # that holds the source; "" without a configuration
 
-    read: int = 0  # records that the sources hold, as far as they were read
-    kept: int = 0  # records that can be used, before weights and max_records
-    used: int = 0  # records in the returned list
+    read: int = 0  # rows that were read
+    kept: int = 0  # usable records, before weights and max_records
+    used: int = 0  # records after weights and max_records
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
-    skipped: dict[str, int] = field(default_factory=dict)  # what is wrong with a row -> such rows
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> bad rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places, as file:line
-    warnings: list[str] = field(default_factory=list)  # sentences about how the sources are read
+    warnings: list[str] = field(default_factory=list)  # about how the sources are read
     sources: list[dict[str, Any]] = field(default_factory=list)  # of each: path, weight, read, kept, dropped, used
 
     def drop(self, reason: str, where: str) -> None:
@@ -100,7 +100,7 @@ class Tally:
         self._place(reason, where)
 
     def bad(self, error: BadRow) -> None:
-        """Raises the error of a row that is wrong, or counts the row as one that is skipped."""
+        """Raises the error of a bad row, or counts the row as skipped."""
         if self.on_error != "skip":
             way_on = ", or --config.data.on_error=skip" if self.config_field else ""
             raise InputError(error.problem, error.expected, error.fix + way_on, error.places) from error
@@ -138,7 +138,7 @@ class Tally:
 
 
 class Notes(Counter[str]):
-    """Counts of what became of records, with the first places of what is to be looked at."""
+    """Counts of what happened to records, with up to three places of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,11 +153,11 @@ class Notes(Counter[str]):
 
 
 def check_skipped(skipped: dict[str, int], read: int, most: float, where: str, places: dict[str, list[str]]) -> None:
-    """Stops where more rows are wrong than a configuration lets pass.
+    """Raises if the share of bad rows exceeds `data.max_skipped`.
 
     Args:
       skipped: reason -> rows.
-      read: rows, those that are skipped among them.
+      read: rows, skipped ones included.
       most: the share of rows that may be skipped, `data.max_skipped`.
       where: the source.
       places: reason -> the first places.

@@ -1,4 +1,4 @@
-"""What the data is, before anything is trained on it: counts, lengths, padding, signs of bias, and rows as text."""
+"""The data report, before training: counts, lengths, padding and signs of bias."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxalign.data.forms import slots
 if TYPE_CHECKING:
     from jaxalign.data.dataset import Dataset
 
-# Pairs that practitioners' guides call for, by what is to be learned.
+# Numbers of pairs that guides recommend, by what is to be learned.
 GUIDE_PAIRS = {"style": (5_000, 10_000), "facts": (30_000, 100_000), "production": (10_000, 50_000)}
 
-_SAMPLE = 2_000  # records whose words are looked at
-_NOTHING = re.compile(r" is null$|^empty |^no messages$")  # reasons why records are left out: there is nothing in them
+_SAMPLE = 2_000  # records whose text is examined
+_NOTHING = re.compile(r" is null$|^empty |^no messages$")  # reasons that mean an empty record
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _HEDGES = frozenset(
     ("maybe", "perhaps", "possibly", "probably", "likely", "seems", "seem", "might", "could", "may", "guess", "roughly")
@@ -26,16 +26,16 @@ _HEDGES = frozenset(
 def data_report(
     dataset: Dataset, tally: dict[str, Any], train: Dataset | None = None, plain: int = 0
 ) -> dict[str, Any]:
-    """Everything that can be said about a dataset before training, as JSON values.
+    """The report on a dataset, as JSON values.
 
     Args:
       dataset: what is reported on.
-      tally: what the sources gave: read, dropped by reason.
-      train: the training data, where `dataset` is held out from it or beside it.
-      plain: records of messages that were written as plain text, for want of a chat template.
+      tally: counts from reading the sources.
+      train: the training data, if `dataset` is for evaluation.
+      plain: records of messages that were rendered without a chat template.
 
     Returns:
-      A nested dict; `as_text` writes it for people.
+      A nested dict; `as_text` formats it.
     """
     lengths = dataset.lengths()
     counts = dataset.counts()
@@ -57,7 +57,7 @@ def data_report(
             "examples": dict(tally.get("examples", {})),
             "sources": list(tally.get("sources", [])),
         },
-        # What the chat template leaves out, in records that hold it, and its markers that are several tokens.
+        # What the chat template leaves out (records), and its markers that are several tokens.
         "lost": dict(tally.get("lost", {})),
         "split_markers": dict(tally.get("markers", {})),
         "truncated": {
@@ -118,7 +118,7 @@ def _repeated(keys: np.ndarray) -> int:
 
 
 def _pairs(dataset: Dataset, lengths: dict[str, np.ndarray], dropped: dict[str, int]) -> dict[str, Any]:
-    """How chosen and rejected differ in what should not matter."""
+    """Differences between chosen and rejected that a model may learn instead of quality."""
     chosen, rejected = lengths["completions"][:, 0].astype(float), lengths["completions"][:, 1].astype(float)
     step = max(dataset.num_records // _SAMPLE, 1)
     examples = [dataset.example(i) for i in range(0, dataset.num_records, step)]
@@ -132,13 +132,13 @@ def _pairs(dataset: Dataset, lengths: dict[str, np.ndarray], dropped: dict[str, 
         "length_gap_share": round(float((chosen.sum() - rejected.sum()) / rejected.sum()), 4),
         "chosen_longer": _mean(chosen > rejected),
         "same_length": _mean(chosen == rejected),
-        # Share of a completion's tokens that its prompt holds.
+        # Share of a completion's tokens that occur in its prompt.
         "echo": {
             n: _mean(np.array([np.isin(e.completions[s], e.prompt).mean() for e in examples])) for n, s in both.items()
         },
-        # Hedging words in a hundred.
+        # Hedging words per hundred.
         "hedges": {name: _hedges(texts[side]) for name, side in both.items()},
-        # Distinct pairs of tokens, of as many tokens on both sides: a narrow side repeats itself over records.
+        # Share of distinct token bigrams, over equally many tokens: low if records repeat each other.
         "variety": dict(zip(both, _variety(*sides), strict=True)),
     }
 
@@ -164,9 +164,9 @@ def _variety(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> list[float
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:
-    """Sentences about what looks wrong."""
+    """Warnings about what looks wrong."""
     records, found = report["records"], []
-    if report["plain_dialogues"] and "overlap" not in report:  # said once, of the training data
+    if report["plain_dialogues"] and "overlap" not in report:  # for the training data only
         found.append(
             f"records of messages: {report['plain_dialogues']}; the tokenizer has no chat template, so they are written"
             " as plain text (\\n\\nHuman: ... \\n\\nAssistant: ..., Alpaca columns as ### Instruction:); with"
@@ -239,14 +239,14 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _placed(counts: dict[str, int], records: dict[str, Any]) -> str:
-    """Counts by reason, each with the places of a few."""
+    """Counts by reason, each with a few places."""
     ranked = sorted(counts.items(), key=lambda item: -item[1])
     shown = [f"{reason} {n} ({_joined(records['examples'].get(reason, ()))})" for reason, n in ranked]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more reasons" if len(shown) > 8 else "")
 
 
 def _joined(places: list[str] | tuple[str, ...]) -> str:
-    """Places as file:line; of the file that was named last, the line alone.
+    """Places as file:line; the file is not repeated.
 
     >>> _joined(["a.jsonl:3", "a.jsonl:9", "b.jsonl:1"])
     'a.jsonl:3, :9, b.jsonl:1'

@@ -1,4 +1,4 @@
-"""Examples to rows: where each token stands, what it sees, and where something is read out.
+"""Examples to rows: tokens, positions, attention intervals and readouts.
 
 A segment is the tokens of one example inside a row.  A shared-prompt pair is laid out as
 `reversed(chosen) + prompt + rejected`:
@@ -57,12 +57,12 @@ class Layout(NamedTuple):
 
     @property
     def causal(self) -> CausalByIndex | CausalByPosition:
-        """What rows of such segments promise."""
+        """The layout promises of rows of such segments."""
         return CausalByPosition() if self.shared_prompt and self.readout != "none" else CausalByIndex()
 
 
 class Segment(NamedTuple):
-    """One example inside a row; indices are relative to its start."""
+    """One example in a row; indices are relative to its start."""
 
     tokens: np.ndarray  # int32 [N]
     positions: np.ndarray  # int32 [N]
@@ -74,7 +74,7 @@ class Segment(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What each example takes of a row: int64 [N] each."""
+    """Sizes of examples in a row: int64 [N] each."""
 
     tokens: np.ndarray
     readouts: np.ndarray
@@ -93,7 +93,7 @@ def round_up(n: int, multiple: int) -> int:
 def segment_tokens(
     prompt: np.ndarray | int, completions: Sequence[np.ndarray | int], shared_prompt: bool
 ) -> np.ndarray:
-    """Tokens that examples take, from their lengths.
+    """Tokens that examples take in a row, from their lengths.
 
     Args:
       prompt: int [N] or [], prompt lengths.

@@ -1,4 +1,4 @@
-"""Where records come from: a file, a glob, a directory, a saved `datasets` directory, a URL, or a hub id."""
+"""Reads a source: a file, a glob, a directory, a saved `datasets` directory, a URL, or a hub id."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SUBSET_IS_FOLDER = ("anthropic/hh-rlhf",)
 
 _FIELD = "data.sources"  # where sources stand in a configuration
 
-# Files beside the data that only describe it.
+# Metadata files beside the data.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
-# (split, words in a file's or folder's name that mean it)
+# (split, words in a path that name it)
 _SPLITS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train", ("train", "training")),
     ("validation", ("validation", "valid", "val", "dev", "eval")),
@@ -34,7 +34,7 @@ _SPLITS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 class Source(NamedTuple):
-    """One source of a mixture; all but the path have a neutral default."""
+    """One source of a mixture."""
 
     path: str  # file, glob, directory, URL or hub id
     split: str | None = None  # default: train, or the only one there is
@@ -43,8 +43,8 @@ class Source(NamedTuple):
     weight: float = 1.0  # how often each record is drawn
     columns: dict[str, Any] = {}  # noqa: RUF012  our name -> the data's name, or a dict of it and its codes
     preset: str | None = None
-    streaming: bool = False  # whether a hub set is read as it is downloaded, and no further than is needed
-    field: str = ""  # the config field it was given in, for messages; "": no configuration is at hand
+    streaming: bool = False  # read a hub set while it is downloaded, only as far as needed
+    field: str = ""  # the config field it was given in, for messages; "" without a configuration
 
 
 def parse_sources(sources: Any, field: str = "") -> list[Source]:
@@ -148,7 +148,7 @@ def _columns(source: Source, columns: Any) -> dict[str, Any]:
 
 
 def config_line(source: Source, **changes: Any) -> str:
-    """The config line that gives a source with changes; where it was given in a config field, the flag too.
+    """The config line of a changed source, for messages; with the flag if it was given in a config field.
 
     >>> config_line(Source("x.jsonl"), columns={"prompt": "q"})
     'data.sources=({"path": "x.jsonl", "columns": {"prompt": "q"}},)'
@@ -170,11 +170,11 @@ def config_line(source: Source, **changes: Any) -> str:
 
 
 def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
-    """The rows of a source, in order; nothing is read before the first is asked for.
+    """Yields the rows of a source, in order.
 
     Args:
       source: what is read.
-      on_bad: is told of a row that is wrong by itself, as in `read_file`.
+      on_bad: called with each bad row, as in `read_file`.
 
     Raises:
       InputError: where nothing is at the path, a split is missing, or a row cannot be read.
@@ -211,7 +211,7 @@ def _refuse(source: Source, options: tuple[str, ...], kind: str) -> None:
 
 
 def _needs_datasets(source: Source) -> bool:
-    """Whether only `datasets` reads a directory correctly: it saved it, or it is a set's repository with subsets."""
+    """Whether a directory needs `datasets`: saved by it, or a hub set's repository with subsets."""
     names = set(os.listdir(source.path))
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
         return True
@@ -230,12 +230,12 @@ def _is_saved(path: str) -> bool:
 
 
 def _looks_like_hub_id(path: str) -> bool:
-    """Whether a path that is not there may be `owner/set` or `set`."""
+    """Whether a path that does not exist may be a hub id: `owner/set` or `set`."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) is not None and not supported(path)
 
 
 def _files(source: Source) -> list[str] | None:
-    """The data files of a source in order, None where there is nothing at the path."""
+    """The data files of a source in order; None if the path does not exist."""
     path = source.path
     root, is_directory, found = _url_files(path) if is_url(path) else _local_files(path)
     if found is None:
@@ -302,7 +302,7 @@ def _url_files(path: str) -> tuple[str, bool, list[str] | None]:
 
 
 def _split_of(relative: str) -> str | None:
-    """The split that a file's path speaks of.
+    """The split that a file's path names.
 
     >>> _split_of("data/train-00000-of-00002.parquet"), _split_of("test_socratic.jsonl"), _split_of("contest.csv")
     ('train', 'test', None)
@@ -315,14 +315,14 @@ def _split_of(relative: str) -> str | None:
 
 
 def choose_split(source: Source, splits: list[str]) -> str | None:
-    """The split to read: the one asked for, else train, else the only one.
+    """The split to read: the requested one, else train, else the only one.
 
     Args:
-      source: whose `split` is asked for.
-      splits: the names there are.
+      source: its `split` is the requested one.
+      splits: the existing names.
 
     Returns:
-      One of `splits`, or None where there are none and none was asked for.
+      One of `splits`, or None where there are none and none is requested.
     """
     wanted = source.split
     if wanted is not None:
@@ -348,7 +348,7 @@ def choose_split(source: Source, splits: list[str]) -> str | None:
 
 
 def _not_found(source: Source) -> InputError:
-    """What to say where nothing is at the path: the nearest name in its nearest existing folder."""
+    """The error for a path that does not exist, with the nearest name in its nearest existing folder."""
     folder, name = os.path.split(source.path)
     if is_url(source.path):
         return InputError(f"{source.path}: nothing there", "a file, a folder or a glob", config_line(source))
@@ -370,7 +370,7 @@ def _data_inside(folder: str) -> list[str]:
 
 
 def _nearest_name(name: str, names: list[str]) -> str | None:
-    """The name most like a misspelt one; endings such as `.jsonl`, which all data has, make none alike.
+    """The name most like a misspelt one; endings such as `.jsonl` do not count.
 
     >>> _nearest_name("pair.json", ["pairs.jsonl", "rest.json"]), _nearest_name("none.jsonl", ["pairs.jsonl"])
     ('pairs.jsonl', None)
@@ -392,7 +392,7 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
         if saved:
             loaded = datasets.load_from_disk(path)
             for each in loaded.values() if hasattr(loaded, "keys") else (loaded,):
-                each.data.table.validate(full=True)  # damaged, it would end the process when it is read
+                each.data.table.validate(full=True)  # reading a damaged table is a segmentation fault
         else:
             folder = path.lower() in _SUBSET_IS_FOLDER
             subset = {"data_dir" if folder else "name": source.name} if source.name else {}
@@ -400,7 +400,7 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
             if part is None and source.split and "[" in source.split:
                 options["split"] = source.split
             loaded = datasets.load_dataset(path, revision=source.revision, **subset, **options)
-    except Exception as error:  # `datasets` raises whatever its readers of YAML, JSON and Arrow raise
+    except Exception as error:  # `datasets` raises what its YAML, JSON and Arrow readers raise
         raise _not_loaded(source, error) from error
     if hasattr(loaded, "keys"):  # a dict of splits
         split = choose_split(source if part is None else source._replace(split=part[0]), list(loaded.keys()))
@@ -412,12 +412,12 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
     try:
         for number, row in enumerate(islice(rows, *(part or ("", 0, None))[1:]), 1):
             yield Raw(label, number, row)
-    except Exception as error:  # a connection that breaks while a set is streamed
+    except Exception as error:  # such as a connection that breaks while streaming
         raise _not_loaded(source, error) from error
 
 
 def _part(source: Source) -> tuple[str, int, int | None] | None:
-    """Name, begin and end of a streamed split such as `train[:1000]`, which `datasets` slices only whole sets by.
+    """Name, begin and end of a streamed split such as `train[:1000]`: `datasets` does not slice streams.
 
     >>> _part(Source("owner/set", "train[:1000]", streaming=True))
     ('train', 0, 1000)

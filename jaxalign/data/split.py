@@ -17,7 +17,7 @@ def _key(value: object, seed: str = "") -> int:
 
 
 def prompt_key(record: Record) -> int:
-    """A number for what must stay on one side of a split: the prompt, or the whole of a record that has none."""
+    """A hash of the prompt, or of the whole record if it has none: equal keys stay on one side of a split."""
     value: object = record.prompt or record.text
     if record.form == "messages":
         said = [m.get("role") for m in record.messages]
@@ -36,7 +36,7 @@ class Groups:
         self._files: dict[str, int] = {}
 
     def add(self, record: Record) -> int:
-        """Takes the next record.  Returns its prompt key."""
+        """Adds the next record and returns its prompt key."""
         source, line = record.origin
         self._keys.append(prompt_key(record))
         self._origins.append(self._files.setdefault(source, len(self._files)) << 40 | line)
@@ -46,7 +46,7 @@ class Groups:
         """uint64 [N]: a number for each record, equal within a group: the prompt key of the group's first record."""
         keys, origins = np.array(self._keys, np.uint64), np.array(self._origins, np.int64)
         labels = [np.unique(values, return_inverse=True)[1] for values in (keys, origins)]
-        first = np.arange(len(keys))  # of each record's group, as far as it is known
+        first = np.arange(len(keys))  # the first record of each one's group, as far as known
         while True:
             before = first
             for label in labels:

@@ -1,4 +1,4 @@
-"""Records on disk: sources are read once, and their records can be read again without being held in memory."""
+"""Records in a temporary file: sources are read once, records any number of times, without being held in memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _IN_MEMORY = 8 << 20  # bytes that are held before a file is made
 class Spool:
     """The records of one source, written once and then read by number.
 
-    Up to 8 MiB stay in memory.  More go to a temporary file without a name, which the system removes with the process,
-    however that ends.
+    Up to 8 MiB stay in memory, more go to a temporary file.  It has no name, so the system removes it when the process
+    ends, even if killed.
 
     Args:
       records: all of them.
@@ -72,7 +72,7 @@ class Spool:
                 rest = rest[self._file.write(rest) :]
 
     def _made(self) -> IO[bytes]:
-        """A file in the nearest folder that exists: nothing has been read to its end yet that a folder is for."""
+        """A file in the nearest existing folder: if the sources turn out to be bad, no folder is left behind."""
         folder = os.path.abspath(self._directory)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
@@ -86,7 +86,7 @@ class Spool:
 
 
 class Records(Sequence[Record]):
-    """The records of a mixture, read from disk one by one; `index` is a record's place.
+    """The records of a mixture, as a sequence that reads from disk; `index` is a record's position.
 
     Args:
       spools: one of each source.

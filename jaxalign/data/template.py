@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, and where in that text the assistant speaks."""
+"""Chat templates: messages to text, and the spans of assistant turns in it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Rendered(NamedTuple):
     """A conversation as text."""
 
     text: str
-    spans: tuple[Span, ...]  # what the assistant says, its end-of-turn text included, in order
+    spans: tuple[Span, ...]  # scored turns, with their end-of-turn text, in order
     boundary: int  # character at which the prompt ends
-    words_end: tuple[int, ...] = ()  # of each span, behind the message's own words; its end where that is not known
+    words_end: tuple[int, ...] = ()  # end of the message's content in each span; the span's end if unknown
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
@@ -62,7 +62,7 @@ class ChatTemplate:
         return not self.source
 
     def prompt(self, messages: Sequence[Message], *, tools=None) -> str:
-        """The text after which the assistant speaks next.
+        """The prompt's text, with the header of the assistant's turn.
 
         Raises:
           InputError: where the template refuses the conversation.
@@ -70,7 +70,7 @@ class ChatTemplate:
         return _with_calls(self, messages, lambda said: _Conversation(self, said, tools).render(len(said), True))
 
     def left_out(self, messages: Sequence[Message], text: str, *, tools=None, prompt: bool = False) -> tuple[str, ...]:
-        """What of a conversation is not in its rendered text, in words that a report counts.
+        """The parts of a conversation that are not in its rendered text, by the names that the report counts.
 
         Args:
           messages: the whole conversation.
@@ -93,7 +93,7 @@ class ChatTemplate:
         return lost
 
     def split_markers(self) -> dict[str, int]:
-        """The template's markers that are several tokens here, with their numbers; of a short conversation."""
+        """The template's markers that are several tokens for this tokenizer, with the number of tokens."""
         if self.is_plain:
             return {}
         said = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
@@ -103,7 +103,7 @@ class ChatTemplate:
     def conversation(
         self, messages: Sequence[Message], first: int = 0, *, tools=None, roles: tuple[str, ...] = ("assistant",)
     ) -> Rendered:
-        """Renders a conversation and finds what the assistant, or who else is asked for, says from message `first` on.
+        """Renders a conversation and finds the turns of the assistant, or of `roles`, from message `first` on.
 
         Generation marks in the template are followed.  Without them a turn is what `messages[:i + 1]` adds to
         `messages[:i]` with the generation prompt, where both really are prefixes of the whole.  Templates that
@@ -127,7 +127,7 @@ class ChatTemplate:
 
 
 def _with_calls(template: ChatTemplate, messages: Sequence[Message], render: Callable[[Sequence[Message]], Any]) -> Any:
-    """Renders function calls as the template writes tool calls, or as their JSON where it writes none or refuses."""
+    """Renders function calls as the template's tool calls, or as JSON where it has none."""
     if not any("function_call" in message for message in messages):
         return render(messages)
     bare = [{k: v for k, v in message.items() if k != "function_call"} for message in messages]
@@ -144,13 +144,13 @@ def _with_calls(template: ChatTemplate, messages: Sequence[Message], render: Cal
 
 
 def _rendered_calls(template: ChatTemplate, messages: Sequence[Message], text: str, tools: Any, prompt: bool) -> bool:
-    """Whether the text has function calls as the template writes tool calls: it is another than with their JSON."""
+    """Whether the template renders tool calls: the text differs from that with their JSON."""
     bare = [{k: v for k, v in message.items() if k != "function_call"} for message in messages]
     return _Conversation(template, bare, tools).render_or_none(len(bare), prompt) != text
 
 
 def _shows(tools: list, text: str) -> bool:
-    """Whether a text surely shows tools: the words that describe each."""
+    """Whether a text contains the description of every tool."""
     described = [tool.get("function", tool) for tool in tools]
     words = [tool.get("description") for tool in described if isinstance(tool, dict)]
     return len(words) == len(tools) and all(isinstance(said, str) and said and said in text for said in words)
@@ -195,7 +195,7 @@ class _Conversation:
         return Rendered(text, tuple(spans), boundary, tuple(ends))
 
     def _rendered_roles(self, first: int, roles: tuple[str, ...]) -> Rendered:
-        """With the turns of chosen roles; a turn that is not the assistant's begins with its words."""
+        """Spans of the turns of `roles`; a turn other than the assistant's begins at its content."""
         text = self.render(len(self._messages))
         own = {i: span for i, span in zip(self._scored, self.rendered(0).spans, strict=False)}
         if len(own) != len(self._scored) or "assistant" not in roles:
@@ -212,9 +212,9 @@ class _Conversation:
         return Rendered(text, tuple(span for span, _ in turns), boundary, tuple(end for _, end in turns))
 
     def _words(self, i: int, text: str) -> Span:
-        """The words of message `i`, whoever speaks, with the end of the turn that is written behind them."""
+        """The span of message `i`'s content, of any role, with the end-of-turn text after it."""
         through = text if i == len(self._messages) - 1 else self.render_or_none(i + 1)
-        replaced = [*self._messages[:i], {**self._messages[i], "content": _SENTINEL}]  # short words are in markers too
+        replaced = [*self._messages[:i], {**self._messages[i], "content": _SENTINEL}]  # may occur in markers
         shown = self.render_or_none(i + 1, messages=replaced) or ""
         at = shown.find(_SENTINEL)
         if through is not None and text.startswith(through) and at >= 0 and through.startswith(shown[:at]):
@@ -232,11 +232,11 @@ class _Conversation:
             )
         try:
             return self._render(messages, add_generation_prompt)
-        except Exception as error:  # templates raise what they like; either they or the record are at fault
+        except Exception as error:  # templates raise anything; the fault is theirs or the record's
             raise self._refused(messages, error) from error
 
     def render_or_none(self, count: int, add_generation_prompt: bool = False, messages=None) -> str | None:
-        """Templates may refuse a part of a conversation that they take as a whole."""
+        """The same, or None: a template may refuse the first part of a conversation."""
         try:
             return self._render((self._messages if messages is None else messages)[:count], add_generation_prompt)
         except Exception:
@@ -267,7 +267,7 @@ class _Conversation:
         )
 
     def _marked(self) -> tuple[str, list[Span]] | None:
-        """Text and spans by the template's own generation marks, or None where it has none."""
+        """Text and spans by the template's `{% generation %}` blocks; None where it has none."""
         if self._template.is_plain:
             return None
         tokenizer = self._template._tokenizer
@@ -291,19 +291,19 @@ class _Conversation:
         found: Any = spans[0]  # transformers' annotation says str; it is a list of pairs of ints
         for start, end in found:
             if eos and not text[:end].endswith(eos) and text.startswith(eos, end):
-                end += len(eos)  # the author of the template left the end of the turn out of the mark
+                end += len(eos)  # the template leaves the end of turn out of the block
             pieces.append((start, end))
         return text, pieces
 
     def _marked_turns(self, pieces: list[Span], wanted: list[int], text: str) -> list[Span]:
-        """The marked pieces that belong to the wanted messages; a template may mark a turn in several pieces."""
+        """The generation blocks of the wanted messages; a turn may have several."""
         if len(pieces) == len(self._said):
             return [pieces[self._said.index(i)] for i in wanted]
         turns = [self._turn(i, text) for i in wanted]
         return [p for p in pieces if any(start < p[1] and p[0] < end for start, end in turns)]
 
     def _check_calls(self, i: int, turn: str) -> None:
-        """A template that knows no tool calls would have an empty turn learned in their place."""
+        """Refuses tool calls that the template does not render: an empty turn would be trained on."""
         calls = self._messages[i].get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
             function = call.get("function", call) if isinstance(call, dict) else {}
@@ -316,13 +316,13 @@ class _Conversation:
                 )
 
     def _words_end(self, i: int, span: Span, text: str) -> int:
-        """Where the content of message `i` ends in its span; the span's end where the template rewrote it."""
+        """The end of message `i`'s content in its span; the span's end if the template changed the content."""
         words = str(self._messages[i].get("content") or "").strip()
         at = text.find(words, *span) if words else -1
         return span[1] if at < 0 else at + len(words)
 
     def _start(self, i: int, text: str) -> int:
-        """Where the words of message `i`, the assistant's, begin in `text`; -1 where prefixes do not tell."""
+        """Where the content of assistant message `i` begins in `text`; -1 if prefixes do not tell."""
         before = self.render_or_none(i) if i else None
         opened = self.render_or_none(i, True) if i else None
         if before is None or opened is None or not text.startswith(before):
@@ -353,7 +353,7 @@ class _Conversation:
         return start, end
 
     def _end_of_turn(self, i: int, replaced: list[Message]) -> str:
-        """What the template writes behind the content of message `i`, before anything else."""
+        """The text that the template writes right after the content of message `i`."""
         alone = self.render_or_none(i + 1, messages=replaced)
         if alone is None and i in self._said and self._said[-1] == len(replaced) - 1:  # then as behind the last message
             last = [*self._messages[:-1], {**self._messages[-1], "content": _SENTINEL}]

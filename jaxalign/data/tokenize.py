@@ -16,7 +16,7 @@ from jaxalign.data.template import ChatTemplate, Rendered, common_prefix, tools_
 from jaxalign.errors import InputError
 
 _CHUNK = 512  # records tokenised in one call
-LOST = "lost: "  # notes: before what the chat template leaves out
+LOST = "lost: "  # prefix in notes: what the chat template leaves out
 
 
 class Example(NamedTuple):
@@ -32,16 +32,16 @@ class Example(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A record that gives no example."""
+    """A record without an example, and why."""
 
     record: int
     reason: str
     needs: tuple[tuple[str, int], ...] = ()  # (limit, how large it must be for the whole record)
-    wrong: bool = False  # skipped because it cannot be rendered, not for what it holds
+    wrong: bool = False  # whether it cannot be rendered, rather than holds nothing usable
 
 
 class Encoded(NamedTuple):
-    """A text as tokens, with the characters each came from."""
+    """A tokenised text, with character offsets."""
 
     text: str
     ids: np.ndarray  # int32 [N]
@@ -50,19 +50,19 @@ class Encoded(NamedTuple):
 
 
 class TrainOn(NamedTuple):
-    """What of a record is scored: `data.train_on` and `data.train_on_eos`, of sft."""
+    """What the loss mask covers: `data.train_on` and `data.train_on_eos`."""
 
     what: str = "completion"  # completion, last, all, or roles joined by commas
-    eos: str = "turn"  # the ends of turns that are scored: turn (of each), last, none
+    eos: str = "turn"  # which end-of-turn tokens are scored: turn (each), last, none
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles whose every turn is scored; none where the completion, its last turn or all is."""
+        """The roles whose turns are scored; empty for completion, last and all."""
         return () if self.what in ("completion", "last", "all") else tuple(self.what.replace(" ", "").split(","))
 
 
 class Encoder:
-    """A tokenizer as the data layer uses it: whole texts, at most one BOS, character offsets.
+    """Wraps a tokenizer: whole texts, at most one BOS, character offsets.
 
     Args:
       tokenizer: a `transformers` tokenizer.
@@ -79,7 +79,7 @@ class Encoder:
         bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         full = list(tokenizer("a")["input_ids"])
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        self.prefix: list[int] = full[:at]  # what the tokenizer puts before a text of its own accord
+        self.prefix: list[int] = full[:at]  # the special tokens that the tokenizer prepends
 
     def encode(self, texts: Sequence[str], templated: Sequence[bool]) -> list[Encoded]:
         """Tokenises whole texts.
@@ -149,7 +149,7 @@ class Encoder:
 
 
 class _Part(NamedTuple):
-    """A rendered sequence of a record, before tokenisation."""
+    """One rendered sequence of a record, before tokenisation."""
 
     rendered: Rendered
     templated: bool
@@ -172,7 +172,7 @@ def _conversation(encoder: Encoder, record: Record, messages, train_on: TrainOn,
 
 
 def _sequence(encoder: Encoder, record: Record, prompt, completion, train_on: TrainOn) -> _Part:
-    """Prompt and completion as one text; strings stay as they are, messages go through the template."""
+    """Prompt and completion as one text; strings are concatenated, messages rendered by the template."""
     if isinstance(completion, str):
         start, text = len(prompt or ""), (prompt or "") + completion
         roles = train_on.roles if prompt else ()
@@ -209,21 +209,21 @@ def _scored(encoder: Encoder, encoded: Encoded, rendered: Rendered) -> np.ndarra
         first, last = encoded.before(start), encoded.after(end)
         behind = encoded.before(words_end)
         stops = behind + np.flatnonzero(np.isin(encoded.ids[behind:last], list(encoder.eos_ids)))
-        if len(stops):  # a template may open the next turn behind it, whoever speaks then
+        if len(stops):  # a template may write the next turn's header after it
             last = int(stops[0]) + 1
         mask[first : _end(encoder, encoded.ids, first, last)] = True
     return mask
 
 
 def _end(encoder: Encoder, ids: np.ndarray, first: int, last: int) -> int:
-    """Where `ids[first:last]` ends: a template's newline behind the end of a turn is never generated, nor scored."""
+    """The end of `ids[first:last]` without white space after EOS, which is never generated, so never scored."""
     ends = first + np.flatnonzero(np.isin(ids[first:last], list(encoder.eos_ids)))
     blank = len(ends) and not encoder.tokenizer.decode(ids[ends[-1] + 1 : last].tolist()).strip()
     return int(ends[-1]) + 1 if blank else last
 
 
 def _without_prompt(encoder: Encoder, sequences: list[np.ndarray], masks: list[np.ndarray], shared: int):
-    """Gives sequences that would start with a completion a prompt of one token: BOS, or their first token."""
+    """Gives sequences without a prompt one of a single token: BOS, or their common first token."""
     if shared:
         return sequences, masks, shared
     if encoder.bos_id is not None and not any(len(s) and s[0] == encoder.bos_id for s in sequences):
@@ -235,7 +235,7 @@ def _without_prompt(encoder: Encoder, sequences: list[np.ndarray], masks: list[n
 
 
 def _example(encoder: Encoder, record: Record, parts, encoded: list[Encoded], train_on: TrainOn, append_eos: bool):
-    """One record's example, or why it gives none."""
+    """One record's example, or Dropped with the reason."""
     weight, score = float(record.weight), float(record.score)
     sequences = [e.ids for e in encoded]
     if not FORMS[record.form].completions:
@@ -260,7 +260,7 @@ def _example(encoder: Encoder, record: Record, parts, encoded: list[Encoded], tr
         for tokens, mask in zip(sequences, masks, strict=True):
             mask[_end(encoder, tokens, 0, len(tokens)) :] = False
     for tokens, mask, end in zip(sequences, masks, stated, strict=True):
-        mask[shared:end] = True  # tokens that the other side's merge moved out of the prompt
+        mask[shared:end] = True  # prompt tokens that the other side's merge moved into the completion
         if train_on.eos != "turn":
             ends = np.flatnonzero(mask & np.isin(tokens, list(encoder.eos_ids)))
             mask[ends[:-1] if train_on.eos == "last" else ends] = False
@@ -272,7 +272,7 @@ def _example(encoder: Encoder, record: Record, parts, encoded: list[Encoded], tr
     for tokens, mask in zip(sequences, masks, strict=True):
         tokens, mask = tokens[shared:], mask[shared:]
         last = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
-        tokens, mask = tokens[:last], mask[:last]  # nothing is read behind the last scored token
+        tokens, mask = tokens[:last], mask[:last]  # nothing after the last scored token is needed
         if not last:
             return Dropped(record.index, "empty completion")
         if append_eos and int(tokens[-1]) not in encoder.eos_ids:
@@ -305,12 +305,12 @@ def tokenize_records(
       records: `Record`s.
       encoder: the tokenizer.
       append_eos: whether a completion that lacks an EOS gets one.
-      train_on: what is scored (of one completion): "completion", of messages all that the assistant says; "last", its
-        last turn; "all", prompts too; or roles joined by commas, "assistant,tool": all their turns, a prompt's too.
-      train_on_eos: which ends of scored turns are: "turn", each; "last", the last one's; "none", and none is
+      train_on: the loss mask: "completion", of messages all assistant turns; "last", the last of these; "all", the
+        prompt too; or roles joined by commas ("assistant,tool"), all their turns, in the prompt too.
+      train_on_eos: which end-of-turn tokens of these are scored: "turn", each; "last", the last; "none", and none is
         appended.
       on_error: "stop" at a record that cannot be rendered, or "skip" it.
-      notes: counts what the chat template leaves out, under `LOST` and its name; None: nobody asks.
+      notes: counts what the chat template leaves out, under `LOST` and its name; None: not counted.
 
     Yields:
       An Example, or Dropped with the reason.
@@ -349,7 +349,7 @@ def tokenize_records(
 
 
 def _note(encoder: Encoder, record: Record, parts: list[_Part], notes: Notes) -> None:
-    """Counts what the template left out of a record, each kind once."""
+    """Counts what the template left out of a record, once for each kind."""
     tools = tools_of(record.columns)
     lost: dict[str, None] = {}
     for part in parts:
@@ -364,6 +364,6 @@ def _note(encoder: Encoder, record: Record, parts: list[_Part], notes: Notes) ->
 
 
 def _reason(error: InputError) -> str:
-    """Under which a record that cannot be rendered is counted; its own words are left out."""
+    """The reason why a record cannot be rendered, without the record's own text, so that equal reasons are counted."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "...", re.sub(r" \([^()]*\)", "", error.found))
     return text.splitlines()[0][:120]

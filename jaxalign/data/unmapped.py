@@ -1,4 +1,4 @@
-"""What to say of columns that make no record that is read, with the mapping that is most likely meant."""
+"""Errors about columns that make no record of a form that is read, with the mapping that is most likely meant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GUESSES: dict[str, tuple[str, ...]] = {
 
 
 def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Names of the columns that hold something in at least one row, in order of appearance."""
+    """Names of the columns with a value in at least one row, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
 
 
@@ -34,7 +34,7 @@ _CHECK = "; which code means which answer, the data's description says"
 
 
 def unlabelled(source: Source, sample: list[Raw], names: dict[str, str]) -> str:
-    """Refuses two answers whose names do not say which is better, where a column does; else a warning, or nothing."""
+    """Refuses two answers with neutral names beside a column that may be the label; else a warning, or ""."""
     sides = names.get("chosen", ""), names.get("rejected", "")
     if not twins(*sides):
         return ""
@@ -58,7 +58,7 @@ def unlabelled(source: Source, sample: list[Raw], names: dict[str, str]) -> str:
 def unknown_code(
     source: Source, codes: Codes, names: Mapping[str, str], raw: Raw, code: str, counts: Mapping[str, int]
 ) -> InputError:
-    """What to say of a code that means neither side nor a tie.
+    """The error for a code that means neither side nor a tie.
 
     Args:
       source: with its mapping.
@@ -81,7 +81,7 @@ def unknown_code(
 
 
 def _two_answers(source: Source, sample: list[Raw]) -> tuple[str, str] | None:
-    """Found and fix where the data has two answers and a label in place of chosen and rejected; else None."""
+    """Found and fix for data with two answers and a label instead of chosen and rejected; else None."""
     texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), (str, list)) for r in sample)]
     labels = label_columns((raw.row for raw in sample), source.columns)
     texts = [name for name in texts if name not in labels]
@@ -116,7 +116,7 @@ def _dialogues(sample: list[Raw]) -> dict[str, str]:
 
 
 def only_text(sample: list[Raw]) -> str | None:
-    """The one column that holds text, where there is one."""
+    """The only column with text, if there is exactly one."""
     texts = [n for n in columns_of(r.row for r in sample) if any(isinstance(r.row.get(n), str) for r in sample)]
     return texts[0] if len(texts) == 1 else None
 
@@ -146,7 +146,7 @@ def _columns_for(reads: Reads | None) -> str:
 
 
 def _compares(reads: Reads | None) -> bool:
-    """Whether completions of one prompt are compared: what is better stands in the data, and cannot be guessed."""
+    """Whether the objective compares completions: which is better must come from the data."""
     return reads is not None and len(slots(reads)) > 1
 
 
@@ -170,7 +170,7 @@ def _mapping_line(source: Source, sample: list[Raw], reads: Reads | None, form: 
 
 
 def _nulls(sample: list[Raw], listed: list[str]) -> str:
-    """A word about columns that hold nothing."""
+    """A note on empty columns, for messages."""
     null = [name for name in listed if all(raw.row.get(name) is None for raw in sample)]
     return f"; {', '.join(null)}: null in the first {len(sample)} records" if null else ""
 
@@ -181,7 +181,7 @@ _COMMAS = (
 
 
 def _delimiter(sample: list[Raw], listed: list[str]) -> str:
-    """What parts the names in one column of a csv's header, where the file was read by another mark; else ""."""
+    """The delimiter inside the only column of a csv's header, if the file was split by another one; else ""."""
     name = max(listed, key=len, default="") if sample[0].file.lower().endswith((".csv", ".tsv")) else ""
     return next((mark for mark in "|;\t^~\x01\x1f" if mark in name.strip(mark)), "")
 

@@ -1,4 +1,4 @@
-"""Widths of prompt batches: few of them, so that few programs are compiled and short prompts are not padded far."""
+"""Row lengths of prompt batches: few, to compile few programs, but several, to pad short prompts less."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WORTH = 0.05  # one more width must save this share of the tokens
 
 
 def prompt_widths(lengths: np.ndarray, batch_size: int, widest: int) -> tuple[int, ...]:
-    """The widths at which batches of prompts cost least, few as they are.
+    """The widths at which batches of prompts cost least.
 
         cost = sum_k w_k (F(w_k)^B - F(w_(k-1))^B)        F: the share of prompts that are no longer
 
@@ -30,8 +30,8 @@ def prompt_widths(lengths: np.ndarray, batch_size: int, widest: int) -> tuple[in
     need = np.minimum(-(-np.asarray(lengths) // _MULTIPLE) * _MULTIPLE, widest)
     widths = np.union1d(need, [widest])
     share = np.searchsorted(np.sort(need), widths, side="right") / max(len(need), 1)
-    below = np.concatenate([[0.0], share**batch_size])  # that a batch is no wider than the width before
-    # best[j]: least cost of the batches up to width j, where that is the last of the chosen ones.
+    below = np.concatenate([[0.0], share**batch_size])  # probability that a batch fits the width before
+    # best[j]: least cost of the batches up to width j, if j is the last chosen width.
     best = widths * below[1:]
     chosen: list[tuple[int, ...]] = [(j,) for j in range(len(widths))]
     least, found = best[-1], chosen[-1]
@@ -47,7 +47,7 @@ def prompt_widths(lengths: np.ndarray, batch_size: int, widest: int) -> tuple[in
 
 
 def width_of(longest: int, widths: tuple[int, ...]) -> int:
-    """The least width that is enough.
+    """The smallest width that fits.
 
     >>> width_of(33, (32, 64, 200))
     64
