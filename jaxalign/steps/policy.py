@@ -89,8 +89,8 @@ def policy_objective(
 def stop_on_kl(max_approx_kl: float) -> Callable[[dict[str, jax.Array]], jax.Array]:
     """The early stop of an iteration: whether the policy has moved further than this from the one that sampled.
 
-    For `make_train_step(early_stop=...)`: the update whose batch shows it is not made, nor are those left of the
-    iteration (a mask: parameters and optimizer stay, the step counts); the next collection clears the mark.
+    For `make_train_step(early_stop=...)`: the update whose minibatch exceeds it is skipped, and so are the rest of the
+    iteration's (a mask: parameters and optimizer stay, the step counts); the next collection clears the flag.
     Source: OpenAI Spinning Up `ppo.py`, which stops before the update as well.
 
     Args:

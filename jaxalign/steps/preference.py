@@ -21,7 +21,7 @@ def sequence_logprobs(
 ) -> jax.Array:
     """Log-prob of each completion given its prompt, summed over its scored tokens: [B, C], in nats, at least float32.
 
-    The one path by which policy and reference, live or cached, get their log-probs.
+    Policy and reference, live or cached, both get their log-probs here.
     """
     return logprobs_and_aux(apply, head, params, batch)[0]
 

@@ -37,12 +37,12 @@ def make_train_step(
 
     Args:
       objective: the loss of each of the roles that are the keys of `optimizers`; asked for one after the other, so
-        that no more is kept than the largest of them needs.
+        that the peak is that of the largest.
       optimizers: an optax transformation per trained role.
       grad_accum_steps: micro-batches A; divides the number of rows.
       loss_scaling: scale the loss for float16 gradients; the scale lives in `extra` (see `LossScale.initial`).
       early_stop: of this batch's metrics, whether this update and the following ones are to be skipped; sets
-        `extra["skip"]`, which stays until whoever drives the loop clears it.
+        `extra["skip"]`, which stays until the caller clears it.
 
     Returns:
       step(state, frozen, batch) -> (state, metrics).  Pure; the caller jits it and donates `state`.  `frozen` may hold
@@ -63,7 +63,7 @@ def make_train_step(
         grads, found = {}, Sums({})
         for role in roles:
             own = params[role]
-            if grads:  # what a model keeps for its backward pass is gone before the next model's forward pass
+            if grads:  # frees one model's activations before the next model's forward pass
                 own, grads = jax.lax.optimization_barrier((own, grads))
             grad, sums = jax.grad(of_trained, has_aux=True)(own, role)
             grads = grads | {role: jax.tree.map(at_least_float32, grad)}
@@ -89,7 +89,7 @@ def make_train_step(
         whole = _collect(lambda micro: items(joined(params, frozen), micro), batch, grad_accum_steps)
         cotangents, sums = jax.grad(loss, has_aux=True)(whole, batch)
 
-        def linear(own, micro):  # its gradient is that of the loss
+        def linear(own, micro):  # its gradient equals the loss's
             found = items(own, micro[0])
             products = jax.tree.map(lambda x, d: jnp.sum(x * d), found, {role: micro[1][role] for role in found})
             return sum(jax.tree.leaves(products)), Sums({})
@@ -128,7 +128,7 @@ def make_train_step(
         some = functools.reduce(jnp.logical_or, [weight[role] != 0 for role in roles])
         if loss_scaling:
             overflow = loss_finite & ~grads_finite & LossScale.can_shrink(extra)
-            scaled = LossScale.updated(extra, finite, overflow)  # a batch that says nothing is no good step
+            scaled = LossScale.updated(extra, finite, overflow)  # a batch without weight does not count as a good step
             extra |= {name: jnp.where(some, value, extra[name]) for name, value in scaled.items()}
             metrics["loss_scale"], metrics["overflow"] = scale, at_least_float32(overflow)
         metrics["skipped"] = at_least_float32(~finite & ~overflow)

@@ -1,4 +1,4 @@
-"""The metric that the best checkpoint is chosen by: checked before anything is trained, and early stopping by it."""
+"""The metric that selects the best checkpoint, checked before training starts, and early stopping by it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jaxalign.train.stage import Stage
 class Patience:
     """Ends a run when `checkpoint.patience` evaluations in a row have not improved `checkpoint.best_metric`.
 
-    What it knows is in `metrics.jsonl`, so that a resumed run ends at the step at which the whole one does.
+    Its state comes from `metrics.jsonl`, so a resumed run stops at the same step as an uninterrupted one.
     """
 
     def __init__(self, config: Any, rows: Iterable[Mapping[str, Any]] = ()):
         """
         Args:
           config: of the stage.
-          rows: of its `metrics.jsonl` up to the step that it resumes from.
+          rows: of its `metrics.jsonl`, up to the step that it resumes from.
         """
         c = config.checkpoint
         self._evaluations, self._every = c.patience, config.eval.every
@@ -37,11 +37,11 @@ class Patience:
             self.add(row["step"], row)
 
     def add(self, step: int, row: Mapping[str, Any]) -> None:
-        """Takes note of an evaluation that was due: a run that is asked to stop is evaluated at another step too."""
+        """Counts an evaluation at a multiple of `eval.every`; the extra one of a run that is stopped does not count."""
         if not self._evaluations or step % self._every or self._metric not in row:
             return
         value = row[self._metric]
-        finite = value is not None and math.isfinite(value)  # in metrics.jsonl another one is null
+        finite = value is not None and math.isfinite(value)  # metrics.jsonl has null for a value that is not finite
         better = finite and (self._best is None or self._sign * value < self._sign * self._best[1])
         self._best, self._since = ((step, value), 0) if better else (self._best, self._since + 1)
 
@@ -57,13 +57,13 @@ class Patience:
 
 
 def check_best_metric(stage: Stage) -> None:
-    """Refuses a `checkpoint.best_metric` that evaluations will not have; nothing is computed.
+    """Refuses a `checkpoint.best_metric` that no evaluation reports; nothing is computed.
 
     Args:
       stage: data, models and compiled steps.
 
     Raises:
-      InputError: naming those that they will have.
+      InputError: naming the metrics that evaluations report.
     """
     name = stage.config.checkpoint.best_metric
     if not name:
@@ -82,7 +82,7 @@ def check_best_metric(stage: Stage) -> None:
 
 
 def rarely(stage: Stage) -> list[str]:
-    """What to say where evaluations are due after the run's end alone; it is evaluated then."""
+    """A warning where `eval.every` is larger than the run: only the last step is evaluated."""
     every, best = stage.config.eval.every, stage.config.checkpoint.best_metric
     if stage.eval_dataset is None or every <= stage.num_steps:
         return []
@@ -91,7 +91,7 @@ def rarely(stage: Stage) -> list[str]:
 
 
 def eval_metrics(stage: Stage) -> list[str]:
-    """What evaluations measure, by the shapes of a batch alone."""
+    """The names of an evaluation's metrics, from the shapes of a batch."""
     program, rows, part = stage.program, batch_sharding(stage.mesh), batch_part(stage.mesh)
     if program.eval_metrics is not None:
         return program.eval_metrics()

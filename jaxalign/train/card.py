@@ -68,7 +68,7 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
 
 
 def without_secrets(text: str) -> str:
-    """A text whose URLs have lost what may open a door: user and password, and what follows a question mark.
+    """A text whose URLs have lost what may be secret: user and password, and the query.
 
     >>> without_secrets("read `https://me:key@host/a.jsonl?sig=1&x=2`, gs://bucket/b")
     'read `https://host/a.jsonl`, gs://bucket/b'
@@ -78,7 +78,7 @@ def without_secrets(text: str) -> str:
 
 
 def changed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a stage's configuration is not as its defaults are, nested; the algorithm's name is always there."""
+    """A configuration's fields that differ from the defaults, nested; the algorithm's name is always kept."""
     name = config["algorithm"]["name"]
     usual = defaults(name).to_dict()
 

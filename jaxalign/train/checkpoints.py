@@ -37,7 +37,7 @@ class Checkpoints:
     """The folder `checkpoints/` of a run: one sub-folder `N` per checkpoint, N batches of the data stream done.
 
     A save copies the state to the host, then writes in the background under a temporary name that becomes `N` when all
-    of it is there; whatever a crash leaves behind is never read.
+    of it is there; what a crash leaves behind is never read.
     """
 
     def __init__(self, directory: Any, *, keep: int, best_metric: str | None = None, best_mode: str = "min"):
@@ -150,7 +150,7 @@ class Checkpoints:
         Args:
           like: as `restore` takes it.
           whole: where the last is damaged, take the newest that is not; those after it are put aside as
-            `damaged-N`, so that the run writes them anew.
+            `damaged-N`, and the run writes them again.
 
         Raises:
           InputError: the last checkpoint is damaged; the newest whole one is named.
@@ -189,14 +189,14 @@ class Checkpoints:
         return self.latest() if found is None else found
 
     def wait(self) -> None:
-        """Until everything begun is written; raises what went wrong."""
+        """Waits until all saves are written; raises their errors."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A full disk is told as such, and what was half written gives its room back."""
+        """Reports a full disk as such, and removes what was half written."""
         try:
             with writing(self._manager.directory):
                 yield
@@ -206,7 +206,7 @@ class Checkpoints:
             raise
 
     def close(self) -> None:
-        """Waits and lets go."""
+        """Waits for all saves and closes."""
         try:
             self.wait()
         finally:
@@ -230,7 +230,7 @@ class Checkpoints:
             if mismatch is None:
                 state = handler.restore(folder / "state", args=self._ocp.args.StandardRestore(like))
                 jax.block_until_ready(state)
-        except Exception as error:  # whatever a reader says of bytes that it does not understand
+        except Exception as error:  # any error of a reader on damaged bytes
             problem = reading_problem(error)
         problem = first_problem(problem)
         if not problem and mismatch is not None:
@@ -262,12 +262,12 @@ class Checkpoints:
             n += 1
         if jax.process_index() == 0:
             (folder / str(step)).rename(aside)
-        first_problem("")  # nobody continues before it is there
+        first_problem("")  # a barrier: all processes see the rename
         return aside
 
 
 def _remove_half_written(directory: Any) -> None:
-    """Gives room back; threads that still write to other files of a checkpoint may put some there meanwhile."""
+    """Frees the space; repeats, since background threads may still write files of the checkpoint."""
     for _ in range(40):
         left = list(directory.glob("*orbax-checkpoint-tmp*"))
         if not left:
@@ -278,10 +278,10 @@ def _remove_half_written(directory: Any) -> None:
 
 
 def read_meta(folder: Any) -> dict:
-    """What lies beside a checkpoint's state.
+    """The metadata beside a checkpoint's state.
 
     Raises:
-      ValueError: it is not what was written.
+      ValueError: it is not as it was written.
     """
     import orbax.checkpoint as ocp
 

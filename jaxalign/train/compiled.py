@@ -16,7 +16,7 @@ from jaxalign.errors import InputError
 from jaxalign.ops.platform import platform
 from jaxalign.parallel.allocator import return_freed_memory
 
-# What to change, by what helps most for least.
+# What to change, in the order of what saves most for least.
 ADVICE = (
     "--config.grad_accum_steps=2 (or more: rows at a time), --config.model.remat=full, "
     "--config.data.max_length or --config.data.row_length smaller, --config.batch_size smaller, "
@@ -25,15 +25,15 @@ ADVICE = (
 )
 
 
-# What the compiler is told. A CPU's copies fewer of the donated parameters and moments that an update reads twice.
+# Compiler options. On a CPU: fewer copies of donated parameters and moments that an update reads twice.
 _OPTIONS = {"cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}}
 
 
 class Compiled:
     """Calls `function` through executables made ahead of time, one for each set of argument shapes.
 
-    An executable takes arguments of the shardings that it was compiled for and no others, so that nothing is compiled
-    a second time without a word: after the first step, after a restore, in the last batch.
+    An executable takes only arguments of the shardings that it was compiled for, so nothing is recompiled silently:
+    not after the first step, after a restore, or in the last batch.
     """
 
     def __init__(self, function: Callable, name: str, *, donate: tuple[int, ...] = (), out_shardings: Any = None):
@@ -42,7 +42,7 @@ class Compiled:
           function: pure.
           name: how messages call it.
           donate: positions of the arguments whose memory the results take over.
-          out_shardings: pinned, for all results; None leaves them to the compiler.
+          out_shardings: of all results; None leaves them to the compiler.
         """
         self.name, self.num_compiles, self.compile_seconds, self.memory = name, 0, 0.0, {}
         function.__name__ = name.replace(" ", "_")  # what profiles show
@@ -65,7 +65,7 @@ class Compiled:
             if needed.get("total", 0) >= self.memory.get("total", 0):  # of several programs the largest
                 self.memory = needed
             self._executables[key] = executable
-            return_freed_memory()  # what the compiler had taken would lie in the way of the steps' arrays
+            return_freed_memory()  # the compiler's memory would fragment that of the steps
         return self._executables[key]
 
     def __call__(self, *args: Any) -> Any:
@@ -118,7 +118,7 @@ def device_limit() -> int | None:
 
 
 def peak_memory() -> int:
-    """The most bytes in use: on a device since the process began, on a CPU since `reset_peak_memory`."""
+    """Peak bytes in use: on a device since the process began, on a CPU since `reset_peak_memory`."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if stats.get("peak_bytes_in_use"):
         return int(stats["peak_bytes_in_use"])
@@ -132,14 +132,14 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Lets the process's peak begin anew, so that stages in one process are told apart; Linux only."""
+    """Resets the process's peak, so that stages in one process are measured apart; Linux only."""
     return_freed_memory()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")
 
 
 def refuse_what_cannot_fit(name: str, memory: dict[str, int], limit: int | None = None) -> None:
-    """Raises before anything runs where an executable needs more memory than a device has.
+    """Raises, before anything runs, where an executable needs more memory than a device has.
 
     Args:
       name: what is to run.

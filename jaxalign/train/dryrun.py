@@ -1,4 +1,4 @@
-"""What a run would do: its data, three of its rows, its memory. Nothing is trained, no weights are read."""
+"""A dry run: data report, three rows with their loss masks, memory. Nothing is trained, no weights are read."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
 
 
 def abstract_batch(stage: Stage) -> Any:
-    """Shapes and places of what the train step is given."""
+    """Shapes and shardings of the train step's batch."""
     sharding = batch_sharding(stage.mesh)
     parts = batch_part(stage.mesh)[1]
 

@@ -12,8 +12,8 @@ from typing import Any
 def silence_echoes() -> None:
     """Drops the tracebacks that threads and coroutines of Orbax leave behind; a second call changes nothing.
 
-    They log what failed, coroutines and futures that nobody waits for any more are reported at their end, and
-    TensorStore's callbacks find the loop closed that waited for them.
+    They log the error, Python reports abandoned coroutines and futures, and TensorStore's callbacks find their event
+    loop closed.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_no_echo)

@@ -1,4 +1,4 @@
-"""Signs of what goes wrong, computed from what is logged anyway; what to do about them is told elsewhere.
+"""Signs of training failures, computed from logged metrics; `docs/troubleshooting.md` says what to do about each.
 
 | failure | sign |
 |---|---|
@@ -31,7 +31,7 @@ _JUMPS = (
     ("health/value_loss_jump", ("loss/value",)),
 )
 
-# (sign, how far is too far, what it means); told once.  Runs that went well stayed below: gradients jumped 24-fold.
+# (sign, limit, meaning); reported once.  Healthy runs stayed below: gradients jumped 24-fold at most.
 _LIMITS = (
     ("health/stuck_steps", 5.0, "nothing has changed for {value:.0f} steps: a larger learning rate, other data"),
     ("health/chosen_logps_change", -30.0, "chosen completions become unlikely too, by {value:.0f} nats"),
@@ -124,7 +124,7 @@ class Health:
         return found
 
     def concern(self) -> str:
-        """What speaks against the run as a whole, in a sentence; empty where nothing does.
+        """What went wrong in the run as a whole, in a sentence; empty where nothing did.
 
         >>> health = Health()
         >>> _ = [health.signs({"loss": loss}) for loss in (4.25, 90.0, 7.5, 6.24)]

@@ -24,10 +24,10 @@ _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "u
 
 _HELD_OUT = "which records are held out of training (data.eval_fraction, data.eval_sources)"
 
-# May be other ones: nothing is learned of them, but figures before and after are not of the same records.
+# May change: nothing is trained on them, but figures before and after are of other records.
 _EVALUATED = "the records of data.eval_sources"
 
-# What follows from what: where the first changed, the others did too, and are not told.
+# Consequences: where the first changed, the others did too, and are not listed.
 _FOLLOWS = {
     "the records of data.sources": (_HELD_OUT, "the tokens of the training records"),
     _HELD_OUT: ("the tokens of the training records",),
@@ -72,7 +72,7 @@ def inputs_of(stage: Stage) -> dict[str, str]:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is another than it was, in words.
+    """The inputs that changed, in words.
 
     >>> changed({"the chat template": "a", "the tokens of the training records": "b"}, {"the chat template": "c"})
     ['the chat template']
@@ -152,7 +152,7 @@ def _model(field: str, path: str, revision: str | None, scratch: bool) -> dict[s
     if not scratch:
         try:
             found[f"the weights of {field}"] = identify(directory)
-        except InputError:  # they are gone: another thing than any that was there
+        except InputError:  # they are gone: never equal to a digest
             found[f"the weights of {field}"] = "none"
     if field == "rewards.model":  # its text goes through a tokenizer of its own
         found[f"the tokenizer of {field}"] = digest({name: _content(directory / name) for name in TOKENIZER_FILES})

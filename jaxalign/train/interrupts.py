@@ -13,11 +13,11 @@ import jax
 class Interrupted(SystemExit):
     """The run was asked to stop and saved its state: the process's status is 128 + the signal, 143 or 130.
 
-    Not 0: the run is not done, and whatever restarts jobs (Kubernetes, Slurm) is to start it again, and it resumes.
+    Not 0: the run is not done; a scheduler that restarts failed jobs (Kubernetes, Slurm) restarts it.
     """
 
 
-_at_once = False  # a second Ctrl-C came: whatever is raised from then on is its echo
+_at_once = False  # a second Ctrl-C came: later errors are consequences of it
 
 
 def at_once(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""The lock of a run's directory: one process at a time works in it, and what a killed one left does not lock."""
+"""The lock of a run's directory: one process at a time; a killed process leaves no lock behind."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Lock:
         raw = self._read()
         holder = _parsed(raw)
         if ours is False:
-            time.sleep(0.2)  # whoever has just locked it is about to write its name
+            time.sleep(0.2)  # the process that has just locked it is about to write its record
             if (new := self._read()) != raw or not new.strip():
                 raise self._in_use(_parsed(new))
         here = holder.get("boot") == self._me["boot"]

@@ -34,7 +34,7 @@ from jaxalign.types import Params, TrainState
 
 
 class Pending(NamedTuple):
-    """A batch of the stream whose updates are under way; its figures are still on the device."""
+    """A batch of the data stream whose updates have been dispatched; its metrics are still on the device."""
 
     step: int  # batches done with it
     updates: list[dict[str, jax.Array]]  # metrics of each update
@@ -42,7 +42,7 @@ class Pending(NamedTuple):
     samples: list[dict[str, Any]] | None  # completions that `prepare` has sampled
     batch: Any  # the host's own rows
     compile_seconds: float
-    ended: Callable[[], float]  # when the updates had been made, as `time.monotonic` has it
+    ended: Callable[[], float]  # waits for the updates; the time of `time.monotonic` at which they were done
 
 
 @dataclasses.dataclass
@@ -63,28 +63,28 @@ class Loop:
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     # (state, frozen, step, samples of `prepare`) -> metrics
     sample: Callable[[TrainState, dict[str, Params], int, Any], dict[str, float]] | None = None
-    seconds_per_token: float | None = None  # that a token costs at the hardware's peak, for MFU
+    seconds_per_token: float | None = None  # at the hardware's peak, for MFU
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    directory: Any = None  # of the run, where a profile's trace goes
-    patience: Patience | None = None  # ends the run before num_steps
+    directory: Any = None  # of the run; a profile's trace goes there
+    patience: Patience | None = None  # early stopping
     callbacks: tuple[Callable[[int, Mapping[str, float], TrainState], dict[str, float]], ...] = ()
     lock: Lock | None = None  # of the directory
-    offload: bool = False  # the optimizer's state waits in the host's memory but while updates are made
+    offload: bool = False  # the optimizer's state is in host memory except during updates
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any]]:
         """Trains.
 
         Args:
-          state: placed on the mesh; taken over.
+          state: placed on the mesh; donated.
           start: batches already done.
 
         Returns:
           The last state, and results: `steps` done, `metrics` and `eval` of the last step, `tokens_per_second` of the
-          whole, and `warnings`, sentences about what went wrong on the way.
+          whole run, and `warnings`, sentences about what went wrong.
 
         Raises:
-          InputError: a loss that is not finite, or a batch without weight: with the step and the records; a state
-            that is to be saved and is not finite.
+          InputError: a loss that is not finite or a batch without weight, with the step and the records; a state that
+            is not finite when it is to be saved.
           Interrupted: asked to stop; the state is saved.
         """
         self._tokens, self._seconds = 0.0, 0.0
@@ -138,7 +138,7 @@ class Loop:
         return state, results | early | {"warnings": [concern] if concern else []}
 
     def _spent(self) -> bool:
-        """Whether evaluations have not improved for so long that the run ends here."""
+        """Whether early stopping ends the run here."""
         return self.patience is not None and self.patience.spent
 
     def _batches(self, start: int, end: int) -> Generator[tuple[int, Any]]:
@@ -146,13 +146,13 @@ class Loop:
         yield from prefetch(lambda i: self.dataset.batch(i, *part), start, end, depth=2)
 
     def _advance(self, state: TrainState, index: int, host: Any) -> tuple[TrainState, Pending]:
-        """Starts all updates of batch `index`; waits for none of them."""
+        """Dispatches all updates of batch `index` without waiting for them."""
         before = self.step.compile_seconds
         with self._profile.phase("prepare") as made_ready:
             trained = state.params
             made = Prepared(*self.prepare(self._whole(state), self.frozen, put_batch(host, self.mesh)))
             state, batches = made.state._replace(params=trained), made.batches
-            # Read now: a figure may be the very array that sits in `state`, which the first step takes over.
+            # Read now: a metric may be an array of `state` itself, which the first step donates.
             prepared = {name: float(value) for name, value in jax.device_get(made.metrics).items()}
             made_ready.append(batches)
         inner = {name.removeprefix("time/"): value for name, value in prepared.items() if name.startswith("time/")}
@@ -172,28 +172,28 @@ class Loop:
         return state, Pending(index + 1, updates, prepared, made.samples, host, compiling, note_end(updates))
 
     def _whole(self, state: TrainState) -> TrainState:
-        """The state with whole models, for all that reads them and trains nothing."""
+        """The state with whole models, trained and frozen parts joined, for readers that do not train."""
         return state._replace(params=joined(state.params, self.frozen))
 
     def _optimizer_in(self, kind: str, state: TrainState) -> TrainState:
-        """The state with its optimizer's part where it is wanted; without `offload` as it is."""
+        """The state with the optimizer's part in this kind of memory; unchanged without `offload`."""
         return state._replace(opt=moved(state.opt, kind)) if self.offload else state
 
     def _due(self, step: int) -> bool:
-        """Whether the loop stops at this step to evaluate, sample or save."""
+        """Whether the loop pauses at this step to evaluate, sample, save or call back."""
         c = self.config
         every = (c.eval.every, c.checkpoint.every, c.logging.get("samples_every", 0) if self.sample else 0)
         calls = self.callbacks and (step % c.logging.every == 0 or step == 1)
         return bool(calls) or step == self.num_steps or any(n and step % n == 0 for n in every)
 
     def _call_back(self, state: TrainState, step: int, figures: dict[str, float]) -> None:
-        """Gives the user's callbacks a step's figures and the state, which the next step takes over."""
+        """Calls the user's callbacks with a step's metrics and the state, which the next step donates."""
         for callback in self.callbacks:
             if found := callback(step, figures, state):
                 self.writer.write(step, found)
 
     def _pause(self, state: TrainState, step: int, samples: Any, *, stopping: bool) -> dict[str, float]:
-        """What happens between two steps: evaluation, samples, a checkpoint; to choose the best, one by evaluation.
+        """Between two steps: evaluation, samples, a checkpoint; with a best metric, a checkpoint for each evaluation.
 
         Returns:
           The evaluation's figures, `eval/...`; empty where none was due.
@@ -202,7 +202,7 @@ class Loop:
         due = last or bool(c.eval.every and step % c.eval.every == 0)
         best = bool(self.evaluate and c.checkpoint.best_metric)
         save = last or stopping or (best and due) or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
-        sums = self.checkpoints.checked(step, state) if save else {}  # before anything is asked of such a model
+        sums = self.checkpoints.checked(step, state) if save else {}  # before the model is evaluated or sampled from
         evaluating = self.evaluate is not None and (due or (save and best))
         every = c.logging.get("samples_every", 0)
         sampling = bool(self.sample and not stopping and every and (last or step % every == 0))
@@ -223,12 +223,12 @@ class Loop:
         return held_out
 
     def _read(self, pending: Pending, progress: Progress) -> dict[str, float]:
-        """Waits for a batch's figures, checks them, writes them."""
+        """Waits for a batch's metrics, checks them and writes them."""
         updates = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending.updates)]
         row = merge(updates) | pending.prepared
         ended = pending.ended()
         seconds, self._mark = max(ended - self._mark - pending.compile_seconds, 1e-9), ended
-        tokens = row.pop("processed_tokens", None)  # PPO counts prompts and what was sampled
+        tokens = row.pop("processed_tokens", None)  # PPO counts prompts and sampled tokens
         if tokens is None:
             tokens = count_tokens(pending.batch.rows) * batch_part(self.mesh)[1]
         speed = tokens / seconds
@@ -249,7 +249,7 @@ class Loop:
         return row
 
     def _problem(self, pending: Pending, updates: list[dict[str, float]]) -> InputError | None:
-        """What makes continuing pointless."""
+        """The error that ends the run: a loss that is not finite, or a batch without weight."""
         ids = sorted({int(i) for i in np.asarray(pending.batch.record_ids).ravel() if i >= 0})
         where = f"step {pending.step}, records {_shortened(ids)}"
         for metrics in updates:
@@ -265,8 +265,8 @@ class Loop:
                     "look at those records; --config.optimizer.learning_rate smaller, or warmup_steps larger; "
                     + self._elsewhere(),
                 )
-        # An update without weight has changed nothing, and so has the smaller batch at an epoch's end, if it is not all
-        # that an epoch has.
+        # An update without weight changed nothing and is skipped, as is the smaller batch at an epoch's end, unless the
+        # epoch has no other.
         if (
             updates
             and all(map(weightless, updates))
@@ -278,20 +278,20 @@ class Loop:
         return None
 
     def _elsewhere(self) -> str:
-        """Where a run with other fields goes: this directory keeps to those that it was begun with."""
+        """How to run with other fields: this directory only takes those that its run was begun with."""
         return f"with --config.workdir=ANOTHER, or remove {self.config.workdir}"
 
 
 def note_end(updates: Any) -> Callable[[], float]:
-    """Notes when arrays are ready; what it returns waits for that moment and tells it.
+    """Records when arrays become ready; the function that it returns waits for that and gives the time.
 
-    The moment at which the loop reads them will not do: by then the next batch may have been prepared, or, where
-    updates are not asynchronous (several processes on CPUs), made.
+    The time at which the loop reads them would be too late: by then the next batch may have been prepared, or, where
+    dispatch is synchronous (several processes on CPUs), trained on.
     """
     noted: list[float] = []
 
     def wait() -> None:
-        with contextlib.suppress(Exception):  # whoever reads the arrays gets it
+        with contextlib.suppress(Exception):  # the reader of the arrays gets the error
             jax.block_until_ready(updates)
         noted.append(time.monotonic())
 
@@ -311,9 +311,9 @@ def note_end(updates: Any) -> Callable[[], float]:
 
 
 def merge(updates: list[dict[str, float]]) -> dict[str, float]:
-    """The figures of one batch of the stream: the mean over its updates, for marks and counts the sum.
+    """The metrics of one batch of the data stream: means over its updates, for flags and counts the sum.
 
-    Updates that nothing was learned from count among the marks alone; how many they were is `empty`.
+    Updates without weight count in the flags only; `empty` is their number.
 
     >>> merge([{"loss": 1.0, "weight": 2.0, "skipped": 0.0}, {"loss": 3.0, "weight": 2.0, "skipped": 1.0}])
     {'loss': 2.0, 'weight': 2.0, 'skipped': 1.0}
@@ -337,7 +337,7 @@ def merge(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def weightless(metrics: Mapping[str, float]) -> bool:
-    """Whether an update was given nothing to learn from."""
+    """Whether an update had no weight on any item."""
     return any(v == 0 for k, v in metrics.items() if k == "weight" or k.startswith("weight/"))
 
 
@@ -347,7 +347,7 @@ def _shortened(ids: list[int]) -> str:
 
 
 def _why_empty(batch: Any, prepared: Mapping[str, float]) -> tuple[str, str]:
-    """(what was expected, what to do) for a batch of zero weight."""
+    """(expected, fix) for a batch of zero weight."""
     if prepared.get("objective/scores_share") == 0:
         return (
             "a score for some completion: the reward gave None for all",
@@ -371,7 +371,7 @@ def make_evaluate(
     num_batches: int,
     mesh: Mesh,
 ) -> Callable[[TrainState], dict[str, float]]:
-    """Evaluation on the same batches each time: sums and weights over all of them, divided once.
+    """Evaluation on the same batches each time: sums and weights are added over all of them and divided once.
 
     Args:
       step: (state, frozen, batch on the mesh) -> {name: (sum, weight)}; of several terms [terms] each, whose quotients

@@ -78,7 +78,7 @@ class Writer:
 
     def close(self) -> None:
         """Writes what is left."""
-        with contextlib.ExitStack() as last:  # each of them, whatever the others do
+        with contextlib.ExitStack() as last:  # each of them, even if others fail
             for tracker in self._trackers:
                 last.callback(tracker.close)
             if self._file is not None:
@@ -109,7 +109,7 @@ def read_metrics(run: RunDir) -> list[dict]:
 
 
 def _rows(data: bytes) -> Iterator[tuple[bytes, dict | None]]:
-    """Lines and their rows; None for what no run has written, and for what a crash cut short."""
+    """Lines and their rows; None for a foreign line and for one that a crash cut short."""
     for line in data.splitlines(keepends=True):
         row = None
         with contextlib.suppress(ValueError, RecursionError):

@@ -19,7 +19,7 @@ def stream_key(seed: int, iteration: Array, use: int) -> Array:
 def shuffle_minibatches(key: Array, worth: Array, count: int, together: int = 1) -> list[Array]:
     """Row numbers of `count` minibatches: a random order dealt out in turn, rows of the greatest worth first.
 
-    Dealing gives each minibatch its share of the rows that teach something: none is empty where there are enough.
+    So each minibatch gets its share of the rows with something to learn from: none is empty where there are enough.
 
     Args:
       key: of the order.

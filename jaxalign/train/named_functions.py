@@ -1,4 +1,4 @@
-"""Functions of the user's own in a configuration, "module:function" or "file.py:function": found and tried at start."""
+"""User functions named in a configuration, "module:function" or "file.py:function": loaded and checked at start."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def named_function(field: str, name: str) -> Callable[..., Any]:
       name: "module:function" or "file.py:function".
 
     Raises:
-      InputError: there is none, or it cannot be called as it will be.
+      InputError: there is none, or its signature does not fit.
     """
     form = _FORMS[field]
     function = load_function(name, field, form.what)
@@ -59,7 +59,7 @@ def named_function(field: str, name: str) -> Callable[..., Any]:
 
 
 def find_functions(config: Any) -> None:
-    """Finds every function that a stage names and reads its signature; none is called, no device is touched.
+    """Loads every function that a stage names and checks its signature; none is called, no device is touched.
 
     Raises:
       InputError: naming the field, and what the function should be.
@@ -71,7 +71,7 @@ def find_functions(config: Any) -> None:
 
 
 def check_functions(config: Any) -> None:
-    """Finds and tries every function that a stage names, before anything is loaded.
+    """Loads and tries every function that a stage names, before data and models are loaded.
 
     Raises:
       InputError: naming the field, and what the function should be.

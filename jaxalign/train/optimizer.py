@@ -25,9 +25,9 @@ Schedule = Callable[[Any], jax.Array]
 def make_schedule(cfg: Any, learning_rate: float, num_steps: int) -> Schedule:
     """The learning rate as a function of the updates made so far.
 
-    It rises linearly over `warmup_steps` (the first update already has 1 / warmup of it), then stays (`constant`)
-    or falls along a line or half a cosine to `final_fraction` of the peak at `num_steps`; or it is that share of the
-    peak that a function of the user's own gives, `schedule(step, num_steps)`.
+    Linear warmup over `warmup_steps` (the first update has 1 / warmup of the peak), then constant, or linear or cosine
+    decay to `final_fraction` of the peak at `num_steps`; or the share of the peak that a function of the user's own
+    returns, `schedule(step, num_steps)`.
 
     Args:
       cfg: the `optimizer` section.
@@ -75,7 +75,7 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     `schedule_free` (Defazio et al. 2024) averages instead of lowering the rate, see `schedule_free_adamw`. A name such
     as `file.py:function` is a function of the user's own, `optimizer(learning_rate)`, which gets the schedule. What is
     kept between steps has the parameters' dtype, or `state_dtype`; in bfloat16, whichever of them says so, it is
-    rounded by chance (see `kept_in`).
+    rounded stochastically (see `kept_in`).
 
     Args:
       cfg: the `optimizer` section.
@@ -114,8 +114,8 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """All gradients by one factor, so that their norm together is at most `max_norm` (arXiv 1211.5063, algorithm 1).
 
-    optax's own of this name divides each gradient by the norm. Quotients the compiler keeps, a second copy of all
-    gradients; products it makes again wherever they are read.
+    optax's function of this name divides each gradient by the norm.  The compiler keeps such quotients, a second copy
+    of all gradients; products it recomputes where they are read.
 
     Args:
       max_norm: positive.
@@ -133,15 +133,14 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def kept_in(optimizer: optax.GradientTransformation, dtype: Any = None) -> optax.GradientTransformation:
     """The same optimizer with its moments stored in `dtype` and its arithmetic in at least float32.
 
-    In bfloat16 moments take half the bytes.  Rounding to the nearest would spoil the second one: a step moves an
-    average with b2 = 0.999 by at most a thousandth, half the distance of two neighbouring bfloat16 numbers is two to
-    four thousandths, and so it would stop at a third to a fifth of where it belongs and never come down.  So the store
-    rounds up or down by chance, up as often as the remainder is large (stochastic rounding, arXiv 1502.02551), and is
-    right on average; the spread that it adds to the second moment is a few percent, as large as that of the gradients
-    themselves.  What is known of such training beside that: DeepSeek-V3 (arXiv 2412.19437, section 3.3.3) keeps both
-    moments in bfloat16 at b2 = 0.95, without a loss that they could observe.
+    In bfloat16 moments take half the bytes.  Rounding to nearest would ruin the second moment: with b2 = 0.999 a step
+    moves it by at most a thousandth, and half the distance of two neighbouring bfloat16 numbers is two to four
+    thousandths, so it would stop at a third to a fifth of its value and never fall.  So it is rounded stochastically
+    (arXiv 1502.02551): up with a probability equal to the remainder, unbiased.  The noise that this adds to the second
+    moment is a few percent, as large as that of the gradients.  DeepSeek-V3 (arXiv 2412.19437, section 3.3.3) keeps
+    both moments in bfloat16 at b2 = 0.95, without an observable loss.
 
-    Chance is a hash of the number itself and of the updates made: the same state gives the same step, on any mesh.
+    The random bits are a hash of the number and of the updates made: the same state gives the same step, on any mesh.
     int8 takes a quarter of the bytes, see `quantised_moments`.
 
     Args:
@@ -186,7 +185,7 @@ def _wide(tree: Any) -> Any:
 
 
 def _stochastic_round(x: jax.Array, count: jax.Array) -> jax.Array:
-    """To one of the two bfloat16 numbers around x, the nearer one more often, so that the mean over counts is x."""
+    """One of the two bfloat16 numbers around x, the nearer one more often: unbiased over counts."""
     exact = x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
     # The last 16 bits are what bfloat16 drops; a number below 2^16 added to them carries as often as they are large.

@@ -11,10 +11,10 @@ Both ways are shifts of float32's own bits: no tables, no division, the same cod
 block is the largest number's exponent and mantissa, exactly: a scale that was itself rounded upward a little in every
 step would grow faster than b2 = 0.999 lets a second moment fall.
 
-- Rounding is by chance and right on average (see `optimizer.kept_in`), with neighbours 6 to 12 % (first moment) or 3 to
-  6 % (second) apart.
+- Rounding is stochastic and unbiased (see `optimizer.kept_in`), with neighbours 6 to 12 % (first moment) or 3 to 6 %
+  (second) apart.
 - A second moment below its block's reach is kept at the reach's end, never at 0: the step of such a weight is smaller
-  than float32's, never larger.  A first moment down there becomes 0 or the end by chance.
+  than float32's, never larger.  A first moment below it becomes 0 or the end, stochastically.
 - A block that holds a number that is not finite comes back as NaN, all of it.
 
 Blocks lie along the last dim, inside a row.  Scales have the parameter's dims, its last one divided by the block, so
@@ -81,7 +81,7 @@ def pack(state: Any, count: Any) -> Packed:
 
     Args:
       state: of optax transformations over parameters.
-      count: of the updates made, for chance.
+      count: of the updates made, for stochastic rounding.
 
     >>> import optax
     >>> packed = pack(optax.scale_by_adam().init({"kernel": jnp.ones((4, 64))}), 0)

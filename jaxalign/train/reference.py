@@ -128,7 +128,7 @@ class ReferenceCache:
     def read(self) -> np.ndarray:
         """The table, float32 [num_records, 2], nan where nothing was computed yet; the same on every process.
 
-        A file that is damaged, or holds another model's numbers than its name says, is told of and counts as none.
+        A file that is damaged, or of other keys than its name says, is ignored with a warning.
         """
         table = np.full((self._num_records, 2), np.nan, np.float32)
         if is_main() and self.path.exists():

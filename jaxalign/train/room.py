@@ -16,16 +16,16 @@ _COMPRESSED = 0.7  # of its bytes a checkpoint takes at least: moments that are 
 
 
 def check_room(stage: Stage, saved: int = 0) -> list[str]:
-    """Refuses a run of whose checkpoints not one has room; object stores are not asked.
+    """Refuses a run where not even one checkpoint fits; object stores are not asked.
 
-    A new checkpoint is whole before an old one goes, so that one more than `checkpoint.keep` are there for a while.
+    A new checkpoint is complete before an old one is deleted: for a while there is one more than `checkpoint.keep`.
 
     Args:
       stage: data, models and compiled steps.
       saved: checkpoints that are there already.
 
     Returns:
-      A sentence where there is room for fewer than the run will keep, if it is so.
+      A warning where fewer fit than the run will keep.
 
     Raises:
       InputError: on every process, with the bytes needed and there.

@@ -190,7 +190,7 @@ class RunDir:
 
             steps = sorted((int(p.name) for p in self.checkpoints.iterdir() if p.name.isdigit()), reverse=True)
             for step in steps:
-                with contextlib.suppress(Exception):  # whatever a reader says of damaged bytes: the next one then
+                with contextlib.suppress(Exception):  # damaged: the one before it
                     kept = read_meta(self.checkpoints / str(step))["config"]
                     say(f"{self.path / 'config.json'} is gone or damaged: made again from checkpoint {step}")
                     return {"format": FORMAT, "config": kept}
@@ -211,7 +211,7 @@ class RunDir:
                 f"format {FORMAT}, which this version of jaxalign writes",
                 "--config.workdir=ANOTHER, or the version of jaxalign that wrote it",
             )
-        if self.untrained():  # it failed before its first step: whatever was wrong is put right in the new one
+        if self.untrained():  # it failed before its first step: its fields may change
             return
         free = _FREE + (_LENGTH if config["optimizer"]["schedule"] == "constant" else ())
         changed = [

@@ -1,4 +1,4 @@
-"""A training stage: its data, models and compiled steps, as everything that trains or looks at one is given it."""
+"""A training stage: its data, models and compiled steps."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Stage:
       config: one stage's configuration, validated, its `data.max_length` settled.
       mesh: of the devices it runs on.
       directory: of the run.
-      lock: that is held while the stage works in it; None where nothing is trained.
+      lock: of that directory; None where nothing is trained.
 
     Attributes:
       dataset: to train on.
       eval_dataset: held out; None where there is none.
       program: the algorithm on its models.
-      num_steps: batches of the data stream.
+      num_steps: batches of the data stream in the whole run.
       stop_ids: tokens that end a completion.
-      like: shapes and places of the state.
+      like: shapes, dtypes and shardings of the state.
       step: the compiled train step.
       eval_step: the compiled evaluation step.
 
@@ -78,7 +78,7 @@ class Stage:
         self._build_steps()
 
     def _build_steps(self) -> None:
-        """The train and eval steps, and the state's shapes and places."""
+        """The train and eval steps, and the state's shapes and shardings."""
         c, program, mesh = self.config, self.program, self.mesh
         updates = self.num_steps * program.updates
         rates = {role: r.learning_rate for role, r in program.trained.items()}
@@ -116,7 +116,7 @@ class Stage:
         self.eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
 
     def _fresh(self, params) -> TrainState:
-        """The state of step 0 around parameters; under `eval_shape`, its shapes."""
+        """The state of step 0 with these parameters; under `eval_shape`, its shapes."""
         if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
             params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
         opt = {role: tx.init(params[role]) for role, tx in self.optimizers.items()}
@@ -124,7 +124,7 @@ class Stage:
         return TrainState(jnp.int32(0), params, opt, extra, jnp.int32(0))
 
     def check_weights(self) -> None:
-        """Refuses checkpoints that cannot be loaded, before anything is compiled; a machine is planned without them."""
+        """Refuses weights that cannot be loaded, before anything is compiled; plans for a target machine need none."""
         program = self.program
         for role in (*program.trained.values(), *program.frozen.values(), program.reference):
             if role is not None:
@@ -138,23 +138,23 @@ class Stage:
             for role, tx in self.optimizers.items()
         }
         whole = replicated(self.mesh)
-        # A copy of its own for each leaf: what is donated must not be shared with anything.
+        # A copy for each leaf: donated arrays must not be shared.
         extra = {name: jax.device_put(jnp.array(value, copy=True), whole) for name, value in self.initial_extra.items()}
         zero = lambda: jax.device_put(jnp.int32(0), whole)  # noqa: E731
         return TrainState(zero(), params, opt, extra, zero())
 
     def frozen(self) -> dict[str, Any]:
-        """The frozen parameters on the mesh, with `algorithm.offload` in the host's memory; of each source once."""
+        """The frozen parameters on the mesh, in host memory with `algorithm.offload`; each source is loaded once."""
         kind = HOST if self.offload else DEVICE
         return per_source(self.program.frozen, lambda role: in_memory(role.load(), kind))
 
     def write_report(self) -> None:
-        """Writes what the data are and what became of them to `data_report.json`."""
+        """Writes `data_report.json`: what was read, used and dropped."""
         self.directory.write_json("data_report.json", self.dataset.report)
 
 
 def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:
-    """What speaks against the training data, its batches, and what is held out beside it."""
+    """Warnings about the training data, its batches and the held-out data."""
     found = list(dataset.report["warnings"])
     if dataset.num_rows < dataset.batch_size:
         fits = 1 << (dataset.num_rows.bit_length() - 1)
@@ -169,7 +169,7 @@ def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:
 
 
 def more_stops(stop: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids of `rollout.stop`: ids themselves, or strings that are one token."""
+    """Token ids of `rollout.stop`, which holds ids or strings of one token."""
     found = []
     for item in stop:
         if isinstance(item, int):

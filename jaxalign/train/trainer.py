@@ -46,14 +46,14 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     """Trains one stage, or resumes one that was stopped, and exports its model to `workdir/export`.
 
     Args:
-      config: a tree made from `jaxalign.config.defaults`, or one that has been validated: then its warnings were told.
+      config: a tree made from `jaxalign.config.defaults`, or a validated one, whose warnings have been printed.
       dry_run: parse, report the data, show three rows with their masks, compile and estimate memory; train nothing.
       devices: those of the mesh; all by default.
 
     Returns:
       `steps`, `metrics` (last training step), `eval`, `wall_seconds`, `tokens_per_second`, `peak_memory_bytes`,
       `step_memory` (bytes by the compiler's account), `model_bytes` by role, `num_compiles` of the train step,
-      `export`, `warnings` (what speaks against the run, in words); the same is written to `DONE`, and returned at
+      `export`, `warnings` (sentences about what went wrong); the same is written to `DONE`, and returned at
       once when the stage is done already.
 
     Raises:
@@ -98,7 +98,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
 
 
 def _train(stage: Stage) -> dict[str, Any]:
-    """Trains to the end, exports, and says how it went."""
+    """Trains to the end and exports; returns the results."""
     c, program = stage.config, stage.program
     check_best_metric(stage)
     for sentence in unsplit(stage.mesh, stage.like.params):
@@ -152,7 +152,7 @@ def _train(stage: Stage) -> dict[str, Any]:
             "changes": changes,
         },
         directory=stage.directory,
-        patience=Patience(c, (row for row in past if row["step"] <= start)),  # process 0 may still be cutting it
+        patience=Patience(c, (row for row in past if row["step"] <= start)),  # process 0 may still cut the file
         callbacks=load_callbacks(c.callbacks),
         lock=stage.lock,
         offload=stage.offload,
@@ -165,7 +165,7 @@ def _train(stage: Stage) -> dict[str, Any]:
             writer.close()
         finally:
             checkpoints.close()
-    if start == results["steps"]:  # it had come to its end before: all that was left to do is to export
+    if start == results["steps"]:  # training had finished before: only the export was missing
         results |= last_figures(read_metrics(stage.directory))
     results["export"] = _export(stage, state, checkpoints, frozen, results["steps"], inputs)
     results |= {
@@ -199,7 +199,7 @@ def _sampler(stage: Stage):
 
 
 def _seconds_per_token(stage: Stage) -> float | None:
-    """Device seconds that a token costs at the hardware's peak; None where the peak is not known."""
+    """Device seconds per token at the hardware's peak; None where the peak is not known."""
     peak = peak_flops(jax.local_devices()[0].device_kind)
     if peak is None:
         return None
@@ -214,7 +214,7 @@ def _seconds_per_token(stage: Stage) -> float | None:
 def _export(
     stage, state: TrainState, checkpoints: Checkpoints, frozen: dict[str, Any], step: int, inputs: dict[str, str]
 ) -> str:
-    """Writes the best parameters where a metric says which, else the last, in Hugging Face form."""
+    """Exports the best checkpoint where there is a metric, else the last, in Hugging Face format."""
     from jaxalign.models import hf
     from jaxalign.models.hub import locate
 
@@ -235,7 +235,7 @@ def _export(
 
 
 def last_figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The `metrics` and `eval` of a run's results, from the rows that it has written."""
+    """The `metrics` and `eval` of a run's results, from its `metrics.jsonl`."""
     figures = [{k: v for k, v in row.items() if k not in ("step", "time")} for row in rows]
     train = [row for row in figures if any(k == "loss" or k.startswith("loss/") for k in row)]
     held_out = [row for row in figures if any(k.startswith("eval/") for k in row)]
@@ -243,7 +243,7 @@ def last_figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _check_export(directory: RunDir) -> None:
-    """Refuses what the end of the run could not write over, before it begins."""
+    """Refuses, before training, an `export/` that the end of the run could not replace."""
     from jaxalign.models.export import check_target
 
     try:
