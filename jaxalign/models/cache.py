@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from jaxalign.models.config import ModelConfig
 
 
 class Cache(NamedTuple):
     """Keys (rotated) and values of every layer; slot s of a row holds its s-th written token.
 
-    An array for each layer, so that writing a token changes it in place, and the head before the slot, so that the
-    products of attention read it as it lies.
+    An array for each layer, so that attention reads it without cutting it out of a larger one, and the head before the
+    slot, so that its products take it as it lies. Deep models have fewer arrays, A, each with every A-th layer stacked
+    (`schedule.cache_arrays`).
     """
 
-    keys: tuple[jax.Array, ...]  # L times [B, K, S, H]
-    values: tuple[jax.Array, ...]  # L times [B, K, S, H]
+    keys: tuple[jax.Array, ...]  # L times [B, K, S, H], or A times [L / A, B, K, S, H]
+    values: tuple[jax.Array, ...]  # of the same shapes
     index: jax.Array  # type: ignore[assignment]  # int32 [], slots written so far, the same in every row
 
 
 class Seen(NamedTuple):
     """One layer of a cache."""
 
-    keys: jax.Array  # [B, K, S, H]
-    values: jax.Array  # [B, K, S, H]
+    keys: jax.Array  # [B, K, S, H], or [L / A, B, K, S, H]
+    values: jax.Array  # of the same shape
     index: jax.Array  # type: ignore[assignment]  # int32 []
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache.
-
-    Args:
-      config: of the model.
-      batch: B, rows.
-      length: S, slots: prompt and new tokens together.
-      dtype: of keys and values; default: the model's compute dtype.
-
-    Returns:
-      A cache of zeros with index 0.
-    """
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    dtype = jnp.dtype(dtype or config.dtype)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
-    return Cache(keys, values, jnp.zeros((), jnp.int32))
+    layer: jax.Array | None = None  # int32 [], its place in arrays of several layers
 
 
 def extend(seen: Seen, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys and values with those of T more tokens written behind what it holds.
+    """A layer's keys and values with those of T more tokens written after what it holds, in place where it can be.
 
     Args:
       seen: of the layer.
@@ -57,9 +39,19 @@ def extend(seen: Seen, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, j
       values: [B, K, T, H].
 
     Returns:
-      keys and values [B, K, S, H].
+      keys and values, of the shapes in `seen`.
     """
-    at = tuple(jnp.asarray(i, jnp.int32) for i in (0, 0, seen.index, 0))
-    new = zip((seen.keys, seen.values), (keys, values), strict=True)
-    first, second = (jax.lax.dynamic_update_slice(old, part.astype(old.dtype), at) for old, part in new)
-    return first, second
+
+    def written(old, new):
+        at = (0, 0, seen.index, 0) if seen.layer is None else (seen.layer, 0, 0, seen.index, 0)
+        new = new.astype(old.dtype).reshape((1,) * (old.ndim - 4) + new.shape)
+        return jax.lax.dynamic_update_slice(old, new, [jnp.asarray(i, jnp.int32) for i in at])
+
+    return written(seen.keys, keys), written(seen.values, values)
+
+
+def of_layer(seen: Seen, kept: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    """A layer's own keys and values [B, K, S, H] of what `extend` returns."""
+    if seen.layer is None:
+        return list(kept)
+    return [jax.lax.dynamic_index_in_dim(x, seen.layer, 0, keepdims=False) for x in kept]

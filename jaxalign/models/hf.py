@@ -330,8 +330,3 @@ def get_leaf(tree: Mapping, leaf_path: str) -> Any:
     for name in leaf_path.split("/"):
         tree = tree[name]
     return tree
-
-
-def num_params(abstract: Params) -> int:
-    """How many numbers the parameters hold."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache, Seen
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs
@@ -22,6 +23,13 @@ Layer = Callable[[Params, jax.Array, LayerInputs], tuple[jax.Array, KeysValues]]
 # written and read, cost a tenth of a training step. More of them would take too long to compile; who saves memory by
 # rematerialisation gets the loop.
 _UNROLLED = 8
+
+# Decoding has a program of all layers one after the other, whose compile time grows with them. Where a platform reads
+# weights and caches where they lie in a stack, deep models run in a loop from this depth on, a few layers a turn. A CPU
+# and a GPU copy what they cut out of a stack: a step then takes half as long again on a CPU, and on a GPU moves its
+# weights three times.
+_DEEP = {"tpu": 48}
+_A_TURN = 4
 
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _dots_to_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST)
@@ -94,12 +102,12 @@ def _one_by_one(layer: Layer, layers: Params, x: jax.Array, given: LayerInputs, 
 def run_cached(layer: Layer, layers: Params, x: jax.Array, given: LayerInputs, cache: Cache) -> tuple[jax.Array, Cache]:
     """All layers over T more tokens.
 
-    Each layer by itself: its part of the cache is written in place, and neither that nor its parameters are cut out of
-    stacked arrays, which would copy them for every token.
+    One by one, so that neither a layer's cache nor its parameters are cut out of stacked arrays, which copies them for
+    every token; or, where the cache has fewer arrays than layers, in a loop, which so many layers go through at a time.
 
     Args:
       layer: as `run_layers` takes it.
-      layers: their parameters, stacked or each layer's own.
+      layers: their parameters, as `split_layers` gives them; or stacked, for a cache of an array for each layer.
       x: [B, T, D].
       given: what every layer receives.
       cache: of the earlier tokens.
@@ -107,12 +115,61 @@ def run_cached(layer: Layer, layers: Params, x: jax.Array, given: LayerInputs, c
     Returns:
       [B, T, D] and the cache with the new tokens.
     """
+    if cache.keys[0].ndim == 5:
+        return _run_stacked(layer, layers, x, given, cache)
     grown = []
     for (own, numbers), keys, values in zip(_each(layers, given.numbers), cache.keys, cache.values, strict=True):
         x, kept = layer(own, x, given.of_layer(numbers)._replace(seen=Seen(keys, values, cache.index)))
         grown.append(kept)
     all_keys, all_values = zip(*grown, strict=True)
     return x, Cache(all_keys, all_values, cache.index + x.shape[1])
+
+
+def _run_stacked(
+    layer: Layer, layers: Params, x: jax.Array, given: LayerInputs, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    arrays, turns = len(cache.keys), cache.keys[0].shape[0]
+
+    def body(carry, own):
+        x, kept = carry
+        turn, params, numbers = own
+        grown = []
+        for i, (keys, values) in enumerate(kept):
+            of_layer = given.of_layer({name: n[i] for name, n in numbers.items()})
+            x, now = layer(params[i], x, of_layer._replace(seen=Seen(keys, values, cache.index, turn)))
+            grown.append(now)
+        return (x, grown), None
+
+    numbers = {name: n.reshape(turns, arrays) for name, n in given.numbers.items()}
+    kept = list(zip(cache.keys, cache.values, strict=True))
+    (x, kept), _ = jax.lax.scan(body, (x, kept), (jnp.arange(turns, dtype=jnp.int32), layers, numbers))
+    all_keys, all_values = zip(*kept, strict=True)
+    return x, Cache(all_keys, all_values, cache.index + x.shape[1])
+
+
+def cache_arrays(num_layers: int) -> int:
+    """How many arrays hold a cache's keys, and as many its values: as many layers as the decoding program has.
+
+    Args:
+      num_layers: L.
+    """
+    if num_layers < _DEEP.get(platform(), num_layers + 1):
+        return num_layers
+    return next(n for n in range(_A_TURN, 0, -1) if num_layers % n == 0)
+
+
+def split_layers(layers: Params, arrays: int) -> tuple[Params, ...]:
+    """Parameters as decoding reads them, without the stack being cut for every token.
+
+    Args:
+      layers: stacked [L, ...].
+      arrays: A, of the cache.
+
+    Returns:
+      A trees: each layer's own, or, where there are more layers, every A-th layer stacked [L / A, ...].
+    """
+    every = _num_layers(layers) // arrays
+    return tuple(jax.tree.map(lambda x, i=i: x[i] if every == 1 else x[i::arrays], layers) for i in range(arrays))
 
 
 def run_prefill(

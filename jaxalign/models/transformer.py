@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.cache import Cache, extend
+from jaxalign.models.cache import Cache, extend, of_layer
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries
 from jaxalign.models.position_order import by_position, pays
@@ -64,14 +64,15 @@ class Attention(nnx.Module):
         self.out = Linear(config, (N, H), (D,), bias, rngs)
 
     def __call__(self, x, given: LayerInputs, queries: Queries):
-        """The answers to the query tokens, and the keys and values [B, K, S, H] of all tokens that they see."""
+        """The answers to the query tokens, and the keys and values of all tokens that they see: [B, K, S, H], with a
+        cache as it holds them."""
         q = constrain(rotate(self.query(queries.x), *queries.rotation), "batch", None, "tensor", None)
         k = constrain(rotate(self.key(x), *given.rotation), "batch", None, "tensor", None)
         v = constrain(self.value(x), "batch", None, "tensor", None)
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if given.seen is not None:
             kept = extend(given.seen, *kept)
-            k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in kept)
+            k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in of_layer(given.seen, kept))
         rows = queries.rows
         backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=given.causal, asked=given.backend)
         out = attention(q, k, v, rows.attend_start, rows.attend_end, slots_BS=given.slots, backend=backend)
@@ -199,7 +200,7 @@ class Model:
         """Hidden states of rows of tokens, after the last norm.
 
         Args:
-          params: as `abstract` says; with a cache also with `layers` as a tuple of each layer's own.
+          params: as `abstract` says; with a cache also with `layers` as `schedule.split_layers` gives them.
           rows: [B, T]; with a cache, the intervals refer to its slots and the T tokens are written to the slots
             `index` to `index + T`.
           cache: keys and values of earlier tokens.

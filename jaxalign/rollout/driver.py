@@ -96,6 +96,7 @@ class Decoder:
         self._options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids}
         self._heard, self._steps = heard, _HEARD_STEPS if heard else _MOST_STEPS
         self._shards = 1 if mesh is None else batch_shards(mesh)
+        self._arrays = len(params["layers"])  # of the cache, too
         self._slots: Any = None
         self._column = self._width = 0
         self._number = np.full(num_slots, -1)  # of the completion; -1: free
@@ -126,7 +127,7 @@ class Decoder:
         """
         self._column = prefilled.keys.shape[3]
         self._width = cache_width(self._column + min(self._limit, GROWTH))
-        self._slots = seat(prefilled, sample_ids.astype(np.int32), width=self._width)
+        self._slots = seat(prefilled, sample_ids.astype(np.int32), width=self._width, arrays=self._arrays)
         for x in (prefilled.keys, prefilled.values, prefilled.hidden):
             x.delete()
         self._number = np.where(sample_ids >= 0, np.arange(len(sample_ids)), -1)
@@ -157,7 +158,9 @@ class Decoder:
         coming = self._limit if prompt else self._limit - int(self._place[live].min())
         width = max(self._width, cache_width(column + min(coming, GROWTH)))
         if self._slots is None:
-            self._slots = empty_slots(self._model, np.int32(column), batch=len(self._number), width=width)
+            self._slots = empty_slots(
+                self._model, np.int32(column), batch=len(self._number), width=width, arrays=self._arrays
+            )
         else:
             self._slots = move(self._slots, self._column - column, width=width)
         self._start -= self._column - column

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache
+from jaxalign.models.schedule import cache_arrays, split_layers
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
 from jaxalign.parallel.sharding import constrain, param_spec, path_name
@@ -59,7 +60,7 @@ class Slots(NamedTuple):
 
 
 def lay_out(model: Model, params: Params) -> Params:
-    """Parameters as decoding reads them: each layer by itself, in the compute dtype, whole but for `tensor`.
+    """Parameters as decoding reads them: split by layer, in the compute dtype, whole but for `tensor`.
 
     Once for all tokens, in place of slicing, rounding and gathering them for each.  Where a whole copy would take more
     than a quarter of a device's memory they stay split over `fsdp` too.
@@ -72,11 +73,12 @@ def lay_out(model: Model, params: Params) -> Params:
     split = dict(mesh.shape).get("tensor", 1) if mesh is not None else 1
     size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(model.config.dtype).itemsize / split
     room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return _lay_out(model, params, whole=room is None or size <= room / 4)
+    arrays = cache_arrays(model.config.num_layers)
+    return _lay_out(model, params, whole=room is None or size <= room / 4, arrays=arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "whole"))
-def _lay_out(model: Model, params: Params, *, whole: bool) -> Params:
+@functools.partial(jax.jit, static_argnames=("model", "whole", "arrays"))
+def _lay_out(model: Model, params: Params, *, whole: bool, arrays: int) -> Params:
     mesh = jax.sharding.get_abstract_mesh()
 
     def place(path, x):
@@ -91,8 +93,7 @@ def _lay_out(model: Model, params: Params, *, whole: bool) -> Params:
         )
 
     params = jax.tree_util.tree_map_with_path(place, params)
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(model.config.num_layers)]
-    return params | {"layers": tuple(layers)}
+    return params | {"layers": split_layers(params["layers"], arrays)}
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -121,23 +122,24 @@ def repeat_rows(tree: Any, copies: int) -> Any:
     return tree if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree)
 
 
-@functools.partial(jax.jit, static_argnames=("width",))
-def seat(prefilled: Prefilled, sample_ids: Array, *, width: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("width", "arrays"))
+def seat(prefilled: Prefilled, sample_ids: Array, *, width: int, arrays: int) -> Slots:
     """Slots for prompts, in their order: one for each, or as many neighbours as it has sample ids.
 
     Args:
       prefilled: the prompts [B, P], one of each row; its last token is real.
       sample_ids: int32 [B * S], S for each prompt; a negative one marks an unused row.
       width: columns of the cache, at least P.
+      arrays: of the cache, as many as `lay_out` gives trees of layers.
     """
-    layers, columns = prefilled.keys.shape[0], prefilled.keys.shape[3]
+    columns = prefilled.keys.shape[3]
     copies = sample_ids.shape[0] // prefilled.hidden.shape[0]
-    room = ((0, 0), (0, 0), (0, width - columns), (0, 0))
 
-    def layer(x):
-        return repeat_rows(jnp.pad(x, room), copies)
+    def padded(x):
+        room = [(0, 0)] * (x.ndim - 2) + [(0, width - columns), (0, 0)]
+        return jnp.repeat(jnp.pad(x, room), copies, axis=x.ndim - 4)
 
-    keys, values = (tuple(layer(x[i]) for i in range(layers)) for x in (prefilled.keys, prefilled.values))
+    keys, values = (tuple(map(padded, split_layers(x, arrays))) for x in (prefilled.keys, prefilled.values))
     last = (x[:, -1] for x in (prefilled.hidden, prefilled.positions, prefilled.start))
     hidden, position, start = repeat_rows(tuple(last), copies)
     return _on_mesh(
@@ -153,8 +155,8 @@ def seat(prefilled: Prefilled, sample_ids: Array, *, width: int) -> Slots:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch", "width"))
-def empty_slots(model: Model, index: Array | int, *, batch: int, width: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("model", "batch", "width", "arrays"))
+def empty_slots(model: Model, index: Array | int, *, batch: int, width: int, arrays: int) -> Slots:
     """Slots without work.
 
     Args:
@@ -162,13 +164,15 @@ def empty_slots(model: Model, index: Array | int, *, batch: int, width: int) -> 
       index: the column at which they stand.
       batch: B.
       width: columns of the cache.
+      arrays: of the cache, as many as `lay_out` gives trees of layers.
     """
     c = model.config
-    none = jnp.zeros((batch, c.num_kv_heads, width, c.head_dim), c.dtype)
+    stacked = () if arrays == c.num_layers else (c.num_layers // arrays,)
+    none = jnp.zeros((*stacked, batch, c.num_kv_heads, width, c.head_dim), c.dtype)
     zero = jnp.zeros(batch, jnp.int32)
     return _on_mesh(
         Slots(
-            cache=Cache((none,) * c.num_layers, (none,) * c.num_layers, jnp.asarray(index, jnp.int32)),
+            cache=Cache((none,) * arrays, (none,) * arrays, jnp.asarray(index, jnp.int32)),
             hidden=jnp.zeros((batch, c.embed_dim), c.dtype),
             position=zero,
             start=zero,
@@ -218,12 +222,15 @@ def refill(
         first = jnp.maximum(end - window, 0)
 
         def layer(number, old, new):
+            stacked = old.shape[:-4]  # layers, where the array is of several
+            new = new.reshape(-1, len(slots.cache.keys), *new.shape[1:])
             part = jax.lax.dynamic_slice(
-                new, at(number, source, 0, first, 0), (1, 1, old.shape[1], window, *old.shape[3:])
+                new, at(0, number, source, 0, first, 0), (len(new), 1, 1, new.shape[3], window, new.shape[5])
             )
             # The prompt's last column comes last; what is before its first, another prompt's, is never seen.
-            part = jnp.roll(part[0], first + window - end, axis=2)
-            return jax.lax.dynamic_update_slice(old, part.astype(old.dtype), at(row, 0, index - window, 0))
+            part = jnp.roll(part.reshape(*stacked, *part.shape[2:]), first + window - end, axis=-2)
+            where = at(*[0] * len(stacked), row, 0, index - window, 0)
+            return jax.lax.dynamic_update_slice(old, part.astype(old.dtype), where)
 
         keys = tuple(layer(n, old, prefilled.keys) for n, old in enumerate(slots.cache.keys))
         values = tuple(layer(n, old, prefilled.values) for n, old in enumerate(slots.cache.values))
@@ -255,7 +262,7 @@ def move(slots: Slots, shift: int, *, width: int) -> Slots:
     def moved(layers):
         out = []
         for x in layers:
-            out.append(_shift(x, shift) if x.shape[2] == width else _widen(x, shift, width=width))
+            out.append(_shift(x, shift) if x.shape[-2] == width else _widen(x, shift, width=width))
             if not x.is_deleted():
                 x.delete()
         return tuple(out)
@@ -267,7 +274,7 @@ def move(slots: Slots, shift: int, *, width: int) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("width",))
 def _widen(x: Array, shift: Array, *, width: int) -> Array:
-    return _rolled(jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0))), shift)
+    return _rolled(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, width - x.shape[-2]), (0, 0)]), shift)
 
 
 @functools.partial(jax.jit, donate_argnames=("x",))
@@ -277,7 +284,7 @@ def _shift(x: Array, shift: Array) -> Array:
 
 def _rolled(x: Array, shift: Array) -> Array:
     # What comes in at an end lies outside of every live row's interval.
-    return constrain(jnp.roll(x, -shift, axis=2), "batch", "tensor", None, None)
+    return _by_heads(jnp.roll(x, -shift, axis=-2))
 
 
 @jax.jit
@@ -309,11 +316,13 @@ def gather(slots: Slots, rows: Array, *, shards: int = 1) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("shards",))
 def _take_rows(x: Array, rows: Array, *, shards: int) -> Array:
-    local = jnp.asarray(rows).reshape(shards, -1) - jnp.arange(shards)[:, None] * (x.shape[0] // shards)
-    parts = x.reshape(shards, -1, *x.shape[1:])
-    found = jax.vmap(lambda part, index: jnp.take(part, index, axis=0, mode="clip"))(parts, local)
-    axes = ["tensor", None, None] if x.ndim == 4 else [None] * (x.ndim - 1)
-    return constrain(found.reshape(-1, *x.shape[1:]), "batch", *axes)
+    axis = max(x.ndim - 4, 0)  # of an array of several layers the second
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    local = jnp.asarray(rows).reshape(shards, -1) - jnp.arange(shards)[:, None] * (x.shape[axis] // shards)
+    parts = x.reshape(*before, shards, -1, *after)
+    take = jax.vmap(lambda part, index: jnp.take(part, index, axis=axis, mode="clip"), (axis, 0), axis)
+    found = take(parts, local).reshape(*before, -1, *after)
+    return _by_heads(found) if x.ndim >= 4 else constrain(found, "batch", *[None] * (x.ndim - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "length", "dtype"))
@@ -420,9 +429,11 @@ def _by_rows(draws: Draws) -> Draws:
 
 def _on_mesh(slots: Slots) -> Slots:
     """Rows over the batch axes, heads over `tensor`."""
-    keys, values = (
-        tuple(constrain(x, "batch", "tensor", None, None) for x in layers)
-        for layers in (slots.cache.keys, slots.cache.values)
-    )
+    keys, values = (tuple(map(_by_heads, layers)) for layers in (slots.cache.keys, slots.cache.values))
     rest = (constrain(x, "batch", *[None] * (x.ndim - 1)) for x in slots[1:])
     return Slots(Cache(keys, values, slots.cache.index), *rest)
+
+
+def _by_heads(x: Array) -> Array:
+    """An array of the cache: rows over the batch axes, heads over `tensor`."""
+    return constrain(x, *[None] * (x.ndim - 4), "batch", "tensor", None, None)

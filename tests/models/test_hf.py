@@ -291,7 +291,7 @@ def test_an_export_is_whole_or_not_there(tmp_path, checkpoint, monkeypatch):
 def test_from_scratch_needs_no_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config()))
     model, params = hf.from_scratch(tmp_path, key=jax.random.key(0), **tiny.SETTINGS)
-    assert hf.num_params(params) == hf.num_params(model.abstract())
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, model.abstract())
     with pytest.raises(InputError, match="no weights"):
         load(tmp_path)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models.cache import init_cache
 from jaxalign.models.transformer import Block, Model
 from jaxalign.types import Rows
 from tests.models import tiny_models as tiny
@@ -189,7 +188,7 @@ def test_decode_equals_the_full_forward():
         *(np.where(real, a, b).astype(np.int32) for a, b in ((slot - pad, 0), (pad, slot), (slot + 1, slot + 1))),
     )
     full = forward(model, params, rows)[0]
-    cache = init_cache(model.config, B, S)
+    cache = tiny.empty_cache(model.config, B, S)
     part, cache, _ = forward(model, params, jax.tree.map(lambda x: x[:, :P], rows), cache)
     parts = [part]
     for t in range(P, P + R):

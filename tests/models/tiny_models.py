@@ -4,9 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.models import hf_names, weights
+from jaxalign.models.cache import Cache
 from jaxalign.models.config import ModelConfig, from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.types import Rows
@@ -130,3 +132,10 @@ def golden(name: str, make=None) -> dict[str, np.ndarray]:
         np.savez_compressed(file, **make())
     with np.load(file) as stored:
         return dict(stored)
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """Of the compute dtype, before any token."""
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    keys, values = (tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2))
+    return Cache(keys, values, jnp.int32(0))

@@ -102,7 +102,7 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
     ids = jax.ShapeDtypeStruct((c.batch_size * c.rollout.num_samples,), np.int32)
     laid = jax.eval_shape(lambda p: lay_out(policy, p), params)
     prefilled = jax.eval_shape(lambda p, r: prefill(policy, p, r), params, rows)
-    slots = jax.eval_shape(lambda p, i: seat(p, i, width=width), prefilled, ids)
+    slots = jax.eval_shape(lambda p, i: seat(p, i, width=width, arrays=len(laid["layers"])), prefilled, ids)
     draws = jax.eval_shape(lambda: empty_draws(batch=ids.shape[0], length=min(new, 128), dtype=jnp.float32))
     options = {"sampling": Sampling(1.0, new), "stop_ids": stage.stop_ids or (0,)}
     numbers = (jax.eval_shape(lambda: jax.random.key(0)), *(np.int32(0) for _ in range(2)))
