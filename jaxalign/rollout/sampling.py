@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.precision import at_least_float32
-from jaxalign.ranges import check_flags
 from jaxalign.types import Array
 
 
@@ -32,6 +31,8 @@ class Sampling(NamedTuple):
         >>> Sampling.of(defaults("ppo").rollout, temperature=0, top_k=None)
         Sampling(temperature=0.0, max_new_tokens=128, top_k=0, top_p=1.0)
         """
+        from jaxalign.ranges import check_flags  # here: sampling itself needs no configuration
+
         values = {name: getattr(rollout, name) if given.get(name) is None else given[name] for name in cls._fields}
         check_flags(**values)
         return cls(*(kind(values[name]) for name, kind in zip(cls._fields, (float, int, int, float), strict=True)))
