@@ -311,7 +311,8 @@ def test_the_progress_shows_what_tells_most_and_no_time_left_at_first(capsys, mo
     for step in (1, 2, 3):
         progress.update(step, headline(row), 10.0)
     first, second, third = capsys.readouterr().err.splitlines()
-    assert first == "ppo  step 1/9  loss 0.5000  objective/scores 1.25  objective/kl 0.5  10 tokens/s"
+    assert first.startswith("ppo") and first.endswith("10 tokens/s")
+    assert all(part in first for part in ("1/9", "loss 0.5", "objective/scores 1.25", "objective/kl 0.5"))
     assert second.endswith("10 tokens/s  7s left") and third.endswith("  6s left")
 
 

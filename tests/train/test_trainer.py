@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.train import reference, trainer
+from jaxalign.train import trainer
 from jaxalign.train.best import eval_metrics
 
 DOUBLES = {"model.dtype": "float64", "model.param_dtype": "float64"}
@@ -44,7 +44,7 @@ def test_devices_and_accumulation_change_nothing(shared, tmp_path, x64):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
-def test_trap_reference_is_the_start_live_and_cached(shared, tmp_path, monkeypatch):
+def test_trap_reference_is_the_start_live_and_cached(shared, tmp_path):
     live = train(shared, tmp_path / "live", "dpo", **{"logging.samples_every": 2, "rollout.max_new_tokens": 8})
     first = metrics_of(tmp_path / "live")[0]
     assert all(first[f"rewards/{k}"] == 0.0 for k in ("chosen", "rejected", "margins"))  # exactly
@@ -64,8 +64,10 @@ def test_trap_reference_is_the_start_live_and_cached(shared, tmp_path, monkeypat
     assert "ref" not in results["model_bytes"]
 
     # the same model, data and tokenizer: nothing is computed again
-    monkeypatch.setattr(reference, "_compute", None)
+    (table,) = tmp_path.rglob("reference-*.npz")
+    written = table.stat().st_mtime_ns
     train(shared, tmp_path / "again", "dpo", **cached)
+    assert table.stat().st_mtime_ns == written and list(tmp_path.rglob("reference-*.npz")) == [table]
 
 
 def test_what_the_data_report_warns_of_is_told_before_the_first_step(shared, tmp_path, capsys):
