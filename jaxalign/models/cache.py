@@ -11,8 +11,8 @@ import jax.numpy as jnp
 class Cache(NamedTuple):
     """Keys (rotated) and values of every layer; slot s of a row holds its s-th written token.
 
-    An array for each layer, so that attention reads it without cutting it out of a larger one, and the head before the
-    slot, so that its products take it as it lies. Deep models have fewer arrays, A, each with every A-th layer stacked
+    One array per layer, so that attention reads it without slicing a larger one, and the head dim before the slot dim,
+    which is the layout of its matmuls. Deep models have fewer arrays, A, each with every A-th layer stacked
     (`schedule.cache_arrays`).
     """
 
@@ -22,7 +22,7 @@ class Cache(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One layer of a cache."""
+    """One layer's part of the cache."""
 
     keys: jax.Array  # [B, K, S, H], or [L / A, B, K, S, H]
     values: jax.Array  # of the same shape

@@ -38,7 +38,7 @@ class ModelConfig:
     head: str  # "lm": token logits; "score": one number a token
     dtype: str  # of the computation
     param_dtype: str  # of the parameters
-    # What the backward pass keeps: "none": everything; "dots": matrix products; "offload": these, in the host's memory;
+    # What the backward pass keeps: "none": everything; "dots": matmul outputs; "offload": these, in the host's memory;
     # "full": layer inputs.
     remat: str
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export

@@ -118,7 +118,7 @@ def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
         row = config.family.names.row_of(leaf_path)
         for index, tensor in sources[leaf_path].items():
             whole = config.family.names.fused_of(row).part(row, tensor.read(), sizes(config))
-            with np.errstate(over="ignore"):  # told in words
+            with np.errstate(over="ignore"):  # checked and reported below
                 numbers = np.ascontiguousarray(whole.astype(leaf.dtype))
             _check_finite(numbers, tensor, row.named(index))
 
@@ -273,7 +273,7 @@ def _read_leaf(
 
         def copy(at: Index) -> None:
             index = tuple(i + start for i, (start, _) in zip(at, bounds, strict=False))
-            with np.errstate(over="ignore"):  # told in words
+            with np.errstate(over="ignore"):  # checked and reported below
                 out[at] = row.to_ours(fused.part(row, tensors[index].read(), dims), dims)[within]
             _check_finite(out[at], tensors[index], row.named(index))
 

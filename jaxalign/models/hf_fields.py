@@ -22,7 +22,7 @@ _BOOKKEEPING_NAMES = """
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
     use_bfloat16 use_cache use_return_dict
-"""  # pretraining_tp splits products into parts that are summed: the same mathematics
+"""  # pretraining_tp splits matmuls into parts that are summed: the same mathematics
 _BOOKKEEPING = frozenset(_BOOKKEEPING_NAMES.split())
 
 _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {

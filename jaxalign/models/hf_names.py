@@ -66,7 +66,7 @@ class Row:
 
 
 class Fused(NamedTuple):
-    """The rows of one tensor, mostly one; several are parts that lie one behind the other."""
+    """The rows of one tensor, mostly one; several are parts that are concatenated."""
 
     rows: tuple[Row, ...]
 

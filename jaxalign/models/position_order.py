@@ -1,7 +1,7 @@
 """Rows sorted by position, so that attention is causal.
 
-A pair lies around the prompt that it shares, so that its chosen answer, reversed, sees what comes after it. By position
-the same row is causal, and attention that may rely on that leaves out the keys behind its queries.
+A pair is laid out as reversed(chosen) + prompt + rejected, so a chosen token attends to later row indices. Sorted by
+position the same row is causal, and attention skips the keys after each block of queries.
 """
 
 from __future__ import annotations

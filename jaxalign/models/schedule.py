@@ -19,9 +19,9 @@ from jaxalign.types import Params
 
 Layer = Callable[[Params, jax.Array, LayerInputs], tuple[jax.Array, KeysValues]]
 
-# Layers that a CPU runs one after the other instead of in a loop, whose arrays of all layers, filled with zeros,
-# written and read, cost a tenth of a training step. More of them would take too long to compile; who saves memory by
-# rematerialisation gets the loop.
+# Up to so many layers a CPU unrolls the loop over layers: a scan's stacked residuals and gradients, which are zeroed,
+# written and read, cost a tenth of a training step. More layers would take too long to compile; with rematerialisation,
+# which is there to save memory, layers are scanned.
 _UNROLLED = 8
 
 # Decoding has a program of all layers one after the other, whose compile time grows with them. Where a platform reads
@@ -39,7 +39,7 @@ _saved_to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 
 def _to_host(primitive, *args, **params):
-    """Keeps what "dots" keeps, in the host's memory."""
+    """The policy "dots", with what it saves offloaded to host memory."""
     policy = _dots_to_host if _dots(primitive, *args, **params) else _saved_to_host
     return policy(primitive, *args, **params)
 
@@ -62,7 +62,7 @@ def run_layers(
     *,
     remat: str,
 ) -> jax.Array:
-    """All layers, one behind the other.
+    """Runs all layers.
 
     Args:
       layer: (params of a layer, x, given) -> (x, its keys and values).
@@ -187,7 +187,7 @@ def _num_layers(layers: Params) -> int:
 
 
 def _each(layers: Params | tuple[Params, ...], numbers: dict[str, Any]) -> list[tuple[Params, dict[str, Any]]]:
-    """Each layer's own parameters and numbers; the gradient puts theirs side by side in one go."""
+    """Each layer's parameters and numbers. Split in one operation, so that the gradient is one concatenation."""
     if not isinstance(layers, tuple):
         leaves, structure = jax.tree.flatten(layers)
         cut = [[x.squeeze(0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]

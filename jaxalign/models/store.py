@@ -25,7 +25,7 @@ _VERSION = (
 
 
 def list_files(url: str) -> dict[str, dict[str, Any]]:
-    """What lies directly under a URL: name -> what the store tells of it; nothing where there is nothing.
+    """What is directly under a URL: name -> what the store tells of it; nothing where there is nothing.
 
     Raises:
       InputError: a store that cannot be reached, or whose package is not installed.
@@ -51,7 +51,7 @@ def open_file(url: str, name: str) -> Any:
 def fetch(url: str, wanted: Callable[[str], bool]) -> Path:
     """A local copy of a model's files, made once for each version of them.
 
-    It lies in `~/.cache/jaxalign/models`, named by a hash of the URL and of what the store tells about each file.
+    It is in `~/.cache/jaxalign/models`, named by a hash of the URL and of what the store tells about each file.
 
     Args:
       url: of a directory.
@@ -140,7 +140,7 @@ def _reporting(url: str) -> Iterator[None]:
 
 
 def _cached(url: str, names: list[str], files: dict[str, dict[str, Any]]) -> Path:
-    """Where a copy of this version of the files lies."""
+    """Where a copy of this version of the files is kept."""
     versions = [(name, {k: str(files[name][k]) for k in _VERSION if k in files[name]}) for name in names]
     digest = hashlib.sha256(json.dumps([url.rstrip("/"), versions], sort_keys=True).encode()).hexdigest()[:32]
     last = re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(url.rstrip("/").split("/")[-2:]))  # for people who look there

@@ -33,7 +33,7 @@ PRODUCER = "jaxalign"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies."""
+    """Where one tensor is stored."""
 
     file: Path
     dtype: str  # the file's own code, "F32" and so on
@@ -190,7 +190,7 @@ def _header(file: Path) -> dict[str, Tensor]:
 
 
 def _check_places(file: Path, tensors: Mapping[str, Tensor], start: int, size: int) -> None:
-    """Tensors lie one behind the other up to the end, as the format says: else some are read from others' bytes."""
+    """Tensors are contiguous up to the end of the file, as the format says: else some would overlap."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if tensor.offset != start:
             raise InputError(

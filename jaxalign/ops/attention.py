@@ -52,7 +52,7 @@ def attention(
       end_BT: int [B, T], one past the last visible key, at most S.
       slots_BS: int [B, S], the number by which intervals count each key of a row, where that is not its index; for the
         backends "plain", "short" and "causal".
-      scale: of the products; None: 1 / sqrt(H).
+      scale: of the scores; None: 1 / sqrt(H).
       softcap: c, the largest score; None: none.
       window: how many positions back a query sees, its own among them, at least 1; None: all. It may be an array, such
         as a layer's own number.
@@ -100,8 +100,8 @@ def choose_backend(
     """The backend for a shape: blocks pay as soon as there are several to skip or to keep out of memory.
 
     A TPU takes JAX's splash kernels, an NVIDIA GPU from Ampere on our Triton kernels. What they cannot do (64 bits,
-    rows beyond `attention_splash.LIMIT`) goes the way of a CPU, where XLA's products do the blocks: one by one, or all
-    at once where rows are short. The Mosaic kernels, for Hopper, wait to be asked for until a card has run them.
+    rows beyond `attention_splash.LIMIT`) takes the CPU's backends, XLA matmuls of blocks: in a loop, or all at once
+    where rows are short. The Mosaic kernels, for Hopper, wait to be asked for until a card has run them.
 
     Args:
       num_queries: T.
@@ -217,7 +217,7 @@ def _generation() -> int:
 
 
 def plain_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, slots_BS=None, window=None, *, scores: Scores):
-    """All scores at once, in XLA's own matrix products; the reference for every other backend."""
+    """All scores at once, as XLA matmuls; the reference for every other backend."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K  # queries that share a key: they become rows of one product, so keys are never repeated in memory

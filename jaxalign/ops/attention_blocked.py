@@ -18,7 +18,7 @@ from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product
 
 # Rows of a block of queries, of keys. A CPU's cache likes small blocks, which also skip more of a short row; an
-# accelerator wants large products and few steps.
+# accelerator wants large matmuls and few steps.
 _ACCELERATOR_BLOCKS = (512, 512)
 _LEAST = -1e30  # a maximum before any key was seen; finite, so that differences of two are numbers
 
@@ -146,7 +146,7 @@ def _forward(blocks, made, q, k, v, start, end, window):
 def _backward(blocks, made, saved, d_out):
     """Everything with keys before queries: each product then reads its first operand along its rows.
 
-    A product whose first operand must be transposed takes several times as long on a CPU.
+    A matmul whose first operand must be transposed takes several times as long on a CPU.
     """
     q, k, v, start, end, window, out, log_total = saved
     wide = log_total.dtype
@@ -154,7 +154,7 @@ def _backward(blocks, made, saved, d_out):
     # Softmax's own correction, sum_s weight d_weight, from what is at hand: out . d_out.
     delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1)[..., None, :]  # [Q, B, K, 1, R]
     log_total = log_total.swapaxes(-1, -2)
-    k_turned = k.swapaxes(-1, -2)  # [B, K, H, S]
+    k_transposed = k.swapaxes(-1, -2)  # [B, K, H, S]
 
     def one(carry, block):
         q, start, end, least, d_out, log_total, delta, first, last = block
@@ -169,7 +169,7 @@ def _backward(blocks, made, saved, d_out):
             d_scores = (sloped(weights * (d_weights - delta), made.slope(scores)) * made.scale).astype(q.dtype)
             d_k = _add_block(d_k, j, d_scores, q)
             d_v = _add_block(d_v, j, weights.astype(v.dtype), d_out)
-            k_block = jax.lax.dynamic_slice_in_dim(k_turned, j * size, size, axis=3)
+            k_block = jax.lax.dynamic_slice_in_dim(k_transposed, j * size, size, axis=3)
             return d_k, d_v, d_q + product("bkhs,bksr->bkhr", k_block, d_scores)
 
         def _add_block(x, j, a, b):

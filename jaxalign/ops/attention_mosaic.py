@@ -24,7 +24,7 @@ LIMIT = 128  # numbers of a head: of more, these blocks do not fit into shared m
 _GROUPS = 2  # warpgroups that multiply
 _ROWS = 64  # that each of them has: what one instruction of its matrix unit takes
 _BLOCK = _GROUPS * _ROWS  # queries, or keys, that a program has of its own
-_FORWARD, _BACKWARD = 128, 64  # rows of a block that is fetched: backward, registers hold two more products
+_FORWARD, _BACKWARD = 128, 64  # rows of a block that is fetched: backward, registers hold two more matmuls' results
 _STAGES = 2  # blocks on their way or in use
 _LEAST = -1e30  # a maximum before any key was seen; finite, so that differences of two are numbers
 _LOG2_E = math.log2(math.e)  # the kernels raise 2 to a power, which the hardware does in one instruction
@@ -128,7 +128,7 @@ def _forward_kernel(plan, q, k, v, start, end, firsts, lasts, out, log_total, *,
         def add(step, carry):
             top, total, out = carry
             slot = _wait(came, step)
-            scores = _product(q_here, _turned(some["k"].at[slot])) * (plan.scale * _LOG2_E)
+            scores = _product(q_here, _transposed(some["k"].at[slot])) * (plan.scale * _LOG2_E)
             slots = _count(scores, 1) + (first + step) * _FORWARD
             visible = _visible(slots, start_here, end_here, 0)
             scores = jnp.where(visible, scores, -jnp.inf)
@@ -172,11 +172,11 @@ def _queries_kernel(
         def run(d_q_sum):
             def add(step, _):
                 slot = _wait(came, step)
-                scores = _product(q_here, _turned(some["k"].at[slot])) * (plan.scale * _LOG2_E)
+                scores = _product(q_here, _transposed(some["k"].at[slot])) * (plan.scale * _LOG2_E)
                 slots = _count(scores, 1) + (first + step) * _BACKWARD
                 visible = _visible(slots, start_here, end_here, 0)
                 weights = jnp.where(visible, jnp.exp2(scores - _along(log_total_here, scores, 0)), 0)
-                d_weights = _product(own["d_out"].at[me], _turned(some["v"].at[slot]))
+                d_weights = _product(own["d_out"].at[me], _transposed(some["v"].at[slot]))
                 d_scores = weights * (d_weights - _along(delta_here, scores, 0))
                 gpu.wgmma(d_q_sum, d_scores.astype(k.dtype), some["k"].at[slot])
                 gpu.wgmma_wait(0)
@@ -212,14 +212,14 @@ def _keys_kernel(
         def run(d_k_sum, d_v_sum):
             def add(step, _):
                 slot = _wait(came, step)
-                scores = _product(k_here, _turned(some["q"].at[slot])) * (plan.scale * _LOG2_E)
+                scores = _product(k_here, _transposed(some["q"].at[slot])) * (plan.scale * _LOG2_E)
                 slots = _count(scores, 0) + rows.start
                 visible = (slots >= _along(some["start"][slot], slots, 1)) & (
                     slots < _along(some["end"][slot], slots, 1)
                 )
                 weights = jnp.where(visible, jnp.exp2(scores - _along(some["log_total"][slot], scores, 1)), 0)
                 gpu.wgmma(d_v_sum, weights.astype(v.dtype), some["d_out"].at[slot])
-                d_weights = _product(v_here, _turned(some["d_out"].at[slot]))
+                d_weights = _product(v_here, _transposed(some["d_out"].at[slot]))
                 d_scores = weights * (d_weights - _along(some["delta"][slot], scores, 1))
                 gpu.wgmma(d_k_sum, d_scores.astype(k.dtype), some["q"].at[slot])
                 gpu.wgmma_wait(0)
@@ -350,7 +350,7 @@ def _product(a, b):
     return _pallas().run_scoped(run, gpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _turned(reference):
+def _transposed(reference):
     return _mosaic().transpose_ref(reference, (1, 0))
 
 

@@ -1,4 +1,4 @@
-"""What is the same in every attention backend: how products become scores, and which keys a window leaves out."""
+"""What is the same in every attention backend: how q . k becomes a score, and which keys a window leaves out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Scores(NamedTuple):
     softcap: float | None = None
 
     def of(self, products: jax.Array) -> jax.Array:
-        """Scores from products."""
+        """Scores from q . k."""
         scores = products * self.scale
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 

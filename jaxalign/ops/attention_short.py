@@ -1,8 +1,8 @@
 """Attention of short rows on a CPU: few blocks of queries, each with all keys that it can see, all worked on at once.
 
-A CPU's products of many small matrices keep one core busy, and so do the loops of `attention_blocked`. Here rows, heads
-and blocks of queries make units of work that do not wait for each other, so that all cores are busy. A unit's scores
-exist as a whole, which short rows allow. What a unit leaves out is fixed when it is compiled: the keys behind its
+A batched matmul of many small matrices keeps one core of a CPU busy, and so do the loops of `attention_blocked`. Here
+rows, heads and blocks of queries make units of work that do not wait for each other, so that all cores are busy. A
+unit's scores exist as a whole, which short rows allow. What a unit skips is fixed at compile time: the keys after its
 queries, where rows are known to be causal.
 """
 

@@ -109,7 +109,7 @@ def _sees(interval, slot):
 
 
 def _precision_name(dtype) -> str | None:
-    """For the kernels' products, which state none of their own; what a person has chosen stays."""
+    """The matmul precision of the kernels, which set none; one that the user has set stays."""
     precision = product_precision(dtype)
     chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return chosen if precision is None else precision.name.lower()

@@ -222,7 +222,7 @@ def _product(a, b, contracted: tuple[int, int]):
 
 
 def _visible(start, end, j, plan: _Plan, keys_first: bool = False):
-    """Which keys of block j each query of a block sees: [size_q, size_k], or turned."""
+    """Which keys of block j each query of a block sees: [size_q, size_k], or transposed."""
     slot = j * plan.size_k + jnp.arange(plan.size_k, dtype=jnp.int32)
     if keys_first:
         return (slot[:, None] >= start[None, :]) & (slot[:, None] < end[None, :])

@@ -12,7 +12,7 @@ def checksum(x: Array) -> Array:
     """Two sums over an array's bits, modulo 2^32, in which every place has a weight of its own, and what is not finite.
 
     A single changed bit always changes the first sum; anything else goes unnoticed once in 2^64.  One pass over the
-    array, where it lies; sums of integers do not depend on the order in which devices add.
+    array, on its device; sums of integers do not depend on the order in which devices add.
 
     Args:
       x: of any shape, of numbers or truth values.

@@ -34,13 +34,13 @@ def _linear(x, kernel):
     The kernel's gradient sums over all tokens, so one of its operands must be read across its rows, and the compiler
     copies that one.  By itself it is the first operand of the automatic derivative, which is the gradient of the
     output: in an mlp the widest array of the layer, recomputed and transposed element by element, at twice the time
-    of the products themselves on a CPU.  Here it is the narrower of the two.
+    of the matmuls themselves on a CPU.  Here it is the narrower of the two.
     """
     return _forward(x, kernel)[0]
 
 
 def _forward(x, kernel):
-    # The product itself: a rematerialisation policy that keeps products does not look into a call of `_linear`.
+    # The matmul itself: a rematerialisation policy that saves dots does not look into a call of `_linear`.
     return _product(x, kernel, (x.ndim - 1,), (0,)), (x, kernel)
 
 
@@ -51,11 +51,11 @@ def _backward(saved, d_y):
     d_x = _product(d_y, kernel, (x.ndim - 1,), (1,))
     if inputs <= outputs:
         return d_x, _product(x, d_y, tokens, tokens)
-    turned = _product(d_y, x, tokens, tokens)
+    transposed = _product(d_y, x, tokens, tokens)
     if platform() == "cpu":
-        # Or the compiler would make one product of this and the transpose, with the wider operand first again.
-        turned = jax.lax.optimization_barrier(turned)
-    return d_x, turned.T
+        # Or the compiler would make one matmul of this and the transpose, with the wider operand first again.
+        transposed = jax.lax.optimization_barrier(transposed)
+    return d_x, transposed.T
 
 
 _linear.defvjp(_forward, _backward)

@@ -18,11 +18,11 @@ class Head:
     """A token head whose logits are scaled or capped; where they are not, its matrix alone will do."""
 
     kernel: jax.Array  # [D, V]
-    made: Scores | None  # how a product becomes a logit; None: it is one
+    made: Scores | None  # scale and softcap; None: neither
 
 
 def parts(head: jax.Array | Head) -> tuple[jax.Array, Scores | None]:
-    """A head's matrix [D, V], and how its products become logits; None: they are the logits."""
+    """A head's matrix [D, V], and the scale and softcap of its logits; None: neither."""
     return (head.kernel, head.made) if isinstance(head, Head) else (head, None)
 
 

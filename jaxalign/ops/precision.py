@@ -16,7 +16,7 @@ def at_least_float32(x):
 
 
 def require_dtypes(**fields: str | None) -> None:
-    """Refuses float64 where JAX computes in 32 bits: it would be float32 without a word.
+    """Refuses float64 where JAX computes in 32 bits: it would silently be float32.
 
     Args:
       fields: dtypes by the names of the `model` section's fields.
@@ -34,7 +34,7 @@ def require_dtypes(**fields: str | None) -> None:
 
 
 def product_precision(dtype) -> jax.lax.Precision | None:
-    """The precision of matrix products of a dtype: float32 in full, where TPUs and GPUs would by themselves round it.
+    """The matmul precision of a dtype: float32 matmuls run in full float32 (no TF32 or bfloat16 passes).
 
     A TPU multiplies float32 in one bfloat16 pass and an Ampere GPU in TF32 unless told otherwise, to three digits or
     fewer. Who wants that speed asks for bfloat16. `JAX_DEFAULT_MATMUL_PRECISION`, where set, is left to decide.

@@ -20,7 +20,7 @@ from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import at_least_float32, product_precision
 from jaxalign.types import CHOSEN, REJECTED, Completions, Params, Readouts, Rows
 
-# Logits a device holds at one time, in numbers, enough for products at full speed: 64 MiB of float32 on a CPU, half a
+# Logits a device holds at one time, in numbers, enough for matmuls at full speed: 64 MiB of float32 on a CPU, half a
 # GiB on an accelerator, which reads the whole head from memory for each chunk.
 _MAX_LOGITS = {"cpu": 2**24}
 _ACCELERATOR_MAX_LOGITS = 2**27

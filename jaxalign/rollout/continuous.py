@@ -1,6 +1,6 @@
 """Completions of prompts: of any number in lists on the host, or of a batch of rows on the devices.
 
-Either way `jaxalign.rollout.driver` decodes.  `continue_prompts` reads prompts one behind the other in full rows, the
+Either way `jaxalign.rollout.driver` decodes.  `continue_prompts` reads prompts packed in full rows, the
 shortest first, each once however many completions it gets; `roll_out` takes left-padded rows as they lie.
 """
 
@@ -56,7 +56,7 @@ def _by_length(prompts: Sequence[np.ndarray], num_samples: int) -> list[_Wanted]
 
 
 def _in_rows(wanted: list[_Wanted], width: int) -> list[list[_Wanted]]:
-    """Prompts one behind the other, in rows of so many columns."""
+    """Prompts packed in rows of so many columns."""
     rows: list[list[_Wanted]] = []
     room = 0
     for own in wanted:

@@ -1,10 +1,10 @@
 """The decode driver: slots that the host refills, moves and compacts, and the devices decode.
 
-The host plans and the devices work: all slots decode, without a word to the host, until some have ended or the cache
+The host plans and the devices work: all slots decode, without the host, until some have ended or the cache
 is full; then those that are free take the next prompts.  Where no prompt waits and half of the slots are free, the rows
 that are left move together: a step then costs what so many rows cost.
 
-What decoding multiplies is too small for more than one core of a CPU: there the slots work in groups, each in a thread
+The matmuls of decoding are too small for more than one core of a CPU: there the slots work in groups, each in a thread
 of its own on prompts of its own, dealt out ahead, so that a run does the same whichever thread is the faster.
 """
 
@@ -245,7 +245,7 @@ def _half(n: int) -> int:
 
 
 def groups_of(num_slots: int, mesh: Mesh | None) -> int:
-    """How many groups of slots work side by side."""
+    """How many groups of slots decode in parallel."""
     devices = 1 if mesh is None else mesh.size
     ambient = mesh is None and not jax.sharding.get_abstract_mesh().empty  # that of the caller is not the threads'
     if devices > 1 or ambient or jax.default_backend() != "cpu":

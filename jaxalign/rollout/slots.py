@@ -2,13 +2,13 @@
 
     laid = lay_out(model, params)                       # once per rollout
     prefilled = prefill(model, params, rows)
-    slots = seat(prefilled, sample_ids, width=...)      # or `refill`, of some slots of a batch that is at work
+    slots = seat(prefilled, sample_ids, width=...)      # or `refill`, of some slots of a batch that is decoding
     slots, draws, steps = advance(model, laid, slots, draws, key, ...)
     slots = move(slots, shift, width=...)               # another number of columns
     slots = gather(slots, rows)                         # fewer rows
 
 All rows write to one column of the cache, so that a token is one write in place.  A prompt is put before the column at
-which the batch stands, wherever that is, and `start` says where its row begins: what lies before is never seen.
+which the batch stands, wherever that is, and `start` says where its row begins: attention never sees what is before.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Prefilled(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Rows at work; `cache.index` is the column that the next token of each is written to."""
+    """Rows that are decoded; `cache.index` is the column that the next token of each is written to."""
 
     cache: Cache
     hidden: Array  # [B, D], from which the next token is sampled
@@ -103,7 +103,7 @@ def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
     Args:
       model: the policy.
       params: its parameters.
-      rows: prompts [B, P], one of each row, padded on the left, for `seat`; or several, one behind the other, for
+      rows: prompts [B, P], one of each row, padded on the left, for `seat`; or several, packed, for
         `refill`.
     """
     chex.assert_rank([rows.tokens, rows.attend_start], 2)
@@ -283,7 +283,7 @@ def _shift(x: Array, shift: Array) -> Array:
 
 
 def _rolled(x: Array, shift: Array) -> Array:
-    # What comes in at an end lies outside of every live row's interval.
+    # What wraps around is outside every live row's interval.
     return _by_heads(jnp.roll(x, -shift, axis=-2))
 
 
