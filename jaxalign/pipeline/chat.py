@@ -68,7 +68,7 @@ def chat(
             turns, ids = _within(generator, start, turns, loaded.context, most)
             answer = _Answer(loaded.tokenizer, out or sys.stdout)
             try:
-                (whole,) = generator.continue_ids([ids], seed=seed, heard=answer.hear)
+                (whole,) = generator.continue_ids([ids], seed=seed, on_tokens=answer.add)
                 answer.say(whole.text)
             except KeyboardInterrupt:
                 if lines is None and not sys.stdin.isatty():  # a script's: no one is there to type the next message
@@ -89,7 +89,7 @@ class _Answer:
         self._tokenizer, self._out = tokenizer, out
         self._ids: list[int] = []
 
-    def hear(self, number: int, ids: Iterable[int]) -> None:
+    def add(self, number: int, ids: Iterable[int]) -> None:
         """Further tokens."""
         from jaxalign.rollout.engine import settled_text
 

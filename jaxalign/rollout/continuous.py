@@ -22,7 +22,7 @@ from jaxalign.data.tokenize import Example
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.driver import Decoder, Heard, Ready, groups_of, on_mesh, side_by_side, whole_shards
+from jaxalign.rollout.driver import Decoder, OnTokens, Ready, groups_of, on_mesh, side_by_side, whole_shards
 from jaxalign.rollout.host import all_rows
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, completion_width, few_sizes, power_of_two
@@ -145,7 +145,7 @@ def continue_prompts(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     columns: int = 0,
-    heard: Heard | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> tuple[list[Sampled], dict[str, float]]:
     """Samples completions of any number of prompts.
 
@@ -162,7 +162,7 @@ def continue_prompts(
       sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a completion.
       columns: that prompts are given at least, and then powers of two: few programs for a dialogue that grows.
-      heard: is told a completion's number and its new tokens every few steps; of one completion in this thread.
+      on_tokens: is called with a completion's number and its new tokens every few steps; of one completion in this thread.
 
     Returns:
       The completions by number, and figures: `tokens_per_second`, `slot_occupancy`, `time/prefill`, `time/decode`.
@@ -183,7 +183,7 @@ def continue_prompts(
 
     def work(rows: list[list[_Wanted]], stop: threading.Event) -> tuple[_Lists, Decoder]:
         queue = _Lists(model, params, rows, shape, columns, mesh)
-        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids, heard)
+        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids, on_tokens)
         decoder.run(queue, stop)
         return queue, decoder
 

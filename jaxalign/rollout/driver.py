@@ -33,14 +33,14 @@ from jaxalign.types import Params
 
 GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
 _MOST_STEPS = 128  # between two looks of the host
-_HEARD_STEPS = 4  # the same where someone reads along
+_STREAMED_STEPS = 4  # the same where someone reads along
 _IDLE = 8  # one in so many slots may wait for its next prompt: refilling costs time too
 _GROUP = 8  # slots of a CPU's thread, at least, since each thread reads all weights: two of 8 are 1.3x one of 16
 _FEWEST = 8  # slots that rows move together to, at least: with fewer a step is hardly cheaper
 _WORTH = 32  # tokens that a row may have left, at least, where rows move together
 
 
-Heard = Callable[[int, np.ndarray], None]  # number of a completion, its new tokens
+OnTokens = Callable[[int, np.ndarray], None]  # number of a completion, its new tokens
 
 
 class Ready(NamedTuple):
@@ -78,7 +78,7 @@ class Decoder:
         mesh: Mesh | None,
         sampling: Sampling,
         stop_ids: tuple[int, ...],
-        heard: Heard | None = None,
+        on_tokens: OnTokens | None = None,
     ):
         """
         Args:
@@ -89,12 +89,12 @@ class Decoder:
           mesh: where it runs; None: one device.
           sampling: how, and how many tokens at most.
           stop_ids: the tokens that end a completion.
-          heard: is told a completion's new tokens every few steps.
+          on_tokens: is called with a completion's new tokens every few steps.
         """
         self._model, self._params, self._key = model, params, key
         self._limit = sampling.max_new_tokens
         self._options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids}
-        self._heard, self._steps = heard, _HEARD_STEPS if heard else _MOST_STEPS
+        self._on_tokens, self._steps = on_tokens, _STREAMED_STEPS if on_tokens else _MOST_STEPS
         self._shards = 1 if mesh is None else batch_shards(mesh)
         self._arrays = len(params["layers"])  # of the cache, too
         self._slots: Any = None
@@ -205,8 +205,8 @@ class Decoder:
         for row in np.flatnonzero(live):
             number, new = int(self._number[row]), tokens[row][mask[row]]
             self.pieces.setdefault(number, []).append((new, logprobs[row][mask[row]]))
-            if self._heard:
-                self._heard(number, new)
+            if self._on_tokens:
+                self._on_tokens(number, new)
         self._place += mask.sum(axis=1)
         self._number[~alive] = -1
         self._column += int(taken)

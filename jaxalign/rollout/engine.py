@@ -16,7 +16,7 @@ from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.rollout.continuous import continue_prompts
-from jaxalign.rollout.driver import Heard
+from jaxalign.rollout.driver import OnTokens
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Params
 
@@ -117,7 +117,7 @@ class Generator:
         *,
         seed: int,
         num_samples: int = 1,
-        heard: Heard | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> list[Completion]:
         """Continues token ids, as they are; the texts are those of the new ids alone.
 
@@ -125,7 +125,7 @@ class Generator:
           prompts: of at least one token each.
           seed: of the samples.
           num_samples: completions of each prompt.
-          heard: is told a completion's place in the list and its new tokens, every few steps.
+          on_tokens: is called with a completion's place in the list and its new tokens, every few steps.
 
         Returns:
           Completions in the order of the prompts, those of one prompt after each other.
@@ -141,7 +141,7 @@ class Generator:
             sampling=self._sampling,
             stop_ids=self._stop_ids,
             columns=self._columns,
-            heard=heard,
+            on_tokens=on_tokens,
         )
         texts = self.tokenizer.batch_decode([s.ids for s in found], skip_special_tokens=True)
         return [
