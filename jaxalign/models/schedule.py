@@ -26,7 +26,7 @@ _UNROLLED = 8
 
 # Decoding has a program of all layers one after the other, whose compile time grows with them. Where a platform reads
 # weights and caches where they lie in a stack, deep models run in a loop from this depth on, a few layers a turn. A CPU
-# and a GPU copy what they cut out of a stack: a step then takes half as long again on a CPU, and on a GPU moves its
+# and a GPU copy what they slice out of a stack: a step then takes half as long again on a CPU, and on a GPU moves its
 # weights three times.
 _DEEP = {"tpu": 48}
 _A_TURN = 4
