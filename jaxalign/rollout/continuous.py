@@ -162,7 +162,8 @@ def continue_prompts(
       sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a completion.
       columns: that prompts are given at least, and then powers of two: few programs for a dialogue that grows.
-      on_tokens: is called with a completion's number and its new tokens every few steps; of one completion in this thread.
+      on_tokens: is called with a completion's number and its new tokens every few steps; a single completion's in this
+        thread.
 
     Returns:
       The completions by number, and figures: `tokens_per_second`, `slot_occupancy`, `time/prefill`, `time/decode`.
