@@ -199,8 +199,9 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     cut = sum(report["truncated"].values())
     if cut > 0.05 * records["used"]:
         found.append(f"{cut} prompts or completions are truncated: longer limits, or another truncation policy")
-    if report["duplicates"]["records"] > 0.01 * records["used"]:
-        found.append(f"{report['duplicates']['records']} records repeat others")
+    by_weight = sum(max(source["used"] - source["kept"], 0) for source in records["sources"])
+    if (repeated := report["duplicates"]["records"] - by_weight) > 0.01 * records["used"]:
+        found.append(f"{repeated} records repeat others")
     overlap = report.get("overlap")
     if overlap and overlap["prompts"]:
         found.append(f"{overlap['prompts']} held-out records have prompts that training has too")

@@ -1,4 +1,7 @@
-"""Optimizer, loop, experience, checkpoints, metrics; the package itself is `jaxalign.train(config)`, see library."""
+"""Optimizer, loop, experience, checkpoints, metrics.
+
+`jaxalign.train(config, dry_run=False)` runs a configuration: the package may be called, see `jaxalign.library.train`.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
 
 def report(stage: Stage) -> dict[str, Any]:
     """Prints figures of the data, three rows decoded with their masks, the memory of a training step, and what the
-    report warns of, last.  The whole report is in `data_report.json`.
+    report warns of, last.  The whole report goes to `data_report.json`, unless a run has written its own there.
 
     Args:
       stage: data, models and compiled steps.
@@ -38,7 +38,6 @@ def report(stage: Stage) -> dict[str, Any]:
     say = print if is_main() else (lambda *_: None)
     c = stage.config
     check_best_metric(stage)
-    stage.write_report()
     data = stage.dataset.report
     say("data:")
     say(as_lines(data))
@@ -63,7 +62,9 @@ def report(stage: Stage) -> dict[str, Any]:
     of_data = [f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)]
     for warning in [*room, *rarely(stage), *of_data]:
         say(f"warning: {warning}")
-    say(f"the whole data report: {stage.directory.path / 'data_report.json'}")
+    if stage.directory.untrained():
+        stage.write_report()
+        say(f"the whole data report: {stage.directory.path / 'data_report.json'}")
     return {
         "data": data,
         "rows": rows,

@@ -92,6 +92,35 @@ class RunDir:
             or it cannot be made, or holds what no run has written.
         """
         self.make()
+        old = self.check(config, resume=resume)
+        if old is not None:
+            done = results(self.path)
+            same = _pick(old["config"], _LENGTH) == _pick(config, _LENGTH)
+            if done is not None and done.get("stopped_early"):  # with another patience it may not be over
+                same = same and old["config"]["checkpoint"].get("patience") == config["checkpoint"].get("patience")
+            if done is not None and same:
+                return done
+        if jax.process_count() > 1:  # all have read before one writes
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("run directory read")
+        if self.untrained():
+            self.begin(config)
+        return None
+
+    def check(self, config: Mapping[str, Any], *, resume: bool) -> Any:
+        """Whether a run of this configuration may be begun or resumed here; writes nothing.
+
+        Args:
+          config: the whole configuration as plain dicts.
+          resume: whether to resume what is there.
+
+        Returns:
+          `config.json` of the run that is there; None where there is none.
+
+        Raises:
+          InputError: it may not.
+        """
         old = self._read_config()
         if old is not None:
             self._check(old, config)
@@ -101,25 +130,13 @@ class RunDir:
                     "a fresh directory, or leave to resume",
                     "--config.workdir=ANOTHER or --config.checkpoint.resume=True",
                 )
-            done = results(self.path)
-            same = _pick(old["config"], _LENGTH) == _pick(config, _LENGTH)
-            if done is not None and done.get("stopped_early"):  # with another patience it may not be over
-                same = same and old["config"]["checkpoint"].get("patience") == config["checkpoint"].get("patience")
-            if done is not None and same:
-                return done
         elif self.path.exists() and any(self.path.glob("checkpoints/*")):
             raise InputError(
                 f"{self.path} has checkpoints but no config.json, and none of them says which configuration it is of",
                 "a run directory of jaxalign, or an empty one",
                 f"--config.workdir={beside(self.path)}",
             )
-        if jax.process_count() > 1:  # all have read before one writes
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("run directory read")
-        if self.untrained():
-            self.begin(config)
-        return None
+        return old
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Notes the configuration, once it is known that the run can resume: a refused one leaves all as it was.

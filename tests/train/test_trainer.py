@@ -118,6 +118,18 @@ def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
     assert out.index("data:") < out.index("row 2") < out.index("a training step needs") < out.index("warning: data")
 
 
+def test_a_dry_run_where_a_run_is_refuses_what_training_refuses_and_leaves_its_report(shared, tmp_path):
+    fields = {"num_train_steps": 1, "checkpoint.every": 0}
+    workdir = tmp_path / "run"
+    train(shared, workdir, "sft", num_train_steps=1)
+    before = (workdir / "data_report.json").stat().st_mtime_ns
+    trainer.run(make_config(stories(shared, workdir, "sft", **fields)), dry_run=True, devices=jax.devices()[:1])
+    assert (workdir / "data_report.json").stat().st_mtime_ns == before
+    other = make_config(stories(shared, workdir, "sft", **fields, **{"optimizer.learning_rate": 0.5}))
+    with pytest.raises(InputError, match="learning_rate"):
+        trainer.run(other, dry_run=True, devices=jax.devices()[:1])
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):
     with pytest.raises(InputError, match="batch_size=8"):
         train(shared, tmp_path / "run", "sft", devices=8, batch_size=4)
