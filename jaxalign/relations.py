@@ -133,7 +133,7 @@ def _check_schedule_free(c: Any) -> None:
     o, dtype = c.optimizer, c.model.param_dtype
     for field, value, allowed, expected, fix in (
         ("optimizer.schedule", o.schedule, o.schedule == "constant", "constant: averaging replaces decay", "constant"),
-        ("optimizer.b1", o.b1, o.b1 > 0, "above 0: the share of the average in the weights", 0.9),
+        ("optimizer.b1", o.b1, o.b1 >= 0.5, "0.5 or more: the share of the average in the weights", 0.9),
         ("optimizer.state_dtype", o.state_dtype, o.state_dtype != "bfloat16", "None or int8: z needs its digits", None),
         ("model.param_dtype", dtype, dtype != "bfloat16", "float32: the average needs all digits", "float32"),
     ):

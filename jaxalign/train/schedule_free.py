@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -22,8 +23,8 @@ def schedule_free_adamw(
         z_{t+1} = z_t - lr_t (g_t / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay y_t)
         x_{t+1} = (1 - c_t) x_t + c_t z_{t+1},           c_t = lr_t^2 / sum_{i <= t} lr_i^2
 
-    Source: Defazio et al. 2024 (arXiv 2405.15682, algorithm 1), with Adam's bias correction in v, as optax has it. The
-    state holds z and v; x follows from y and z, see `evaluated`.
+    Source: Defazio et al. 2024 (arXiv 2405.15682, algorithm 1), with Adam's bias correction in v. The state is
+    optax's and holds z and v; x follows from y and z, see `evaluated`.
 
     Args:
       schedule: of the learning rate, from the updates made: a warmup, then constant.
@@ -37,8 +38,28 @@ def schedule_free_adamw(
         *decay,
         optax.scale_by_schedule(lambda count: -schedule(count)),
     )
-    # optax counts the steps of the average from 1 and those of the base from 0: both are to see one learning rate.
-    return contrib.schedule_free(base, lambda count: schedule(count - 1), b1=b1)
+    init = contrib.schedule_free(base, 0.0, b1=b1).init
+
+    def update(grads, state, params=None, **extra):
+        # optax counts these steps from 1 and those of the base from 0: both are to see one learning rate.
+        rate = jnp.maximum(state.max_lr, jnp.asarray(schedule(state.step_count - 1), state.max_lr.dtype))
+        total = state.weight_sum + rate**2
+        c = jnp.where(total > 0, rate**2 / jnp.where(total > 0, total, 1), 0)
+        moves, base_state = base.update(grads, state.base_optimizer_state, params, **extra)
+        z = jax.tree.map(lambda z, move: (z + move).astype(z.dtype), state.z, moves)
+
+        # By differences: forming x and y anew at every step, as optax does, rounds both to one side, which adds up.
+        def of_leaf(y, old, new):
+            moved, ahead = new - old, (y - old) / b1  # z_{t+1} - z_t, x_t - z_t
+            return ((1 - b1) * moved + b1 * c * (moved - ahead)).astype(y.dtype)
+
+        updates = jax.tree.map(of_leaf, params, state.z, z)
+        count = optax.safe_increment(state.step_count)
+        return updates, state._replace(
+            weight_sum=total, step_count=count, max_lr=rate, base_optimizer_state=base_state, z=z
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def evaluated(state: TrainState) -> TrainState:
@@ -58,15 +79,14 @@ def evaluated(state: TrainState) -> TrainState:
 
 @jax.jit
 def average(y: Params, z: Params, b1: Any) -> Params:
-    """x = (y - (1 - b1) z) / b1, in y's dtype.
+    """x = z + (y - z) / b1, in y's dtype.
 
     Args:
       y: the trained parameters.
       z: from the optimizer's state.
       b1: the share of x in y.
     """
-    x = contrib.schedule_free_eval_params(contrib.ScheduleFreeState(b1, None, None, None, None, z), y)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), x, y)
+    return jax.tree.map(lambda y, z: (z + (y - z) / b1).astype(y.dtype), y, z)
 
 
 def saved_z(cfg: Mapping[str, Any], params: Params) -> Any:
