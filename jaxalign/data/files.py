@@ -232,10 +232,11 @@ def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
         full = 0
         for line in lines:
             begin.append(line)
-            full += bool(line.strip())
+            full += not _is_blank(line)
             if full == 2:
                 break
-        if full == 2 and _is_object(next(line for line in begin if line.strip())):  # JSON lines, as many .json files
+        is_lines = _is_object(next((line for line in begin if not _is_blank(line)), ""))
+        if full == 2 and is_lines:  # JSON lines, as many .json files
             yield from _json_lines(path, chain(begin, lines), on_bad)
             return
         begin.append(lines.read())
@@ -244,6 +245,9 @@ def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
         whole = _json(text)
     except ValueError as error:
         if not text.strip():
+            return
+        if is_lines:  # one, beside blank lines that JSON does not know as blank
+            yield from _json_lines(path, begin[:-1], on_bad)
             return
         line = getattr(error, "lineno", 1)
         problem = f"not JSON ({error})"
@@ -262,6 +266,10 @@ def _read_json(path: str, on_bad: OnBad) -> Iterator[Raw]:
             on_bad(BadRow(f"{path}:{number}", f"record {number} is {_kind(row)}", "an object", fix, "no JSON object"))
             continue
         yield Raw(path, number, row)
+
+
+def _is_blank(line: bytes | str) -> bool:
+    return not (line.decode("utf-8-sig", "replace") if isinstance(line, bytes) else line).strip()
 
 
 def _is_object(line: bytes | str) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign.data.cache import writable
 from jaxalign.data.records import Record
+from jaxalign.errors import InputError
 
 _BLOCK = 64  # records that are written and read together
 _IN_MEMORY = 8 << 20  # bytes that are held before a file is made
@@ -43,16 +44,17 @@ class Spool:
         stream = map(tuple, records)
         while block := list(islice(stream, _BLOCK)):
             self._count += len(block)
-            self._write(pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
+            self._write(_pickled(block))
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, i: int) -> Record:
         number, within = divmod(i, _BLOCK)
-        if self._latest[0] != number:
-            self._latest = number, pickle.loads(self._read(number))
-        return Record(*self._latest[1][within])
+        latest = self._latest  # read once: another thread may set it
+        if latest[0] != number:
+            latest = self._latest = number, pickle.loads(self._read(number))
+        return Record(*latest[1][within])
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
@@ -81,8 +83,20 @@ class Spool:
     def _read(self, number: int) -> bytes:
         if self._file is None:
             return self._blocks[number]
-        self._file.seek(self._ends[number])
-        return self._file.read(self._ends[number + 1] - self._ends[number])
+        begin, end = self._ends[number : number + 2]
+        return os.pread(self._file.fileno(), end - begin, begin)  # no shared offset: threads and forks may read
+
+
+def _pickled(block: list[tuple]) -> bytes:
+    try:
+        return pickle.dumps(block, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # whatever a value's own `__reduce__` raises
+        first, last = (f"{r.source}:{r.line}" for r in (Record(*block[0]), Record(*block[-1])))
+        raise InputError(
+            f"a value that cannot be stored, in the records {first} to {last} ({type(error).__name__}: {error})",
+            "text, numbers, and lists and objects of them, nested at most some hundred deep",
+            "leave that column out of the data",
+        ) from error
 
 
 class Records(Sequence[Record]):

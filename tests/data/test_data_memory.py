@@ -1,10 +1,12 @@
 """Data is read, mixed and tokenised without being held: what Python allocates does not grow with its bytes."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from jaxalign.data import build, spool
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
 from jaxalign.data.split import Groups
+from jaxalign.errors import InputError
 from jaxalign.registry import COMPLETIONS
 
 _WORDS = "once upon a time there was a small dog who liked to run "
@@ -84,6 +87,36 @@ def test_small_data_needs_no_file(tmp_path):
     kept = spool.Spool((Record(0, "file", i, "text", text="x") for i in range(100)), tmp_path / "missing")
     assert kept._file is None and [kept[i].line for i in (99, 0)] == [99, 0]
     assert len(spool.Spool(iter(()), tmp_path)) == 0
+
+
+def test_threads_may_read_a_spool_at_once(tmp_path):
+    records = [Record(i, "s", i + 1, "text", text=f"{i}" * 300) for i in range(1000)]
+    found = spool.Spool(records, tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        places = [np.random.default_rng(t).integers(0, 1000, 500).tolist() for t in range(4)]
+        read = threads.map(lambda own: [found[i] for i in own], places)
+    assert list(read) == [[records[i] for i in own] for own in places]
+
+
+def test_a_directory_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch):
+    real = spool.tempfile.TemporaryFile
+
+    def refused(*args, dir=None, **kwargs):
+        if dir is not None:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", refused)
+    records = [Record(i, "s", i + 1, "text", text="x" * 1000) for i in range(200)]
+    assert list(map(spool.Spool(records, tmp_path).__getitem__, range(200))) == records
+
+
+def test_a_value_that_cannot_be_stored_is_named_by_its_records(tmp_path):
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InputError, match=r"f\.jsonl:7"):
+        spool.Spool([Record(0, "f.jsonl", 7, "text", text="a", columns={"tree": deep})], tmp_path)
 
 
 def test_a_killed_build_leaves_no_records_behind(tmp_path):

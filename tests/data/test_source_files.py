@@ -112,6 +112,14 @@ def test_places_are_lines(tmp_path):
     assert [raw.line for raw in read_file(str(tmp_path / "a.csv"))] == [2, 4]
 
 
+@pytest.mark.parametrize("blank", ["\u00a0", "\x0c", "\x1c"])
+def test_a_json_line_beside_a_blank_one_is_read(tmp_path, blank):
+    path = tmp_path / "a.json"
+    for text in (f'{blank}\n{{"text": "a"}}\n', f'{{"text": "a"}}\n{blank}\n', f'\ufeff\n{{"text": "a"}}\n{blank}'):
+        path.write_text(text, encoding="utf-8")
+        assert rows(path) == [{"text": "a"}]
+
+
 def test_lines_end_at_newlines_alone(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text":\r "a"}\n{"text": "b\xe2\x80\xa8c\xc2\x85"}\r\n')
     assert [row["text"] for row in rows(tmp_path / "a.jsonl")] == ["a", "b\u2028c\x85"]
