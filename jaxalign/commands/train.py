@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from typing import Any
@@ -66,6 +67,12 @@ def train(argv: list[str]) -> int:
         raise no_flag(load_config(values.config), rest, [name for name in values if len(name) > 1])
     if rest and not rest[0].startswith("-") and not rest[0].endswith((".py", ".yaml", ".yml", ".json")):
         raise no_algorithm(rest[0], bool(values.config))
+    if rest and rest[0].partition("=")[0] in ("--model", "--data", "--out"):  # flags of a named algorithm
+        raise InputError(
+            f"{rest[0]} and no algorithm",
+            f"one of {', '.join(ALGORITHMS)} before the flags",
+            f"jaxalign train dpo {shlex.join(argv)}",
+        )
     if rest:
         file = "FILE" if rest[0].startswith("-") else rest[0]
         raise InputError(f"argument {rest[0]!r}", "flags: --name=value", f"jaxalign train --config={file}")

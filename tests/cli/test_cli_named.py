@@ -38,6 +38,11 @@ def test_a_name_a_model_and_data_are_enough(trainer, data, capsys, tmp_path):
     assert load_config(str(kept)) == config
 
 
+def test_flags_of_an_algorithm_without_its_name(data, capsys):
+    said = failed(capsys, "train", "--model", "m", "--data", data)
+    assert "no algorithm" in said and f"jaxalign train dpo --model m --data {data}" in said
+
+
 @pytest.mark.parametrize(
     "flags, field, value",
     [
