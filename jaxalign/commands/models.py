@@ -184,17 +184,23 @@ def evaluate(argv: list[str]) -> int:
         "perplexity on completions. The model may be a reward model or a language model; the figures are those of\n"
         "training's own evaluations. Further fields of the stage as --FIELD=VALUE: --max_length=512 --beta=0.1.",
         MODEL,
-        ("--data", str, REQUIRED, "held-out records in any format that training reads; commas part several"),
+        (
+            "--data",
+            str,
+            REQUIRED,
+            "held-out records as training reads them: files with commas, or a list of dicts",
+        ),
         ("--reference", str, None, "what a DPO model started from, for its implicit reward"),
         ("--out", str, None, "a file for all of it as JSON"),
         ("--json", bool, None, "print the JSON instead of the page"),
     )
     args, rest = flags.parse_known_args(argv)
     from jaxalign.pipeline.evaluate import evaluate, page
+    from jaxalign.pipeline.overrides import tuple_of
 
     if args.out:
         check_out(args.out)
-    data = args.data.split(",") if "," in args.data else args.data
+    data = tuple_of("data.sources", args.data)
     result = evaluate(args.model, data, reference=args.reference, flags=rest)
     _give(result, args.out, lambda: page(result), args.json)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import sys
 import tempfile
@@ -74,7 +75,7 @@ def evaluate(
         require_head(reference, "lm", "--reference")
     algorithm = "reward" if scalar else "dpo" if pairs else "sft"
     sources = [data] if isinstance(data, str) else list(data)
-    own = [f"--data={source}" for source in sources]
+    own = [f"--data={source if isinstance(source, str) else json.dumps([source])}" for source in sources]
     if pairs and not scalar:
         own += [f"--algorithm.reference_path={reference}"] if reference else ["--algorithm.reference=cached"]
     with tempfile.TemporaryDirectory(prefix="jaxalign-evaluate-") as scratch:
@@ -290,7 +291,7 @@ def _finite(value: float) -> float | None:
 
 
 def _shown(data: str | Sequence[str]) -> str:
-    return data if isinstance(data, str) else ", ".join(data)
+    return data if isinstance(data, str) else ", ".join(d if isinstance(d, str) else str(d["path"]) for d in data)
 
 
 # (figure, what it is called on the page, format)
@@ -316,7 +317,7 @@ def page(result: dict[str, Any]) -> str:
     """The result of `evaluate` for people."""
     figures, lines = result["figures"], []
     beside = f" against {result['reference']}" if result["reference"] else ""
-    lines.append(f"{result['model']}{beside} on {', '.join(result['data'])}")
+    lines.append(f"{result['model']}{beside} on {_shown(result['data'])}")
     if "num_pairs" in result:
         lines.append(f"  {'pairs':<32}{result['num_pairs']:,}")
     elif "tokens" in figures:

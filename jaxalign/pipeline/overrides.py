@@ -73,7 +73,7 @@ def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now:
     if text is None:
         raise _unfit(field, text, f"a value of type {kind.__name__}", "...")
     if kind is tuple:
-        return _tuple(field, text)
+        return tuple_of(field, text)
     if kind is int:
         try:
             value = float(text) if "e" in text.lower() and not text.lower().startswith("0x") else int(text, 0)
@@ -90,7 +90,8 @@ def _parse(field: str, kind: type, text: str | None, *, may_be_empty: bool, now:
     return text
 
 
-def _tuple(field: str, text: str) -> tuple:
+def tuple_of(field: str, text: str) -> tuple:
+    """The values of a field that is a tuple, as `override` reads them."""
     value = _literal(text)
     if value is _NOT_A_LITERAL:
         if text.lstrip()[:1] in tuple("([{"):

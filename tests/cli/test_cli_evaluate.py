@@ -84,6 +84,16 @@ def test_pairs_without_a_reference_and_a_file(shared, tmp_path, pairs, capsys, o
     assert "calibration" not in found
 
 
+def test_columns_are_mapped_as_in_training(shared, tmp_path, capsys, one_device):
+    file = tmp_path / "mine.csv"
+    file.write_text("q,better,worse\n" + "".join(f"ask {i},a cat, a dog\n" for i in range(4)))
+    columns = {"prompt": "q", "chosen": "better", "rejected": "worse"}
+    source = json.dumps([{"path": str(file), "columns": columns}])
+    assert main(["evaluate", "--model", str(shared / "models" / "stories260k-llama"), "--data", source]) == 0
+    page = capsys.readouterr().out
+    assert f"on {file}" in page and "perplexity of the chosen" in page
+
+
 PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
 
 
