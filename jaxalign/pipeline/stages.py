@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import Validated, get, validated
+from jaxalign.config import Validated, get, to_dict, validated
 from jaxalign.errors import InputError
 from jaxalign.pipeline.keys import keys_of
 from jaxalign.pipeline.stagedir import RECORD as RECORD
@@ -287,9 +287,19 @@ def _dry(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[str, An
                         stage.config.model.revision = by_name[source].config.model.revision
         if stage.name:
             say(f"stage {stage.name}:")
+        else:
+            _may_begin(stage.config)  # a changed stage among several is run anew, a run alone is refused
         results[stage.name] = _train(stage, dry_run=True)
         _release()
     return results
+
+
+def _may_begin(config: ConfigDict) -> None:
+    """Refuses, as training would, a directory that holds another run."""
+    from jaxalign.train.models import fit_length
+    from jaxalign.train.rundir import RunDir
+
+    RunDir(config.workdir).check(to_dict(fit_length(config)[0]), resume=config.checkpoint.resume)
 
 
 def _train(stage: PlannedStage, *, dry_run: bool = False) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def schedule_free_adamw(
 
     Args:
       schedule: of the learning rate, from the updates made: a warmup, then constant.
-      b1: the share of x in y; above 0.
+      b1: the share of x in y; 0.5 or more.
       b2: decay of v.
       eps: added to the root of v.
       decay: what adds the weight decay; empty for none.

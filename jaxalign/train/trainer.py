@@ -77,9 +77,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     directory = RunDir(config.workdir)
     directory.make()
     with watched(config.process_timeout), exclusive(directory.path) as lock:
-        if dry_run:
-            directory.check(configuration.to_dict(config), resume=config.checkpoint.resume)
-        else:
+        if not dry_run:
             require_shared(directory)
             done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)
             if done is not None:

@@ -160,6 +160,7 @@ def test_another_hosts_old_lock_is_free_at_once(tmp_path, capsys):
 def test_a_torn_record_is_nobodys(tmp_path, quick):
     (tmp_path / NAME).write_bytes(b'{"pid": 1\x00\x00')
     Lock(tmp_path).take()
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
 def test_beats_change_the_record_and_a_lock_taken_over_is_lost(tmp_path, quick):
@@ -193,6 +194,7 @@ def test_without_system_locks_a_killed_process_is_none(tmp_path, holder, no_syst
     holder.kill()
     holder.join()
     Lock(tmp_path).take()
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
 def test_in_an_object_store(store, quick, monkeypatch):

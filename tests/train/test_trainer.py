@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
+from jaxalign.pipeline import stages
 from jaxalign.train import trainer
 from jaxalign.train.best import eval_metrics
 
@@ -119,15 +120,15 @@ def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
 
 
 def test_a_dry_run_where_a_run_is_refuses_what_training_refuses_and_leaves_its_report(shared, tmp_path):
-    fields = {"num_train_steps": 1, "checkpoint.every": 0}
+    fields = {"num_train_steps": 1, "checkpoint.every": 0, "batch_size": 8}
     workdir = tmp_path / "run"
-    train(shared, workdir, "sft", num_train_steps=1)
+    train(shared, workdir, "sft", **fields)
     before = (workdir / "data_report.json").stat().st_mtime_ns
-    trainer.run(make_config(stories(shared, workdir, "sft", **fields)), dry_run=True, devices=jax.devices()[:1])
+    stages.run(make_config(stories(shared, workdir, "sft", **fields)), dry_run=True)
     assert (workdir / "data_report.json").stat().st_mtime_ns == before
     other = make_config(stories(shared, workdir, "sft", **fields, **{"optimizer.learning_rate": 0.5}))
     with pytest.raises(InputError, match="learning_rate"):
-        trainer.run(other, dry_run=True, devices=jax.devices()[:1])
+        stages.run(other, dry_run=True)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):
