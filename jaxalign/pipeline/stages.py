@@ -299,7 +299,9 @@ def _may_begin(config: ConfigDict) -> None:
     from jaxalign.train.models import fit_length
     from jaxalign.train.rundir import RunDir
 
-    RunDir(config.workdir).check(to_dict(fit_length(config)[0]), resume=config.checkpoint.resume)
+    directory = RunDir(config.workdir)
+    if directory.path.exists():
+        directory.check(to_dict(fit_length(config)[0]), resume=config.checkpoint.resume)
 
 
 def _train(stage: PlannedStage, *, dry_run: bool = False) -> dict[str, Any]:
