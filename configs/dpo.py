@@ -8,7 +8,7 @@ first     bash launch/gpu_node.sh --config=configs/sft.py     # writes runs/llam
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=pairs.jsonl
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 13.1 GiB (float32 weights 3.7, Adam 7.5, bfloat16 reference 1.9); a step takes 28 GiB on
-          an H100 and 33 on a v5p chip (compiled for both by jaxalign/plan.py, not run there)
+          an H100 and 33 on a v5p chip (compiled for both by jaxalign/plan, not run there)
 time      about 25 min on 8 H100, 50 min on v5p-16 (an estimate: 61 k pairs of about 800 tokens, the prompt once;
           8 N FLOPs a token, the reference included, at an assumed MFU of 30 %)
 numbers   literature, Llama-3-8B, UltraFeedback, beta 0.01: AlpacaEval 2 length-controlled 18.2 % from 6.2 % of its SFT

@@ -13,7 +13,7 @@ your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=prompts.jsonl,
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 25.3 GiB (float32 weights 7.2 and Adam 14.5 of policy and value, bfloat16 reference and
           reward model 3.6); a step takes 41 GiB on an H100 and 49 on a v5p chip, beside the frozen 3.6 (compiled for
-          both by jaxalign/plan.py, not run there)
+          both by jaxalign/plan, not run there)
 time      about 1.5 h on 8 H100, 2.5 h on v5p-16 (an estimate: 300 iterations, each 98 k padded tokens of 32 N FLOPs at
           an assumed MFU of 30 %, and 256 steps of sampling of an assumed 20 ms)
 numbers   not yet measured

@@ -8,7 +8,7 @@ first     bash launch/gpu_node.sh --config=configs/sft.py     # writes runs/llam
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=pairs.jsonl
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 10.5 GiB (float32 weights 3.5, Adam 7.0); a step takes 18 GiB on an H100 and 20 on a v5p
-          chip (compiled for both by jaxalign/plan.py, not run there)
+          chip (compiled for both by jaxalign/plan, not run there)
 time      about 4 min on 8 H100, 8 min on v5p-16, and as much to load and compile (an estimate: 44 k pairs of about 250
           tokens, the prompt once, as measured on the test split; 6 N FLOPs at an assumed MFU of 30 %)
 numbers   literature: 72.6 % of the held-out helpful pairs ranked correctly by a reward model of 0.8 B

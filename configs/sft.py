@@ -8,7 +8,7 @@ command   bash launch/gpu_node.sh --config=configs/sft.py
 first     HF_TOKEN of an account that has accepted the licence of Llama 3.1; the same command with --dry_run
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 11.2 GiB (float32 weights 3.7, Adam 7.5); a step takes 33 GiB on an H100 and 45 on
-          a v5p chip, gradients and activations included (compiled for both by jaxalign/plan.py, not run there)
+          a v5p chip, gradients and activations included (compiled for both by jaxalign/plan, not run there)
 time      about 1.5 h on 8 H100, 3 h on v5p-16 (an estimate: 250 M tokens of 6 N FLOPs at an assumed MFU of 30 %)
 numbers   literature, Llama-3-8B by the same recipe: AlpacaEval 2 length-controlled 6.2 %, Arena-Hard 3.3
           (github.com/princeton-nlp/SimPO); of this config: not yet measured

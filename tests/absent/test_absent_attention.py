@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import plan
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.parallel.mesh import AXES
+from jaxalign.plan import machines
 
 CASES = [
     ("tpu:v5e:2x2", "splash"),
@@ -25,7 +25,7 @@ NAMES = {"splash": "splash_mha_dkv", "triton": "triton", "mosaic": "mosaic_gpu"}
 @pytest.mark.parametrize("machine, backend", CASES)
 def test_compiles_without_squares(machine, backend, head_dim):
     """Two rows of 8,192 tokens a device, 8 query and 2 key heads: less memory than one head's scores would take."""
-    devices, T = plan.absent_devices(machine), 8192
+    devices, T = machines.absent_devices(machine), 8192
     mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 

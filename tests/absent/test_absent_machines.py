@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from jaxalign import config as configuration
-from jaxalign import plan
 from jaxalign.errors import InputError
 from jaxalign.models import hf
+from jaxalign.plan import machines, programs
 from jaxalign.train import compiled
 
 # A TPU v5p slice of 16 chips, and eight H200.
@@ -68,7 +68,7 @@ def reward_model(path, directory):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("algorithm", configuration.ALGORITHMS)
 def test_a_train_step_compiles(algorithm, machine, shared, pairs, completions, tmp_path):
-    found = plan.compile_for(machine, config_of(algorithm, shared, pairs, completions, tmp_path))
+    found = programs.compile_for(machine, config_of(algorithm, shared, pairs, completions, tmp_path))
     kind, devices = MACHINES[machine]
     assert (found.device_kind, found.num_devices) == (kind, devices)
     assert found.mesh == {"data": 1, "fsdp": devices // 2, "tensor": 2}
@@ -86,7 +86,7 @@ def test_what_is_kept_for_the_backward_pass_goes_to_the_host(machine, shared, co
     for remat in ("dots", "offload"):
         c = config_of("sft", shared, completions, completions, tmp_path / remat)
         c.model.remat, c.data.packing, c.batch_size = remat, False, 256
-        device[remat] = plan.compile_for(machine, c).memory["temporary"]
+        device[remat] = programs.compile_for(machine, c).memory["temporary"]
         host[remat] = executables[-1].memory_analysis().host_temp_size_in_bytes
     print(machine, device, host)
     assert device["offload"] < 0.9 * device["dots"]
@@ -96,18 +96,18 @@ def test_what_is_kept_for_the_backward_pass_goes_to_the_host(machine, shared, co
 def test_accumulation_compiles(shared, pairs, completions, tmp_path):
     c = config_of("dpo", shared, pairs, completions, tmp_path)
     c.grad_accum_steps = 2
-    assert plan.compile_for("tpu:v5p:2x2x4", c).fits
+    assert programs.compile_for("tpu:v5p:2x2x4", c).fits
 
 
 def test_sharding_shows_in_the_memory(shared, pairs, completions, tmp_path):
     """Split parameters take less room than whole ones on every device."""
     c = config_of("sft", shared, pairs, completions, tmp_path)
-    split = plan.compile_for("tpu:v5p:2x2x4", c)
+    split = programs.compile_for("tpu:v5p:2x2x4", c)
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 16, 1, 1
-    whole = plan.compile_for("tpu:v5p:2x2x4", c)
+    whole = programs.compile_for("tpu:v5p:2x2x4", c)
     assert split.memory["arguments"] < 0.3 * whole.memory["arguments"]
 
 
 def test_a_shape_that_does_not_exist_is_refused():
     with pytest.raises(InputError):
-        plan.absent_devices("tpu:v99:2x2")
+        machines.absent_devices("tpu:v99:2x2")

@@ -269,7 +269,7 @@ def main() -> int:
     size = TOY if args.smoke else DEFAULT
     size = dataclasses.replace(size, rows=args.rows or size.rows, length=args.length or size.length)
     if args.topology:
-        from jaxalign.plan import absent_devices
+        from jaxalign.plan.machines import absent_devices
 
         devices = absent_devices(args.topology)
     else:

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from jaxalign.errors import InputError
-from jaxalign.plan import _COLLECTIVE, MachinePlan, parse_topology
+from jaxalign.plan.machines import parse_topology
+from jaxalign.plan.programs import _COLLECTIVE, MachinePlan
 
 
 @pytest.mark.parametrize(
