@@ -16,7 +16,7 @@ TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 # Fields whose value may also be a function of the user's own, "module:function" or "file.py:function".
 FUNCTIONS = ("algorithm.loss", "algorithm.estimator", "optimizer.name", "optimizer.schedule")
 # Fields that earlier versions did not have, each with the value at which runs of those versions resume.
-ADDED = {"algorithm.estimator": "gae", "checkpoint.patience": None}
+ADDED = {"algorithm.estimator": "gae", "checkpoint.patience": None, "checkpoint.every_minutes": 30.0}
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although the reward changed
@@ -87,6 +87,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("eval.every", 0, _MANY),
     ("eval.num_batches", 1, _MANY),
     ("checkpoint.every", 0, _MANY),
+    ("checkpoint.every_minutes", 0, _BIG),
     ("checkpoint.keep", 1, _MANY),
     ("checkpoint.patience", 1, _MANY),
     ("logging.every", 1, _MANY),

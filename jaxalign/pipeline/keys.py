@@ -21,7 +21,8 @@ FORMAT = 1
 # Fields that say where or how to run: they do not change the result and are not part of the key.
 _NOT_IN_KEY = (
     "workdir", "logging", "process_timeout", "profile", "mesh", "from", "model.remat", "data.cache_dir",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "callbacks", "rollout.num_slots",
+    "checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.resume", "callbacks",
+    "rollout.num_slots",
 )  # fmt: skip
 
 # Fields that name files or directories; where these exist on this machine their contents are part of the key.

@@ -20,6 +20,7 @@ from jaxalign.ops.trees import joined
 from jaxalign.parallel.host_memory import DEVICE, HOST, moved
 from jaxalign.parallel.processes import say
 from jaxalign.parallel.sharding import batch_part, batch_sharding, put_batch, replicated
+from jaxalign.train.autosave import Autosave
 from jaxalign.train.best import Patience
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.compiled import Compiled
@@ -97,6 +98,7 @@ class Loop:
         held_out: dict[str, float] = {}
         pending: Pending | None = None
         done, end = start, start if self._spent() else self.num_steps
+        self._autosave = Autosave(self.config.checkpoint.every_minutes, start)
         try:
             with StopRequests() as stop, contextlib.closing(self._batches(start, end)) as batches:
                 self._mark = time.monotonic()
@@ -109,12 +111,15 @@ class Loop:
                     if self.lock is not None:
                         self.lock.check()
                     signal = stop.at(index + 1)
-                    if signal or self._due(index + 1):
+                    due = self._due(index + 1) or bool(signal)
+                    timed = self._autosave.due(index + 1)
+                    if due or timed:
                         with profile.phase("figures and logs"):
                             figures, pending = self._read(this, progress), None
                         with profile.phase("eval, samples, save"):
-                            found = self._pause(state, index + 1, this.samples, stopping=bool(signal))
-                            self._call_back(state, index + 1, figures | found)
+                            found = self._pause(state, index + 1, this.samples, stopping=bool(signal), timed=timed)
+                            if due:
+                                self._call_back(state, index + 1, figures | found)
                         held_out = found or held_out
                         self._mark = time.monotonic()
                     if signal:
@@ -192,7 +197,7 @@ class Loop:
             if found := callback(step, figures, state):
                 self.writer.write(step, found)
 
-    def _pause(self, state: TrainState, step: int, samples: Any, *, stopping: bool) -> dict[str, float]:
+    def _pause(self, state: TrainState, step: int, samples: Any, *, stopping: bool, timed: bool) -> dict[str, float]:
         """Between two steps: evaluation, samples, a checkpoint; with a best metric, a checkpoint for each evaluation.
 
         Returns:
@@ -201,9 +206,10 @@ class Loop:
         c, last = self.config, step == self.num_steps
         due = last or bool(c.eval.every and step % c.eval.every == 0)
         best = bool(self.evaluate and c.checkpoint.best_metric)
-        save = last or stopping or (best and due) or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
+        scheduled = last or stopping or (best and due) or bool(c.checkpoint.every and step % c.checkpoint.every == 0)
+        save = scheduled or timed  # the clock chooses no best checkpoint: what it makes is not evaluated
         sums = self.checkpoints.checked(step, state) if save else {}  # before the model is evaluated or sampled from
-        evaluating = self.evaluate is not None and (due or (save and best))
+        evaluating = self.evaluate is not None and (due or (scheduled and best))
         every = c.logging.get("samples_every", 0)
         sampling = bool(self.sample and not stopping and every and (last or step % every == 0))
         averaged = evaluated(state) if evaluating or sampling else state
@@ -220,6 +226,7 @@ class Loop:
         if save:
             self.writer.flush()
             self.checkpoints.save(step, state, {**self.meta, "step": step}, held_out, sums)
+            self._autosave.saved(step)
         return held_out
 
     def _read(self, pending: Pending, progress: Progress) -> dict[str, float]:

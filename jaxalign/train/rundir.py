@@ -76,6 +76,7 @@ class RunDir:
         self.samples = self.path / "samples"
         self.cache = self.path / "cache"
         self.export = self.path / "export"
+        self.begun = False  # whether `open` found a run's configuration in it
 
     def open(self, config: Mapping[str, Any], *, resume: bool) -> dict | None:
         """Takes the directory for a run of this configuration.
@@ -93,6 +94,7 @@ class RunDir:
         """
         self.make()
         old = self.check(config, resume=resume)
+        self.begun = old is not None
         if old is not None:
             done = results(self.path)
             same = _pick(old["config"], _LENGTH) == _pick(config, _LENGTH)

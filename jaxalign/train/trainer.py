@@ -113,6 +113,8 @@ def _train(stage: Stage) -> dict[str, Any]:
     )
     found = checkpoints.resume(stage.like, whole=c.checkpoint.resume == "whole")
     start = found[0] if found else 0
+    if stage.directory.begun and not found:
+        say(f"{c.algorithm.name}: no checkpoint was saved here: training begins anew")
     inputs = inputs_of(stage)
     changes = check_past(stage, start, found[2] if found else {}, inputs)
     if start < stage.num_steps:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -129,6 +130,18 @@ def test_a_dry_run_where_a_run_is_refuses_what_training_refuses_and_leaves_its_r
     other = make_config(stories(shared, workdir, "sft", **fields, **{"optimizer.learning_rate": 0.5}))
     with pytest.raises(InputError, match="learning_rate"):
         stages.run(other, dry_run=True)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(shared, tmp_path, capsys):
+    fields, workdir = {"num_train_steps": 1, "batch_size": 8}, tmp_path / "run"
+    train(shared, workdir, "sft", **fields)
+    assert "begins anew" not in capsys.readouterr().err
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "DONE").unlink()
+    train(shared, workdir, "sft", **fields)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "no checkpoint" in line]
+    assert "training begins anew" in line
+    assert [row["step"] for row in metrics_of(workdir)] == [1]
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):

@@ -122,7 +122,8 @@ def test_a_run_that_lost_a_process_resumes(shared, tmp_path):
     fields = {"num_train_steps": 6, "process_timeout": 6}
     whole, lost = tmp_path / "whole", tmp_path / "lost"
     assert [finish(p) for p in start_both(stories(shared, whole, "sft", **fields), None)] == [0, 0]
-    spec = stories(shared, lost, "sft", **fields)
+    clock = {"checkpoint.every": 0, "checkpoint.every_minutes": 1e-3}  # saves by time alone
+    spec = stories(shared, lost, "sft", **fields, **clock)
     pair = start_both(spec, None, pace=0.5)
     deadline = time.monotonic() + 200
     while not ((lost / "metrics.jsonl").exists() and (lost / "metrics.jsonl").read_text().count("\n") >= 3):
@@ -130,6 +131,7 @@ def test_a_run_that_lost_a_process_resumes(shared, tmp_path):
         time.sleep(0.02)
     pair[1].kill()
     assert finish(pair[0]) == 1 and not (lost / "DONE").exists()
+    assert [p for p in (lost / "checkpoints").iterdir() if p.name.isdigit()]
     assert [finish(p) for p in start_both(spec, None)] == [0, 0]
     a, b = (load_file(w / "export" / "model.safetensors") for w in (whole, lost))
     assert a.keys() == b.keys() and all((a[name].view(np.uint32) == b[name].view(np.uint32)).all() for name in a)
