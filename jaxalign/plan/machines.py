@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.hardware import Hardware, find_machine
 
-_GIB = 2**30
-
-# Bytes of memory of one device, by the kind that XLA reports, as the makers publish it.
-MEMORY: dict[str, int] = {
-    "TPU v5 lite": 16 * _GIB,
-    "TPU v5": 95 * _GIB,
-    "TPU v6 lite": 32 * _GIB,
-    "NVIDIA H100 80GB HBM3": 80 * _GIB,
-    "NVIDIA H200": 141 * 10**9,
-}
-
-# What XLA wants to know of an NVIDIA GPU of the Hopper generation (GpuTargetConfigProto, text form).
-_HOPPER = """
+# What XLA wants to know of an NVIDIA GPU (GpuTargetConfigProto, text form).
+_TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_core: {shared} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory}
-  shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
+  shared_memory_per_block_optin: {shared_block} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability {{ {capability} }}
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 }}
 device_description_str: "{kind}"
 """
-_GPUS = {
-    "h100": _HOPPER.format(bandwidth=3_350_000_000_000, memory=80 * _GIB, kind="NVIDIA H100 80GB HBM3"),
-    "h200": _HOPPER.format(bandwidth=4_800_000_000_000, memory=141 * 10**9, kind="NVIDIA H200"),
-}
 
-_FORM = re.compile(r"(?P<platform>tpu|gpu):(?P<kind>[a-z0-9]+):(?P<shape>\d+(x\d+)*)(:(?P<slices>\d+))?")
+_FORM = re.compile(r"(?P<platform>tpu|gpu):(?P<kind>[a-z0-9]+(-[a-z0-9]+)*):(?P<shape>\d+(x\d+)*)(:(?P<slices>\d+))?")
 
 
-def parse_topology(topology: str) -> tuple[str, str, str, int]:
+def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None) -> tuple[str, str, str, int]:
     """The parts of a machine's name: platform, kind, shape, number of slices.
 
     Args:
       topology: "tpu:KIND:SHAPE[:SLICES]", the shape in chips (`tpu:v5p:2x2x4`, `tpu:v5e:16x16`, `tpu:v6e:4x4:2`), or
-        "gpu:KIND:SHAPE", the shape as slices x hosts x GPUs of a host (`gpu:h200:1x8x1`: eight hosts of one).
+        "gpu:KIND:SHAPE", the shape as slices x hosts x GPUs of a host, where the GPUs of a slice reach each other by
+        NVLink (`gpu:h200:1x8x1`: one slice of eight GPUs, a process for each).
+      machines: kinds that are known; None: those of `machines.toml`.
 
     Raises:
-      InputError: another form.
+      InputError: another form, or a machine that is not known.
 
     >>> parse_topology("tpu:v5p:2x2x4")
     ('tpu', 'v5p', '2x2x4', 1)
@@ -56,28 +46,43 @@ def parse_topology(topology: str) -> tuple[str, str, str, int]:
     match = _FORM.fullmatch(topology)
     if match is None or (match["platform"] == "gpu" and (match["shape"].count("x") != 2 or match["slices"])):
         raise InputError(
-            f"topology {topology!r}", "tpu:KIND:SHAPE[:SLICES] or gpu:KIND:AxBxC", "tpu:v5p:2x2x4, or gpu:h200:1x8x1"
+            f"machine {topology!r}",
+            "tpu:KIND:SHAPE[:SLICES] or gpu:KIND:AxBxC",
+            "--on=tpu:v5p:2x2x4, or gpu:h200:1x8x1",
         )
-    if match["platform"] == "gpu" and match["kind"] not in _GPUS:
-        raise InputError(f"GPU {match['kind']!r}", f"one of {', '.join(_GPUS)}", f"gpu:h200:{match['shape']}")
-    return match["platform"], match["kind"], match["shape"], int(match["slices"] or 1)
+    try:
+        find_machine(match["kind"], match["platform"], machines)
+    except InputError as error:
+        near, same = error.fix.rsplit(":", 1)[0], error.fix.startswith(f"--on={match['platform']}")
+        fix = f"{near}:{match['shape']}" if same else error.fix
+        raise InputError(error.found, error.expected, fix) from None
+    sizes = [int(n) for n in (*match["shape"].split("x"), match["slices"] or 1)]
+    if not all(sizes):
+        raise InputError(
+            f"machine {topology!r} has no devices", "sizes of 1 and more", f"--on={topology.replace('0', '1')}"
+        )
+    return match["platform"], match["kind"], match["shape"], sizes[-1]
 
 
-def absent_devices(topology: str) -> list[Any]:
+def absent_devices(topology: str, machines: Mapping[str, Hardware] | None = None) -> list[Any]:
     """The devices of a described machine: a mesh can be made of them and programs compiled, nothing can be run.
 
     Args:
       topology: as `parse_topology` takes it.
+      machines: kinds that are known; None: those of `machines.toml`.
 
     Raises:
-      InputError: a name that cannot be read, or the platform's compiler is not installed.
+      InputError: a name that cannot be read, a shape that does not exist, or the platform's compiler is not installed.
     """
+    platform, kind, shape, slices = parse_topology(topology, machines)
+    _require_compiler(platform)
     from jax.experimental import topologies
 
-    platform, kind, shape, slices = parse_topology(topology)
+    machine = find_machine(kind, platform, machines)
     try:
         if platform == "gpu":
-            return topologies.get_topology_desc("", "cuda", target_config=_GPUS[kind], topology=shape).devices
+            target = _target(machine)
+            return topologies.get_topology_desc("", "cuda", target_config=target, topology=shape).devices
         # libtpu would ask a metadata server which TPU this is.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
@@ -86,8 +91,66 @@ def absent_devices(topology: str) -> list[Any]:
         many = {"num_slices": slices} if slices > 1 else {}
         return topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **many).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        near = nearest_shape(kind, shape, machine.axes)
         raise InputError(
             f"no machine {topology!r}: {str(error).splitlines()[0][:200]}",
-            "a machine that the installed compilers know",
-            'pip install -c launch/constraints.txt -e ".[plan]", or another shape',
+            "a shape that the installed compilers know",
+            f"--on={platform}:{kind}:{near}"
+            if near
+            else 'another shape, or pip install -c launch/constraints.txt "jaxalign[plan]"',
         ) from error
+
+
+def nearest_shape(kind: str, shape: str, axes: int) -> str | None:
+    """The nearest shape of a TPU slice that is made: sides that are powers of two, as many as the torus has.
+
+    >>> nearest_shape("v5e", "3x4", 2), nearest_shape("v5p", "2x4", 3), nearest_shape("h100", "1x8x1", 0)
+    ('2x4', '2x2x2', None)
+    """
+    if not axes:
+        return None
+    sides = [int(side) for side in shape.split("x")]
+    sides = sorted(1 << (max(side, 2).bit_length() - 1) for side in sides)
+    total = 1
+    for side in sides:
+        total *= side
+    if len(sides) != axes:  # as many chips in a shape of so many sides, as even as can be
+        sides = [1] * axes
+        while total > 1:
+            sides[sides.index(min(sides))] *= 2
+            total //= 2
+        sides.sort()
+    most = 16 if axes == 2 else 32
+    return "x".join(str(min(side, most)) for side in sides)
+
+
+def _require_compiler(platform: str) -> None:
+    """Says which extra brings the compiler of a platform, where it is missing."""
+    if platform == "tpu":
+        there = importlib.util.find_spec("libtpu") is not None
+    else:
+        there = any(_has(f"jax_plugins.xla_cuda{version}") for version in (13, 12))
+    if not there:
+        raise InputError(
+            f"no compiler for a {platform.upper()} is installed",
+            "the extra plan of jaxalign (compilers alone: no device is needed)",
+            'pip install -c launch/constraints.txt -e ".[plan]"',
+        )
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it is in
+        return False
+
+
+def _target(machine: Hardware) -> str:
+    t = dict(machine.target or {})
+    major, _, minor = str(t["capability"]).partition(".")
+    capability = f"major: {major} minor: {minor or 0}"
+    if int(major) >= 9:
+        capability += " feature_extension: ACCELERATED_FEATURES"
+    numbers = {k: v for k, v in t.items() if k != "capability"}
+    bandwidth, memory = int(machine.bandwidth), int(machine.memory)
+    return _TARGET.format(**numbers, capability=capability, bandwidth=bandwidth, memory=memory, kind=machine.kinds[0])

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxalign.plan.machines import MEMORY, absent_devices
+from jaxalign.parallel.hardware import of_kind
+from jaxalign.plan.machines import absent_devices
 
 _GIB = 2**30
 _COLLECTIVE = re.compile(r"= .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -78,6 +79,8 @@ def compile_for(topology: str, config: Any) -> MachinePlan:
     config, _ = fit_length(config)
     devices = absent_devices(topology)
     kind = devices[0].device_kind
+    there = of_kind(kind)
+    limit = None if there is None else there.memory
     mesh = make_mesh(config.mesh, devices)
     with tempfile.TemporaryDirectory() as scratch:
         # Built before the mesh is set: whatever is computed on the way must run on a device that is there.
@@ -91,7 +94,7 @@ def compile_for(topology: str, config: Any) -> MachinePlan:
             except jax.errors.JaxRuntimeError as error:
                 if "memory" not in str(error).lower():
                     raise
-                raise out_of_memory(f"train step on {topology}", {}, MEMORY.get(kind), str(error)[:300]) from error
+                raise out_of_memory(f"train step on {topology}", {}, limit, str(error)[:300]) from error
         seconds = time.monotonic() - start
     return MachinePlan(
         topology,
@@ -99,7 +102,7 @@ def compile_for(topology: str, config: Any) -> MachinePlan:
         len(devices),
         dict(mesh.shape),
         memory_of(executable),
-        MEMORY.get(kind),
+        limit,
         dict(Counter(_COLLECTIVE.findall(executable.as_text()))),
         seconds,
     )

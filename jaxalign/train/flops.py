@@ -4,26 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Dense bfloat16 FLOP/s of one device, by the start of `device.device_kind`; from the vendors' data sheets.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU7x", 2307e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA GH200", 989e12),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA L40", 181e12),
-    ("NVIDIA L4", 121e12),
-    ("NVIDIA A10G", 70e12),
-    ("NVIDIA A10", 125e12),
-)
+from jaxalign.parallel.hardware import of_kind
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -32,7 +13,8 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
     (989000000000000.0, None)
     """
-    return next((flops for kind, flops in PEAK_FLOPS if device_kind.startswith(kind)), None)
+    found = of_kind(device_kind)
+    return None if found is None else found.flops
 
 
 def flops_per_token(config: Any, length: float, *, passes: float = 3.0) -> float:

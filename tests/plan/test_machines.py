@@ -1,0 +1,105 @@
+"""The table of machines, and a file of one's own that adds to it."""
+
+import pytest
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.hardware import find_machine, of_kind, read_machines
+from jaxalign.plan.machines import nearest_shape, parse_topology
+from jaxalign.train.flops import peak_flops
+
+MINE = """
+[mine]
+platform = "gpu"
+kinds = ["NVIDIA Mine"]
+flops = 1e15
+memory = 100_000_000_000
+bandwidth = 5e12
+link = 1e11
+domain = 4
+network = 1e10
+target = { capability = "9.0", cores = 9, fpus = 8, threads = 8, shared = 1, shared_block = 1, l2 = 1, clock = 1 }
+
+[h100]
+pool = 0.9
+"""
+
+
+def test_every_machine_that_can_be_planned_for():
+    machines = {name for name, m in read_machines().items() if m.platform}
+    asked = {"v5e", "v5p", "v6e", "a100-40", "a100-80", "l40s", "rtx4090", "l4", "h100", "h200"}
+    assert asked <= machines
+    for name in asked:
+        m = read_machines()[name]
+        assert m.flops / m.bandwidth > 50  # FLOP a byte
+        assert m.link > m.network
+        assert 0.5 < m.pool <= 1
+        assert (m.target is None) == (m.platform == "tpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+    ],
+)
+def test_the_longest_kind_that_fits_is_meant(kind, name):
+    assert of_kind(kind).name == name
+    assert peak_flops(kind) == of_kind(kind).flops
+
+
+def test_a_file_adds_machines_and_overrides_numbers(tmp_path):
+    file = tmp_path / "machines.toml"
+    file.write_text(MINE)
+    machines = read_machines(file)
+    assert find_machine("mine", "gpu", machines).domain == 4
+    assert machines["h100"].pool == 0.9
+    assert machines["h100"].flops == read_machines()["h100"].flops
+    assert parse_topology("gpu:mine:1x4x1", machines)[1] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[h100]\nflop = 1", "flops"),
+        ("[mine]\nkinds = ['x']", "flops"),
+        ("[mine]\nkinds = ['x']\nflops = 1e12\nplatform = 'gpu'", "memory"),
+        ("[h100]\nbandwidth = -1", "bandwidth"),
+        ("[h100]\nbandwidth = nan", "bandwidth"),
+        ("[h100]\nplatform = 'npu'", "npu"),
+        ("pool = 0.9", "pool"),
+        ("[h100", "TOML"),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(text, word, tmp_path):
+    file = tmp_path / "machines.toml"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        read_machines(file)
+    assert word in str(error.value)
+    assert str(file) in error.value.found
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("gpu:h300:1x8x1", "gpu:h200:1x8x1"),
+        ("gpu:a100-90:1x8x1", "gpu:a100-80:1x8x1"),
+        ("tpu:v5q:2x2x2", "tpu:v5"),
+        ("gpu:rtx4080:1x2x1", "gpu:rtx4090:1x2x1"),
+    ],
+)
+def test_an_unknown_machine_gets_the_nearest(name, near):
+    with pytest.raises(InputError) as error:
+        parse_topology(name)
+    assert near in error.value.fix
+
+
+def test_nearest_shapes():
+    assert nearest_shape("v6e", "2x2x2", 2) == "2x4"
+    assert nearest_shape("v5p", "8", 3) == "2x2x2"
