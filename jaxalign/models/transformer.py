@@ -18,6 +18,7 @@ from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.schedule import run_cached, run_layers, run_prefill
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
+from jaxalign.ops.embedding import lookup
 from jaxalign.ops.linear import linear
 from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.readout import take_sources
@@ -127,9 +128,11 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
 
     def __call__(self, tokens):
-        # Gathered whole first: a lookup in a table split over `fsdp` would move every token's vector instead.
-        table = constrain(self.embedding[...].astype(self.dtype), "tensor", None)
-        return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
+        if tokens.shape[1] == 1:  # decoding, whose weights may lie otherwise than in training: where they lie, so be it
+            x = jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0)
+        else:
+            x = lookup(self.embedding[...], tokens, self.dtype)
+        return constrain(x, "batch", None, None)
 
 
 class Ends(nnx.Module):
