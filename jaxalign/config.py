@@ -134,7 +134,7 @@ def _common() -> ConfigDict:
             },
             "checkpoint": {
                 "every": 0,  # steps between checkpoints; 0: by every_minutes, and at the end
-                "every_minutes": 30.0,  # minutes between checkpoints, at most about so many are lost by a kill; 0: never
+                "every_minutes": 30.0,  # minutes between checkpoints, of training that a kill may cost; 0: never
                 "keep": 1,  # newest checkpoints kept
                 "best_metric": none(str),  # an eval metric; the best checkpoint by it is kept too
                 "best_mode": "min",  # whether less or more of best_metric is better

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -40,6 +41,7 @@ class StopRequests:
     def __init__(self) -> None:
         self._signal = 0
         self._old: dict[int, object] = {}
+        self._told_elsewhere = sys.unraisablehook
         self._agreed = jax.distributed.is_initialized()
 
     def __enter__(self) -> StopRequests:
@@ -48,11 +50,14 @@ class StopRequests:
         if not self._agreed and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
+            self._told_elsewhere, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._old:
+            sys.unraisablehook = self._told_elsewhere
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
@@ -64,8 +69,19 @@ class StopRequests:
             begin = b"\n" if os.isatty(2) else b""  # the progress bar's line, and the terminal's ^C, have no end
             os.write(2, begin + b"stopping after this step, with a save; Ctrl-C again: at once\n")
 
+    def _unraisable(self, what: sys.UnraisableHookArgs) -> None:
+        """Says nothing of a Ctrl-C that landed where Python drops exceptions, such as a callback of the collector."""
+        if not (_at_once and isinstance(what.exc_value, KeyboardInterrupt)):
+            self._told_elsewhere(what)
+
     def at(self, step: int) -> int:
-        """The signal to stop for after this step, 0 for none; every process calls it at every step."""
+        """The signal to stop for after this step, 0 for none; every process calls it at every step.
+
+        Raises:
+          KeyboardInterrupt: a second Ctrl-C came, and its exception was lost.
+        """
+        if _at_once:
+            raise KeyboardInterrupt
         if self._agreed:
             from jax.experimental import multihost_utils
 
