@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(argv[0])(argv[1:])
     except InputError as error:
-        print(f"jaxalign {argv[0]}: the input cannot be used\n{error.render(_flags_of(argv))}", file=sys.stderr)
+        print(f"jaxalign {argv[0]}: the input cannot be used\n{_rendered(error, argv)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # a help page (0), or training that was asked to stop and saved (128 + the signal)
         if stop.code in (0, None) and not {"-h", "--help"} & set(argv):
@@ -127,10 +127,14 @@ def _interrupted(program: bool) -> int:
     return 130
 
 
+def _rendered(error: InputError, argv: Sequence[str]) -> str:
+    """An error in the terms of a command: with a config file, or of flags alone."""
+    file = argv[0] == "train" and (len(argv) == 1 or argv[1].startswith("-"))
+    return error.render() if file else error.render(_flags_of(argv), file=False)
+
+
 def _flags_of(argv: Sequence[str]) -> Callable[[str], str]:
-    """How a command's flags call the fields of a configuration."""
-    if argv[0] == "train" and (len(argv) == 1 or argv[1].startswith("-")):
-        return "--config.{}".format
+    """How a command's flags call the fields of a configuration, where it takes no config file."""
     own = {"model.path": "--model", "data.sources": "--data", "rewards.function": "--reward"}
     if argv[0] not in ("train", "config", "evaluate"):
         return lambda field: own.get(field, f"--config.{field}")

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterator
 
 _SETTING = re.compile(r"--config\.([A-Za-z_][\w.]*)")
+# What `data.source.config_line` adds to a line of a config file: the same as a flag, its value quoted for a shell.
+_AS_FLAG = re.compile(r""" \(as a flag: (--config\.([\w.]+)=(?:'[^']*'|"[^"]*"|[^\s'"()])+)\)""")
 
 
 class InputError(ValueError):
@@ -52,17 +54,32 @@ class InputError(ValueError):
         fix = _SETTING.sub(lambda match: f"--config.{rename(match[1])}", self.fix)
         return InputError(self.problem, self.expected, fix, (place, *self.places) if place else self.places)
 
-    def render(self, flag: Callable[[str], str] = "--config.{}".format) -> str:
+    def render(self, flag: Callable[[str], str] = "--config.{}".format, *, file: bool = True) -> str:
         """The text that is shown.
 
         Args:
           flag: how a field of the configuration is written.
+          file: whether there is a config file: without one, fixes are shown as flags alone.
         """
-        text = f"found:    {self.found}\nexpected: {self.expected}\nfix:      {self.fix}"
+        fix = self.fix if file else _as_flags(self.fix)
+        text = f"found:    {self.found}\nexpected: {self.expected}\nfix:      {fix}"
         return _SETTING.sub(lambda match: flag(match[1]), text)
 
     def __str__(self) -> str:
         return self.render()
+
+
+def _as_flags(fix: str) -> str:
+    """A fix whose lines for a config file are left out where the same is said as a flag.
+
+    >>> _as_flags("data.sources=({'path': 'x'},) (as a flag: --config.data.sources='x y')")
+    "--config.data.sources='x y'"
+    """
+    for match in reversed(list(_AS_FLAG.finditer(fix))):
+        start = fix.rfind(f"{match[2]}=(", 0, match.start())
+        if start >= 0:
+            fix = fix[:start] + match[1] + fix[match.end() :]
+    return fix
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from typing import Any
 
 from jaxalign.errors import InputError
@@ -14,12 +15,19 @@ REQUIRED = object()
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are InputErrors."""
 
-    def parse_known_args(self, *args, **named):  # type: ignore[override]  # of `parse_args` too
-        found, rest = super().parse_known_args(*args, **named)
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # of `parse_args` too
+        self._given = list(args or ())
+        found, rest = super().parse_known_args(args, namespace)
         return _checked(found), rest
 
     def error(self, message: str):
-        raise InputError(message, " ".join(self.format_usage().removeprefix("usage: ").split()), f"{self.prog} --help")
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for flag in (arg.partition("=")[0] for arg in self._given if arg.startswith("--")):
+            near = difflib.get_close_matches(flag.replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
+            if near and flag not in known:
+                raise InputError(f"{flag}: there is no such flag", usage, f"--{near[0].lstrip('_')}")
+        raise InputError(message, usage, f"{self.prog} --help")
 
 
 def _checked(found: argparse.Namespace) -> argparse.Namespace:

@@ -145,7 +145,7 @@ def compare(argv: list[str]) -> int:
         "of the completions in the data, diversity.",
         ("--base", str, REQUIRED, "the model before: directory or hub id"),
         ("--aligned", str, REQUIRED, "the model after"),
-        ("--data", str, REQUIRED, "held-out records in any format that training reads"),
+        ("--data", str, REQUIRED, "held-out records as training reads them: files with commas, or a list of dicts"),
         ("--reward", str, None, "a reward model's directory, module:function or FILE.py:function"),
         ("--num_prompts", int, None, "how many of the data's prompts; default: all"),
         ("--show", int, 5, "how many samples to show"),
@@ -157,13 +157,14 @@ def compare(argv: list[str]) -> int:
     )
     args = flags.parse_args(argv)
     from jaxalign.pipeline.compare import compare, page
+    from jaxalign.pipeline.overrides import tuple_of
 
     if args.out:
         check_out(args.out)  # before the models answer, which takes long
     result = compare(
         args.base,
         args.aligned,
-        args.data,
+        tuple_of("data.sources", args.data),
         sampling(args),
         reward=args.reward,
         num_prompts=args.num_prompts,

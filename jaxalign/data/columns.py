@@ -21,7 +21,7 @@ from jaxalign.data.files import Raw
 from jaxalign.data.forms import serves
 from jaxalign.data.preference import Codes, codes_of, column_name
 from jaxalign.data.records import BadRow, Record
-from jaxalign.data.sources import Source, config_line
+from jaxalign.data.source import Source, config_line
 from jaxalign.data.unmapped import (
     columns_of,
     guessed_columns,
@@ -181,6 +181,12 @@ def _check_implicit(source: Source, sample: list[Raw], listed: list[str], names:
 
 def _mapped(source: Source, file: str, listed: list[str]) -> dict[str, str]:
     """The source's mapping, checked against the columns that the data has."""
+    if turned := _turned(source.columns, listed):
+        raise InputError(
+            f"{file}: columns {source.columns!r} maps the data's names to ours",
+            f"our names first, then those of the data, which are {', '.join(listed)}",
+            config_line(source, columns=turned),
+        )
     for ours, theirs in source.columns.items():
         if ours not in FIELDS:
             near = nearest(ours, FIELDS)
@@ -198,6 +204,19 @@ def _mapped(source: Source, file: str, listed: list[str]) -> dict[str, str]:
                 config_line(source, columns={**source.columns, ours: right}),
             )
     return {ours: column_name(theirs) for ours, theirs in source.columns.items()}
+
+
+def _turned(columns: dict[str, Any], listed: list[str]) -> dict[str, Any]:
+    """A mapping with those entries the other way round that only so fit the data; empty where there are none."""
+
+    def wrong(ours: str, theirs: Any) -> bool:
+        return ours in listed and theirs in FIELDS and not (ours in FIELDS and theirs in listed)
+
+    mapped = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, str)}
+    if not any(wrong(*entry) for entry in mapped.items()):
+        return {}
+    right = {ours: theirs for ours, theirs in columns.items() if ours not in mapped or not wrong(ours, theirs)}
+    return right | {theirs: ours for ours, theirs in mapped.items() if wrong(ours, theirs)}
 
 
 def _numeric(sample: list[Raw], name: str) -> bool:
@@ -228,9 +247,8 @@ def to_record(plan: ColumnPlan, raw: Raw) -> Record:
     row = {}
     for ours, theirs in plan.names.items():
         if theirs not in raw.row and ours in plan.columns.required:
-            raise _bad(
-                plan, raw, f"no {theirs!r}, only {', '.join(raw.row) or 'nothing'}", f"a {theirs!r} in every record"
-            )
+            found = f"no {theirs!r}, only {', '.join(raw.row) or 'nothing'}"
+            raise _bad(plan, raw, found, f"a {theirs!r} in every record", f"no {theirs!r}")
         value = raw.row.get(theirs)
         if value is None and ours in plan.columns.required:
             raise SkipRow(f"{ours} is null")
@@ -252,12 +270,12 @@ def to_record(plan: ColumnPlan, raw: Raw) -> Record:
     return Record(0, raw.file, raw.line, plan.form, weight=weight, score=score, columns=rest, **fields)
 
 
-def _bad(plan: ColumnPlan, raw: Raw, problem: str, expected: str) -> BadRow:
+def _bad(plan: ColumnPlan, raw: Raw, problem: str, expected: str, reason: str = "") -> BadRow:
     names = plan.names if plan.names != dict(zip(plan.names, plan.names)) else {}
     fix = "repair or delete that record"
     if names:  # the mapping may be wrong
         fix += f", or {config_line(plan.source, columns={**names, **plan.source.columns})}"
-    return BadRow(raw.where, problem, expected, fix, _reason(problem))
+    return BadRow(raw.where, problem, expected, fix, reason or _reason(problem))
 
 
 def _reason(problem: str) -> str:

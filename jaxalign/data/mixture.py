@@ -17,7 +17,8 @@ from jaxalign.data.forms import FORMS
 from jaxalign.data.preference import Codes, UnknownCode, canonical
 from jaxalign.data.presets import apply_preset
 from jaxalign.data.records import BadRow, Record, Tally, check_skipped
-from jaxalign.data.sources import Source, parse_sources, read
+from jaxalign.data.source import Source, parse_sources
+from jaxalign.data.sources import read
 from jaxalign.data.spool import Records, Spool
 from jaxalign.data.unmapped import columns_of, unknown_code
 from jaxalign.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.data.files import Raw
 from jaxalign.data.records import BadRow, Message, Tally
-from jaxalign.data.sources import Source, config_line
+from jaxalign.data.source import Source, config_line
 from jaxalign.errors import InputError
 from jaxalign.registry import Reads
 

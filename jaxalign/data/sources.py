@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import os
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxalign.data.files import SUFFIXES, OnBad, Raw, is_url, read_file, stop, supported
-from jaxalign.data.preference import codes_of
+from jaxalign.data.source import Source, config_line
 from jaxalign.errors import InputError
-from jaxalign.ranges import SOURCE_WEIGHT, misfit, shown
 
 # Hub sets whose subsets are folders, not named configurations.
 _SUBSET_IS_FOLDER = ("anthropic/hh-rlhf",)
-
-_FIELD = "data.sources"  # where sources stand in a configuration
 
 # Metadata files beside the data.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -31,142 +26,6 @@ _SPLITS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("validation", ("validation", "valid", "val", "dev", "eval")),
     ("test", ("test", "testing")),
 )
-
-
-class Source(NamedTuple):
-    """One source of a mixture."""
-
-    path: str  # file, glob, directory, URL or hub id
-    split: str | None = None  # default: train, or the only one there is
-    name: str | None = None  # subset of a hub set
-    revision: str | None = None  # of a hub set
-    weight: float = 1.0  # how often each record is drawn
-    columns: dict[str, Any] = {}  # noqa: RUF012  our name -> the data's name, or a dict of it and its codes
-    preset: str | None = None
-    streaming: bool = False  # read a hub set while it is downloaded, only as far as needed
-    field: str = ""  # the config field it was given in, for messages; "" without a configuration
-
-
-def parse_sources(sources: Any, field: str = "") -> list[Source]:
-    """The sources of a config field, checked.
-
-    Args:
-      sources: a path, a dict with the fields of `Source`, or a sequence of these.
-      field: the config field, for messages; where it is given, they name its flag too.
-
-    >>> parse_sources(("a.jsonl", {"path": "b.jsonl", "weight": 2}))[1].weight
-    2.0
-    """
-    name, line = field or _FIELD, config_line(Source("data.jsonl", field=field))
-    if isinstance(sources, (str, os.PathLike)) or _is_dict(sources):
-        sources = (sources,)
-    if not isinstance(sources, Iterable):
-        raise InputError(f"{name} is {sources!r}", "paths, hub ids or dicts", line)
-    parsed = [_parse(item, field) for item in sources]
-    if not parsed:
-        raise InputError(f"{name} is empty", "at least one source", line)
-    return parsed
-
-
-def _is_dict(item: Any) -> bool:
-    return isinstance(item, Mapping) or (
-        hasattr(item, "to_dict") and hasattr(item, "keys")
-    )  # a ConfigDict is no Mapping
-
-
-def _parse(item: Any, field: str) -> Source:
-    if isinstance(item, (str, os.PathLike)):
-        item = {"path": os.fspath(item)}
-    if not _is_dict(item):
-        raise InputError(
-            f"{field or _FIELD} holds {item!r}",
-            "a path, a hub id or a dict with a path",
-            config_line(Source("data.jsonl", field=field)),
-        )
-    item = dict(item.items())
-    if isinstance(item.get("path"), os.PathLike):
-        item["path"] = os.fspath(item["path"])
-    known = [name for name in Source._fields if name != "field"]
-    for key in item:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"a source with {key!r}",
-                f"one of {', '.join(known)}",
-                f'{field or _FIELD}=({{"path": ..., "{near}": ...}},)',
-            )
-    for key in ("path", "split", "name", "revision", "preset"):
-        value = item.get(key)
-        if (key == "path" or value is not None) and not (isinstance(value, str) and value.strip()):
-            raise InputError(
-                f"a source whose {key} is {value!r}", "a string", f'{field or _FIELD}=({{"path": "data.jsonl", ...}},)'
-            )
-    if not isinstance(item.get("streaming", False), bool):
-        raise InputError(
-            f"{item['path']}: streaming {item['streaming']!r}",
-            "true or false",
-            f'{field or _FIELD}=({{"path": ..., "streaming": True}},)',
-        )
-    source = Source(item["path"], item.get("split"), item.get("name"), item.get("revision"), field=field)
-    weight = item.get("weight", 1.0)
-    if expected := misfit(weight, *SOURCE_WEIGHT):
-        raise InputError(
-            f"{source.path}: weight {shown(weight)}",
-            f"{expected}: 1 draws each record once, 2 twice, 0.5 every other",
-            config_line(source, weight=1.0),
-        )
-    columns = _columns(source, item.get("columns") or {})
-    return source._replace(
-        weight=float(weight), columns=columns, preset=item.get("preset"), streaming=item.get("streaming", False)
-    )
-
-
-def _columns(source: Source, columns: Any) -> dict[str, Any]:
-    """A source's mapping, as plain dicts."""
-    plain: dict[str, Any] = {}
-    for ours, theirs in columns.items() if _is_dict(columns) else ((None, None),):
-        if ours == "preference" and _is_dict(theirs):
-            plain[ours] = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in theirs.items()}
-            try:
-                codes_of(plain[ours])
-            except ValueError as error:
-                right = {"column": "label", "first": 1, "second": 2, "tie": 0}
-                raise InputError(
-                    f"{source.path}: columns maps preference to {plain[ours]!r}: {error}",
-                    "a column, and which of its codes mean the first answer, the second, or a tie",
-                    config_line(source, columns={"prompt": "q", "chosen": "a", "rejected": "b", "preference": right}),
-                ) from None
-        elif isinstance(ours, str) and isinstance(theirs, str):
-            plain[ours] = theirs
-        else:
-            raise InputError(
-                f"{source.path}: columns {columns!r}",
-                "a dict of our name to the data's name",
-                config_line(source, columns={"prompt": "question", "completion": "answer"}),
-            )
-    return plain
-
-
-def config_line(source: Source, **changes: Any) -> str:
-    """The config line of a changed source, for messages; with the flag if it was given in a config field.
-
-    >>> config_line(Source("x.jsonl"), columns={"prompt": "q"})
-    'data.sources=({"path": "x.jsonl", "columns": {"prompt": "q"}},)'
-    >>> print(config_line(Source("no.jsonl", field="data.sources"), path="x y.jsonl"))
-    data.sources=({"path": "x y.jsonl"},) (as a flag: --config.data.sources='x y.jsonl')
-    """
-    shown = {
-        name: value
-        for name, value in source._replace(**changes)._asdict().items()
-        if name != "field" and (name == "path" or value != Source._field_defaults[name])
-    }
-    text = json.dumps(shown, ensure_ascii=False)
-    line = f"{source.field or _FIELD}=({text.replace(': true', ': True')},)"
-    if not source.field:
-        return line
-    plain = set(shown) == {"path"} and not set(shown["path"]) & set(",([{'\"")
-    value = shlex.quote(shown["path"] if plain else f"[{text}]")
-    return f"{line} (as a flag: --config.{source.field}={value})"
 
 
 def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
@@ -298,7 +157,7 @@ def _url_files(path: str) -> tuple[str, bool, list[str] | None]:
         found = sorted(fs.glob(root)) if glob.has_magic(root) else []
         return path, False, [fs.unstrip_protocol(f) for f in found] or None
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{path}: {error}", "a URL that fsspec can open", f"{_FIELD}=(...)") from error
+        raise InputError(f"{path}: {error}", "a URL that fsspec can open", "data.sources=(...)") from error
 
 
 def _split_of(relative: str) -> str | None:

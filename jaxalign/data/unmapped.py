@@ -11,7 +11,7 @@ from jaxalign.data.dialogues import as_messages
 from jaxalign.data.files import Raw
 from jaxalign.data.forms import FORMS, serves, slots
 from jaxalign.data.preference import SIDES, Codes, counter, guessed_map, label_columns, shown, twins
-from jaxalign.data.sources import Source, config_line
+from jaxalign.data.source import Source, config_line
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS, Reads
 
@@ -154,6 +154,9 @@ def _mapping_line(source: Source, sample: list[Raw], reads: Reads | None, form: 
     """The config line that maps what the columns most likely are, or what to do where none seems right."""
     wanted = ("prompt", *(("completion",) if reads is None else slots(reads)))
     guess = guessed_columns(sample, wanted)
+    sides = FORMS["pair"].completions
+    if reads is None and set(sides) <= (pair := guessed_columns(sample, ("prompt", *sides))).keys():
+        return config_line(source, columns={**source.columns, **{k: v for k, v in pair.items() if k != v}})
     if not _compares(reads) and not guess:  # one column that holds all?
         guess, text = _dialogues(sample), only_text(sample)
         if not guess and text is not None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ from jaxalign.config import defaults
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
-from jaxalign.errors import InputError
+from jaxalign.data.source import parse_sources
 from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
 from jaxalign.evaluate.heldout import Question, questions, references
 from jaxalign.evaluate.perplexity import perplexity
@@ -36,7 +34,7 @@ SAME = "undecided: the reward gave both the same score on every prompt; another 
 def compare(
     base: str,
     aligned: str,
-    data: str,
+    data: str | Sequence[Any],
     sampling: Sampling,
     *,
     reward: str | None,
@@ -50,7 +48,7 @@ def compare(
     Args:
       base: the model before: directory or hub id.
       aligned: the model after.
-      data: held-out records in any format that training reads.
+      data: held-out records as training reads them: a source or several, each a path or a dict.
       sampling: how both models answer.
       reward: what decides who wins: a reward model, or a function by name; None: no win rate.
       num_prompts: how many of the data's records; None: all.
@@ -65,11 +63,12 @@ def compare(
     Raises:
       InputError: models, data, reward or a value that cannot be used.
     """
+    data = (data,) if isinstance(data, str) else tuple(data)
     check_flags(seed=seed, confidence=confidence, num_prompts=num_prompts)
     for flag, path in (("--base", base), ("--aligned", aligned)):
         require_head(path, "lm", flag)
     scorer, reach = (None, None) if reward is None else _scorer(reward, dtype)
-    records = _records(data, num_prompts)
+    records = list(load_records(data, None, max_records=num_prompts, field="data.sources")[0])
     asked = questions(records)
     if base != aligned:
         check_weights(base, head="lm", dtype=dtype, flag="--base")  # it is loaded late: check it now
@@ -113,7 +112,7 @@ def compare(
         rate = rate._replace(verdict=SAME)
     return _json(
         {
-            "data": data,
+            "data": data[0] if len(data) == 1 and isinstance(data[0], str) else list(data),
             "reward": reward,
             "num_prompts": len(asked),
             "sampling": sampling._asdict() | {"seed": seed},
@@ -134,20 +133,6 @@ def compare(
             ],
         }
     )
-
-
-def _records(data: str, num_prompts: int | None) -> list[Record]:
-    """The held-out records; fixes that name config fields are rewritten for the flag."""
-    try:
-        return list(load_records(data, None, max_records=num_prompts)[0])
-    except InputError as error:
-        found = re.search(r"data\.sources=\((\{.*\}),\)", error.fix)
-        if found is None:
-            raise
-        source = json.loads(found[1])
-        renamed = [f"{theirs!r} renamed to {ours!r}" for ours, theirs in source.get("columns", {}).items()]
-        fix = f"--data {source['path']}" + (f", its column {', '.join(renamed)}" if renamed else "")
-        raise InputError(error.found, error.expected, error.fix.replace(found[0], fix)) from error
 
 
 def _sample(question: Question) -> str:
@@ -180,11 +165,12 @@ def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion])
     )
 
 
-def _perplexity(loaded: Loaded, records: Sequence[Any], data: str) -> dict[str, Any]:
+def _perplexity(loaded: Loaded, records: Sequence[Record], data: Sequence[Any]) -> dict[str, Any]:
     """Perplexity of the data's reference answers."""
     tokens = references(records, loaded.tokenizer, loaded.stop_ids, render_plain)
+    paths = ", ".join(source.path for source in parse_sources(data))
     sizes = [len(t.prompt) + len(t.completion) for t in tokens]
-    warn_of_context(loaded.path, loaded.context, sizes, [f"an answer of {data}"] * len(tokens))
+    warn_of_context(loaded.path, loaded.context, sizes, [f"an answer of {paths}"] * len(tokens))
     sums = completion_logprobs(loaded.model, loaded.params, tokens, loaded.mesh)
     counts = [sum(t.scored) if t.scored is not None else len(t.completion) for t in tokens]
     return {"perplexity": perplexity(sums, counts), "perplexity_tokens": sum(counts)}

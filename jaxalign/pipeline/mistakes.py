@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import json
 import os
 import re
 import shlex
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,10 +89,13 @@ def no_field(config: ConfigDict, field: str, found: str, value: Any = None, plac
         text, kind = _fitting(config, name, value)
         return place(name) + (f" = {_as_python(text, kind) if text else repr(get(config, name))}" if assigned else "")
 
+    stage, own = _parted(config, field)
+    if place is None and (columns := columns_meant(own, None if value is None else str(value))):
+        prefix = next((f"{name}." for name in (stage, *names) if name), "")
+        return no_columns(config, f"{prefix}data.sources", columns, found)
     staged = [f"{stage}.{field}" for stage in names if get(config[stage], field, _NONE) is not _NONE]
     if staged:
         return InputError(found, f"the name of a stage before it: {', '.join(staged)}", fix(staged[0], value))
-    stage, own = _parted(config, field)
     section = config[stage] if stage else config
     others = [name for name in ALGORITHMS if get(defaults(name), own, _NONE) is not _NONE] if own else []
     algorithm = get(section, "algorithm.name")
@@ -151,10 +156,66 @@ def no_section(config: ConfigDict, field: str, value: str | None, found: str) ->
       value: that it was given.
       found: the beginning of the message.
     """
-    if _alias(config, field):
-        near = nearest_field(config, field)
+    near = nearest_field(config, field) if _alias(config, field) else _field_that_takes(config, field, value)
+    if near:
         return InputError(found, f"a value of one field, {near}, or a dict of fields", _flag(config, near, value))
     return InputError(found, "a dict of fields to change", f"--config.{field}={{...}}")
+
+
+def _field_that_takes(config: ConfigDict, section: str, value: str | None) -> str:
+    """The field of a section that has this value, or one like it, among its choices; "" for none."""
+    fields = [f"{section}.{leaf}" for leaf in get(config, section)]
+    return next(iter(takers(fields, value, lambda field: _parted(config, field)[1])), "")
+
+
+def takers(fields: Iterable[str], value: str | None, own: Callable[[str], str] = str) -> list[str]:
+    """Those of some fields that have a value, or one like it, among their choices.
+
+    Args:
+      fields: dotted names.
+      value: as a flag gives it.
+      own: from a field's name to the one it has within its stage.
+
+    >>> takers(["algorithm.name", "optimizer.name"], "schedule_free")
+    ['optimizer.name']
+    """
+    choices = {field: [str(choice) for choice in dict(CHOICES).get(own(field), ())] for field in fields}
+    near = [f for f, known in choices.items() if difflib.get_close_matches(value or "", known, n=1, cutoff=0.75)]
+    return [field for field in near if value in choices[field]] or near
+
+
+_COLUMNS = re.compile(r"(?:data\.(?:sources\.)?)?columns(?:\.(\w+))?")
+
+
+def columns_meant(field: str, value: str | None) -> dict[str, Any]:
+    """The mapping of columns that a field's name and value stand for; empty where the name has nothing to do with them.
+
+    >>> columns_meant("columns.prompt", "question"), columns_meant("data.columns", '{"prompt": "q"}')
+    ({'prompt': 'question'}, {'prompt': 'q'})
+    """
+    match = _COLUMNS.fullmatch(field)
+    if match is None or match[1]:
+        return {match[1]: value or "..."} if match else {}
+    try:
+        found = ast.literal_eval(value or "")
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    return found if found and isinstance(found, dict) else {"prompt": "..."}
+
+
+def no_columns(config: ConfigDict, field: str, columns: Mapping[str, Any], found: str) -> InputError:
+    """The error for columns given beside the sources: each source has its own.
+
+    Args:
+      config: the whole tree.
+      field: the dotted name of the sources.
+      columns: our names and the data's.
+      found: the beginning of the message.
+    """
+    first = next(iter(get(config, field) or ()), "FILE")
+    source = {"path": first} if isinstance(first, str) else dict(first)
+    text = json.dumps([source | {"columns": dict(columns)}], ensure_ascii=False, default=str)
+    return InputError(found, "the columns of a source, beside its path", f"--config.{field}={shlex.quote(text)}")
 
 
 def _stages(config: ConfigDict) -> tuple[str, ...]:

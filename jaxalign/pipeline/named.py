@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jaxalign.config import defaults, get, leaves
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
-from jaxalign.pipeline.mistakes import no_field
+from jaxalign.pipeline.mistakes import columns_meant, no_columns, no_field, takers
 from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS
 
@@ -43,6 +43,7 @@ def named_config(
     c = defaults(name)
     given, switches = _flags(argv)
     seen: set[str] = set()
+    columns: dict[str, object] = {}
     for flag, text in given:
         if flag == "config":
             raise InputError(
@@ -52,9 +53,14 @@ def named_config(
             )
         if flag in (*_FLAGS, "reward") and not (text or "").strip():
             raise InputError(f"--{flag} is {text or ''!r}", "a value, or the flag left out", f"--{flag}=...")
+        if meant := columns_meant(flag, text):
+            columns |= meant
+            continue
         field = _reward_field(c, text or "") if flag == "reward" else _FLAGS.get(flag) or _field(c, flag, text)
         override(c, field, text, extend=field in seen)
         seen.add(field)
+    if columns:
+        raise no_columns(c, "data.sources", columns, "columns by a flag of their own")
     with c.unlocked():
         c.workdir = c.workdir or f"runs/{name}"
     for field, value in (fill or {}).items():
@@ -96,7 +102,8 @@ def _field(c: ConfigDict, name: str, text: str | None) -> str:
     ends = [field for field in leaves(c) if field.endswith(f".{name}")]
     if len(ends) > 1:
         options = ", ".join(f"--{field}" for field in ends)
-        raise InputError(f"--{name}: several fields end so", f"one of {options}", f"--{ends[0]}={text or '...'}")
+        likely = (takers(ends, text) or ends)[0]
+        raise InputError(f"--{name}: several fields end so", f"one of {options}", f"--{likely}={text or '...'}")
     if ends:
         return ends[0]
     own = difflib.get_close_matches(name, [*_FLAGS, "reward", *_SWITCHES], n=1, cutoff=0.8)

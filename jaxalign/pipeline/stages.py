@@ -244,7 +244,8 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
     """The first record of local data, the reward function and its signature of every stage, before the first starts."""
     from jaxalign.data.files import is_url
     from jaxalign.data.records import Tally
-    from jaxalign.data.sources import parse_sources, read
+    from jaxalign.data.source import parse_sources
+    from jaxalign.data.sources import read
     from jaxalign.functions import load_function
     from jaxalign.rewards.function import FunctionScorer
     from jaxalign.train.named_functions import find_functions

@@ -1,6 +1,7 @@
 """`jaxalign evaluate`: the figures of training's own evaluations, without training."""
 
 import json
+import shlex
 from pathlib import Path
 
 import jax
@@ -118,6 +119,15 @@ def test_wrong_input_is_told_in_words(shared, tmp_path, capsys, rows, flags, wor
     assert main(["evaluate", "--model", model, "--data", str(data), *flags]) == 2
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err and "--config." not in err
+
+
+def test_better_and_worse_are_proposed_as_the_sides_of_a_pair(shared, tmp_path, capsys):
+    data, model = tmp_path / "d.jsonl", str(shared / "models" / "stories260k-llama")
+    data.write_text(json.dumps({"question": "Q", "better": "A", "worse": "B"}))
+    assert main(["evaluate", "--model", model, "--data", str(data)]) == 2
+    (flag,) = shlex.split(capsys.readouterr().err.partition("fix:      ")[2])
+    (source,) = json.loads(flag.removeprefix("--data="))
+    assert source["columns"] == {"prompt": "question", "chosen": "better", "rejected": "worse"}
 
 
 def test_calibration_by_a_loop():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -187,21 +188,28 @@ def test_the_page_keeps_markup_and_wide_letters():
 
 
 @pytest.mark.parametrize(
-    ("row", "fix"),
+    ("row", "mapped"),
     [
-        ({"question": "Q", "answer": "A"}, "'question' renamed to 'prompt', 'answer' renamed to 'completion'"),
-        ({"promt": "Q", "chosen": "A", "rejected": "B"}, "'promt' renamed to 'prompt'"),
+        ({"question": "Q", "answer": "A"}, {"prompt": "question", "completion": "answer"}),
+        ({"prompt": "Q", "better": "A", "worse": "B"}, {"chosen": "better", "rejected": "worse"}),
+            {"question": "Q", "better": "A", "worse": "B"},
+            {"prompt": "question", "chosen": "better", "rejected": "worse"},
+        ),
+        ({"promt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "promt"}),
     ],
 )
-def test_compare_says_what_helps_where_there_is_no_configuration(model, tmp_path, capsys, row, fix):
+def test_compare_says_which_columns_are_meant_and_takes_them(model, tmp_path, capsys, row, mapped):
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps(row))
     flags = ["compare", "--base", str(model), "--aligned", str(model), "--data"]
     assert main([*flags, str(data)]) == 2
-    assert f"fix:      --data {data}, its column {fix}" in capsys.readouterr().err
+    (flag,) = shlex.split(capsys.readouterr().err.partition("fix:      ")[2])
+    assert json.loads(flag.removeprefix("--data=")) == [{"path": str(data), "columns": mapped}]
+    assert main([*flags[:-1], flag, "--max_new_tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"]["base"]["perplexity_tokens"] > 0
     assert main([*flags, str(tmp_path / "d.json")]) == 2
     err = capsys.readouterr().err
-    assert f"fix:      --data {data}\n" in err and "data.sources" not in err
+    assert f"fix:      --data={data}\n" in err and "data.sources" not in err
 
 
 def test_wrong_flags_of_a_model_are_said_without_a_config_line(model, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Training by an algorithm's name, the list of fields, and config files of YAML and JSON."""
 
 import json
+import shlex
 
 import pytest
 
@@ -94,6 +95,10 @@ def test_a_reward_is_a_model_or_a_function(trainer, data, tmp_path, monkeypatch)
         (["dpo", "--model=m", "--data=d", "--lr=1e-6"], "--optimizer.learning_rate=1e-6"),
         (["dpo", "--model=m", "--data=d", "--every=3"], "--eval.every"),
         (["dpo", "--model=m", "--data=d", "--modle=x"], "--model"),
+        (["sft", "--model=m", "--data=d", "--optimizer=schedule_free"], "fix:      --optimizer.name=schedule_free"),
+        (["sft", "--model=m", "--data=d", "--optimizer=lyon"], "fix:      --optimizer.name=lion"),
+        (["dpo", "--model=m", "--data=d", "--algorithm=ipo"], "fix:      --algorithm.loss=ipo"),
+        (["sft", "--model=m", "--data=d", "--name=schedule_free"], "fix:      --optimizer.name=schedule_free"),
         (["dpo", "--model=m", "--data=d", "--beta=-1"], "--algorithm.beta=0.1"),
         (["dpo", "--model=", "--data=d"], "--model is ''"),
         (["dpo", "m", "d"], "argument 'm'"),
@@ -102,6 +107,48 @@ def test_a_reward_is_a_model_or_a_function(trainer, data, tmp_path, monkeypatch)
 def test_wrong_input_is_told_in_words(trainer, capsys, argv, words):
     assert words in failed(capsys, "train", *argv)
     assert trainer == []
+
+
+def fixed(capsys, *argv):
+    """The flag that a refused command proposes, as a shell reads it: (its name, its value)."""
+    (word,) = shlex.split(failed(capsys, *argv).partition("fix:      ")[2])
+    name, _, value = word.partition("=")
+    return name, json.loads(value)
+
+
+def test_columns_by_a_flag_of_their_own_are_put_beside_the_path(trainer, capsys, tmp_path):
+    flags = ["--columns.prompt=question", "--data", "qa.jsonl", "--columns.completion", "answer"]
+    columns = {"prompt": "question", "completion": "answer"}
+    expected = [{"path": "qa.jsonl", "columns": columns}]
+    assert fixed(capsys, "train", "sft", "--model=m", *flags) == ("--data", expected)
+    assert fixed(capsys, "train", "sft", "--model=m", "--data=qa.jsonl", f"--columns={columns}") == ("--data", expected)
+    file = tmp_path / "c.yaml"
+    file.write_text("algorithm: sft\nmodel: {path: m}\ndata: {sources: [qa.jsonl]}\n")
+    flag, sources = fixed(capsys, "train", f"--config={file}", "--config.data.columns.prompt=question")
+    assert flag == "--config.data.sources" and sources == [{"path": "qa.jsonl", "columns": {"prompt": "question"}}]
+    assert trainer == []
+
+
+@pytest.mark.parametrize(
+    "source, right",
+    [
+        ({"weight": "2", "columns": {"prompt": "q"}}, {"weight": 2, "columns": {"prompt": "q"}}),
+        ({"weight": "0.5"}, {"weight": 0.5}),
+        ({"streaming": "true", "split": "train"}, {"streaming": True, "split": "train"}),
+        ({"wieght": 2, "split": "train"}, {"weight": 2, "split": "train"}),
+        ({"split": 1, "weight": 3}, {"weight": 3}),
+        # the data's names first
+        ({"columns": {"q": "prompt", "a": "completion"}}, {"columns": {"prompt": "q", "completion": "a"}}),
+        ({"columns": {"q": "prompt", "completion": "a"}}, {"columns": {"prompt": "q", "completion": "a"}}),
+    ],
+)
+def test_the_fix_of_a_source_is_the_whole_source_as_the_flag_that_was_used(capsys, tmp_path, shared, source, right):
+    file = tmp_path / "it's 1 (one).jsonl"
+    file.write_text(json.dumps({"q": "Once", "a": " there was"}) + "\n")
+    model = str(shared / "models" / "stories260k-llama")
+    data = json.dumps([{"path": str(file), **source}])
+    flag, (fix,) = fixed(capsys, "train", "sft", "--model", model, "--data", data, f"--out={tmp_path / 'run'}")
+    assert flag == "--data" and fix == {"path": str(file), **right}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -9,7 +9,7 @@ from test_validation import ready
 from jaxalign import cli
 from jaxalign.commands import models
 from jaxalign.config import ALGORITHMS, defaults, leaves, validate
-from jaxalign.data.sources import parse_sources
+from jaxalign.data.source import parse_sources
 from jaxalign.errors import InputError
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.pipeline.overrides import override

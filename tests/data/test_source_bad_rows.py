@@ -20,7 +20,7 @@ BAD_LINES = {
     "no JSON object": b"[1, 2]",
     "not UTF-8": '{"prompt": "é"}'.encode("latin-1"),
     "chosen is the number ...": json.dumps({**GOOD, "chosen": 5}).encode(),
-    "no ...": b'{"prompt": "Q", "chosen": "A"}',
+    "no 'rejected'": b'{"prompt": "Q", "chosen": "A"}',
 }
 
 
@@ -47,7 +47,7 @@ def test_wrong_rows_are_skipped_and_counted(mixed):
     records, tally = load_records(mixed, PAIRS, on_error="skip")
     assert len(records) == tally.kept == 95 and tally.read == 100
     assert tally.skipped == dict.fromkeys(BAD_LINES, 1)
-    assert tally.examples["not JSON"] == [f"{mixed}:20"] and tally.examples["no ..."] == [f"{mixed}:100"]
+    assert tally.examples["not JSON"] == [f"{mixed}:20"] and tally.examples["no 'rejected'"] == [f"{mixed}:100"]
     assert tally.sources[0]["skipped"] == tally.skipped
     again, _ = load_records(gzip_of(mixed), PAIRS, on_error="skip")
     assert [r.prompt for r in again] == [r.prompt for r in records]

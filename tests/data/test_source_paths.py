@@ -10,7 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxalign.data.mixture import load_records
-from jaxalign.data.sources import Source, config_line, parse_sources, read
+from jaxalign.data.source import Source, config_line, parse_sources
+from jaxalign.data.sources import read
 from jaxalign.errors import InputError
 from jaxalign.registry import COMPLETIONS
 
