@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxalign.plan.hlo import Computation, Instruction, Module
 
@@ -57,13 +57,14 @@ class Scalars:
             a, b = (self.value(name) for name in x.operands)
             return None if a is None or b is None else _ARITHMETIC[x.opcode](a, b)
         if x.opcode in ("fusion", "call"):
-            inner = self._inside(x)
+            inner = self.inside(x.called("calls", "to_apply")[0], x.operands)
             return inner.value(inner.computation.root, index)
         return None
 
-    def _inside(self, x: Instruction) -> Scalars:
-        called = self._module.computations[x.called("calls", "to_apply")[0]]
-        return Scalars(self._module, called, lambda number, i: self.value(x.operands[number], i))
+    def inside(self, name: str, operands: Sequence[str]) -> Scalars:
+        """What is known in a computation that is called with these operands."""
+        called = self._module.computations[name]
+        return Scalars(self._module, called, lambda number, i: self.value(operands[number], i))
 
     def of_turn(self, loop: Instruction) -> Scalars:
         """What is known in every turn of a loop in this computation: what its body hands on unchanged."""
@@ -118,7 +119,7 @@ def _compared(scalars: Scalars) -> tuple[str, int, int] | None:
         if x.opcode in _SAME:
             x = scalars.computation.by_name[x.operands[0]]
         else:
-            scalars = scalars._inside(x)
+            scalars = scalars.inside(x.called("calls", "to_apply")[0], x.operands)
             x = scalars.computation.by_name[scalars.computation.root]
     direction = _DIRECTION.search(x.attributes)
     if x.opcode != "compare" or direction is None:
