@@ -191,7 +191,10 @@ def test_the_page_keeps_markup_and_wide_letters():
     ("row", "mapped"),
     [
         ({"question": "Q", "answer": "A"}, {"prompt": "question", "completion": "answer"}),
-        ({"prompt": "Q", "better": "A", "worse": "B"}, {"chosen": "better", "rejected": "worse"}),
+        (
+            {"question": "Q", "better": "A", "worse": "B"},
+            {"prompt": "question", "chosen": "better", "rejected": "worse"},
+        ),
         ({"promt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "promt"}),
     ],
 )
