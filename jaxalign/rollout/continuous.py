@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +22,12 @@ from jaxalign.data.tokenize import Example
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.driver import Decoder, OnTokens, Ready, groups_of, on_mesh, side_by_side, whole_shards
+from jaxalign.rollout.driver import Decoder, OnTokens, Ready, groups_of, side_by_side, whole_shards
 from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.layout import place_of
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, completion_width, few_sizes, power_of_two
-from jaxalign.rollout.slots import Prefilled, lay_out, prefill
+from jaxalign.rollout.slots import Prefilled
 from jaxalign.types import Array, Params, Rows
 
 _ROW = 256  # columns that prompts are read in, at least where there are so many: shorter rows fill less well
@@ -81,8 +82,8 @@ def _plan(wanted: list[_Wanted], groups: int, times: int, columns: int) -> tuple
 class _Lists:
     """Completions that are wanted, by the length of their prompts, and the prompts of the next ones, read ahead."""
 
-    def __init__(self, model, params, rows: list[list[_Wanted]], shape: tuple[int, int], columns: int, mesh):
-        self._model, self._params, self._mesh, self._shape, self._columns = model, params, mesh, shape, columns
+    def __init__(self, read: Callable[[Rows], Prefilled], rows: list[list[_Wanted]], shape, columns: int, mesh):
+        self._read, self._mesh, self._shape, self._columns = read, mesh, shape, columns
         self._waiting = deque(rows)
         self.ready: deque[Ready] = deque()
         self.prefilled: Prefilled | None = None
@@ -113,7 +114,7 @@ class _Lists:
         given = build_batch(rows[part * own : (part + 1) * own], shape, layout, 0).rows
         if self._mesh is not None:
             given = put_batch(given, self._mesh)
-        self.prefilled = jax.block_until_ready(prefill(self._model, self._params, given))
+        self.prefilled = self._read(given)
         self.seconds += time.perf_counter() - start
 
 
@@ -142,6 +143,8 @@ def continue_prompts(
     num_samples: int = 1,
     num_slots: int,
     mesh: Mesh | None = None,
+    tensor: int | None = None,
+    held: int | None = None,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     columns: int = 0,
@@ -159,6 +162,8 @@ def continue_prompts(
       num_samples: completions of each prompt; that of prompt i and sample s has the number i * num_samples + s.
       num_slots: completions at a time, at most.
       mesh: where it runs; None: one device.
+      tensor: devices that split each layer in decoding; None: as few as fit.
+      held: bytes that are on each device meanwhile; None: the parameters alone.
       sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a completion.
       columns: that prompts are given at least, and then powers of two: few programs for a dialogue that grows.
@@ -173,22 +178,25 @@ def continue_prompts(
     if not total:
         return [], {}
     num_slots = min(power_of_two(total), num_slots)
-    if mesh is not None:
-        num_slots = whole_shards(num_slots, mesh)
-    wanted, groups = _by_length(prompts, num_samples), groups_of(num_slots, mesh)
+    wanted = _by_length(prompts, num_samples)
+    widest = cache_width(max(len(wanted[-1].prompt), columns) + sampling.max_new_tokens)
+    place = place_of(model, params, mesh, tensor, held, slots=num_slots, columns=widest)
+    num_slots, groups = place.slots(num_slots), groups_of(num_slots, mesh)
     groups = min(groups, len(wanted))
     dealt, height, width = _plan(wanted, groups, -(-total // num_slots), columns)
     shape = (height if mesh is None else whole_shards(height, mesh), width)
-    with on_mesh(mesh):
-        laid = lay_out(model, params)
+    laid, key = place.lay_out(model, params), place.there(key)
+
+    def read(rows: Rows) -> Prefilled:
+        return place.read(model, params, rows)
 
     def work(rows: list[list[_Wanted]], stop: threading.Event) -> tuple[_Lists, Decoder]:
-        queue = _Lists(model, params, rows, shape, columns, mesh)
-        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids, on_tokens)
+        queue = _Lists(read, rows, shape, columns, mesh)
+        decoder = Decoder(model, laid, key, num_slots // groups, place.decoding, sampling, stop_ids, on_tokens)
         decoder.run(queue, stop)
         return queue, decoder
 
-    done = side_by_side(work, dealt, mesh)
+    done = side_by_side(work, dealt, place.decoding)
     completions = {number: decoder.completion(number) for _, decoder in done for number in decoder.pieces}
     found = [Sampled(ids.tolist(), float(logprobs.sum())) for ids, logprobs in (completions[n] for n in range(total))]
     reading = sum(queue.seconds for queue, _ in done) / groups
@@ -204,6 +212,8 @@ def roll_out(
     *,
     num_slots: int | None = None,
     mesh: Mesh | None = None,
+    tensor: int | None = None,
+    held: int | None = None,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> tuple[Rollout, dict[str, float]]:
@@ -221,24 +231,27 @@ def roll_out(
         marks an unused row, which stays empty.
       num_slots: completions at a time, at most; None: all of them.
       mesh: where it runs; None: one device.
+      tensor: devices that split each layer in decoding; None: as few as fit.
+      held: bytes that are on each device meanwhile; None: the parameters alone.
       sampling: how, and how many tokens at most.
       stop_ids: the tokens that end a row.
 
     Returns:
-      The completions, as wide as `completion_width` makes the longest, and figures as `continue_prompts` gives.
+      The completions, as wide as `completion_width` makes the longest, and figures as `continue_prompts` gives, and the
+      `tensor` that was chosen.
     """
     begin = time.perf_counter()
-    with on_mesh(mesh):
-        laid = lay_out(model, params)
-        prefilled = jax.block_until_ready(prefill(model, params, rows))
-    reading = time.perf_counter() - begin
     ids, begins = all_rows(sample_ids), all_rows(rows.attend_start)[:, -1]
     total, width = len(ids), rows.tokens.shape[1]
+    num_slots = total if num_slots is None else min(num_slots, total)
+    widest = cache_width(width + sampling.max_new_tokens)
+    place = place_of(model, params, mesh, tensor, held, slots=num_slots, columns=widest)
+    num_slots, key = place.slots(num_slots), place.there(key)
+    prefilled = place.read(model, params, rows)
+    laid = place.lay_out(model, params)
+    reading = time.perf_counter() - begin
     copies = total // len(begins)
     lengths = np.repeat(width - begins, copies)
-    num_slots = total if num_slots is None else min(num_slots, total)
-    if mesh is not None:
-        num_slots = whole_shards(num_slots, mesh)
     groups = groups_of(num_slots, mesh)
     ready = [Ready(n // copies, width, int(lengths[n]), n, int(ids[n])) for n in np.flatnonzero(ids >= 0).tolist()]
     queues = [_Batch(prefilled, ready[i::groups]) for i in range(groups)]
@@ -247,16 +260,16 @@ def roll_out(
         del prefilled  # its memory is free when no queue needs it
 
     def work(queue: _Batch, stop: threading.Event) -> Decoder:
-        decoder = Decoder(model, laid, key, num_slots // groups, mesh, sampling, stop_ids)
+        decoder = Decoder(model, laid, key, num_slots // groups, place.decoding, sampling, stop_ids)
         if together:
             queue.ready.clear()
             decoder.seat(queue.prefilled, ids, lengths)
         decoder.run(queue, stop)
         return decoder
 
-    done = side_by_side(work, queues, mesh)
+    done = side_by_side(work, queues, place.decoding)
     completions = {number: decoder.completion(number) for decoder in done for number in decoder.pieces}
-    figures = _figures(completions, done, reading, begin)
+    figures = _figures(completions, done, reading, begin) | {"tensor": place.tensor}
     longest = max((len(tokens) for tokens, _ in completions.values()), default=0)
     wide = completion_width(longest, sampling.max_new_tokens)
     dtype = np.result_type(np.float32, *(x.dtype for _, x in list(completions.values())[:1]))

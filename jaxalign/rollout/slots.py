@@ -1,6 +1,6 @@
 """Slots: rows of a batch that decode prompts which have been read, token by token, from a cache.
 
-    laid = lay_out(model, params)                       # once per rollout
+    laid = lay_out(model, params)                       # once per rollout, see `jaxalign.rollout.layout`
     prefilled = prefill(model, params, rows)
     slots = seat(prefilled, sample_ids, width=...)      # or `refill`, of some slots of a batch that is decoding
     slots, draws, steps = advance(model, laid, slots, draws, key, ...)
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache
-from jaxalign.models.schedule import cache_arrays, split_layers
+from jaxalign.models.schedule import split_layers
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
-from jaxalign.parallel.sharding import constrain, param_spec, path_name
+from jaxalign.parallel.sharding import constrain
 from jaxalign.rollout.sampling import Sampling, sample, token_keys
 from jaxalign.types import Array, CausalByIndex, Params, Rows
 
@@ -59,43 +59,6 @@ class Slots(NamedTuple):
     live: Array  # bool [B], False for a row that has ended or never began
 
 
-def lay_out(model: Model, params: Params) -> Params:
-    """Parameters as decoding reads them: split by layer, in the compute dtype, whole but for `tensor`.
-
-    Once for all tokens, in place of slicing, rounding and gathering them for each.  Where a whole copy would take more
-    than a quarter of a device's memory they stay split over `fsdp` too.
-
-    Args:
-      model: the policy.
-      params: its parameters, on the mesh or not.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = dict(mesh.shape).get("tensor", 1) if mesh is not None else 1
-    size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(model.config.dtype).itemsize / split
-    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    arrays = cache_arrays(model.config.num_layers)
-    return _lay_out(model, params, whole=room is None or size <= room / 4, arrays=arrays)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "whole", "arrays"))
-def _lay_out(model: Model, params: Params, *, whole: bool, arrays: int) -> Params:
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def place(path, x):
-        name = path_name(path)
-        if not name.endswith("scale"):  # norms work in their own precision
-            x = x.astype(model.config.dtype)
-        if mesh is None or mesh.empty:
-            return x
-        spec = param_spec(name, x.shape, mesh)  # type: ignore[arg-type]
-        return jax.lax.with_sharding_constraint(
-            x, jax.sharding.PartitionSpec(*(None if whole and axes == "fsdp" else axes for axes in spec))
-        )
-
-    params = jax.tree_util.tree_map_with_path(place, params)
-    return params | {"layers": split_layers(params["layers"], arrays)}
-
-
 @functools.partial(jax.jit, static_argnames=("model",))
 def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
     """Reads prompts.
@@ -108,13 +71,14 @@ def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
     """
     chex.assert_rank([rows.tokens, rows.attend_start], 2)
     hidden, keys, values = model.prefill(params, rows._replace(causal=CausalByIndex()))
-    return Prefilled(
-        keys=constrain(keys, None, "batch", "tensor", None, None),
-        values=constrain(values, None, "batch", "tensor", None, None),
-        hidden=constrain(hidden, "batch", None, None),
-        positions=constrain(rows.positions, "batch", None),
-        start=constrain(rows.attend_start, "batch", None),
-    )
+    return by_slots(Prefilled(keys, values, hidden, rows.positions, rows.attend_start))
+
+
+@jax.jit
+def by_slots(prefilled: Prefilled) -> Prefilled:
+    """Prompts that have been read, split over the ambient mesh as slots are."""
+    rest = (constrain(x, "batch", *[None] * (x.ndim - 1)) for x in prefilled[2:])
+    return Prefilled(_by_heads(prefilled.keys), _by_heads(prefilled.values), *rest)
 
 
 def repeat_rows(tree: Any, copies: int) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rollout import continuous, driver
+from jaxalign.rollout import continuous, driver, layout
 from jaxalign.rollout.sampling import Sampling
 from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
@@ -72,14 +72,14 @@ def test_slots_do_not_wait_for_their_neighbours(policy, whole):
 def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
     """Three of each prompt, numbered on, as if each prompt had been given three times; read once either way."""
     read = []
-    prefill = continuous.prefill
+    prefill = layout.prefill
 
     def counted(model, params, rows):
         for tokens, first in zip(rows.tokens, rows.attend_start, strict=True):
             read.extend(tuple(tokens[first == start].tolist()) for start in np.unique(first[tokens > 0]))
         return prefill(model, params, rows)
 
-    monkeypatch.setattr(continuous, "prefill", counted)
+    monkeypatch.setattr(layout, "prefill", counted)
     prompts = [p for p in PROMPTS if len(p) < 12]
     repeated, _ = run(policy, [p for p in prompts for _ in range(3)])
     assert sorted(read) == sorted(tuple(p.tolist()) for p in prompts)
@@ -92,8 +92,8 @@ def test_samples_of_a_prompt_share_its_reading(policy, monkeypatch):
 @pytest.mark.parametrize("meshed", [False, True])
 def test_prompts_are_read_in_full_rows_of_one_shape(policy, monkeypatch, meshed):
     """Lengths of any kind: one program reads them all, and little of what it reads is padding."""
-    shapes, prefill = [], continuous.prefill
-    monkeypatch.setattr(continuous, "prefill", lambda *a: shapes.append(a[2].tokens.shape) or prefill(*a))
+    shapes, prefill = [], layout.prefill
+    monkeypatch.setattr(layout, "prefill", lambda *a: shapes.append(a[2].tokens.shape) or prefill(*a))
     lengths = np.minimum(np.random.default_rng(5).geometric(1 / 20, 400), 90)
     prompts = [
         np.r_[1, np.random.default_rng(i).integers(6, 32, n - 1)].astype(np.int32) for i, n in enumerate(lengths)
@@ -112,8 +112,8 @@ def test_groups_of_slots_say_what_one_batch_says(policy, whole, monkeypatch, gro
     """Each in a thread of its own, on prompts of its own; with a mesh of one device as without."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if meshed else None
     monkeypatch.setattr(continuous, "groups_of", lambda *_: groups)
-    busy, prefill = set(), continuous.prefill
-    monkeypatch.setattr(continuous, "prefill", lambda *a: busy.add(threading.get_ident()) or prefill(*a))
+    busy, prefill = set(), layout.prefill
+    monkeypatch.setattr(layout, "prefill", lambda *a: busy.add(threading.get_ident()) or prefill(*a))
     found, stats = run(policy, num_slots=6, mesh=mesh)
     assert [s.ids for s in found] == whole[0]
     np.testing.assert_allclose([s.logprob for s in found], whole[1], atol=2e-4)

@@ -8,7 +8,7 @@ import pytest
 from jaxalign.models import schedule
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rollout import continuous, driver, slots
+from jaxalign.rollout import continuous, driver, layout
 from tests.rollout.test_continuous import PROMPTS, SAMPLING
 from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
 
@@ -37,7 +37,7 @@ def one_by_one(policy):
 @pytest.fixture
 def looped(monkeypatch):
     """Layers two at a time; tells how many dims the caches had, and who moved them."""
-    monkeypatch.setattr(slots, "cache_arrays", lambda num_layers: num_layers // 2)
+    monkeypatch.setattr(layout, "cache_arrays", lambda num_layers: num_layers // 2)
     monkeypatch.setattr(driver, "GROWTH", 4)
     monkeypatch.setattr(driver, "_WORTH", 2)
     monkeypatch.setattr(driver, "_FEWEST", 1)

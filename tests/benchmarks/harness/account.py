@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import batch_sharding, param_shardings
+from jaxalign.rollout.layout import lay_out
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width
-from jaxalign.rollout.slots import advance, empty_draws, lay_out, prefill, seat
+from jaxalign.rollout.slots import advance, empty_draws, prefill, seat
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import memory_of
 from jaxalign.train.dryrun import abstract_batch
