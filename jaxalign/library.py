@@ -37,7 +37,7 @@ def load(
       path: a directory in Hugging Face form, on disk or at a URL, or a hub id.
       dtype: of the computation; None: the configuration's default, and so for the next two.
       param_dtype: of the parameters.
-      remat: what the backward pass recomputes: none, dots, offload or full.
+      remat: what the backward pass recomputes: none, dots, attention, offload or full.
       head: "lm", "score", or None for what the checkpoint is.
       key: of a new scalar head; None: the checkpoint must have one.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.

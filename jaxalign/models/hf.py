@@ -47,7 +47,7 @@ def load(
       path: a directory in Hugging Face form, on disk or at a URL, or a hub id.
       dtype: of the computation.
       param_dtype: of the parameters; the file's numbers are converted while they are read.
-      remat: what the backward pass recomputes: none, dots, offload or full.
+      remat: what the backward pass recomputes: none, dots, attention, offload or full.
       revision: of a hub id.
       head: "lm", "score", or None for what the checkpoint is. "score" on a causal language model drops its token head
         and starts a scalar one.

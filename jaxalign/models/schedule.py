@@ -44,10 +44,15 @@ def _to_host(primitive, *args, **params):
     return policy(primitive, *args, **params)
 
 
+# Queries, keys, values and the output projection: with attention's result, what the policy "attention" keeps. It leaves
+# out what is widest, the mlp's.
+AROUND_ATTENTION = "around attention"
+
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _dots, jax.checkpoint_policies.save_only_these_names(SAVED)
     ),
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED, AROUND_ATTENTION),
     "offload": _to_host,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models.cache import Cache, extend, of_layer
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries
 from jaxalign.models.position_order import by_position, pays
-from jaxalign.models.schedule import run_cached, run_layers, run_prefill
+from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.embedding import lookup
@@ -53,6 +54,11 @@ class Norm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
+def _kept(x):
+    """The same, by the name under which a rematerialisation policy may keep it."""
+    return checkpoint_name(x, AROUND_ATTENTION)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention over intervals, with rotary positions."""
 
@@ -67,9 +73,9 @@ class Attention(nnx.Module):
     def __call__(self, x, given: LayerInputs, queries: Queries):
         """The answers to the query tokens, and the keys and values of all tokens that they see: [B, K, S, H], with a
         cache as it holds them."""
-        q = constrain(rotate(self.query(queries.x), *queries.rotation), "batch", None, "tensor", None)
-        k = constrain(rotate(self.key(x), *given.rotation), "batch", None, "tensor", None)
-        v = constrain(self.value(x), "batch", None, "tensor", None)
+        q = _kept(constrain(rotate(self.query(queries.x), *queries.rotation), "batch", None, "tensor", None))
+        k = _kept(constrain(rotate(self.key(x), *given.rotation), "batch", None, "tensor", None))
+        v = _kept(constrain(self.value(x), "batch", None, "tensor", None))
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if given.seen is not None:
             kept = extend(given.seen, *kept)
@@ -77,7 +83,7 @@ class Attention(nnx.Module):
         rows = queries.rows
         backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=given.causal, asked=given.backend)
         out = attention(q, k, v, rows.attend_start, rows.attend_end, slots_BS=given.slots, backend=backend)
-        return self.out(constrain(out, "batch", None, "tensor", None)), kept
+        return _kept(self.out(constrain(out, "batch", None, "tensor", None))), kept
 
 
 class Mlp(nnx.Module):

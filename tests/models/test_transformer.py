@@ -101,7 +101,7 @@ def test_remat_changes_nothing(x64):
     tokens = np.random.default_rng(0).integers(0, 64, (1, 100))
     rows, weights = tiny.causal(tokens), np.ones((1, 100))
     results = []
-    for remat in ("none", "dots", "offload", "full"):
+    for remat in ("none", "dots", "attention", "offload", "full"):
         model = tiny.model(remat=remat, **WIDE)
         results.append(loss_and_grads(model, params_of(model), rows, weights))
     for result in results[1:]:
@@ -124,6 +124,8 @@ def test_policies_keep_what_they_say():
     attention = [(1, 100, 2, 2, 8)]
     assert kept_by("full") == [(layer_input, False)]
     assert kept_by("dots") == sorted((x, False) for x in [layer_input, *products, *attention])
+    heads = [(1, 100, 4, 8), *[(1, 100, 2, 8)] * 2, (1, 100, 32)]  # q, k, v and the projection, without the mlp's
+    assert kept_by("attention") == sorted((x, False) for x in [layer_input, *heads, *attention])
     assert kept_by("offload") == sorted([(layer_input, False), *((x, True) for x in products + attention)])
 
 

@@ -116,7 +116,7 @@ def test_trap_accumulation_changes_nothing(algorithm, x64):
 
 @pytest.mark.parametrize(
     ("algorithm", "remat"),
-    [("sft", "dots"), ("sft", "full"), ("reward", "full"), ("dpo", "full"), ("ipo", "dots"), ("ppo", "full")],
+    [("sft", "dots"), ("sft", "full"), ("reward", "full"), ("dpo", "attention"), ("ipo", "dots"), ("ppo", "full")],
 )
 def test_rematerialisation_changes_nothing(algorithm, remat, x64):
     assert_same(result(algorithm, data(algorithm), remat=remat), algorithm)
