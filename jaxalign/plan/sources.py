@@ -25,8 +25,14 @@ class Sources:
         """
         self._module, self._computation, self._arguments = module, computation, arguments
 
-    def of(self, name: str, index: int | None = None) -> str:
-        """Of an instruction's result, or of one element of the tuple that it gives; "" of a computed one."""
+    def of(self, name: str, index: int | None = None, *, stacked: bool = False) -> str:
+        """Of an instruction's result, or of one element of the tuple that it gives; "" of a computed one.
+
+        Args:
+          name: the instruction's.
+          index: of an element.
+          stacked: what is written into an array counts for all of it.
+        """
         while True:
             x = self._computation.by_name[name]
             if x.opcode == "parameter":
@@ -37,8 +43,14 @@ class Sources:
                 name, index = x.operands[index], None
             elif x.opcode in _THROUGH:
                 name = x.operands[0]
-            elif x.opcode == "fusion" and (number := self._cut_from(x, index)) is not None:
+            elif stacked and x.opcode == "dynamic-update-slice":
+                name = x.operands[1]
+            elif x.opcode == "fusion" and (number := self._cut_from(x, index, stacked)) is not None:
                 name, index = x.operands[number], None
+            elif x.opcode == "while" and index is not None:
+                # Handed on unchanged, or stacked by its turns, as what is kept for a backward pass.
+                body = self._module.computations[x.called("body")[0]]
+                return self.of_turn(x).of(body.by_name[body.root].operands[index], stacked=True)
             else:
                 return ""
 
@@ -55,12 +67,12 @@ class Sources:
         """Those in a computation that is called with these operands."""
         return Sources(self._module, self._module.computations[name], lambda n, index: self.of(operands[n], index))
 
-    def _cut_from(self, x: Instruction, index: int | None) -> int | None:
+    def _cut_from(self, x: Instruction, index: int | None, stacked: bool) -> int | None:
         """The operand that a fusion's result, or one of several, is cut out of or cast from."""
         inner = self._module.computations[x.called("calls")[0]]
         y = inner.by_name[inner.root]
         if y.opcode == "tuple" and index is not None:
             y = inner.by_name[y.operands[index]]
-        while y.opcode in _THROUGH:
-            y = inner.by_name[y.operands[0]]
+        while y.opcode in _THROUGH or (stacked and y.opcode == "dynamic-update-slice"):
+            y = inner.by_name[y.operands[y.opcode == "dynamic-update-slice"]]
         return int(y.literal) if y.opcode == "parameter" else None
