@@ -292,6 +292,10 @@ def _dry(stages: list[PlannedStage], say: Callable[[str], None]) -> dict[str, An
             _may_begin(stage.config)  # a changed stage among several is run anew, a run alone is refused
         results[stage.name] = _train(stage, dry_run=True)
         _release()
+    if len(stages) > 1:  # those of the first ones have scrolled away
+        for name, result in results.items():
+            for warning in result.get("warnings", ()):
+                say(f"warning: {name}: {warning}")
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,20 +18,21 @@ from jaxalign.train.compiled import device_limit, in_words
 from jaxalign.train.models import bytes_by_role, num_bytes, per_source
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
-from jaxalign.train.stage import Stage, data_warnings
+from jaxalign.train.stage import Stage, stage_warnings
 
 _ROLES = {0: "chosen", 1: "rejected", 2: "completion"}
 
 
-def report(stage: Stage) -> dict[str, Any]:
+def report(stage: Stage, told: Sequence[str] = ()) -> dict[str, Any]:
     """Prints figures of the data, three rows decoded with their masks, the memory of a training step, and what the
-    report warns of, last.  The whole report goes to `data_report.json`, unless a run has written its own there.
+    there is to warn of, last.  The whole report goes to `data_report.json`, unless a run has written its own there.
 
     Args:
       stage: data, models and compiled steps.
+      told: warnings about its configuration; they stand with the others.
 
     Returns:
-      `data`, `rows` (text), `steps`, `memory` (bytes a device, by the compiler's account), `model_bytes`.
+      `data`, `rows` (text), `steps`, `memory` (bytes a device, by the compiler's account), `model_bytes`, `warnings`.
 
     Raises:
       InputError: the step does not fit, with bytes needed and there.
@@ -59,8 +61,8 @@ def report(stage: Stage) -> dict[str, Any]:
     room = check_room(stage)
     updates = stage.num_steps * stage.program.updates
     say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
-    of_data = [f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)]
-    for warning in [*room, *rarely(stage), *of_data]:
+    warnings = [*told, *room, *rarely(stage), *stage_warnings(stage)]
+    for warning in warnings:
         say(f"warning: {warning}")
     if stage.directory.untrained():
         stage.write_report()
@@ -71,6 +73,7 @@ def report(stage: Stage) -> dict[str, Any]:
         "steps": stage.num_steps,
         "memory": memory,
         "model_bytes": sizes,
+        "warnings": warnings,
     }
 
 

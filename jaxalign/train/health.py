@@ -119,7 +119,7 @@ class Health:
             value = signs.get(sign)
             if value is None or sign in self._told or (value > limit if limit < 0 else value < limit):
                 continue
-            found.append(f"{text.format(value=value)} ({sign})")
+            found.append(f"{text.format(value=abs(value))} ({sign})")
             self._told[sign] = f"{sign} {value:.4g} at step {step}"
         return found
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
-from jaxalign.parallel.sharding import param_shardings, replicated
+from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
@@ -151,6 +151,20 @@ class Stage:
     def write_report(self) -> None:
         """Writes `data_report.json`: what was read, used and dropped."""
         self.directory.write_json("data_report.json", self.dataset.report)
+
+
+def stage_warnings(stage: Stage) -> list[str]:
+    """Warnings about a stage as a whole, before its first step: its length, its mesh, its data."""
+    c = stage.config
+    found = [*unsplit(stage.mesh, stage.like.params)]
+    if stage.num_steps * stage.program.updates == 1:
+        rows = min(c.batch_size, stage.dataset.num_rows)
+        longer = "num_epochs=10" if c.num_train_steps is None else "num_train_steps=100"
+        found.append(
+            f"1 update in all, of {rows:,} rows: next to nothing is learned; --config.{longer}, or a smaller "
+            "--config.batch_size"
+        )
+    return found + [f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)]
 
 
 def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:

@@ -19,7 +19,6 @@ from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.processes import say
-from jaxalign.parallel.sharding import unsplit
 from jaxalign.parallel.watch import watched
 from jaxalign.train.best import Patience, check_best_metric, rarely
 from jaxalign.train.card import model_card
@@ -37,7 +36,7 @@ from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.train.schedule_free import evaluated
-from jaxalign.train.stage import Stage, data_warnings
+from jaxalign.train.stage import Stage, stage_warnings
 from jaxalign.train.trackers import check_trackers
 from jaxalign.types import TrainState
 
@@ -68,7 +67,8 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     require_dtypes(**{name: config.model[name] for name in ("dtype", "param_dtype", "frozen_dtype")})
     check_trackers(config.logging.trackers)
     config, of_lengths = fit_length(config)
-    for warning in (*told, *(said for said in of_lengths if said not in checked.warnings)):
+    cut = [said for said in of_lengths if said not in checked.warnings]
+    for warning in (*told, *cut):
         warnings.warn(warning, stacklevel=2)
     startup.start(config.process_timeout)
     check_functions(config)
@@ -89,7 +89,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
             stage = Stage(config, mesh, directory, lock)
             stage.check_weights()
             if dry_run:
-                return report(stage)
+                return report(stage, [*checked.warnings, *cut])
             with memory_errors(f"{config.algorithm.name} stage"):
                 results = _train(stage)
         results |= {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
@@ -101,9 +101,7 @@ def _train(stage: Stage) -> dict[str, Any]:
     """Trains to the end and exports; returns the results."""
     c, program = stage.config, stage.program
     check_best_metric(stage)
-    for sentence in unsplit(stage.mesh, stage.like.params):
-        warnings.warn(sentence, stacklevel=2)
-    for sentence in [*rarely(stage), *(f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset))]:
+    for sentence in [*rarely(stage), *stage_warnings(stage)]:
         say(f"warning: {sentence}")
     checkpoints = Checkpoints(
         stage.directory.checkpoints,

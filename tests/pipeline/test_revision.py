@@ -85,6 +85,6 @@ def test_a_dry_run_stands_in_for_a_stage_by_its_start_at_that_revision(hub, tmp_
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     first.data.sources = second.data.sources = (str(tmp_path / "d.jsonl"),)
     seen = []
-    monkeypatch.setattr(pipeline, "_train", lambda stage, dry_run: seen.append(stage.config.model.to_dict()))
+    monkeypatch.setattr(trainer, "run", lambda checked, dry_run: seen.append(checked.config.model.to_dict()) or {})
     pipeline.run(stages(str(tmp_path / "runs"), sft=first, dpo=second), dry_run=True, log=lambda line: None)
     assert [(m["path"], m["revision"]) for m in seen] == [("org/tiny", "v1")] * 2

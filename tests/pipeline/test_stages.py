@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxalign.config import defaults, stages
+from jaxalign.config import defaults, stages, to_dict
 from jaxalign.errors import InputError
 from jaxalign.pipeline import keys
 from jaxalign.pipeline import stages as module
+from jaxalign.train.models import fit_length
+from jaxalign.train.rundir import RunDir
 
 
 @pytest.fixture
 def trainer(monkeypatch):
     """Calls of the trainer, by stage; `stop` names a stage that ends before it is done."""
-    calls = types.SimpleNamespace(names=[], configs=[], dry=[], stop=None, fail=None)
+    calls = types.SimpleNamespace(names=[], configs=[], dry=[], stop=None, fail=None, result={"loss": 1.0})
 
     def run(checked, dry_run=False):
         config, workdir = checked.config, Path(checked.config.workdir)
@@ -24,7 +26,7 @@ def trainer(monkeypatch):
         calls.configs.append(config)
         calls.dry.append(dry_run)
         if dry_run:
-            return {"dry": True}
+            return {"dry": True, "warnings": [f"of {workdir.name}"]}
         if calls.fail == workdir.name:
             raise RuntimeError("a crash")
         (workdir / "export").mkdir(parents=True, exist_ok=True)
@@ -33,7 +35,7 @@ def trainer(monkeypatch):
             (workdir / "DONE").write_text('{"steps": 1}')
             (workdir / "export").mkdir(exist_ok=True)
             (workdir / "export" / "model.safetensors").write_text("")
-        return {"loss": 1.0}
+        return calls.result
 
     fake = types.ModuleType("jaxalign.train.trainer")
     fake.run = run
@@ -77,6 +79,16 @@ def road(tmp_path):
         return c
 
     return make
+
+
+@pytest.fixture
+def single(tmp_path):
+    """A configuration without stages."""
+    data = tmp_path / "d.jsonl"
+    data.write_text("{}\n")
+    c = section("sft", data)
+    c.model.path, c.workdir = "org/model", str(tmp_path / "one")
+    return c
 
 
 def test_stages_run_in_order_on_each_others_results(road, trainer, tmp_path):
@@ -262,9 +274,9 @@ def test_a_workdir_that_cannot_be_is_input(road, trainer, tmp_path, monkeypatch,
         ),
     ],
 )
-def test_the_last_line_shows_what_came_of_it(result, line):
-    lines = []
-    module._report(module.PlannedStage("", None, "", {}, []), {**result, "export": "out"}, lines.append)
+def test_the_last_line_shows_what_came_of_it(single, trainer, result, line):
+    lines, trainer.result = [], {**result, "export": "out"}
+    module.run(single, log=lines.append)
     assert lines == [line]
 
 
@@ -322,6 +334,32 @@ def test_dry_run_stands_for_what_is_not_trained_yet(road, trainer, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_warnings_of_all_stages_end_a_dry_run(road, trainer):
+    lines = []
+    module.run(road(), dry_run=True, log=lines.append)
+    assert lines[-4:] == [f"warning: {name}: of {name}" for name in trainer.names]
+
+
+def test_a_changed_stage_among_several_is_dry_run_and_a_changed_run_alone_is_refused(
+    road, single, trainer, shared, tmp_path
+):
+    module.run(road(), log=lambda line: None)
+    module.run(road(sft__optimizer__learning_rate=3e-5), dry_run=True, log=lambda line: None)  # it would be run anew
+    assert trainer.names[4:] == trainer.names[:4] and all(trainer.dry[4:])
+    assert not list((tmp_path / "run").glob("*.old-*"))
+
+    single.model.path = str(shared / "models" / "stories260k-llama")
+    directory = RunDir(single.workdir)
+    directory.open(to_dict(fit_length(single)[0]), resume=True)
+    directory.metrics.write_text('{"step": 1, "loss": 1.0}\n')
+    module.run(single, dry_run=True, log=lambda line: None)
+    assert trainer.names[8:] == ["one"]
+    single.optimizer.learning_rate = 3e-5
+    with pytest.raises(InputError, match="another configuration"):
+        module.run(single, dry_run=True, log=lambda line: None)
+    assert len(trainer.names) == 9
+
+
 def test_warnings_name_their_stage(road, trainer):
     lines = []
     module.run(road(dpo__algorithm__beta=3.0), log=lines.append)
@@ -335,12 +373,8 @@ def test_a_seed_of_a_stages_own_is_told_to_be_without_effect(road):
     assert [s.name for s in planned if "its own seed" in str(s.checked.warnings)] == ["dpo"]
 
 
-def test_a_single_stage_is_the_trainers_own(trainer, tmp_path):
-    data = tmp_path / "d.jsonl"
-    data.write_text("{}\n")
-    c = section("sft", data)
-    c.model.path, c.workdir = "org/model", str(tmp_path / "one")
-    assert module.run(c, log=lambda line: None) == {"loss": 1.0}
+def test_a_single_stage_is_the_trainers_own(single, trainer, tmp_path):
+    assert module.run(single, log=lambda line: None) == {"loss": 1.0}
     assert not (tmp_path / "one" / "stage.json").exists()
 
 

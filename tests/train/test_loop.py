@@ -327,3 +327,8 @@ def test_a_resume_tells_the_same_signs_no_second_time():
     health.signs({"loss": 0.25, "grad_norm": 0.0})
     assert "the gradient is 0 at the end" in health.concern()
     assert Health([{"step": n, "loss": 0.6931 + 0.002 * n} for n in range(8)]).concern() == ""  # noise
+
+
+def test_a_fall_of_the_log_probs_is_told_without_a_second_minus():
+    (said,) = Health().news(40, {"health/chosen_logps_change": -1344.0})
+    assert "by 1344 nats" in said

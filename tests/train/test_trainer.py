@@ -99,8 +99,10 @@ def test_reward_model_run_and_its_results(shared, tmp_path):
 
 
 def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
-    spec = stories(shared, tmp_path / "run", "dpo", **{"data.eval_fraction": 0.3, "batch_size": 64})
-    found = trainer.run(make_config(spec), dry_run=True, devices=jax.devices()[:1])
+    fields = {"data.eval_fraction": 0.3, "batch_size": 64, "algorithm.beta": 3.0}
+    spec = stories(shared, tmp_path / "run", "dpo", **fields)
+    with pytest.warns(UserWarning, match="beta is 3"):
+        found = trainer.run(make_config(spec), dry_run=True, devices=jax.devices()[:1])
     out = capsys.readouterr().out
     assert len(found["rows"]) == 3 and "⟦" in found["rows"][0] and "chosen" in found["rows"][0]
     assert found["steps"] == 8 and found["memory"]["total"] > 0 and found["model_bytes"]["ref"] > 0
@@ -116,6 +118,9 @@ def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
     # what needs a person's eye comes last
     *_, rows, batch, where = out.splitlines()
     assert where.endswith("run/data_report.json") and rows.startswith("warning: data: ")
+    last = out.splitlines()[-1 - len(found["warnings"]) : -1]
+    assert last == [f"warning: {said}" for said in found["warnings"]]
+    assert any("algorithm.beta is 3" in line for line in last)  # again, where it is seen
     assert f"a batch has 64 rows and the data fill only {used}" in batch and "--config.batch_size=16" in batch
     assert out.index("data:") < out.index("row 2") < out.index("a training step needs") < out.index("warning: data")
 
@@ -135,7 +140,8 @@ def test_a_dry_run_where_a_run_is_refuses_what_training_refuses_and_leaves_its_r
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(shared, tmp_path, capsys):
     fields, workdir = {"num_train_steps": 1, "batch_size": 8}, tmp_path / "run"
     train(shared, workdir, "sft", **fields)
-    assert "begins anew" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "begins anew" not in said and "warning: 1 update in all, of 8 rows" in said
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "DONE").unlink()
     train(shared, workdir, "sft", **fields)
