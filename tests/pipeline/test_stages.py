@@ -9,7 +9,6 @@ import pytest
 
 from jaxalign.config import defaults, stages, to_dict
 from jaxalign.errors import InputError
-from jaxalign.pipeline import keys
 from jaxalign.pipeline import stages as module
 from jaxalign.train.models import fit_length
 from jaxalign.train.rundir import RunDir
@@ -376,42 +375,6 @@ def test_a_seed_of_a_stages_own_is_told_to_be_without_effect(road):
 def test_a_single_stage_is_the_trainers_own(single, trainer, tmp_path):
     assert module.run(single, log=lambda line: None) == {"loss": 1.0}
     assert not (tmp_path / "one" / "stage.json").exists()
-
-
-def test_reward_functions_count_by_their_source(tmp_path):
-    function = tmp_path / "mine.py"
-    function.write_text("def f(): return 1\n")
-    config = defaults("ppo")
-    config.rewards.function = f"{function}:f"
-    before = keys.keys_of(config, {}, ()).key
-    assert before == keys.keys_of(config, {}, ()).key
-    function.write_text("def f(): return 2\n")
-    assert keys.keys_of(config, {}, ()).key != before
-    assert keys.module_file("json.decoder:JSONDecoder").endswith("decoder.py")
-    assert keys.module_file("nowhere.at.all:f") == "nowhere.at.all:f"
-
-
-def test_paths_of_every_kind(tmp_path):
-    (tmp_path / "a.jsonl").write_text("1")
-    sources = ("gs://bucket/x", {"path": "org/name"}, str(tmp_path / "*.jsonl"))
-    assert keys.paths_in(sources) == ["gs://bucket/x", "org/name", str(tmp_path / "*.jsonl")]
-    assert keys.file_digest("gs://bucket/x") is None and keys.file_digest("org/name") is None
-    assert keys.file_digest("{% for m in messages %}" * 1000) is None
-    before = keys.file_digest(sources[2])
-    (tmp_path / "b.jsonl").write_text("2")
-    assert keys.file_digest(sources[2]) != before is not None
-
-
-def test_large_files_count_by_size_time_and_ends(tmp_path):
-    big = tmp_path / "big.bin"
-    with big.open("wb") as file:
-        file.truncate((64 << 20) + 10)
-    before = keys.file_digest(str(big))
-    assert before == keys.file_digest(str(big))
-    with big.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"x")
-    assert keys.file_digest(str(big)) != before
 
 
 def test_a_second_run_of_the_stages_is_refused_and_nothing_is_moved(road, trainer, tmp_path):
