@@ -167,3 +167,7 @@ _COMMANDS = {  # name: the module of `jaxalign.commands` that has a function of 
     "compare": "models",
     "doctor": "models",
 }
+
+
+if __name__ == "__main__":  # python -m jaxalign.cli
+    sys.exit(main())

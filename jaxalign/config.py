@@ -91,7 +91,8 @@ def _common() -> ConfigDict:
                 "attention": none(str),  # the backend; default: what suits the platform
             },
             "data": {
-                "sources": (),  # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset
+                # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset, streaming
+                "sources": (),
                 "eval_sources": (),  # held-out records, in the form of data.sources
                 "eval_fraction": 0.0,  # share of the training records held out where eval_sources is empty
                 "max_records": none(int),  # records read from all sources together

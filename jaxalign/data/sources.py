@@ -268,11 +268,20 @@ def _read_datasets(source: Source) -> Iterator[Raw]:
         rows, label = loaded[split], f"{path}[{split if part is None else source.split}]"
     else:
         rows, label = loaded, path if saved else f"{path}[{source.split or 'train'}]"
-    try:
-        for number, row in enumerate(islice(rows, *(part or ("", 0, None))[1:]), 1):
-            yield Raw(label, number, row)
-    except Exception as error:  # such as a connection that breaks while streaming
-        raise _not_loaded(source, error) from error
+    found, number = iter(islice(rows, *(part or ("", 0, None))[1:])), 0
+    while True:
+        try:
+            row = next(found)
+        except StopIteration:
+            return
+        except Exception as error:  # what decodes a row raises, or a connection that breaks while streaming
+            raise InputError(
+                f"{label}:{number + 1}: {_reason(error)}",
+                "a record that `datasets` can read",
+                "the same command again" if source.streaming else "repair or delete that record",
+            ) from error
+        number += 1
+        yield Raw(label, number, row)
 
 
 def _part(source: Source) -> tuple[str, int, int | None] | None:
@@ -291,8 +300,12 @@ def _part(source: Source) -> tuple[str, int, int | None] | None:
     return name, int(found[1] or 0), int(found[2]) if found[2] else None
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _not_loaded(source: Source, error: Exception) -> InputError:
-    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    reason = _reason(error)
     if os.path.isdir(source.path):
         return InputError(
             f"{source.path}: {reason}", "a directory that `datasets` loads", config_line(source, name=None, split=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -10,10 +11,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxalign import __version__
 from jaxalign.config import defaults
+from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS
 from jaxalign.train.metrics import read_metrics
+from jaxalign.train.models import fit_length
 from jaxalign.train.rundir import RunDir
 
 _PACKAGES = ("jax", "flax", "optax", "transformers", "datasets")
@@ -59,7 +64,7 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
     if figures := list(_figures(run, step)):
         parts += ["## Figures", _table(("figure", "value"), figures)]
     parts += ["## Configuration", "What differs from the defaults; `jaxalign train --config=FILE.yaml` reads it."]
-    parts.append(f"```yaml\n{_yaml(changed(config))}```")
+    parts.append(f"```yaml\n{_yaml(changed(_as_given(config)))}```")
     if command := _command():
         parts.append(f"Command:\n\n```bash\n{command}\n```")
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
@@ -75,6 +80,15 @@ def without_secrets(text: str) -> str:
     """
     text = re.sub(r"(\w+://)[^\s/@`'\"|]*@", r"\1", text)
     return re.sub(r"(\w+://[^\s?`'\"|]*)\?[^\s`'\"|]*", r"\1", text)
+
+
+def _as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's configuration without a `data.max_length` that its models gave."""
+    unset = dict(config) | {"data": dict(config["data"]) | {"max_length": None}}
+    with contextlib.suppress(InputError):  # a model that is not there any more
+        if fit_length(ConfigDict(unset))[0].data.max_length == config["data"]["max_length"]:
+            return unset
+    return config
 
 
 def changed(config: Mapping[str, Any]) -> dict[str, Any]:

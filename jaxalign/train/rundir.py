@@ -77,6 +77,7 @@ class RunDir:
         self.cache = self.path / "cache"
         self.export = self.path / "export"
         self.begun = False  # whether `open` found a run's configuration in it
+        self._made = False  # whether this call made it
 
     def open(self, config: Mapping[str, Any], *, resume: bool) -> dict | None:
         """Takes the directory for a run of this configuration.
@@ -173,10 +174,23 @@ class RunDir:
         if self.remote:
             return
         with usable(self.path, self._flag):
+            self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
             probe.write_text("")
             probe.unlink()
+
+    @contextlib.contextmanager
+    def left_if_refused(self) -> Iterator[None]:
+        """Removes the directory again where `make` made it and the block is refused with nothing but notes in it."""
+        try:
+            yield
+        except InputError:
+            notes = {"config.json", "data_report.json"}
+            if self._made and is_main() and {path.name for path in self.path.iterdir()} <= notes:
+                with contextlib.suppress(OSError):
+                    self.path.rmtree()
+            raise
 
     def lost_export(self) -> str:
         """What to say of a finished run whose exported model is gone; "" where it is there."""

@@ -76,7 +76,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     _check_batch(config, mesh)
     directory = RunDir(config.workdir)
     directory.make()
-    with watched(config.process_timeout), exclusive(directory.path) as lock:
+    with directory.left_if_refused(), watched(config.process_timeout), exclusive(directory.path) as lock:
         if not dry_run:
             require_shared(directory)
             done = directory.open(configuration.to_dict(config), resume=config.checkpoint.resume)

@@ -132,6 +132,10 @@ def test_help_pages(capsys):
     assert max(map(len, page.splitlines())) <= 120
 
 
+def test_the_module_is_a_program_too():
+    assert fresh("-m", "jaxalign.cli", "--version").stdout.startswith("jaxalign ")
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("jaxalign 0.")

@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign.cli import main
 from jaxalign.config import defaults, get, leaves
+from jaxalign.data.source import Source
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.pipeline.configtext import FORMS, as_python, written
 from jaxalign.pipeline.fields import fields
@@ -157,6 +158,11 @@ def test_every_field_is_listed(algorithm, capsys):
     out = capsys.readouterr().out
     assert all(f"\n{name} = " in out for name in leaves(defaults(algorithm)))
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_the_keys_of_a_source_are_listed():
+    told = next(field.sentence for field in fields("dpo") if field.name == "data.sources")
+    assert all(key in told for key in Source._fields if key != "field")
 
 
 def test_fields_have_the_sentences_of_their_own_algorithm():

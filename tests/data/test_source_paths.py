@@ -163,11 +163,22 @@ def test_a_streamed_set_is_read_no_further_than_needed(tmp_path, monkeypatch):
     assert texts(part) == ["t5", "t6", "t7"] and len(given) == 308
     (raw, *_) = read(Source("owner/set", split="train[5:8]", streaming=True))
     assert raw.where == "owner/set[train[5:8]]:1"
-    assert "reset by peer" in fails({"path": "owner/set", "streaming": True}).found
+    error = fails({"path": "owner/set", "streaming": True})
+    assert (
+        "owner/set[train]:901" in error.found and "reset by peer" in error.found and "no such file" not in error.found
+    )
     assert '"split": "train[:1000]"' in fails({**part, "split": "train[:5%]"}).fix
     assert '"split": "train"' in fails({**part, "split": "trian[:5]"}).fix
     assert "streaming" in fails({**part, "streaming": "yes"}).found
     assert "local files" in fails({"path": write(tmp_path / "a.jsonl", "a"), "streaming": True}).found
+
+
+def test_a_row_that_cannot_be_decoded_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "image": [None, {"bytes": b"no image", "path": None}]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    error = fails(str(tmp_path / "saved"))
+    assert f"{tmp_path / 'saved'}:2: " in error.found and "no such" not in error.found and "that record" in error.fix
 
 
 def test_a_repository_on_disk_may_be_streamed(tmp_path):

@@ -15,6 +15,8 @@ from jaxalign.config import defaults, stages
 from jaxalign.pipeline import stages as pipeline
 from jaxalign.pipeline.configfile import load_config
 from jaxalign.train import checkpoints
+from jaxalign.train.card import model_card
+from jaxalign.train.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,10 @@ def test_the_card_says_what_the_model_is_made_of(run, tmp_path):
     for words in ("stories260k-llama", "d.jsonl", "16 records trained on", "eval/loss", "learning_rate: 1.0", "jax "):
         assert words in text, words
     assert "the records of data.sources" in text  # with a digest
+    assert "max_length: 32" in text
+    given = json.loads((run / "sft" / "config.json").read_text())["config"]
+    settled = given | {"data": given["data"] | {"max_length": 512}}  # what the model was made for: nobody asked for it
+    assert "max_length" not in model_card(RunDir(str(run / "sft")), settled, 1)
     number = re.search(r"after (\d+) steps", text)[1]
     loss = next(
         row["eval/loss"]

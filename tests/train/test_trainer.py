@@ -150,6 +150,20 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_a
     assert [row["step"] for row in metrics_of(workdir)] == [1]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_refused_data_leave_no_directory_behind(shared, tmp_path, dry_run):
+    data = tmp_path / "late.jsonl"
+    data.write_text('{"text": "Once"}\n' * 40 + '{"story": "Once"}\n')
+    for made in (False, True):
+        workdir = tmp_path / f"run{made}"
+        if made:
+            workdir.mkdir()
+        spec = stories(shared, workdir, "sft", **{"data.sources": (str(data),), "data.max_records": None})
+        with pytest.raises(InputError, match=":41: no"):
+            trainer.run(make_config(spec), dry_run=dry_run, devices=jax.devices()[:1])
+        assert workdir.exists() == made  # one that was there stays
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path):
     with pytest.raises(InputError, match="batch_size=8"):
         train(shared, tmp_path / "run", "sft", devices=8, batch_size=4)
