@@ -35,6 +35,7 @@ Change any field by its dotted name; a config file holds several stages, or what
 
 Commands
   train      train: sft, reward, dpo or ppo by name, or a config file with one stage or several in order
+  plan       what a config needs of a machine that one does not have, and how fast it would be
   config     the fields of an algorithm with their defaults; a config file to start from
   export     write a run's checkpoint as a Hugging Face directory
   generate   continue a prompt
@@ -129,14 +130,14 @@ def _interrupted(program: bool) -> int:
 
 def _rendered(error: InputError, argv: Sequence[str]) -> str:
     """An error in the terms of a command: with a config file, or of flags alone."""
-    file = argv[0] == "train" and (len(argv) == 1 or argv[1].startswith("-"))
+    file = argv[0] in ("train", "plan") and (len(argv) == 1 or argv[1].startswith("-"))
     return error.render() if file else error.render(_flags_of(argv), file=False)
 
 
 def _flags_of(argv: Sequence[str]) -> Callable[[str], str]:
     """How a command's flags call the fields of a configuration, where it takes no config file."""
     own = {"model.path": "--model", "data.sources": "--data", "rewards.function": "--reward"}
-    if argv[0] not in ("train", "config", "evaluate"):
+    if argv[0] not in ("train", "plan", "config", "evaluate"):
         return lambda field: own.get(field, f"--config.{field}")
     own |= {"rewards.model": "--reward", "data.eval_sources": "--eval_data", "workdir": "--out"}
     own |= {"algorithm.reference_path": "--reference"} if argv[0] == "evaluate" else {}
@@ -157,6 +158,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 _COMMANDS = {  # name: the module of `jaxalign.commands` that has a function of this name
     "train": "train",
+    "plan": "plan",
     "config": "train",
     "export": "models",
     "generate": "models",

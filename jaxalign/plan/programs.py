@@ -11,9 +11,11 @@ import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxalign.parallel.hardware import of_kind
 from jaxalign.plan.machines import absent_devices
@@ -106,3 +108,259 @@ def compile_for(topology: str, config: Any) -> MachinePlan:
         dict(Counter(_COLLECTIVE.findall(executable.as_text()))),
         seconds,
     )
+
+
+class Work(NamedTuple):
+    """What the rows of one run of a program hold."""
+
+    tokens: float  # of all devices, without padding
+    visible: float  # keys that a token sees, on average
+    share: float  # of all pairs of a query and a key in a row that are seen
+
+
+class Program(NamedTuple):
+    """A compiled program of a stage, and what lies in a device's memory while it runs."""
+
+    name: str
+    times: float  # runs in one step of the data stream (PPO: an iteration)
+    memory: dict[str, int]  # bytes of each device: what is held, by role, and what the program adds
+    text: str  # its optimised HLO
+    flops: float  # the model's own, one run, all devices
+    work: Work
+    least_bytes: float  # of a decoded token: weights and cache, each device
+    seconds: float  # of compiling
+
+    @property
+    def peak(self) -> int:
+        """Bytes of each device while it runs."""
+        return sum(self.memory.values())
+
+
+def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") -> Iterator[Program]:
+    """Compiles what a stage runs, one program after the other.
+
+    Args:
+      stage: as `jaxalign.plan.stages.make_stage` gives it.
+      limit: bytes of a device that programs may use.
+      say: is told of each program that is compiled.
+      only: the name of the one that is wanted; "": all.
+
+    Raises:
+      InputError: a program that the compiler cannot fit into the device's memory.
+    """
+    from jaxalign.plan.collection import collection
+    from jaxalign.train.dryrun import abstract_batch
+    from jaxalign.train.reference import reference_pass
+
+    tell = say or (lambda text: None)
+    program, like = stage.program, stage.like
+    frozen = abstract_frozen(stage)
+    batch, rows = abstract_batch(stage), _data_rows(stage)
+    held = {f"{role} params": bytes_of(tree) for role, tree in like.params.items()}
+    held |= {"optimizer": bytes_of(like.opt)}
+    held |= {f"{role} (frozen)": bytes_of(tree) for role, tree in frozen.items()}
+    models = {role: r.model.config for role, r in program.trained.items()}
+    whole = _work(rows)
+
+    def done(
+        name: str, executable: Any, seconds: float, given: Any, times: float, flops: float, work: Work, **more: Any
+    ):
+        memory = held | more.pop("held", {}) | {"batch": bytes_of(given)}
+        return Program(
+            name,
+            times,
+            memory | _added(executable, memory),
+            executable.as_text(),
+            flops,
+            work,
+            more.get("least", 0.0),
+            seconds,
+        )
+
+    with jax.set_mesh(stage.mesh):
+        if program.evaluate is None:
+            tell("train step")
+            executable, seconds = _timed(lambda: stage.step.compile(like, frozen, batch))
+            per_token = {role: _flops(c, whole, program.passes) for role, c in models.items()}
+            yield done("train step", executable, seconds, batch, 1.0, sum(per_token.values()), whole)
+            if stage.eval_dataset is not None and not only:
+                tell("evaluation step")
+                held_out = _evaluated(stage, batch)
+                executable, seconds = _timed(lambda: stage.eval_step.compile(like.params, frozen, like.extra, held_out))
+                flops = sum(_flops(c, whole, program.passes - 2) for c in models.values())
+                yield done("evaluation step", executable, seconds, held_out, 0.0, flops, whole)
+            if program.reference is not None and not only:
+                tell("reference pass")
+                role = program.reference
+                ref = abstract_params(stage.mesh, role.abstract())
+                executable, seconds = _timed(lambda: reference_pass(role.model).compile(ref, batch))
+                # Before training, without the state: its own weights alone lie there.
+                held, of_training = {"ref": bytes_of(ref)}, held
+                yield done(
+                    "reference pass", executable, seconds, batch, 0.0, _flops(role.model.config, whole, 1.0), whole
+                )
+                held = of_training
+            return
+        calls = () if only else collection(stage, like.params, frozen, _prompts(stage), limit)
+        yield from _iteration(stage, frozen, batch, rows, models, done, tell, calls)
+
+
+def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterator[Program]:
+    """PPO's programs; completions are taken to be as long as they may be."""
+    c, program, like = stage.config, stage.program, stage.like
+    prompts = _prompts(stage)
+    read, total = _work(rows), c.batch_size * c.rollout.num_samples
+    wide, asked = c.rollout.max_new_tokens, prompts.rows.tokens.shape[1]
+    prompt = read.tokens / c.batch_size  # tokens of one
+    both = 0.5 * (prompt + wide)
+    together = total // c.batch_size if c.rollout.num_samples % 2 == 0 else 1
+    width = asked + wide * (2 if together > 1 else 1)
+    tokens = c.batch_size * (prompt + wide * c.rollout.num_samples) if together > 1 else total * (prompt + wide)
+    work = Work(tokens, both, 0.5 * (prompt + wide) / width)
+    frozen_models = {role: r.model.config for role, r in program.frozen.items()}
+    policy = models["policy"]
+    kept: dict[str, dict[str, int]] = {}
+    begin = time.monotonic()
+    for call in calls:
+        seconds = time.monotonic() - begin
+        given = [x for x in jax.tree.leaves(call.arguments) if hasattr(x, "sharding")]
+        name, times, least = call.name, 1.0, 0.0
+        tell(name)
+        if name.startswith("layout"):
+            flops, of, given = 0.0, read, []
+            kept = {"held": {"rollout weights": bytes_of(call.results)}}
+        elif name == "prefill":
+            flops, of, given = _flops(policy, read, 1.0), read, batch_leaves(prompts.rows)
+        elif name == "decode":
+            slots = call.results[0]
+            of = Work(slots.live.shape[0], prompt + wide / 2, 1.0)
+            flops, times = _flops(policy, of, 1.0), wide * -(-total // slots.live.shape[0])
+            least = kept["held"]["rollout weights"] + bytes_of(slots.cache)
+            given = jax.tree.leaves(call.arguments[2:4])
+        elif name == "scoring":
+            flops, of, kept = _flops(frozen_models["reward"], work, 1.0), work, {}
+            given = given[-5:]
+        else:
+            flops = sum(_flops(m, work, 1.0) for m in (*models.values(), frozen_models["ref"]))
+            of, kept, given = work, {}, given[-8:]
+        one = done(name, call.executable, seconds, given, times, flops, of, least=least, **kept)
+        if name.startswith("layout"):
+            one = one._replace(memory=one.memory | {"results": 0})  # they are the rollout's weights
+        yield one
+        begin = time.monotonic()
+    tell("train step")
+    executable, seconds = _timed(lambda: stage.step.compile(like, frozen, batch))
+    part = work._replace(tokens=work.tokens / c.algorithm.num_minibatches)
+    flops = sum(_flops(m, part, 3.0) for m in models.values())
+    yield done("train step", executable, seconds, batch, float(program.updates), flops, part)
+
+
+def batch_leaves(tree: Any) -> list[Any]:
+    """The arrays of a structure."""
+    return jax.tree.leaves(tree)
+
+
+def abstract_params(mesh: Any, tree: Any, kind: str | None = None) -> Any:
+    """Shapes of parameters where they lie on the mesh."""
+    from jaxalign.parallel.sharding import param_shardings
+
+    shardings = param_shardings(mesh, tree)
+    if kind:
+        shardings = jax.tree.map(lambda s: s.with_memory_kind(kind), shardings)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def abstract_frozen(stage: Any) -> dict[str, Any]:
+    """Shapes of the frozen parameters by role; those of one source are one."""
+    from jaxalign.train.models import per_source
+
+    return per_source(stage.program.frozen, lambda role: abstract_params(stage.mesh, role.model.abstract()))
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of a tree on each device: of shapes with shardings, those in the host's memory left out."""
+    total, seen = 0, set()
+    for x in jax.tree.leaves(tree):
+        if not hasattr(x, "sharding") or id(x) in seen or getattr(x.sharding, "memory_kind", None) == "pinned_host":
+            continue
+        seen.add(id(x))
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        total += int(np.prod(shape, dtype=np.int64)) * (
+            4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype.itemsize
+        )
+    return total
+
+
+def _added(executable: Any, held: Mapping[str, int]) -> dict[str, int]:
+    """What a program adds to what is held: results that take over nothing, temporaries, and the padding of layouts."""
+    analysis = executable.memory_analysis()
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+        "padding": max(analysis.argument_size_in_bytes - sum(held.values()), 0),
+        "results": max(results, 0),
+        "temporary": analysis.temp_size_in_bytes,
+    }
+
+
+def _timed(make: Any) -> tuple[Any, float]:
+    begin = time.monotonic()
+    made = make()
+    return made, time.monotonic() - begin
+
+
+def _data_rows(stage: Any) -> Any:
+    """The first batch's rows, as they come from the data."""
+    from jaxalign.parallel.sharding import batch_part
+
+    return stage.dataset.batch(0, *batch_part(stage.mesh)).rows
+
+
+def _work(rows: Any) -> Work:
+    """Tokens and what they see, of rows on the host; padding sees itself alone."""
+    start, end = np.asarray(rows.attend_start), np.asarray(rows.attend_end)
+    keys = (end - start).astype(np.int64)
+    index = np.arange(keys.shape[1])[None]
+    real = (keys > 1) | (np.asarray(rows.positions) > 0) | (_sees(start, end, index))
+    seen = float(keys[real].sum())
+    tokens = max(float(real.sum()), 1.0)
+    return Work(tokens, seen / tokens, seen / keys.size / keys.shape[1])
+
+
+def _sees(start: Any, end: Any, index: Any) -> Any:
+    """Whether the next token sees this one, as it sees the first of its record."""
+    after = np.roll(start, -1, axis=1)
+    seen = (after <= index) & (np.roll(end, -1, axis=1) > index)
+    seen[:, -1] = False
+    return seen
+
+
+def _flops(config: Any, work: Work, passes: float) -> float:
+    from jaxalign.train.flops import flops_per_token
+
+    return work.tokens * flops_per_token(config, 2 * work.visible, passes=passes)
+
+
+def _evaluated(stage: Any, batch: Any) -> Any:
+    """Shapes of a held-out batch."""
+    from jaxalign.parallel.sharding import batch_part, batch_sharding
+
+    sharding, parts = batch_sharding(stage.mesh), batch_part(stage.mesh)[1]
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype, sharding=sharding),
+        stage.eval_dataset.batch(0, *batch_part(stage.mesh)),
+    )
+
+
+def _prompts(stage: Any) -> Any:
+    """Shapes of a batch of prompts of the greatest width."""
+    from jaxalign.parallel.sharding import batch_sharding
+
+    sharding, width = batch_sharding(stage.mesh), stage.dataset.shape.length
+
+    def array(x: Any) -> Any:
+        dims = (stage.config.batch_size, *x.shape[1:])
+        return jax.ShapeDtypeStruct(dims, x.dtype, sharding=sharding)
+
+    given = stage.dataset.batch(0)
+    wide = given._replace(rows=jax.tree.map(lambda x: np.broadcast_to(x[:, :1], (len(x), width)), given.rows))
+    return jax.tree.map(array, wide)

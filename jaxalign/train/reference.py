@@ -65,9 +65,7 @@ def attach(stage: Stage, datasets: list[Any]) -> list[Any]:
         from etils import epath
 
         folder = epath.Path(stage.config.data.cache_dir)
-    logprobs = Compiled(
-        lambda params, batch: sequence_logprobs(role.model.apply, role.model.head, params, batch), "reference pass"
-    )
+    logprobs = reference_pass(role.model)
     wrapped = []
     for dataset in datasets:
         if dataset is None:
@@ -85,6 +83,11 @@ def attach(stage: Stage, datasets: list[Any]) -> list[Any]:
             table = _compute(dataset, table, cache, lambda batch: logprobs(params, batch), stage.mesh)
         wrapped.append(WithReference(dataset, table))
     return wrapped
+
+
+def reference_pass(model: Any) -> Compiled:
+    """(params, batch) -> the log-prob of each completion of the batch."""
+    return Compiled(lambda params, batch: sequence_logprobs(model.apply, model.head, params, batch), "reference pass")
 
 
 def _compute(dataset: Any, table: np.ndarray, cache: ReferenceCache, logprobs: Any, mesh: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ class Stage:
       mesh: of the devices it runs on.
       directory: of the run.
       lock: of that directory; None where nothing is trained.
+      data: (config, tokenizer, ids that end a completion) -> data to train on and held-out data; None: as configured.
 
     Attributes:
       dataset: to train on.
@@ -46,8 +48,14 @@ class Stage:
       InputError: data, tokenizer or models that cannot be used.
     """
 
-    def __init__(self, config: Any, mesh: Mesh, directory: RunDir, lock: Lock | None = None):
-        from jaxalign.data.build import build
+    def __init__(
+        self,
+        config: Any,
+        mesh: Mesh,
+        directory: RunDir,
+        lock: Lock | None = None,
+        data: Callable[[Any, Any, tuple[int, ...]], tuple[Any, Any]] | None = None,
+    ):
         from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
         c = config
@@ -63,8 +71,7 @@ class Stage:
             self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
-        self.dataset = build(c, self.tokenizer, eos_ids=ends)
-        self.eval_dataset = build(c, self.tokenizer, "eval", eos_ids=ends, like=self.dataset)
+        self.dataset, self.eval_dataset = (data or _read_data)(c, self.tokenizer, ends)
         if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
             self.dataset.report["records"]["held_out"] = self.eval_dataset.num_records
         if directory.untrained():
@@ -151,6 +158,13 @@ class Stage:
     def write_report(self) -> None:
         """Writes `data_report.json`: what was read, used and dropped."""
         self.directory.write_json("data_report.json", self.dataset.report)
+
+
+def _read_data(config: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
+    from jaxalign.data.build import build
+
+    dataset = build(config, tokenizer, eos_ids=eos_ids)
+    return dataset, build(config, tokenizer, "eval", eos_ids=eos_ids, like=dataset)
 
 
 def stage_warnings(stage: Stage) -> list[str]:

@@ -1,0 +1,144 @@
+"""`jaxalign plan`: what a configuration needs of a machine that one does not have, and how fast it would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import InputError
+from jaxalign.registry import ALGORITHMS
+
+PLAN_HELP = """\
+jaxalign plan --config=FILE --on=MACHINE [--config.FIELD=VALUE ...]
+jaxalign plan ALGORITHM --model DIR --on=MACHINE [--data FILE] [--FIELD=VALUE ...]
+
+Compiles every program that the stages of a config run, for a machine that need not be there, and says what it needs of
+each device's memory, what it computes, moves and waits for, and how long it would take. Needs the extra plan of
+jaxalign; reads config.json, the tokenizer and data that are files here, no weights. See docs/planning.md.
+
+  --on=MACHINE             gpu:KIND:SLICESxHOSTSxGPUS  gpu:h200:1x8x1 (eight GPUs joined by NVLink), gpu:h100:2x1x8
+                           tpu:KIND:SHAPE[:SLICES]     tpu:v5p:2x2x2, tpu:v6e:2x4, tpu:v5e:4x4:2
+  --json=FILE              all of it as JSON
+  --assume NAME=VALUE      changes a number that the prediction assumes; the page lists them. Repeat it for several
+  --machines=FILE          a TOML file that adds machines, or changes their numbers
+  --search[=N]             meshes, rematerialisation, accumulation and batches that fit, ranked; compiles N (default 6)
+
+All other flags are those of jaxalign train.
+"""
+_OWN = ("on", "json", "assume", "machines")
+
+
+def plan(argv: list[str]) -> int:
+    """Plans what a config file says, or an algorithm by its name."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(PLAN_HELP, end="")
+        return 0
+    own, search, rest = _own_flags(argv)
+    for flag in ("on", "json", "machines"):
+        if len(own[flag]) > 1:
+            raise InputError(f"--{flag} {len(own[flag])} times", "one", f"--{flag}={own[flag][0]}")
+    if not own["on"]:
+        raise InputError("no --on", "the machine to plan for", "--on=gpu:h200:1x8x1, or --on=tpu:v5p:2x2x2")
+    # Nothing is computed here, and a compiler's plugin must not look for its devices.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if own["json"]:
+        from jaxalign.disk import check_out
+
+        check_out(own["json"][0])
+    config = _config(rest)
+    return _plan(config, own, search)
+
+
+def _plan(config: Any, own: dict[str, list[str]], search: int) -> int:
+    from jaxalign.disk import write_whole
+    from jaxalign.parallel.hardware import find_machine, read_machines
+    from jaxalign.plan.machines import absent_devices, parse_topology
+    from jaxalign.plan.plan import plan as planned
+    from jaxalign.plan.predict import assumptions
+    from jaxalign.plan.report import as_text, search_text
+    from jaxalign.plan.search import nearest_that_fits
+    from jaxalign.plan.search import search as searched
+    from jaxalign.plan.stages import stage_configs
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    topology = own["on"][0]
+    machines = read_machines(own["machines"][0] if own["machines"] else None)
+    platform, kind, _, _ = parse_topology(topology, machines)
+    assumed = assumptions(find_machine(kind, platform, machines), own["assume"])
+    found = planned(config, topology, machines=machines, assume=own["assume"], say=say)
+    print(as_text(found, assumed))
+    configs, devices = stage_configs(config), absent_devices(topology, machines)
+    if search:
+        for name, c in configs.items():
+            found["stages"][name]["search"] = searched(c, devices, assumed, search, say)
+            print(search_text(name, found["stages"][name]["search"], found["machine"]["pool"]))
+    if own["json"]:
+        write_whole(Path(own["json"][0]).expanduser(), json.dumps(found, indent=1) + "\n")
+    for name, stage in found["stages"].items():
+        for program in stage["programs"]:
+            if not program["fits"]:
+                memory = program["memory"]
+                raise InputError(
+                    f"{name + ': ' if name else ''}the {program['name']} needs {memory['peak'] / 2**30:.1f} GiB of "
+                    f"each device, and programs may use {memory['pool'] / 2**30:.1f}",
+                    "what fits",
+                    nearest_that_fits(configs[name], devices, assumed, stage),
+                )
+    return 0
+
+
+def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
+    """This command's own flags, how many programs a search compiles (0: none), and the rest."""
+    own: dict[str, list[str]] = {flag: [] for flag in _OWN}
+    search, rest, i = 0, [], 0
+    while i < len(argv):
+        flag, equals, value = argv[i].partition("=")
+        name = flag.removeprefix("--")
+        if flag == "--search":
+            if equals and not (value.isdigit() and 0 < int(value) <= 1000):
+                raise InputError(f"--search={value}", "how many programs to compile, at most", "--search=6")
+            search = int(value) if equals else 6
+        elif flag.startswith("--") and name in _OWN:
+            if not equals:
+                i += 1
+                value = argv[i] if i < len(argv) else ""
+            if not value.strip() or value.startswith("--"):
+                raise InputError(f"--{name} without a value", "a value", f"--{name}=...")
+            own[name].append(value)
+        else:
+            rest.append(argv[i])
+        i += 1
+    return own, search, rest
+
+
+def _config(rest: list[str]) -> Any:
+    """The configuration that the other flags stand for."""
+    if rest and rest[0] in ALGORITHMS:
+        from jaxalign.config import defaults
+        from jaxalign.pipeline.named import named_config
+
+        fill: dict[str, Any] = {"data.sources": ("DATA",)}  # full rows are assumed
+        if "rewards" in defaults(rest[0]) and not any("reward" in arg for arg in rest):
+            fill["rewards.model"] = "REWARD_MODEL/"  # as large as the policy
+        return named_config(rest[0], rest[1:], fill=fill)[0]
+    from jaxalign.pipeline.configfile import load_config, split_overrides
+    from jaxalign.pipeline.named import no_algorithm
+
+    own, overrides = split_overrides(rest)
+    files = [arg.partition("=")[2] for arg in own if arg.startswith("--config=")]
+    others = [arg for arg in own if not arg.startswith("--config=")]
+    if others and not others[0].startswith("-") and not files:
+        raise no_algorithm(others[0], command="plan")
+    if others or len(files) != 1:
+        raise InputError(
+            f"argument {others[0]!r}" if others else f"{len(files)} config files",
+            "--config=FILE, or an algorithm with a model",
+            "jaxalign plan --config=configs/dpo.py --on=gpu:h200:1x8x1, or jaxalign plan --help",
+        )
+    return load_config(files[0], overrides)

@@ -1,0 +1,304 @@
+"""Meshes, rematerialisation, accumulation and batches that fit a machine, the fastest first by prediction.
+
+Memory and time are estimated by arithmetic first; what cannot fit is left out, and the best of the rest are compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jaxalign.config import get
+from jaxalign.errors import InputError
+from jaxalign.plan.predict import Assumptions
+
+_REMAT = ("none", "dots", "attention", "full")
+_SLACK = 1.15  # of the pool: what is estimated to need a little more may fit
+
+
+class Candidate(NamedTuple):
+    """A configuration's fields that the search changes, and what is estimated of it."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    accumulation: int
+    batch: int
+    memory: float  # bytes of a device, estimated
+    seconds: float  # of a token, estimated
+
+    def lines(self) -> str:
+        """As flags."""
+        return (
+            f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
+            f"--config.model.remat={self.remat} --config.grad_accum_steps={self.accumulation} "
+            f"--config.batch_size={self.batch}"
+        )
+
+
+class Sizes(NamedTuple):
+    """What the arithmetic needs of a stage."""
+
+    params: float  # numbers that are trained
+    state: float  # bytes of parameters and optimizer, of all devices
+    frozen: float  # bytes of frozen parameters, of all devices
+    layers: int
+    embed: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    length: int  # of a row
+    batch: int
+    minibatches: int
+    passes: float  # forward passes' worth of a token, beside what is computed again
+    temporary: float = 0.0  # bytes that the compiled step of `base` takes beside what is held, ...
+    estimated: float = 0.0  # ... and those estimated for it
+
+
+def sizes_of(stage: Any) -> Sizes:
+    """The sizes of a stage."""
+    import jax
+
+    from jaxalign.train.models import num_bytes, per_source
+
+    program, like = stage.program, stage.like
+    model = program.trained[program.exported].model.config
+    frozen = per_source(program.frozen, lambda role: role.model.abstract())
+    trained = sum(x.size for x in jax.tree.leaves(like.params))
+    c = stage.config
+    count = get(c, "rollout.num_samples", 0)
+    together = 2 if count and count % 2 == 0 else 1
+    length = stage.dataset.shape.length + (c.rollout.max_new_tokens * together if count else 0)
+    samples = count // together if count else 1
+    return Sizes(
+        params=trained,
+        state=num_bytes(like.params) + num_bytes(like.opt),
+        frozen=num_bytes(frozen),
+        layers=model.num_layers,
+        embed=model.embed_dim,
+        mlp=model.mlp_dim,
+        heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        vocab=model.vocab_size,
+        length=length,
+        batch=c.batch_size * samples,
+        minibatches=c.algorithm.get("num_minibatches", 1),
+        passes=program.passes,
+    )
+
+
+def candidates(s: Sizes, config: Any, devices: int, slices: int, assumed: Assumptions) -> list[Candidate]:
+    """All that divide, those that are estimated to fit and to be fastest first.
+
+    Args:
+      s: of the stage.
+      config: of the stage.
+      devices: how many.
+      slices: of a TPU, or joined groups of GPUs: `data` carries what goes between them.
+      assumed: the machine and the numbers of the prediction.
+    """
+    pool = assumed.machine.memory * assumed.values["pool"] * _SLACK
+    found = []
+    for data, fsdp, tensor in _meshes(s, devices, slices):
+        for remat in _REMAT:
+            for batch in (config.batch_size, 2 * config.batch_size):
+                for accumulation in (1, 2, 4, 8, 16, 32):
+                    parts = data * fsdp * accumulation * s.minibatches
+                    if batch * (s.batch // config.batch_size) % parts:
+                        continue
+                    one = Candidate(data, fsdp, tensor, remat, accumulation, batch, 0.0, 0.0)
+                    scale = batch / config.batch_size
+                    one = one._replace(memory=memory_of(one, s, scale), seconds=seconds_of(one, s, scale, assumed))
+                    if one.memory <= pool:
+                        found.append(one)
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _meshes(s: Sizes, devices: int, slices: int) -> Iterator[tuple[int, int, int]]:
+    for tensor in (1, 2, 4, 8):
+        if devices // slices % tensor or s.kv_heads % tensor:
+            continue
+        rest = devices // slices // tensor
+        for copies in (1, 2, 4, 8):
+            if rest % copies == 0:
+                yield slices * copies, rest // copies, tensor
+
+
+def memory_of(one: Candidate, s: Sizes, scale: float = 1.0) -> float:
+    """Bytes of each device, estimated; scaled by the compiled step where there is one."""
+    split = one.fsdp * one.tensor
+    temporary = _temporary(one, s, scale)
+    if s.estimated:
+        temporary *= s.temporary / s.estimated
+    return (s.state + s.frozen) / split + temporary
+
+
+def _temporary(one: Candidate, s: Sizes, scale: float) -> float:
+    tokens = scale * s.batch / s.minibatches / (one.data * one.fsdp) / one.accumulation * s.length
+    gradients = 4 * s.params / (one.fsdp * one.tensor) * (2 if one.accumulation > 1 else 1)
+    a_layer = s.embed * s.head_dim * (2 * s.heads + 2 * s.kv_heads) + 3 * s.embed * s.mlp
+    gathered = 2 * (2 * a_layer + 2 * s.vocab * s.embed) / one.tensor
+    wide = (s.head_dim * (2 * s.heads + 2 * s.kv_heads) + 2 * s.mlp) / one.tensor
+    narrow = 2 * s.embed + s.head_dim * (2 * s.heads + 2 * s.kv_heads) / one.tensor
+    kept = {"full": s.embed, "attention": narrow, "dots": 2 * s.embed + wide, "none": 5 * s.embed + 2.5 * wide}[one.remat]
+    return gradients + gathered + 2 * tokens * (s.layers * kept + 3 * wide + 8 * s.embed)
+
+
+def seconds_of(one: Candidate, s: Sizes, scale: float, assumed: Assumptions) -> float:
+    """Seconds of a token of each device, estimated: products, gathers of weights, sums over `tensor`, the optimizer."""
+    v = assumed.values
+    tokens = scale * s.batch / s.minibatches * s.length
+    again = {"full": 1.0, "attention": 0.65, "dots": 0.1, "none": 0.0}[one.remat]
+    devices = one.data * one.fsdp * one.tensor
+    products = 2 * s.params * (s.passes + again) * tokens / devices / (v["flops"] * v["efficiency"])
+    reach = v["link"] * v["link_efficiency"]
+    gathers = 2 * s.params / one.tensor * 3 * one.accumulation * (1 - 1 / one.fsdp) / reach
+    copies = 4 * s.params / (one.fsdp * one.tensor) * 2 * (1 - 1 / one.data) / reach
+    sums = 6 * s.layers * 2 * s.embed * tokens / (one.data * one.fsdp) * 2 * (1 - 1 / one.tensor) / reach
+    memory = v["bandwidth"] * v["memory_efficiency"]
+    update = (2 * s.state + 8 * s.params * one.accumulation) / (one.fsdp * one.tensor) / memory
+    hidden = min(0.7 * gathers, 0.8 * products)
+    return (products + gathers - hidden + copies + sums + update) / tokens
+
+
+def applied(config: Any, one: Candidate) -> Any:
+    """The configuration with a candidate's fields."""
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = one.data, one.fsdp, one.tensor
+        c.model.remat, c.grad_accum_steps, c.batch_size = one.remat, one.accumulation, one.batch
+    return c
+
+
+def search(
+    config: Any, devices: list[Any], assumed: Assumptions, most: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compiles the train step of the candidates that are estimated to be the fastest.
+
+    Args:
+      config: one stage's.
+      devices: of the machine.
+      assumed: the machine and the numbers of the prediction.
+      most: how many are compiled.
+      say: is told of what is compiled.
+
+    Returns:
+      `estimated` and `compiled`, how many, and `found`: `lines`, `tokens_per_second`, `mfu`, `peak`, ranked.
+
+    Raises:
+      InputError: nothing fits.
+    """
+    from jaxalign.plan.plan import plan_stage
+
+    s, slices = _sizes(config, devices, assumed)
+    ranked = candidates(s, config, len(devices), slices, assumed)
+    if not ranked:
+        raise nothing_fits(s, len(devices), assumed)
+    found, tried = [], 0
+    for one in _varied(ranked):
+        if tried == most:
+            break
+        tried += 1
+        say(f"compiling {tried} of at most {most}: {one.lines()}")
+        try:
+            planned = plan_stage(applied(config, one), devices, assumed, lambda text: None, only="train step")
+        except InputError as error:
+            if "out of memory" not in error.problem:
+                raise
+            continue
+        step = planned["programs"][0]
+        if step["fits"]:
+            it = planned["iteration"]
+            seconds = step["seconds"]["total"] * s.minibatches
+            found.append(
+                {
+                    "lines": one.lines(),
+                    "tokens_per_second": it["tokens"] / seconds,
+                    "mfu": step["mfu"],
+                    "peak": step["memory"]["peak"],
+                }
+            )
+    found.sort(key=lambda each: -each["tokens_per_second"])
+    return {"estimated": len(ranked), "compiled": tried, "found": found}
+
+
+def _varied(ranked: list[Candidate]) -> Iterator[Candidate]:
+    """The fastest first, but no more than two in a row that differ in accumulation or batch alone."""
+    later, seen = [], {}
+    for one in ranked:
+        key = (one.data, one.fsdp, one.tensor, one.remat)
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] > 2:
+            later.append(one)
+        else:
+            yield one
+    yield from later
+
+
+def _sizes(config: Any, devices: list[Any], assumed: Assumptions) -> tuple[Sizes, int]:
+    """Sizes of the stage, whatever its mesh and batch divide."""
+    import tempfile
+
+    from jaxalign.plan.stages import make_stage
+
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.grad_accum_steps = slices, -1, 1, 1
+        parts = len(devices) * c.algorithm.get("num_minibatches", 1)
+        c.batch_size = -(-c.batch_size // parts) * parts
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = sizes_of(make_stage(c, devices, scratch, assumed.values)[0])
+    return sizes._replace(batch=sizes.batch * config.batch_size // c.batch_size), slices
+
+
+def nothing_fits(s: Sizes, devices: int, assumed: Assumptions) -> InputError:
+    """The error where no candidate fits: how many devices would do."""
+    pool = assumed.machine.memory * assumed.values["pool"]
+    held = s.state + s.frozen + 4 * s.params
+    count = 1 << math.ceil(math.log2(max(held / (0.7 * pool), devices + 1)))
+    return InputError(
+        f"parameters, optimizer, gradients and frozen models take {held / devices / 2**30:.1f} GiB on each of "
+        f"{devices} devices, whichever way they are split, and programs may use {pool / 2**30:.1f}",
+        "what fits",
+        f"about {count} such devices, --config.optimizer.state_dtype=bfloat16, or --config.model.frozen_dtype=bfloat16",
+    )
+
+
+def nearest_that_fits(config: Any, devices: list[Any], assumed: Assumptions, planned: dict[str, Any]) -> str:
+    """The lines of the fastest candidate that is estimated to fit, of the same batch; what to change, where none is.
+
+    Args:
+      config: one stage's, whose train step does not fit.
+      devices: of the machine.
+      assumed: the machine and the numbers of the prediction.
+      planned: the stage as it was planned; empty where it did not compile.
+    """
+    from jaxalign.train.compiled import ADVICE
+
+    s, slices = _sizes(config, devices, assumed)
+    if planned:
+        mesh, memory = planned["mesh"], planned["programs"][0]["memory"]
+        now = Candidate(
+            mesh["data"],
+            mesh["fsdp"],
+            mesh["tensor"],
+            planned["settings"]["remat"],
+            config.grad_accum_steps,
+            config.batch_size,
+            0.0,
+            0.0,
+        )
+        if now.remat in _REMAT:
+            s = s._replace(temporary=memory["temporary"], estimated=_temporary(now, s, 1.0))
+    pool = assumed.machine.memory * assumed.values["pool"]
+    ranked = candidates(s, config, len(devices), slices, assumed)
+    fits = [one for one in ranked if one.memory <= 0.95 * pool and one.batch == config.batch_size]
+    if fits:
+        return fits[0].lines()
+    return ADVICE if ranked else nothing_fits(s, len(devices), assumed).fix

@@ -1,0 +1,161 @@
+"""The stages of a configuration on a machine that need not be there: what is not here yet is stood for, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxalign.config import get
+from jaxalign.data.files import is_url
+from jaxalign.errors import InputError
+from jaxalign.models.hub import CONFIG, TOKENIZER_FILES, locate, read_json
+from jaxalign.parallel.mesh import batch_shards, make_mesh, mesh_shape
+from jaxalign.plan.assumed import AssumedData, absent
+from jaxalign.train.models import fit_length
+from jaxalign.train.rundir import RunDir
+from jaxalign.train.stage import Stage, _read_data
+
+_NO_REWARD = "jaxalign.plan.assumed:no_reward"
+
+
+def stage_configs(config: Any) -> dict[str, Any]:
+    """Each stage's own configuration by its name ("" for one alone), with what it starts from filled in.
+
+    Args:
+      config: a tree from `jaxalign.config.defaults` or `jaxalign.config.stages`, or a validated one.
+
+    Raises:
+      InputError: a stage's configuration, as training would refuse it.
+    """
+    from jaxalign.pipeline import stages
+
+    found: dict[str, Any] = {}
+    for planned in stages.plan(config):
+        c = planned.config.copy_and_resolve_references()
+        with c.unlocked():
+            source = planned.inputs.get("model")
+            if source and not _there(c.model.path):
+                c.model.path, c.model.revision = found[source].model.path, found[source].model.revision
+        found[planned.name] = c.lock()
+    return found
+
+
+def make_stage(
+    config: Any, devices: list[Any], scratch: str, assumed: Mapping[str, float] | None = None
+) -> tuple[Stage, list[str]]:
+    """A stage whose steps can be compiled for devices that need not be there.
+
+    Reads `config.json`, the tokenizer and data that are files here; no weights, and nothing from a hub's data sets.
+
+    Args:
+      config: one stage's, validated.
+      devices: of the machine.
+      scratch: a directory to work in.
+      assumed: numbers by name: `readouts`, the share of the tokens of rows that are assumed which are read out.
+
+    Returns:
+      The stage, and a sentence about each thing that was stood for.
+
+    Raises:
+      InputError: a configuration, a mesh or a batch that cannot be, with the nearest that can.
+    """
+    c = config.copy_and_resolve_references()
+    told: list[str] = []
+    mesh = _mesh(c, devices)
+    with c.unlocked():
+        c.workdir = os.path.join(scratch, "run")
+        _stand_in(c, scratch, told)
+        if c.model.remat == "auto":
+            told.append("model.remat=auto: planned as full")
+            c.model.remat = "full"
+    c, _ = fit_length(c)
+    _check_rows(c, mesh)
+
+    def data(c: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
+        if not (missing := absent(c)):
+            return _read_data(c, tokenizer, eos_ids)
+        dataset = AssumedData(c, (assumed or {}).get("readouts", 1.0))
+        told.append(f"data: {', '.join(missing)} is not here: full rows of {dataset.shape.length:,} tokens are assumed")
+        held_out = bool(c.data.eval_fraction or c.data.eval_sources)
+        return dataset, AssumedData(c) if held_out else None
+
+    # Built before the mesh is set: whatever is computed on the way must run on a device that is there.
+    return Stage(c, mesh, RunDir(c.workdir), data=data), told
+
+
+def _there(path: str | None) -> bool:
+    return bool(path) and (is_url(path) or (Path(path).expanduser() / CONFIG).exists())  # type: ignore[arg-type]
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path names a directory rather than a hub id, which has one slash and an owner before it."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.isdir(path.split("/")[0])
+
+
+def _stand_in(c: Any, scratch: str, told: list[str]) -> None:
+    """Models that an earlier stage is to write, and the reward function: by what is as large."""
+    if get(c, "rewards.function"):
+        told.append("rewards.function runs on the host and is not counted")
+        c.rewards.function = _NO_REWARD
+    for field, head in (("rewards.model", True), ("algorithm.value_path", True), ("algorithm.reference_path", False)):
+        path = get(c, field)
+        if not path or _there(path) or not _is_local(path):
+            continue
+        section, leaf = field.split(".")
+        told.append(f"{field}: {path} is not here: as large as {c.model.path}")
+        c[section][leaf] = _scorer_like(c, scratch) if head else c.model.path
+
+
+def _scorer_like(c: Any, scratch: str) -> str:
+    """A directory that describes a reward model of the policy's size."""
+    from jaxalign.models import families
+
+    source = locate(c.model.path, c.model.revision, weights=False)
+    target = Path(scratch) / "reward"
+    if not target.exists():
+        target.mkdir(parents=True)
+        tokens = locate(c.model.tokenizer, None, weights=False) if c.model.tokenizer else source
+        for name in TOKENIZER_FILES:
+            if (tokens / name).exists():
+                shutil.copy(tokens / name, target / name)
+        file = read_json(source / CONFIG)
+        file["architectures"] = [families.find(file).architectures["score"]]
+        (target / CONFIG).write_text(json.dumps(file | {"id2label": {"0": "score"}, "label2id": {"score": 0}}))
+    return str(target)
+
+
+def _mesh(c: Any, devices: list[Any]) -> Mesh:
+    """The mesh of the devices; one that does not divide them is refused with the nearest that does."""
+    count = len(devices)
+    try:
+        mesh_shape(c.mesh, count)
+        return make_mesh(c.mesh, devices)
+    except InputError as error:
+        sizes = {axis: int(c.mesh.get(axis, 1)) for axis in ("data", "tensor")}
+        slices = len({getattr(d, "slice_index", 0) for d in devices})
+        tensor = max(t for t in range(1, max(sizes["tensor"], 1) + 1) if count // slices % t == 0)
+        data = slices * max(
+            n for n in range(1, max(sizes["data"] // slices, 1) + 1) if count // slices // tensor % n == 0
+        )
+        fix = f"--config.mesh.data={data} --config.mesh.fsdp=-1 --config.mesh.tensor={tensor}"
+        raise InputError(error.problem, error.expected, fix, error.places) from None
+
+
+def _check_rows(c: Any, mesh: Mesh) -> None:
+    """Refuses a batch that shards, micro-batches and minibatches do not divide, with the nearest that they do."""
+    parts = batch_shards(mesh) * c.grad_accum_steps * c.algorithm.get("num_minibatches", 1)
+    if c.batch_size % parts == 0:
+        return
+    near = max(round(c.batch_size / parts), 1) * parts
+    raise InputError(
+        f"batch_size {c.batch_size} on {batch_shards(mesh)} shards, with {c.grad_accum_steps} micro-batches"
+        + (f" of {c.algorithm.num_minibatches} minibatches" if "num_minibatches" in c.algorithm else ""),
+        f"a multiple of {parts}",
+        f"--config.batch_size={near}",
+    )

@@ -1,0 +1,107 @@
+"""Predictions of accounts made by hand."""
+
+import types
+
+import pytest
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.hardware import read_machines
+from jaxalign.plan.account import Account, Collective, Product
+from jaxalign.plan.predict import assumptions, collective_seconds, link, predict
+
+GPU, TPU = read_machines()["h200"], read_machines()["v5p"]
+
+
+def assumed(machine=GPU, *given):
+    plain = ("efficiency=1", "memory_efficiency=1", "link_efficiency=1", "latency=0", "launch=0")
+    return assumptions(machine, [*plain, *given])
+
+
+def device(i, *coords, slice_index=None):
+    return types.SimpleNamespace(id=i, coords=list(coords), slice_index=slice_index)
+
+
+GPUS = [device(i, slice_index=0) for i in range(16)]
+
+
+def gather(size, groups, *, asynchronous=False, flops=0.0, moved=0.0, times=1, kind="all-gather"):
+    return Collective(kind, "bf16", size, len(groups[0]), groups, times, "", asynchronous, flops, moved, "")
+
+
+def counted(products=(), collectives=(), traffic=0.0, product_bytes=0.0, kernels=0):
+    return Account(tuple(products), tuple(collectives), traffic, product_bytes, kernels, (), 16, {}, (), (), 0.5)
+
+
+def product(flops, times=1, dtypes=("bf16", "bf16"), what="dot"):
+    return Product("dot", dtypes, "bf16", flops, times, "", what)
+
+
+def test_products_run_at_the_peak_or_at_the_memorys_speed():
+    busy = counted([product(989e9, times=10)], product_bytes=4.8e9)
+    assert predict(busy, assumed(), GPUS).products == pytest.approx(0.01)
+    bound = counted([product(989e9)], product_bytes=48e9)
+    assert predict(bound, assumed(), GPUS).products == pytest.approx(0.01)
+
+
+def test_float32_and_attention_have_speeds_of_their_own():
+    one = assumed(GPU, "float32_speed=0.25", "attention_efficiency=0.5")
+    assert predict(counted([product(989e9, dtypes=("f32", "bf16"))]), one, GPUS).products == pytest.approx(4e-3)
+    assert predict(counted([product(989e9, what="attention dq")]), one, GPUS).products == pytest.approx(2e-3)
+
+
+def test_traffic_and_gaps():
+    time = predict(counted(traffic=48e9, kernels=1000), assumed(GPU, "launch=1e-6", "memory_efficiency=0.5"), GPUS)
+    assert time.traffic == pytest.approx(0.02)
+    assert time.gaps == pytest.approx(1e-3)
+    assert time.total == pytest.approx(0.021)
+
+
+def test_a_ring_moves_all_but_its_own_share():
+    inside, across = (tuple(range(8)),), (tuple(range(0, 16, 8)),)
+    assert collective_seconds(gather(450e9, inside), assumed(), GPUS) == pytest.approx(7 / 8)
+    assert collective_seconds(gather(450e9, inside, kind="all-reduce"), assumed(), GPUS) == pytest.approx(14 / 8)
+    assert collective_seconds(gather(50e9, across), assumed(), GPUS) == pytest.approx(1 / 2)  # between hosts
+    assert collective_seconds(gather(1e9, ((0,),)), assumed(), GPUS) == 0
+
+
+def test_the_links_of_a_torus():
+    cube = [device(i, i % 2, i // 2 % 2, i // 4) for i in range(8)]
+    assert link((0, 1), assumed(TPU), cube).bandwidth == pytest.approx(90e9)
+    assert link(tuple(range(8)), assumed(TPU), cube).bandwidth == pytest.approx(270e9)
+    line = [device(i, i, 0, 0) for i in range(4)]
+    assert link(tuple(range(4)), assumed(TPU), line).bandwidth == pytest.approx(180e9)  # a side of four is closed
+    slices = [device(i, 0, 0, 0, slice_index=i) for i in range(2)]
+    assert link((0, 1), assumed(TPU), slices).name == "network"
+
+
+def test_work_between_start_and_end_hides_a_collective():
+    group = (tuple(range(2)),)
+    part = gather(450e9, group, asynchronous=True, flops=0.3 * 989e12, times=2)
+    time = predict(counted(collectives=[part]), assumed(), GPUS)
+    assert time.collectives == pytest.approx(2 * (0.5 - 0.3))
+    assert time.hidden == pytest.approx(0.6)
+    alone = predict(counted(collectives=[part._replace(asynchronous=False)]), assumed(), GPUS)
+    assert alone.collectives == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("pol=0.9", "pool"),
+        ("pool=1.5", "share"),
+        ("pool", "share"),
+        ("launch=-1", "positive"),
+        ("flops=nan", "positive"),
+    ],
+)
+def test_an_assumption_that_cannot_be(text, word):
+    with pytest.raises(InputError) as error:
+        assumptions(GPU, [text])
+    assert word in error.value.expected + error.value.fix
+
+
+def test_every_assumption_is_printed():
+    one = assumptions(GPU, ["pool=0.9"])
+    lines = one.lines()
+    assert {line.partition("=")[0] for line in lines} == set(one.values)
+    assert any(line.startswith("pool=0.9 ") for line in lines)

@@ -1,0 +1,130 @@
+"""The page of a plan, its losses, and the arithmetic of a search, from numbers made by hand."""
+
+import pytest
+
+from jaxalign.config import defaults
+from jaxalign.errors import InputError
+from jaxalign.parallel.hardware import read_machines
+from jaxalign.plan.losses import losses_of
+from jaxalign.plan.predict import assumptions
+from jaxalign.plan.report import as_text, search_text
+from jaxalign.plan.search import Sizes, candidates, memory_of, nothing_fits
+
+ASSUMED = assumptions(read_machines()["h200"], ["efficiency=0.5", "memory_efficiency=1"])
+GIB = 2**30
+
+
+def program(name="train step", times=1.0, **changed):
+    exposed = {"all-gather": 0.2, "all-reduce": 0.1}
+    made = {
+        "name": name,
+        "times": times,
+        "tokens": 1000.0,
+        "memory": {"policy params": 4 * GIB, "temporary": 8 * GIB, "peak": 12 * GIB, "pool": 100 * GIB},
+        "fits": True,
+        "largest": [{"array": "f32[8]", "bytes": GIB, "of": "x"}],
+        "flops": {"model": 494.5e12, "products": 2 * 494.5e12, "attention": 0.0, "other_dtype": 0.0},
+        "collectives": [
+            {"kind": kind, "dtype": "bf16", "loop": "while", "asynchronous": kind != "all-reduce", "group": 8,
+             "count": 3, "bytes": 2e9, "seconds": 0.3, "exposed": shown} for kind, shown in exposed.items()
+        ],
+        "resharding_bytes": 0,
+        "traffic_bytes": 48e9,
+        "kernels": 100,
+        "seconds": {"products": 2.0, "traffic": 0.01, "collectives": 0.3, "gaps": 0.001, "hidden": 0.1, "total": 2.311},
+        "mfu": 0.216,
+    }  # fmt: skip
+    return made | changed
+
+
+def config(**fields):
+    c = defaults("sft")
+    for field, value in fields.items():
+        c[field] = value
+    return c
+
+
+def test_losses_by_cause_the_largest_first():
+    found = losses_of([program()], config(grad_accum_steps=4), {"tensor": 2}, ASSUMED)
+    assert [one["seconds"] for one in found] == sorted((one["seconds"] for one in found), reverse=True)
+    by_what = {one["what"]: one for one in found}
+    again = by_what["what the backward pass computes again"]
+    assert again["seconds"] == pytest.approx(1.0)
+    assert "remat=dots" in again["change"]
+    assert by_what["all-gather that nothing hides"]["change"].startswith("--config.grad_accum_steps=2")
+    assert "mesh.tensor=1" in by_what["all-reduce that nothing hides"]["change"]
+    # Together they are all that a step takes above the model's FLOPs at the peak.
+    assert sum(one["seconds"] for one in found) == pytest.approx(2.311 - 0.5)
+
+
+def test_a_loss_counts_as_often_as_its_program_runs():
+    four = losses_of([program(times=4.0)], config(), {}, ASSUMED)
+    once = losses_of([program()], config(), {}, ASSUMED)
+    assert [one["seconds"] for one in four] == pytest.approx([4 * one["seconds"] for one in once])
+
+
+def test_the_page():
+    step = program(fits=False)
+    decode = program("decode", 256.0, decoding={"bytes_per_token": 5e9, "weights_and_cache": 4e9})
+    stage = {
+        "algorithm": "ppo",
+        "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+        "settings": {"batch_size": 64, "grad_accum_steps": 2, "remat": "full", "row_length": 4096},
+        "assumed": ["data: x is not here: full rows of 4,096 tokens are assumed"],
+        "programs": [step, decode],
+        "iteration": {"seconds": 2.3, "mfu": 0.2, "tokens_per_second": 4e5, "tokens_per_second_per_device": 5e4},
+        "losses": losses_of([step], config(), {}, ASSUMED),
+    }
+    machine = {"name": "gpu:h200:1x8x1", "kind": "NVIDIA H200", "platform": "gpu", "devices": 8}
+    text = as_text({"machine": machine | {"memory": 140 * GIB, "pool": 105 * GIB}, "stages": {"rl": stage}}, ASSUMED)
+    for part in (
+        "8 x NVIDIA H200", "105.0 GiB", "XLA_PYTHON_CLIENT_MEM_FRACTION", "stage rl: ppo", "fsdp=8", "DOES NOT FIT",
+        "full rows of 4,096", "2.00x", "21.6%", "async", "largest losses", "5.00 GB a token", "efficiency=0.5",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+SIZES = Sizes(8e9, 96e9, 0.0, 32, 4096, 14336, 32, 8, 128, 128_256, 4096, 64, 1, 3.0)
+
+
+def test_what_is_estimated_to_fit_divides_and_fits():
+    found = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)
+    pool = ASSUMED.machine.memory * ASSUMED.values["pool"]
+    assert found
+    for one in found:
+        assert one.data * one.fsdp * one.tensor == 8
+        assert one.batch % (one.data * one.fsdp * one.accumulation) == 0
+        assert one.memory <= 1.15 * pool
+        assert f"--config.model.remat={one.remat}" in one.lines()
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+
+
+def test_the_arithmetic_follows_what_saves_memory():
+    one = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(
+        data=1, fsdp=8, tensor=1, remat="full", accumulation=2, batch=64
+    )
+    base = memory_of(one, SIZES)
+    assert memory_of(one._replace(remat="dots"), SIZES) > base
+    assert memory_of(one._replace(accumulation=4), SIZES) < base
+    assert memory_of(one._replace(data=8, fsdp=1), SIZES) > base
+    measured = SIZES._replace(temporary=2e9, estimated=1e9)
+    assert memory_of(one, measured) > base
+
+
+def test_nothing_fits_says_how_many_devices_would():
+    large = SIZES._replace(params=400e9, state=4800e9)
+    assert candidates(large, config(batch_size=64), 8, 1, ASSUMED) == []
+    error = nothing_fits(large, 8, ASSUMED)
+    assert isinstance(error, InputError)
+    assert "128 such devices" in error.fix
+
+
+def test_a_search_as_config_lines():
+    found = {
+        "estimated": 9,
+        "compiled": 2,
+        "found": [{"lines": "--config.a=1", "tokens_per_second": 1e5, "mfu": 0.5, "peak": GIB}],
+    }
+    text = search_text("", found, 2 * GIB)
+    assert "9 combinations" in text
+    assert "--config.a=1" in text
