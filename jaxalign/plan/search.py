@@ -145,7 +145,9 @@ def _temporary(one: Candidate, s: Sizes, scale: float) -> float:
     gathered = 2 * (2 * a_layer + 2 * s.vocab * s.embed) / one.tensor
     wide = (s.head_dim * (2 * s.heads + 2 * s.kv_heads) + 2 * s.mlp) / one.tensor
     narrow = 2 * s.embed + s.head_dim * (2 * s.heads + 2 * s.kv_heads) / one.tensor
-    kept = {"full": s.embed, "attention": narrow, "dots": 2 * s.embed + wide, "none": 5 * s.embed + 2.5 * wide}[one.remat]
+    kept = {"full": s.embed, "attention": narrow, "dots": 2 * s.embed + wide, "none": 5 * s.embed + 2.5 * wide}[
+        one.remat
+    ]
     return gradients + gathered + 2 * tokens * (s.layers * kept + 3 * wide + 8 * s.embed)
 
 
