@@ -124,7 +124,7 @@ def _config(rest: list[str]) -> Any:
         from jaxalign.pipeline.named import named_config
 
         fill: dict[str, Any] = {"data.sources": ("DATA",)}  # full rows are assumed
-        if "rewards" in defaults(rest[0]) and not any("reward" in arg for arg in rest):
+        if "rewards" in defaults(rest[0]) and not any(arg.startswith(("--reward", "--config.reward")) for arg in rest):
             fill["rewards.model"] = "REWARD_MODEL/"  # as large as the policy
         return named_config(rest[0], rest[1:], fill=fill)[0]
     from jaxalign.pipeline.configfile import load_config, split_overrides

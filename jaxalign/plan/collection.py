@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from jaxalign.config import get
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.sharding import batch_sharding, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
-from jaxalign.rollout import slots
+from jaxalign.rollout import layout, slots
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.driver import _MOST_STEPS, whole_shards
+from jaxalign.rollout.driver import _MOST_STEPS
 from jaxalign.rollout.pairs import last_columns
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, power_of_two
@@ -30,12 +31,14 @@ class Call(NamedTuple):
     executable: Any
     arguments: Any
     results: Any  # shapes and shardings
+    times: float = 1.0  # in an iteration
 
 
-def compiled(name: str, function: Any, *args: Any, **static: Any) -> Call:
+def compiled(name: str, on: Mesh, function: Any, *args: Any, **static: Any) -> Call:
     """Compiles a jitted function for arguments of these shapes; its results are described with their shardings."""
-    lowered = function.lower(*args, **static)
-    executable = lowered.compile()
+    with jax.set_mesh(on):
+        lowered = function.lower(*args, **static)
+        executable = lowered.compile()
     results = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info, executable.output_shardings
     )
@@ -53,13 +56,22 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
       limit: bytes of a device that programs may use.
     """
     c, mesh, collector = stage.config, stage.mesh, stage.program.prepare.collector
-    policy, rows = collector.policy, batch_sharding(mesh)
-    asked, _ = jax.eval_shape(collector.ask, batch)
+    policy, rows, sampling = collector.policy, batch_sharding(mesh), Sampling.of(c.rollout)
+    with jax.set_mesh(mesh):
+        asked, _ = jax.eval_shape(collector.ask, batch)
     asked = _with(asked, rows)
-    laid_out = yield from _lay_out(policy, params["policy"], limit)
-    prefilled = compiled("prefill", slots.prefill, policy, params["policy"], batch.rows)
+    prefilled = compiled("prefill", mesh, slots.prefill, policy, params["policy"], batch.rows)
     yield prefilled
-    yield from _decode(collector, laid_out, prefilled.results, asked, mesh)
+    num_slots = min(c.rollout.num_slots or len(asked.record_ids), len(asked.record_ids))
+    widest = cache_width(batch.rows.tokens.shape[1] + sampling.max_new_tokens)
+    if not (tensor := get(c, "rollout.tensor")):
+        held = layout.device_bytes((stage.like, frozen))
+        tensor = layout.tensor_split(policy, mesh, slots=num_slots, columns=widest, held=held, limit=limit)
+    place = layout.Place(mesh, layout.decoding_mesh(mesh, tensor))
+    if place.decoding is not mesh:
+        yield compiled("prompts to decoding", place.decoding, slots.by_slots, place.there(prefilled.results))
+    laid = yield from _lay_out(policy, place.there(params["policy"]), place)
+    yield _decode(collector, laid, place, sampling, num_slots, widest)
     total, wide = len(asked.record_ids), c.rollout.max_new_tokens
 
     def of_completions(dtype: Any, *dims: int) -> Any:
@@ -69,45 +81,57 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     rollout = Rollout(
         of_completions(np.int32, wide), here, here, of_completions(np.float32, wide), of_completions(np.bool_)
     )
-    given, readouts = _with(jax.eval_shape(collector.complete, asked.rows, rollout), rows)
+    with jax.set_mesh(mesh):
+        given, readouts = _with(jax.eval_shape(collector.complete, asked.rows, rollout), rows)
     if isinstance(collector.reward, Model):
         last = jax.eval_shape(lambda a, b: last_columns(a, b, collector.together), asked.rows, here)
-        yield compiled("scoring", collector.score, frozen["reward"], given, _with(last, rows))
+        yield compiled("scoring", mesh, collector.score, frozen["reward"], given, _with(last, rows))
     elif isinstance(collector.reward, ModelScorer):
         width = power_of_two(given.tokens.shape[1])
         text = Rows(*[of_completions(np.int32, width)] * 4)._replace(causal=CausalByIndex())
-        yield compiled("scoring", score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32))
+        yield compiled(
+            "scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32)
+        )
     own = {role: params[role] for role in collector.roles}
-    yield compiled("forward passes", collector.forward, own, frozen["ref"], given, readouts)
+    yield compiled("forward passes", mesh, collector.forward, own, frozen["ref"], given, readouts)
 
 
-def _lay_out(policy: Model, params: Any, limit: int | None) -> Generator[Call, None, Any]:
-    """The rollout's layout of the weights, whole where training would have them whole."""
-    arrays = cache_arrays(policy.config.num_layers)
-    mesh = jax.sharding.get_abstract_mesh()
-    size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(policy.config.dtype).itemsize
-    whole = limit is None or size / mesh.shape["tensor"] <= limit / 4
-    call = compiled("layout", slots._lay_out, policy, params, whole=whole, arrays=arrays)
-    yield call._replace(name=f"layout ({'whole' if whole else 'split'} weights)")
-    return call.results
+def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, Any]:
+    """The rollout's layout of the weights: a program for each layer, the same one."""
+    ends = {name: part for name, part in params.items() if name != "layers"}
+    with jax.set_mesh(place.decoding):
+        arrays = cache_arrays(policy.config.num_layers)
+    first = compiled("layout: embedding, head", place.decoding, layout._lay_out_ends, policy, ends, mesh=place.mesh)
+    yield first
+    number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(place.decoding))
+    static = {"arrays": arrays, "mesh": place.mesh}
+    layer = compiled(
+        "layout: a layer", place.decoding, layout._lay_out_layer, policy, params["layers"], number, **static
+    )
+    yield layer._replace(times=float(arrays))
+    # Each layer's arrays are its own: `bytes_of` counts an object once.
+    own = tuple(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), layer.results)
+                for _ in range(arrays))  # fmt: skip
+    return first.results | {"layers": own}
 
 
-def _decode(collector: Any, laid: Any, prefilled: Any, asked: Any, mesh: Any) -> Iterator[Call]:
+def _decode(collector: Any, laid: Any, place: Any, sampling: Sampling, num_slots: int, width: int) -> Call:
     """One program of decoding: of all slots, and a cache as wide as it becomes."""
-    c, sampling = collector.config, Sampling.of(collector.config.rollout)
-    total = len(asked.record_ids)
-    num_slots = whole_shards(min(c.rollout.num_slots or total, total), mesh)
-    arrays, width = len(laid["layers"]), cache_width(prefilled.keys.shape[3] + sampling.max_new_tokens)
-    static = {"batch": num_slots, "width": width, "arrays": arrays}
-    empty = compiled("slots", slots.empty_slots, collector.policy, np.int32(0), **static).results
+    mesh, batch = place.decoding, place.slots(num_slots)
+    static = {"batch": batch, "width": width, "arrays": len(laid["layers"])}
+    empty = compiled("slots", mesh, slots.empty_slots, collector.policy, np.int32(0), **static).results
     length = min(sampling.max_new_tokens, _MOST_STEPS)
-    draws = compiled("draws", slots.empty_draws, batch=num_slots, length=length, dtype=jnp.float32).results
+    draws = compiled("draws", mesh, slots.empty_draws, batch=batch, length=length, dtype=jnp.float32).results
     whole = replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     options = {"sampling": sampling, "stop_ids": collector.stop_ids}
-    yield compiled("decode", slots.advance, collector.policy, laid, empty, draws, key, number, number, **options)
+    call = compiled(
+        f"decode (tensor={place.tensor})", mesh, slots.advance, collector.policy, laid, empty, draws, key, number,
+        number, **options,
+    )  # fmt: skip
+    return call._replace(times=float(sampling.max_new_tokens))
 
 
 def _with(tree: Any, sharding: NamedSharding) -> Any:

@@ -219,33 +219,33 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
     work = Work(tokens, both, 0.5 * (prompt + wide) / width)
     frozen_models = {role: r.model.config for role, r in program.frozen.items()}
     policy = models["policy"]
-    kept: dict[str, dict[str, int]] = {}
-    begin = time.monotonic()
+    kept: dict[str, int] = {}  # what the rollout holds
+    weights, begin = 0, time.monotonic()
     for call in calls:
-        seconds = time.monotonic() - begin
+        seconds, name = time.monotonic() - begin, call.name
         given = [x for x in jax.tree.leaves(call.arguments) if hasattr(x, "sharding")]
-        name, times, least = call.name, 1.0, 0.0
+        flops, of, times, least = 0.0, read, call.times, 0.0
         tell(name)
-        if name.startswith("layout"):
-            flops, of, given = 0.0, read, []
-            kept = {"held": {"rollout weights": bytes_of(call.results)}}
-        elif name == "prefill":
-            flops, of, given = _flops(policy, read, 1.0), read, batch_leaves(prompts.rows)
-        elif name == "decode":
+        if name == "prefill":
+            flops, given = _flops(policy, read, 1.0), jax.tree.leaves(prompts.rows)
+            kept = {"prompts read": bytes_of(call.results)}
+        elif name.startswith("layout"):
+            weights += int(times) * bytes_of(call.results)
+            given, kept = [], kept | {"rollout weights": weights}
+        elif name.startswith("decode"):
             slots = call.results[0]
-            of = Work(slots.live.shape[0], prompt + wide / 2, 1.0)
-            flops, times = _flops(policy, of, 1.0), wide * -(-total // slots.live.shape[0])
-            least = kept["held"]["rollout weights"] + bytes_of(slots.cache)
-            given = jax.tree.leaves(call.arguments[2:4])
+            rows_at_once = slots.live.shape[0]
+            of = Work(rows_at_once, prompt + wide / 2, 1.0)
+            flops, times = _flops(policy, of, 1.0), times * -(-total // rows_at_once)
+            least, given = weights + bytes_of(slots.cache), jax.tree.leaves(call.arguments[2:4])
         elif name == "scoring":
-            flops, of, kept = _flops(frozen_models["reward"], work, 1.0), work, {}
-            given = given[-5:]
-        else:
+            flops, of, kept, given = _flops(frozen_models["reward"], work, 1.0), work, {}, given[-5:]
+        elif name == "forward passes":
             flops = sum(_flops(m, work, 1.0) for m in (*models.values(), frozen_models["ref"]))
             of, kept, given = work, {}, given[-8:]
-        one = done(name, call.executable, seconds, given, times, flops, of, least=least, **kept)
-        if name.startswith("layout"):
-            one = one._replace(memory=one.memory | {"results": 0})  # they are the rollout's weights
+        one = done(name, call.executable, seconds, given, times, flops, of, least=least, held=kept)
+        if name in ("prefill", "prompts to decoding") or name.startswith("layout"):
+            one = one._replace(memory=one.memory | {"results": 0})  # they are held
         yield one
         begin = time.monotonic()
     tell("train step")
