@@ -23,7 +23,7 @@ _FREE = {
     "opt-barrier", "add-dependency", "domain", "async-update", "copy-done", "async-done", "send-done", "recv-done",
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "Assume", "GatherScatterIndices", "Sharding", "SPMD")
-_LARGEST = 12
+_LARGEST = 12  # named
 
 
 class Product(NamedTuple):
@@ -43,6 +43,15 @@ class Product(NamedTuple):
         return self.flops * self.times
 
 
+class Kernel(NamedTuple):
+    """A kernel without a product, as often as it is executed."""
+
+    name: str
+    bytes: int  # of memory traffic, of one execution
+    times: int
+    op_name: str
+
+
 class Array(NamedTuple):
     """A result of an instruction."""
 
@@ -58,7 +67,9 @@ class Account(NamedTuple):
     collectives: tuple[Collective, ...]
     traffic_bytes: float  # of kernels without a product: what they read and write in the device's main memory
     product_bytes: float  # the same of those with one
+    host_bytes: float  # between the device and the host's memory
     kernels: int  # executed
+    heaviest: tuple[Kernel, ...]  # of `traffic_bytes`, those that move most in all
     largest: tuple[Array, ...]  # temporary arrays, largest first
     num_devices: int
     assumed_trips: dict[str, int]  # loops whose trip count depends on data, and what was taken for it
@@ -115,7 +126,7 @@ def account(text: str, trips: int | Mapping[str, int] = 1, *, visible: float = C
       trips: turns of loops whose count depends on data; of all of them, or by a part of the loop's op_name (others: 1).
       visible: share of all pairs of a query and a key that attention kernels go through.
     """
-    reader = _Reader(parse(text), trips, visible)
+    reader = _Reader(parse(text), trips, visible, offloads="S(5)" in text)
     entry = reader.module.entry
     part = reader.run(entry, Scalars(reader.module, entry), Sources(reader.module, entry), "")
     return Account(
@@ -123,7 +134,9 @@ def account(text: str, trips: int | Mapping[str, int] = 1, *, visible: float = C
         collectives=tuple(part.collectives),
         traffic_bytes=part.traffic,
         product_bytes=part.product_bytes,
+        host_bytes=part.host_bytes,
         kernels=part.kernels,
+        heaviest=tuple(sorted(part.heaviest, key=lambda k: -k.bytes * k.times)[:_LARGEST]),
         largest=tuple(sorted(reader.arrays, key=lambda a: -a.shape.bytes)[:_LARGEST]),
         num_devices=reader.module.num_devices,
         assumed_trips=reader.assumed,
@@ -139,21 +152,24 @@ class _Part:
     def __init__(self) -> None:
         self.products: list[Product] = []
         self.collectives: list[Collective] = []
-        self.traffic = self.product_bytes = self.flops = 0.0
+        self.heaviest: list[Kernel] = []
+        self.traffic = self.product_bytes = self.host_bytes = self.flops = 0.0
         self.kernels = 0
 
     def add(self, other: _Part, times: int = 1) -> None:
         self.products += [p._replace(times=p.times * times) for p in other.products]
         self.collectives += [c._replace(times=c.times * times) for c in other.collectives]
+        self.heaviest += [k._replace(times=k.times * times) for k in other.heaviest]
         self.traffic += other.traffic * times
+        self.host_bytes += other.host_bytes * times
         self.product_bytes += other.product_bytes * times
         self.flops += other.flops * times
         self.kernels += other.kernels * times
 
 
 class _Reader:
-    def __init__(self, module: Module, trips: int | Mapping[str, int], visible: float):
-        self.module, self._trips, self._visible = module, trips, visible
+    def __init__(self, module: Module, trips: int | Mapping[str, int], visible: float, offloads: bool):
+        self.module, self._trips, self._visible, self._offloads = module, trips, visible, offloads
         self.assumed: dict[str, int] = {}
         self.branches: list[str] = []
         self.unknown: list[str] = []
@@ -236,6 +252,9 @@ class _Reader:
             total.product_bytes += moved
         elif collective is None:
             total.traffic += moved
+            total.heaviest.append(Kernel(x.name, moved, 1, x.op_name))
+        if self._offloads:
+            total.host_bytes += kernels.traffic(self.module, computation, x, host=True)
         if x.opcode == "custom-call" and not found:
             self.unknown.append(kernels.target(x))
         total.kernels += collective is None

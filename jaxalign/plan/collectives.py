@@ -37,6 +37,12 @@ class Collective(NamedTuple):
     piece_of: str = ""  # "all-gather" or "reduce-scatter": a permute by which a TPU does one of them beside products
     source: str = ""  # where what is moved is an argument of the program, or cast or cut out of one: its name
     name: str = ""
+    read: int = 0  # of an all-reduce: bytes of the result that kernels read
+
+    @property
+    def could_scatter(self) -> bool:
+        """Whether it sums whole what each device then takes its part of: a reduce-scatter moves half."""
+        return self.kind == "all-reduce" and 0 < self.read <= self.bytes / self.group_size
 
     @property
     def moved(self) -> float:
@@ -101,6 +107,7 @@ def read(module: Module, computation: Computation, x: Instruction, sources: Sour
         piece_of=_piece(computation, x) if kind == "collective-permute" else "",
         source=sources.of(operand) if operand else "",
         name=x.name,
+        read=_read(module, computation, x) if kind == "all-reduce" else 0,
     )
 
 
@@ -115,6 +122,20 @@ def _fused(module: Module, x: Instruction) -> tuple[Computation, Instruction | N
     """The computation that a fusion calls, and the collective in it."""
     inner = module.computations[x.called("calls")[0]]
     return inner, next((y for y in inner.instructions if y.opcode.removesuffix("-start") in kernels.COLLECTIVES), None)
+
+
+def _read(module: Module, computation: Computation, x: Instruction) -> int:
+    """Bytes of a collective's result that kernels read; all of it where it is handed on."""
+    total = 0
+    for user in computation.users.get(x.name, []):
+        if user.opcode in ("tuple", "while", "call", "conditional"):
+            return x.bytes
+        if user.opcode.endswith("-done") or user.opcode in ("get-tuple-element", "bitcast", "copy-start"):
+            total += _read(module, computation, user)
+        else:
+            numbers = [i for i, name in enumerate(user.operands) if name == x.name]
+            total += sum(kernels.read(module, computation, user, i) for i in numbers)
+    return total
 
 
 def _piece(computation: Computation, x: Instruction) -> str:

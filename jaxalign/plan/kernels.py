@@ -32,6 +32,7 @@ COLLECTIVES = {
     "ragged-all-to-all",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place: the operand that is written
 HANDED_ON = {"bitcast", "convert", "copy", "reshape", "transpose"}
 
 
@@ -159,29 +160,37 @@ def _taps(size: int, window: int, out: int, low: int, stride: int, dilate: int, 
     return count
 
 
-def in_memory(module: Module, shape: Shape) -> int:
-    """Bytes of a shape that lie in the device's main memory: a TPU's layouts name those that do not."""
-    if shape.space == _HOST or (module.tiled and shape.space):
-        return 0
-    return shape.bytes
+def in_memory(module: Module, shape: Shape, host: bool = False) -> int:
+    """Bytes of a shape that lie in the device's main memory, or in the host's: layouts name other memories."""
+    if host or shape.space == _HOST:
+        return shape.bytes if host and shape.space == _HOST else 0
+    return 0 if module.tiled and shape.space else shape.bytes
 
 
-def traffic(module: Module, computation: Computation, x: Instruction) -> int:
-    """Bytes that a kernel reads from and writes to the device's main memory: its operands and results, of sliced
-    operands the slices, of a result that updates an operand in place the update."""
-    inner = module.computations[x.called("calls")[0]] if x.opcode == "fusion" else None
-    total = 0
-    for number, name in enumerate(x.operands):
-        shapes = computation.by_name[name].shapes
-        read = sum(in_memory(module, s) for s in shapes)
-        if inner is not None and len(shapes) == 1 and read:
-            read = min(read, _read_of(inner, inner.parameters[number], shapes[0]))
-        elif x.opcode in _SLICES and number == 0:
-            read = min(read, x.bytes)
-        elif x.opcode == "dynamic-update-slice" and number == 0:
-            read = 0
-        total += read
-    return total + _written(module, computation, inner, x)
+def traffic(module: Module, computation: Computation, x: Instruction, host: bool = False) -> int:
+    """Bytes that a kernel reads from and writes to memory: its operands and results, of sliced operands the slices, of
+    a result that updates an operand in place the update.
+
+    Args:
+      module: the program.
+      computation: where the instruction stands.
+      x: the instruction.
+      host: of the host's memory, not the device's.
+    """
+    numbers = range(len(x.operands))
+    return sum(read(module, computation, x, n, host) for n in numbers) + _written(module, computation, x, host)
+
+
+def read(module: Module, computation: Computation, x: Instruction, number: int, host: bool = False) -> int:
+    """Bytes that a kernel reads of one operand; arguments as `traffic`."""
+    shapes = computation.by_name[x.operands[number]].shapes
+    found = sum(in_memory(module, s, host) for s in shapes)
+    if x.opcode == "fusion" and len(shapes) == 1 and found:
+        inner = module.computations[x.called("calls")[0]]
+        return min(found, _read_of(inner, inner.parameters[number], shapes[0]))
+    if x.opcode in _SLICES and number == 0:
+        return min(found, x.bytes)
+    return 0 if x.opcode in _UPDATES and number == 0 else found
 
 
 def _read_of(inner: Computation, name: str, shape: Shape) -> int:
@@ -195,7 +204,7 @@ def _read_of(inner: Computation, name: str, shape: Shape) -> int:
         for user in users:
             if user.opcode in _SLICES and user.operands[0] == y:
                 numbers += user.shapes[0].size
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == y:
+            elif user.opcode in _UPDATES and user.operands[0] == y:
                 continue  # in place
             elif y == name and ((user.name == inner.root and user.opcode == "tuple") or user.opcode in COLLECTIVES):
                 continue  # handed on as it came, or a collective's
@@ -208,23 +217,25 @@ def _read_of(inner: Computation, name: str, shape: Shape) -> int:
     return math.ceil(min(numbers, shape.size) * bytes_of(shape.dtype))
 
 
-def _written(module: Module, computation: Computation, inner: Computation | None, x: Instruction) -> int:
-    if x.opcode == "dynamic-update-slice":
-        return computation.by_name[x.operands[1]].bytes if in_memory(module, x.shapes[0]) else 0
+def _written(module: Module, computation: Computation, x: Instruction, host: bool) -> int:
     if x.opcode == "copy-start":  # (result, operand, what awaits it)
-        return in_memory(module, x.shapes[0])
-    if inner is None:
-        return sum(in_memory(module, s) for s in x.shapes)
-    root = inner.by_name[inner.root]
-    roots = [inner.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        return in_memory(module, x.shapes[0], host)
+    inner, roots, handed = computation, [x] * len(x.shapes), False
+    if x.opcode == "fusion":
+        inner = module.computations[x.called("calls")[0]]
+        root = inner.by_name[inner.root]
+        handed = root.opcode == "tuple"
+        roots = [inner.by_name[name] for name in root.operands] if handed else [root]
     total = 0
     for shape, y in zip(x.shapes, roots, strict=False):
-        while y.opcode in HANDED_ON:
+        while y.opcode in HANDED_ON and inner is not computation:
             y = inner.by_name[y.operands[0]]
-        size = in_memory(module, shape)
-        if (y.opcode == "parameter" and root.opcode == "tuple") or y.opcode in COLLECTIVES:
+        size = in_memory(module, shape, host)
+        if (y.opcode == "parameter" and handed) or y.opcode in COLLECTIVES:
             continue
-        if y.opcode == "dynamic-update-slice":
-            size = min(size, math.ceil(inner.by_name[y.operands[1]].shapes[0].size * bytes_of(shape.dtype)))
+        if y.opcode in _UPDATES:
+            part = inner.by_name[y.operands[_UPDATES[y.opcode]]].shapes[0].size
+            # Where numbers are added to those that are there, these are read.
+            size = min(size, math.ceil(part * bytes_of(shape.dtype)) * (2 if y.opcode == "scatter" else 1))
         total += size
     return total

@@ -44,6 +44,7 @@ def test_two_layers(machine):
     assert {(c.dtype, c.group_size) for c in gathers} == {("bf16", 8)}
     # A TPU sums so small gradients whole, and each device takes its part.
     assert found.bytes_of("reduce-scatter" if machine.startswith("gpu") else "all-reduce") == L * 2 * D * D
+    assert any(c.could_scatter for c in found.collectives) == machine.startswith("tpu")
     assert {c.source for c in gathers} == {"ws"}
     assert found.resharding() == ()
     moved = found.traffic_bytes + found.product_bytes

@@ -262,3 +262,44 @@ ENTRY %main (l: bf16[8,32,64], r: bf16[8,64,16]) -> bf16[8,32,16] {
 }
 """  # noqa: E501
     assert account(text).flops == 2 * 8 * 32 * 64 * 16
+
+
+def test_what_goes_to_the_host_and_what_moves_most():
+    """A kept array of 2 x 64 bytes goes out to the host's memory; on the device it is read, and its sum is the most."""
+    text = """HloModule m, num_partitions=1
+ENTRY %main (x: f32[32]) -> f32[32] {
+  %x = f32[32]{0} parameter(0)
+  %y = f32[32]{0} add(%x, %x), metadata={op_name="twice"}
+  %out = (f32[32]{0:S(5)}, f32[32]{0}, u32[]) copy-start(%y)
+  ROOT %z = f32[32]{0} negate(%y)
+  %gone = f32[32]{0:S(5)} copy-done(%out)
+}
+"""
+    found = account(text)
+    assert found.host_bytes == 128
+    assert found.traffic_bytes == 3 * 128 + 128 + 2 * 128
+    assert (found.heaviest[0].op_name, found.heaviest[0].bytes) == ("twice", 3 * 128)
+    assert found.kernels == 3
+
+
+def test_an_all_reduce_of_which_a_part_is_read():
+    text = """HloModule m, num_partitions=4
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[64], at: s32[]) -> f32[16] {
+  %x = f32[64]{0} parameter(0)
+  %at = s32[] parameter(1)
+  %whole = f32[64]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %part = f32[16]{0} dynamic-slice(%whole, %at), dynamic_slice_sizes={16}
+}
+"""
+    (found,) = account(text).collectives
+    assert found.could_scatter
+    assert found.moved == 2 * 256 * 3 / 4
+    (whole,) = account(text.replace("dynamic-slice(%whole, %at)", "slice(%x)").replace("%at = ", "%b = ")).collectives
+    assert not whole.could_scatter
