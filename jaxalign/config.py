@@ -87,7 +87,7 @@ def _common() -> ConfigDict:
                 "dtype": "float32",  # of the computation
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
-                "remat": "full",  # the backward pass keeps all, products (offload: on the host), attention, or inputs
+                "remat": "full",  # kept for the backward pass: all, matmul outputs (on the host), attention, inputs
                 "attention": none(str),  # the backend; default: what suits the platform
             },
             "data": {

@@ -28,7 +28,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     ("model.dtype", ("float32", "bfloat16", "float16", "float64")),
     ("model.param_dtype", ("float32", "bfloat16", "float64")),
     ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
-    ("model.remat", ("none", "dots", "attention", "offload", "full")),
+    ("model.remat", ("none", "dots", "attention", "offload", "full", "auto")),
     ("model.attention", (None, "blocked", "splash", "triton", "mosaic")),
     ("data.on_error", ("stop", "skip")),
     ("data.truncation", ("drop", "keep_start", "keep_end")),

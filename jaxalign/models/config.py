@@ -15,7 +15,7 @@ from jaxalign.models.hub import CONFIG, read_json
 from jaxalign.ops.rope import Rope
 
 HEADS = ("lm", "score")
-REMAT = ("none", "dots", "attention", "offload", "full")
+REMAT = ("none", "dots", "attention", "offload", "full", "auto")
 
 
 @dataclasses.dataclass(frozen=True)

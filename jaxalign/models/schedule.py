@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -58,6 +60,25 @@ _POLICIES = {
 }
 
 
+_settled: contextvars.ContextVar[str | None] = contextvars.ContextVar("settled_remat", default=None)
+
+
+@contextlib.contextmanager
+def settled_remat(policy: str) -> Iterator[None]:
+    """While a step is traced in the block, models whose policy is "auto" take this one.
+
+    Elsewhere these recompute what `full` does, and nothing on a CPU.
+
+    Args:
+      policy: any other than "auto".
+    """
+    token = _settled.set(policy)
+    try:
+        yield
+    finally:
+        _settled.reset(token)
+
+
 def run_layers(
     layer: Layer,
     layers: Params,
@@ -75,11 +96,13 @@ def run_layers(
       x: [B, T, D].
       given: what every layer receives, numbers [L] of each.
       sources: int32 [B, M], the tokens that are read; None: all of them.
-      remat: what the backward pass recomputes, a key of `_POLICIES` or "none".
+      remat: what the backward pass recomputes, a key of `_POLICIES`, "none", or "auto" (see `settled_remat`).
 
     Returns:
       [B, T, D], of sources [B, M, D].
     """
+    if remat == "auto":
+        remat = _settled.get() or ("none" if platform() == "cpu" else "full")
     if platform() == "cpu" and remat == "none" and _num_layers(layers) <= _UNROLLED:
         return _one_by_one(layer, layers, x, given, sources)
 

@@ -52,12 +52,14 @@ def report(stage: Stage, told: Sequence[str] = ()) -> dict[str, Any]:
     sizes = bytes_by_role(stage.like.params, frozen) | {"optimizer": num_bytes(stage.like.opt)}
     say("\nmemory:")
     say("  " + ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items()))
-    stage.step.compile(stage.like, abstract(frozen, param_shardings(stage.mesh, frozen)), abstract_batch(stage))
+    stage.step.compile(*step_arguments(stage))
     memory, limit = stage.step.memory, device_limit()
     if memory:
         there = f" of {in_words(limit)} there" if limit else ""
         parts = ", ".join(f"{name} {in_words(size)}" for name, size in memory.items() if name != "total")
         say(f"  a training step needs {in_words(memory['total'])} on each device{there}: {parts}")
+    if stage.remat:
+        say(f"  model.remat=auto: {stage.remat}")
     room = check_room(stage)
     updates = stage.num_steps * stage.program.updates
     say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
@@ -104,6 +106,12 @@ def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
                 lines.append(f"    {name}: {masked_text(tokenizer, np.asarray(tokens), np.asarray(mask))!r}")
         shown.append("\n".join(lines))
     return shown
+
+
+def step_arguments(stage: Stage) -> tuple[Any, Any, Any]:
+    """Shapes and shardings of what the train step is called with: state, frozen parameters, batch."""
+    frozen = per_source(stage.program.frozen, lambda role: role.abstract())
+    return stage.like, abstract(frozen, param_shardings(stage.mesh, frozen)), abstract_batch(stage)
 
 
 def abstract_batch(stage: Stage) -> Any:

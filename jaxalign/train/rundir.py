@@ -76,6 +76,7 @@ class RunDir:
         self.samples = self.path / "samples"
         self.cache = self.path / "cache"
         self.export = self.path / "export"
+        self.settled: dict[str, str] = {}  # what a run found out of its machine and keeps to when it resumes
         self.begun = False  # whether `open` found a run's configuration in it
         self._made = False  # whether this call made it
 
@@ -96,6 +97,7 @@ class RunDir:
         self.make()
         old = self.check(config, resume=resume)
         self.begun = old is not None
+        self.settled = (old or {}).get("settled", {})
         if old is not None:
             done = results(self.path)
             same = _pick(old["config"], _LENGTH) == _pick(config, _LENGTH)
@@ -147,7 +149,8 @@ class RunDir:
         Args:
           config: the whole configuration as plain dicts.
         """
-        self.write_json("config.json", {"format": FORMAT, "config": config})
+        more = {"settled": self.settled} if self.settled else {}
+        self.write_json("config.json", {"format": FORMAT, "config": config} | more)
         if is_main() and (self.path / "DONE").exists():  # a longer run resumes from a finished one
             (self.path / "DONE").unlink()
 

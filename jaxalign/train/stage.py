@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
+from jaxalign.models.schedule import settled_remat
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
@@ -42,6 +44,7 @@ class Stage:
       stop_ids: tokens that end a completion.
       like: shapes, dtypes and shardings of the state.
       step: the compiled train step.
+      remat: its rematerialisation policy where `model.remat=auto` was settled; "" before, and where there is another.
       eval_step: the compiled evaluation step.
 
     Raises:
@@ -107,6 +110,7 @@ class Stage:
                 metrics[name] = schedule(updates_made(state.opt[role]))
             return new, metrics
 
+        self._train_step = train_step
         extra = dict(program.extra) | (LossScale.initial() if scaling else {})
         self.initial_extra = extra
         like = jax.eval_shape(lambda: self._fresh({n: r.abstract() for n, r in program.trained.items()}))
@@ -119,8 +123,22 @@ class Stage:
             data_cursor=whole,
         )
         self.like = abstract(like, self.shardings)
-        self.step = Compiled(train_step, "train step", donate=(0,), out_shardings=(self.shardings, whole))
+        self.step, self.remat = self.step_with(None), ""
         self.eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
+
+    def step_with(self, remat: str | None) -> Compiled:
+        """The train step, not compiled yet.
+
+        Args:
+          remat: the policy of models that leave it to the machine (`model.remat=auto`).
+        """
+
+        def train_step(state, frozen, batch):
+            with settled_remat(remat) if remat else contextlib.nullcontext():
+                return self._train_step(state, frozen, batch)
+
+        out = (self.shardings, replicated(self.mesh))
+        return Compiled(train_step, "train step", donate=(0,), out_shardings=out)
 
     def _fresh(self, params) -> TrainState:
         """The state of step 0 with these parameters; under `eval_shape`, its shapes."""

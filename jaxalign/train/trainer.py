@@ -23,7 +23,7 @@ from jaxalign.parallel.watch import watched
 from jaxalign.train.best import Patience, check_best_metric, rarely
 from jaxalign.train.card import model_card
 from jaxalign.train.checkpoints import Checkpoints
-from jaxalign.train.compiled import memory_errors, peak_memory, reset_peak_memory
+from jaxalign.train.compiled import device_limit, memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.dryrun import report
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
@@ -33,6 +33,7 @@ from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.models import bytes_by_role, fit_length, num_bytes
 from jaxalign.train.named_functions import check_functions, load_callbacks
+from jaxalign.train.remat import noted, settle_remat
 from jaxalign.train.room import check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.train.schedule_free import evaluated
@@ -89,6 +90,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
             stage = Stage(config, mesh, directory, lock)
             stage.check_weights()
             if dry_run:
+                settle_remat(stage, processes.on_main(device_limit))
                 return report(stage, [*checked.warnings, *cut])
             with memory_errors(f"{config.algorithm.name} stage"):
                 results = _train(stage)
@@ -118,6 +120,8 @@ def _train(stage: Stage) -> dict[str, Any]:
     if start < stage.num_steps:
         for sentence in check_room(stage, len(checkpoints.steps())):
             say(f"warning: {sentence}")
+        settle_remat(stage, processes.on_main(device_limit), stage.directory.settled if found else None)
+        stage.directory.settled = noted(stage) if stage.remat else {}
     stage.directory.begin(configuration.to_dict(c))
     stage.write_report()
     state = found[1] if found else stage.start()

@@ -1,0 +1,58 @@
+"""`model.remat=auto`: the train step with the fastest rematerialisation policy that fits the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxalign.errors import InputError
+from jaxalign.parallel.processes import say
+from jaxalign.train.compiled import in_words
+from jaxalign.train.dryrun import step_arguments
+from jaxalign.train.stage import Stage
+
+FASTEST_FIRST = ("dots", "attention", "full")
+_SHARE = 0.95  # of a device's memory that a step may take: the rest is lost between arrays
+
+
+def settle_remat(stage: Stage, limit: int | None, before: Mapping[str, str] | None = None) -> None:
+    """Gives a stage with `model.remat=auto` its train step and `stage.remat`; any other stage stays as it is.
+
+    Each policy costs a compilation, and the first that fits is taken.  To be called under the stage's mesh, whose
+    devices need not be there.
+
+    Args:
+      stage: data, models and compiled steps.
+      limit: bytes that programs may use on a device; None where that is not known, as on a CPU: nothing is
+        recomputed there.
+      before: what `noted` gave when the run began: on the same machine it takes the same policy, or a more sparing one
+        if that does not fit any more.
+
+    Raises:
+      InputError: not even the most sparing one fits.
+    """
+    if stage.config.model.remat != "auto":
+        return
+    if limit is None:
+        stage.step, stage.remat = stage.step_with("none"), "none"
+        return
+    policies: tuple[str, ...] = FASTEST_FIRST
+    if before and before == noted(stage) | {"remat": before.get("remat")} and before["remat"] in policies:
+        policies = policies[policies.index(before["remat"]) :]
+    for policy in policies:
+        stage.step, stage.remat = stage.step_with(policy), policy
+        try:
+            stage.step.compile(*step_arguments(stage))
+        except InputError:  # refused because it cannot fit
+            if policy == policies[-1]:
+                raise
+            continue
+        if stage.step.memory.get("total", 0) <= _SHARE * limit:
+            break
+    say(f"model.remat=auto: {stage.remat}, {in_words(stage.step.memory['total'])} of {in_words(limit)} there")
+
+
+def noted(stage: Stage) -> dict[str, str]:
+    """What a run notes of its policy, so that it takes the same when it resumes: `remat`, and of which `machine`."""
+    mesh = stage.mesh
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return {"remat": stage.remat, "machine": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}"}
