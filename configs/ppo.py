@@ -12,7 +12,7 @@ your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=prompts.jsonl,
           --config.rewards.model=None --config.rewards.function=FILE.py:NAME
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 25.3 GiB (float32 weights 7.2 and Adam 14.5 of policy and value, bfloat16 reference and
-          reward model 3.6); a step takes 41 GiB on an H100 and 49 on a v5p chip, beside the frozen 3.6 (compiled for
+          reward model 3.6); a step takes 38 GiB on an H200 and 40 on a v5p chip, beside the frozen 3.6 (compiled for
           both by jaxalign/plan, not run there)
 time      about 1.5 h on 8 H100, 2.5 h on v5p-16 (an estimate: 300 iterations, each 98 k padded tokens of 32 N FLOPs at
           an assumed MFU of 30 %, and 256 steps of sampling of an assumed 20 ms)
@@ -32,16 +32,15 @@ def get_config():
     config.rewards.model = "runs/llama3_8b/reward/export"  # the value model starts from it too
     config.model.dtype = "bfloat16"  # of the computation; the trained weights and Adam stay float32
     config.model.frozen_dtype = "bfloat16"  # reference and reward model are only read
-    config.mesh.tensor = 4  # each sampled token reads all weights: they stay split
     config.data.sources = ({"path": "Anthropic/hh-rlhf", "name": "helpful-base"},)  # its prompts
     config.data.eval_fraction = 0.01
     config.data.max_length = 768
     config.data.truncation = "keep_end"
     config.rollout.max_new_tokens = 256
+    config.rollout.tensor = 4  # each sampled token reads all weights: they are split over neighbours then
     config.rewards.missing_eos_penalty = 1.0
     config.batch_size = 128  # prompts of an iteration
     config.num_train_steps = 300
-    config.grad_accum_steps = 8
     config.algorithm.num_ppo_epochs = 2
     config.algorithm.num_minibatches = 2
     config.algorithm.kl_coef = 0.05

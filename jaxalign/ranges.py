@@ -78,6 +78,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("rollout.max_new_tokens", 1, _TOKENS),
     ("rollout.num_samples", 1, 1 << 16),
     ("rollout.num_slots", 1, 1 << 20),
+    ("rollout.tensor", 1, 1 << 20),
     ("rollout.temperature", 0, 1000),  # see LEAST_TEMPERATURE
     ("rollout.top_k", 0, _MANY),
     ("rollout.top_p", 1e-9, 1),

@@ -145,6 +145,8 @@ def _rollout() -> dict[str, Any]:
         "temperature": 1.0,  # of the samples; ppo's log-probs are at the same temperature
         "top_k": 0,  # samples among the k likeliest tokens; 0: off
         "top_p": 1.0,  # samples among the likeliest tokens that make up this share; 1: off
+        # devices of mesh.fsdp that split each layer while completions are sampled; default: as few as fit
+        "tensor": config_dict.placeholder(int),
         "stop": (),  # more stop tokens, beside the model's own: ids or token strings
     }
 

@@ -22,7 +22,7 @@ FORMAT = 1
 _NOT_IN_KEY = (
     "workdir", "logging", "process_timeout", "profile", "mesh", "from", "model.remat", "data.cache_dir",
     "checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.resume", "callbacks",
-    "rollout.num_slots",
+    "rollout.num_slots", "rollout.tensor",
 )  # fmt: skip
 
 # Fields that name files or directories; where these exist on this machine their contents are part of the key.

@@ -210,10 +210,33 @@ def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> int:
     rows = -(-slots // batch_shards(mesh))
     heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else c.num_kv_heads
     cache = 2 * item * c.num_layers * rows * heads * columns * c.head_dim
-    reading = item * -(-rows // tensor) * columns * (3 * c.mlp_dim + 8 * c.embed_dim)
+    reading = -(-rows // tensor) * columns * _of_a_token(model)
     embedding = c.vocab_size * c.embed_dim * item // tensor
     sampling = 3 * 4 * rows * c.vocab_size // tensor
     return weights + 2 * cache + max(reading, embedding, sampling)
+
+
+def fewest_parts(model: Model, mesh: Mesh, shape: tuple[int, int], most: int, held: int, limit: int | None) -> int:
+    """In how few parts rows can go through a model without gradients, a divisor of `most`.
+
+    Args:
+      model: of which one layer's arrays are there at a time.
+      mesh: of training.
+      shape: of the rows, [B, T].
+      most: parts.
+      held: bytes on each device meanwhile.
+      limit: bytes there, of whose rest half is counted on; None: not known, `most` parts.
+    """
+    if limit is None:
+        return most
+    of_all = shape[0] * shape[1] * _of_a_token(model) // batch_shards(mesh)
+    room = (_SPARE * limit - held) / 2
+    return next((n for n in range(1, most) if most % n == 0 and of_all / n <= room), most)
+
+
+def _of_a_token(model: Model) -> int:
+    """Bytes of what a layer computes of a token, and of what goes from layer to layer, with copies to spare."""
+    return jnp.dtype(model.config.dtype).itemsize * (3 * model.config.mlp_dim + 8 * model.config.embed_dim)
 
 
 def lay_out(model: Model, params: Params, mesh: Mesh | None = None) -> Params:

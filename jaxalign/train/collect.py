@@ -24,6 +24,7 @@ from jaxalign.data.records import Record
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.parallel.host_memory import DEVICE, in_memory
+from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_sharding, put_batch
 from jaxalign.rewards.model import ModelScorer, require_finite, score_rows
 from jaxalign.rewards.samples import Samples, Scorer
@@ -31,6 +32,7 @@ from jaxalign.rewards.scores import Scores, by_part, one_part, score_arrays, tot
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows, local_rows
+from jaxalign.rollout.layout import decoding_mesh, fewest_parts, memory_limit
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.slots import repeat_rows
@@ -71,7 +73,7 @@ class Collector:
       stop_ids: the tokens that end a completion.
       mesh: where everything lies.
       value: of `params["value"]`, with a scalar head; None without a critic.
-      parts: in how many parts the forward passes are made.
+      parts: in how many parts the forward passes are made, at most: in as few as fit, where the memory is known.
       weights: of the reward's parts by name; 1 for one that is not there.
     """
 
@@ -94,12 +96,16 @@ class Collector:
         self.num_samples = config.rollout.num_samples
         self.together = completions_per_row(self.num_samples)
         self.roles = ("policy",) if value is None else ("policy", "value")
-        self._parts, self._weights = parts, dict(weights or {})
+        if config.rollout.tensor is not None:
+            decoding_mesh(mesh, config.rollout.tensor)  # or it is refused
+        self.parts, self._weights = parts, dict(weights or {})
+        self.limit = memory_limit(mesh)  # bytes of each device
+        self._said = False
         rows = batch_sharding(mesh)
         self.ask = jax.jit(self._ask_for_each, out_shardings=rows)
         self.complete = jax.jit(paired_rows if self.together == 2 else completed_rows, out_shardings=rows)
         self.score = jax.jit(self._score_completions, out_shardings=rows)
-        self.forward = jax.jit(self._forward_passes, out_shardings=rows)
+        self.forward = jax.jit(self._forward_passes, static_argnames=("parts",), out_shardings=rows)
 
     def collect(
         self,
@@ -109,6 +115,7 @@ class Collector:
         iteration: Array,
         step: int,
         records: Callable[[int], Record] | None = None,
+        held: int | None = None,
     ) -> tuple[Collected, list[dict[str, Any]], dict[str, float]]:
         """Completions, scores and forward passes of one batch of prompts.
 
@@ -119,6 +126,7 @@ class Collector:
           iteration: its number, of which the random keys are made.
           step: optimizer updates made so far.
           records: from a record's number to the record of the set that the batch is from; None: the training data.
+          held: bytes of weights and moments on each device meanwhile; None: those of the policy alone.
 
         Returns:
           What was collected, this process's completions as lines for the log, metrics.
@@ -134,9 +142,12 @@ class Collector:
             sample_ids,
             num_slots=c.rollout.num_slots,
             mesh=self.mesh,
+            tensor=c.rollout.tensor,
+            held=held,
             sampling=Sampling.of(c.rollout),
             stop_ids=self.stop_ids,
         )
+        self._say(int(figures["tensor"]))
         rows, readouts = jax.block_until_ready(self.complete(batch.rows, rollout))
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)
@@ -145,7 +156,11 @@ class Collector:
                 in_memory(frozen["reward"], DEVICE), rows, last_columns(batch.rows, rollout.present, self.together)
             )
         forward = self.forward(
-            {role: params[role] for role in self.roles}, in_memory(frozen["ref"], DEVICE), rows, readouts
+            {role: params[role] for role in self.roles},
+            in_memory(frozen["ref"], DEVICE),
+            rows,
+            readouts,
+            parts=self.parts_of(rows, held),
         )  # the devices work on while the host scores
         samples, texts, used = read_samples(
             batch, rollout, step, records=records or self.records, tokenizer=self.tokenizer
@@ -163,6 +178,7 @@ class Collector:
         total = totals(said, self._weights)
         metrics = text_metrics(rollout, samples, total) | {
             "rollout/slot_occupancy": figures["slot_occupancy"],
+            "rollout/tensor": figures["tensor"],
             "time/prefill": figures["time/prefill"],
             "time/decode": figures["time/decode"],
             "time/scoring": time.perf_counter() - sampled,
@@ -176,6 +192,25 @@ class Collector:
             return self.reward.scores(in_memory(frozen["reward"], DEVICE), samples, rows).tolist()
         assert not isinstance(self.reward, Model)
         return self.reward(samples) if samples.prompts else []
+
+    def parts_of(self, rows: Rows, held: int | None) -> int:
+        """In how many parts the forward passes of these rows are made.
+
+        Args:
+          rows: [B, T], or their shapes.
+          held: as `collect` takes it.
+        """
+        if held is None:
+            return self.parts
+        models = [model for model in (self.policy, self.value) if model is not None]
+        return max(fewest_parts(model, self.mesh, rows.tokens.shape, self.parts, held, self.limit) for model in models)
+
+    def _say(self, tensor: int) -> None:
+        """Says once how the weights lie while completions are sampled, where there is a choice."""
+        if not self._said and self.mesh.size > 1 and is_main():
+            how = "whole on each device" if tensor == 1 else f"each layer split over {tensor} devices"
+            print(f"completions are sampled with {how} (rollout.tensor={tensor})")
+        self._said = True
 
     # What runs on the mesh
 
@@ -194,8 +229,10 @@ class Collector:
         count = max(rows.tokens.shape[0] // self.config.batch_size, 1)
         return in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), count).reshape(-1)
 
-    def _forward_passes(self, params: dict[str, Params], ref: Params, rows: Rows, readouts: Readouts) -> Forward:
-        """Log-probs and values, as many rows at a time as a training step takes."""
+    def _forward_passes(
+        self, params: dict[str, Params], ref: Params, rows: Rows, readouts: Readouts, parts: int | None = None
+    ) -> Forward:
+        """Log-probs and values, in so many parts; None: as many rows at a time as a training step takes."""
         temperature, value = float(self.config.rollout.temperature), self.value
 
         def logprobs(params, rows, readouts):
@@ -214,5 +251,5 @@ class Collector:
                 None if value is None else values(params["value"], rows, readouts),
             )
 
-        found = in_parts(micro, (rows, readouts), self._parts)
+        found = in_parts(micro, (rows, readouts), parts or self.parts)
         return jax.tree.map(lambda x: x.reshape(x.shape[0] * self.together, -1), found)

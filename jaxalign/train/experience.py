@@ -33,6 +33,7 @@ from jaxalign.rewards.score_shaping import initial_statistics
 from jaxalign.rewards.scores import combine, one_part
 from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.layout import device_bytes
 from jaxalign.train.collect import Collector, Forward
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.policy_batches import OF_SCORES, make_batches
@@ -128,8 +129,9 @@ class Experience:
         mesh = self.collector.mesh
         with jax.set_mesh(mesh), memory_errors("collection of experience"):
             extra = jax.device_put(state.extra, replicated(mesh))
+            held = device_bytes((state.params, state.opt, frozen))
             collected, samples, metrics = self.collector.collect(
-                state.params, frozen, batch, state.data_cursor, int(state.step)
+                state.params, frozen, batch, state.data_cursor, int(state.step), held=held
             )
             batches, extra, more = self.batches(collected, extra, state.data_cursor)
             if not all_rows(collected.scores.applies).any():
@@ -162,7 +164,8 @@ class Experience:
         mesh = self.collector.mesh
         with jax.set_mesh(mesh), memory_errors("evaluation of samples"):
             stream = jax.device_put(np.int32(_EVAL_STREAM), replicated(mesh))
-            found, _, _ = self.collector.collect(state.params, frozen, batch, stream, int(state.step), records)
+            held = device_bytes((state.params, state.opt, frozen))
+            found, _, _ = self.collector.collect(state.params, frozen, batch, stream, int(state.step), records, held)
             used = found.batch.completions.mask[:, 0]
             return _eval_sums(used, found.rollout, found.forward, found.scores)
 

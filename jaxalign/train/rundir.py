@@ -36,6 +36,7 @@ _FREE = (
     "model.remat",
     "algorithm.offload",
     "rollout.num_slots",
+    "rollout.tensor",
     "data.cache_dir",
     "data.eval_sources",
 )

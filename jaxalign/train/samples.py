@@ -21,6 +21,7 @@ from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows
+from jaxalign.rollout.layout import device_bytes
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.health import sample_signs
@@ -82,6 +83,8 @@ class Sampler:
                 sampling=Sampling.of(c.rollout, max_new_tokens=min(c.rollout.max_new_tokens, max_length(c))),
                 stop_ids=stage.stop_ids,
                 mesh=stage.mesh,
+                tensor=c.rollout.tensor,
+                held=device_bytes((state, frozen)),
             )
             tokens, mask, _, logprobs, finished = (all_rows(x) for x in rollout)
         ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)][: len(examples)]

@@ -85,11 +85,15 @@ def test_parameters_are_laid_out_whole_but_for_tensor(policy, tensor):
     assert gate.sharding.shard_shape(gate.shape) == (gate.shape[0], gate.shape[1] // tensor)
 
 
-def test_weights_are_split_as_little_as_fits():
-    """Of 8 billion parameters, whole on each device 15 GiB."""
+def eight_billion():
+    """Whole on a device 15 GiB."""
     shape = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
     heads = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8}
-    model, mesh = Model(from_hf(shape | heads, dtype="bfloat16", param_dtype="float32", remat="full")), mesh_of(1, 8)
+    return Model(from_hf(shape | heads, dtype="bfloat16", param_dtype="float32", remat="full"))
+
+
+def test_weights_are_split_as_little_as_fits():
+    model, mesh = eight_billion(), mesh_of(1, 8)
 
     def chosen(gib, mesh=mesh, held=25 << 30):
         limit = gib if gib is None else gib << 30
@@ -99,6 +103,17 @@ def test_weights_are_split_as_little_as_fits():
     assert chosen(38, held=0) == 1
     assert chosen(10) == 8  # nothing fits: what needs least
     assert chosen(10, mesh_of(1, 4, 2)) == 2  # training's own
+
+
+def test_rows_are_scored_in_as_few_parts_as_fit():
+    model, mesh = eight_billion(), mesh_of(1, 8)
+
+    def parts(limit, most=8):
+        return layout.fewest_parts(model, mesh, (128, 768), most, 25 << 30, limit)
+
+    assert parts(None) == 8  # not known: as in training
+    assert [parts(gib << 30) for gib in (80, 30, 29, 20)] == [1, 2, 4, 8]
+    assert parts(20 << 30, most=6) == 6
 
 
 def test_a_split_that_fsdp_does_not_allow_is_refused():

@@ -55,7 +55,7 @@ ALONE = (("data", 1), ("fsdp", 1), ("tensor", 1))
 
 
 @functools.cache
-def in_float64(width=5, sizes=ALONE, accumulation=1):
+def in_float64(width=5, sizes=ALONE, accumulation=1, split=None):
     """One iteration and its first update in float64 with every option on.
 
     Returns:
@@ -68,6 +68,7 @@ def in_float64(width=5, sizes=ALONE, accumulation=1):
             grad_accum_steps=accumulation,
             **{
                 "rollout.temperature": 0.7,
+                "rollout.tensor": split,
                 "algorithm.kl_estimator": "k3",
                 "algorithm.gamma": 0.95,
                 "algorithm.entropy_coef": 0.01,
@@ -134,13 +135,20 @@ def test_trap_missing_eos_looks_at_all_stop_ids():
 
 
 @pytest.mark.parametrize(
-    "width,sizes,accumulation",
-    [(9, ALONE, 4), (5, (("data", 2), ("fsdp", 2), ("tensor", 2)), 2)],
-    ids=["padding and accumulation", "mixed mesh"],
+    "width,sizes,accumulation,split",
+    [
+        (9, ALONE, 4, None),
+        (5, (("data", 2), ("fsdp", 2), ("tensor", 2)), 2, None),
+        (5, (("data", 1), ("fsdp", 8), ("tensor", 1)), 1, 2),
+    ],
+    ids=["padding and accumulation", "mixed mesh", "layers split for sampling alone"],
 )
-def test_invariance(width, sizes, accumulation):
+def test_invariance(width, sizes, accumulation, split):
     """Padding, accumulation and devices change neither experience nor update: float64, 1e-9."""
-    (one, _, params, metrics), (other, _, params2, metrics2) = in_float64(), in_float64(width, sizes, accumulation)
+    (one, _, params, metrics), (other, _, params2, metrics2) = (
+        in_float64(),
+        in_float64(width, sizes, accumulation, split),
+    )
     np.testing.assert_array_equal(one.batch.readouts.target, other.batch.readouts.target)  # the same tokens
     for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-9, err_msg=name)

@@ -142,7 +142,7 @@ def test_two_processes_equal_one(algorithm, shared, tmp_path):
     doubles = {"model.dtype": "float64", "model.param_dtype": "float64", "num_train_steps": 2}
     one, two = tmp_path / "one", tmp_path / "two"
     single = start(stories(shared, one, algorithm, **doubles), devices=2, x64=True)
-    waits = {"algorithm.offload": True} if algorithm == "ppo" else {}
+    waits = {"algorithm.offload": True, "rollout.tensor": 2} if algorithm == "ppo" else {}
     assert [finish(p) for p in start_both(stories(shared, two, algorithm, **doubles, **waits), None)] == [0, 0]
     assert finish(single) == 0
     a, b = (load_file(w / "export" / "model.safetensors") for w in (one, two))
