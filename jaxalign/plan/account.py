@@ -5,8 +5,9 @@ Counted from the optimised HLO, each loop's body as often as it goes round, whic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxalign.plan import collectives, kernels
 from jaxalign.plan.collectives import Collective
@@ -35,6 +36,7 @@ class Product(NamedTuple):
     flops: float  # of one execution, one device
     times: int
     op_name: str
+    bytes: int = 0  # of memory traffic of its kernel, of one execution
     what: str = "dot"  # or "attention", with "dq", "dkv" for its gradients: a kernel's, from its operands' shapes
 
     @property
@@ -136,7 +138,7 @@ def account(text: str, trips: int | Mapping[str, int] = 1, *, visible: float = C
         product_bytes=part.product_bytes,
         host_bytes=part.host_bytes,
         kernels=part.kernels,
-        heaviest=tuple(sorted(part.heaviest, key=lambda k: -k.bytes * k.times)[:_LARGEST]),
+        heaviest=_heaviest(part.heaviest),
         largest=tuple(sorted(reader.arrays, key=lambda a: -a.shape.bytes)[:_LARGEST]),
         num_devices=reader.module.num_devices,
         assumed_trips=reader.assumed,
@@ -144,6 +146,15 @@ def account(text: str, trips: int | Mapping[str, int] = 1, *, visible: float = C
         unknown_kernels=tuple(dict.fromkeys(reader.unknown)),
         visible=visible,
     )
+
+
+def _heaviest(found: list[Kernel]) -> tuple[Kernel, ...]:
+    """Those that move most, kernels of layers that are alike as one."""
+    alike: dict[Any, Kernel] = {}
+    for k in found:
+        key = (re.sub(r"[.\d]+$", "", k.name), k.op_name, k.bytes)
+        alike[key] = k._replace(times=k.times + (alike[key].times if key in alike else 0))
+    return tuple(sorted(alike.values(), key=lambda k: -k.bytes * k.times)[:_LARGEST])
 
 
 class _Part:
@@ -244,10 +255,12 @@ class _Reader:
             for name in x.called("calls"):
                 total.add(self._called(name, x.operands, scalars, sources, loop))
             return total
-        for p in found:
-            total.products.append(Product(x.name, p.dtypes, p.result_dtype, p.flops, 1, p.op_name or x.op_name, p.what))
-        total.flops += sum(p.flops for p in found)
         moved = kernels.traffic(self.module, computation, x)
+        for i, p in enumerate(found):
+            op_name = p.op_name or x.op_name
+            own = 0 if i else moved  # of several products in a kernel the first has its traffic
+            total.products.append(Product(x.name, p.dtypes, p.result_dtype, p.flops, 1, op_name, own, p.what))
+        total.flops += sum(p.flops for p in found)
         if found:
             total.product_bytes += moved
         elif collective is None:

@@ -22,7 +22,7 @@ def test_a_product():
     (product,) = found.products
     assert (product.flops, product.times, product.dtypes) == (2 * M * K * N, 1, ("f32", "f32"))
     assert found.flops == 2 * M * K * N
-    assert found.product_bytes == 4 * (M * K + K * N + M * N)
+    assert found.product_bytes == product.bytes == 4 * (M * K + K * N + M * N)
     assert found.flops_outside("f32") == 0 < found.flops_outside("bf16")
     assert found.collectives == () and found.assumed_trips == {}
 
@@ -278,7 +278,7 @@ ENTRY %main (x: f32[32]) -> f32[32] {
     found = account(text)
     assert found.host_bytes == 128
     assert found.traffic_bytes == 3 * 128 + 128 + 2 * 128
-    assert (found.heaviest[0].op_name, found.heaviest[0].bytes) == ("twice", 3 * 128)
+    assert (found.heaviest[0].op_name, found.heaviest[0].bytes, found.heaviest[0].times) == ("twice", 3 * 128, 1)
     assert found.kernels == 3
 
 
