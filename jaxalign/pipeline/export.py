@@ -51,6 +51,7 @@ def export(
     from jaxalign.parallel.sharding import param_shardings
     from jaxalign.train.card import model_card
     from jaxalign.train.checkpoints import read_meta
+    from jaxalign.train.models import tokenizer_of_export
     from jaxalign.train.rundir import RunDir, usable
     from jaxalign.train.schedule_free import average, saved_z
 
@@ -87,7 +88,8 @@ def export(
         z = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found["opt"]))
         params = average(params, z, config["optimizer"]["b1"])
     card = model_card(RunDir(os.fspath(run)), config, step, read_meta(run / "checkpoints" / str(step)).get("inputs"))
-    return save(out, model, params, source=directory, tokenizer=tokenizer, dtype=dtype, card=card)
+    kept = tokenizer_of_export(given, directory, tokenizer)
+    return save(out, model, params, source=directory, tokenizer=kept, dtype=dtype, card=card)
 
 
 def find_run(workdir: str, stage: str | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -189,6 +190,19 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     with c.unlocked():
         c.data.max_length = longest
     return c, told
+
+
+def tokenizer_of_export(model: Mapping[str, Any], source: Path, tokenizer: Any) -> Any:
+    """What `jaxalign.save` takes as an export's tokenizer: None where its files in the model's directory are copied.
+
+    Args:
+      model: the section of the configuration.
+      source: where the model is.
+      tokenizer: that was loaded by it; written where it is not the model's own, or was made of other files.
+    """
+    own = model["tokenizer"] in (None, model["path"]) and model["chat_template"] is None
+    flat = not isinstance(tokenizer.chat_template, dict)  # several templates by name may lie in a folder
+    return None if own and flat and (source / "tokenizer.json").is_file() else tokenizer
 
 
 def per_source(roles: Mapping[str, Role], make: Callable[[Role], Params]) -> dict[str, Params]:

@@ -31,7 +31,7 @@ from jaxalign.train.inputs import check_past, inputs_of
 from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
-from jaxalign.train.models import bytes_by_role, fit_length, num_bytes
+from jaxalign.train.models import bytes_by_role, fit_length, num_bytes, tokenizer_of_export
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.remat import noted, settle_remat
 from jaxalign.train.room import check_room
@@ -227,12 +227,13 @@ def _export(
     if c.checkpoint.best_metric and best != step:
         state, step = checkpoints.restore(best, stage.like)[0], best
     target = os.fspath(stage.directory.export)
+    source = locate(c.model.path, c.model.revision, weights=False)
     hf.save(
         target,
         stage.program.trained[role].model,
         joined(evaluated(state).params, frozen)[role],
-        source=locate(c.model.path, c.model.revision, weights=False),
-        tokenizer=stage.tokenizer,
+        source=source,
+        tokenizer=tokenizer_of_export(c.model, source, stage.tokenizer),
         card=model_card(stage.directory, configuration.to_dict(c), step, inputs),
     )
     return target

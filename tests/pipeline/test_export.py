@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jaxalign
 from jaxalign.cli import main
 from jaxalign.config import defaults, stages
 from jaxalign.pipeline import stages as pipeline
@@ -101,6 +102,16 @@ def test_dtype(run, tmp_path):
     import ml_dtypes
 
     assert {v.dtype for v in weights(tmp_path / "half").values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_exports_have_the_tokenizers_files_as_a_model_that_is_saved_has_them(run, shared, tmp_path):
+    path = shared / "models" / "stories260k-llama"
+    model, params = jaxalign.load(path)
+    saved = jaxalign.save(tmp_path / "saved", model, params, source=path)
+    main(["export", "--workdir", str(run), "--out", str(tmp_path / "out")])
+    for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
+        for export in (saved, run / "sft" / "export", tmp_path / "out"):
+            assert (export / name).read_bytes() == (path / name).read_bytes()
 
 
 def test_a_run_whose_start_has_moved(run, tmp_path):
