@@ -81,6 +81,11 @@ CHANGES = {
 }
 
 
+def moved(begun, folder):
+    """A copy stands where the run was begun, as far as its configuration goes."""
+    edited("run/config.json", lambda text: text.replace(str(begun), str(folder)))(folder)
+
+
 def own_files(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts}
 
@@ -93,8 +98,7 @@ def test_a_changed_input_is_told_before_anything_is_computed(what, begun, tmp_pa
         shutil.copy(begun / name, tmp_path / name)
     CHANGES[what](tmp_path)
     monkeypatch.setattr(trainer.Stage, "frozen", None)  # nothing is trained
-    # The copy stands where the run was begun, as far as its configuration goes.
-    monkeypatch.setattr(trainer.RunDir, "_check", lambda *_: None)
+    moved(begun, tmp_path)
     before = own_files(tmp_path / "run")
     with pytest.raises(InputError) as error:
         run(tmp_path)
@@ -103,13 +107,13 @@ def test_a_changed_input_is_told_before_anything_is_computed(what, begun, tmp_pa
     assert before == own_files(tmp_path / "run")
 
 
-def test_a_reward_that_was_mended_is_taken_where_that_is_asked_for(begun, tmp_path, capsys, monkeypatch):
+def test_a_reward_that_was_mended_is_taken_where_that_is_asked_for(begun, tmp_path, capsys):
     for name in ("start", "value", "run"):
         shutil.copytree(begun / name, tmp_path / name)
     for name in ("data.jsonl", "reward.py"):
         shutil.copy(begun / name, tmp_path / name)
     CHANGES["the file of rewards.function"](tmp_path)
-    monkeypatch.setattr(trainer.RunDir, "_check", lambda *_: None)
+    moved(begun, tmp_path)
     with pytest.raises(InputError, match=r"checkpoint\.resume=reward"):
         run(tmp_path)
     assert run(tmp_path, **{"checkpoint.resume": "reward"})["steps"] == 2

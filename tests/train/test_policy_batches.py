@@ -16,6 +16,7 @@ from jaxalign.rollout.slots import repeat_rows
 from jaxalign.steps.policy import policy_objective
 from jaxalign.steps.step import make_train_step
 from jaxalign.train import collect
+from jaxalign.train.collect import Collector
 from jaxalign.train.experience import make_prepare
 from tests.train.ppo_world import STOP, NumberTokenizer, ppo_config, prompt_batch, record, world
 from tests.train.test_experience import fractional
@@ -93,8 +94,10 @@ def test_parts_and_scores_of_tokens_are_the_loop(small, config):
     c = config.copy_and_resolve_references()
     c.algorithm.gae_lambda = 1.0
     c.rewards.scale = 2.0
-    prepare = prepare_of(small, c, reward=Parts())
-    prepare.collector._weights = {"tokens": 0.5}
+    prepare, reward = prepare_of(small, c), Parts()
+    options = {"policy": small.policy, "value": small.value, "records": record, "tokenizer": NumberTokenizer()}
+    weights = {"tokens": 0.5}
+    prepare.collector = Collector(c, **options, reward=reward, stop_ids=STOP, mesh=small.mesh, weights=weights)
     _, batches, metrics, samples = prepare(small.state, small.frozen, small.batch)
     joined = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *batches)
     lines = {tuple(map(int, x["completion"].split())) + (x["prompt"],): x for x in samples}
