@@ -23,7 +23,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "add-dependency", "domain", "async-update", "copy-done", "async-done", "send-done", "recv-done",
 }  # fmt: skip
-_FREE_CALLS = ("AllocateBuffer", "Assume", "GatherScatterIndices", "Sharding", "SPMD")
+_FREE_CALLS = ("AllocateBuffer", "Assume", "ConcatBitcast", "GatherScatterIndices", "Sharding", "SPMD")
 _LARGEST = 12  # named
 
 

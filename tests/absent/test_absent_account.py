@@ -1,5 +1,6 @@
 """Programs compiled for accelerators that are not there, counted: products, collectives and bytes against a hand's."""
 
+import functools
 import json
 
 import jax
@@ -10,6 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign import config as configuration
+from jaxalign.ops.attention import attention
+from jaxalign.parallel.mesh import AXES
 from jaxalign.plan import machines, programs
 from jaxalign.plan.account import account
 from jaxalign.train import compiled
@@ -51,6 +54,31 @@ def test_two_layers(machine):
     assert moved > memory.argument_size_in_bytes + memory.output_size_in_bytes
     assert found.largest[0].shape.bytes <= memory.temp_size_in_bytes + memory.output_size_in_bytes
     print(machine, found.traffic_bytes, found.product_bytes, memory.temp_size_in_bytes)
+
+
+@pytest.mark.parametrize(
+    "machine, backend", [("gpu:h200:1x4x1", "triton"), ("gpu:h200:1x4x1", "mosaic"), ("tpu:v5e:2x2", "splash")]
+)
+def test_attention_kernels(machine, backend):
+    """Two rows and four heads a device: forward two products of queries and keys, for gradients three and four."""
+    T, heads, head_dim = 512, 4, 128
+    devices = np.array(machines.absent_devices(machine)).reshape(2, 1, 2)
+    mesh = jax.sharding.Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    q, k = (jax.ShapeDtypeStruct((4, T, n, head_dim), jnp.bfloat16, sharding=rows) for n in (2 * heads, 4))
+    ends = jax.ShapeDtypeStruct((4, T), jnp.int32, sharding=rows)
+
+    def gradients(q, k, v, start, end):
+        run = functools.partial(attention, start_BT=start, end_BT=end, backend=backend)
+        out, back = jax.vjp(run, q, k, v)
+        return out, *back(out)
+
+    with jax.set_mesh(mesh):
+        found = account(jax.jit(gradients).lower(q, k, k, ends, ends).compile().as_text())
+    one = 2 * 2 * T * T * heads * head_dim / 2  # half of the pairs are seen
+    matmuls = {"attention": 2, "attention dq": 3, "attention dkv": 4}
+    assert {p.what: p.total for p in found.products} == {what: n * one for what, n in matmuls.items()}
+    assert found.unknown_kernels == ()
 
 
 @pytest.mark.parametrize("remat, machine", [("none", MACHINES[0]), ("full", MACHINES[0]), ("full", MACHINES[1])])
