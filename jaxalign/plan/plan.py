@@ -114,6 +114,7 @@ def _described(
         "tokens": program.work.tokens,
         "compile_seconds": round(program.seconds, 1),
         "memory": {**program.memory, "peak": program.peak, "pool": pool},
+        "compiled": program.compiled,
         "fits": program.peak <= pool,
         "largest": [
             {"array": f"{a.shape.dtype}{list(a.shape.dims)}", "bytes": a.shape.bytes, "of": a.op_name or a.name}

@@ -124,6 +124,7 @@ class Program(NamedTuple):
     name: str
     times: float  # runs in one step of the data stream (PPO: an iteration)
     memory: dict[str, int]  # bytes of each device: what is held, by role, and what the program adds
+    compiled: dict[str, int]  # the compiler's own account, see `memory_of`
     text: str  # its optimised HLO
     flops: float  # the model's own, one run, all devices
     work: Work
@@ -149,6 +150,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
       InputError: a program that the compiler cannot fit into the device's memory.
     """
     from jaxalign.plan.collection import collection
+    from jaxalign.train.compiled import memory_of
     from jaxalign.train.dryrun import abstract_batch
     from jaxalign.train.reference import reference_pass
 
@@ -169,7 +171,8 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
         return Program(
             name,
             times,
-            memory | _added(executable, memory),
+            memory | _added(memory_of(executable), memory),
+            memory_of(executable),
             executable.as_text(),
             flops,
             work,
@@ -291,14 +294,12 @@ def bytes_of(tree: Any) -> int:
     return total
 
 
-def _added(executable: Any, held: Mapping[str, int]) -> dict[str, int]:
+def _added(counted: Mapping[str, int], held: Mapping[str, int]) -> dict[str, int]:
     """What a program adds to what is held: results that take over nothing, temporaries, and the padding of layouts."""
-    analysis = executable.memory_analysis()
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {
-        "padding": max(analysis.argument_size_in_bytes - sum(held.values()), 0),
-        "results": max(results, 0),
-        "temporary": analysis.temp_size_in_bytes,
+        "padding": max(counted["arguments"] - sum(held.values()), 0),
+        "results": max(counted["results"], 0),
+        "temporary": counted["temporary"],
     }
 
 

@@ -70,14 +70,18 @@ def _stage(name: str, stage: dict[str, Any]) -> list[str]:
     for p in stage["programs"]:
         if d := p.get("decoding"):
             lines.append(
-                f"  decoding: {d['bytes_per_token'] / _GB:.2f} GB a token of each row, weights and cache are "
+                f"  decoding: {d['bytes_per_token'] / _GB:.2f} GB for a token of every row, weights and cache are "
                 f"{d['weights_and_cache'] / _GB:.2f} GB"
             )
     lines.append("  largest losses against the model's FLOPs at the peak:")
-    for loss in stage["losses"][:3]:
+    assumed = [one for one in stage["losses"] if "(assumed)" in one["what"]]
+    for loss in [one for one in stage["losses"] if one not in assumed][:3]:
         lines.append(f"    {_seconds(loss['seconds'])}  {loss['program']}: {loss['what']}")
         if loss["change"]:
             lines.append(f"             {loss['change']}")
+    if assumed:
+        what = assumed[0]["what"]
+        lines.append(f"    beside them {_seconds(sum(one['seconds'] for one in assumed))} of {what}")
     return lines
 
 
