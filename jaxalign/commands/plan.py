@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -55,41 +56,18 @@ def plan(argv: list[str]) -> int:
 
 def _plan(config: Any, own: dict[str, list[str]], search: int) -> int:
     from jaxalign.disk import write_whole
-    from jaxalign.parallel.hardware import find_machine, read_machines
-    from jaxalign.plan.machines import absent_devices, parse_topology
+    from jaxalign.parallel.hardware import read_machines
     from jaxalign.plan.plan import plan as planned
-    from jaxalign.plan.predict import assumptions
-    from jaxalign.plan.report import as_text, search_text
-    from jaxalign.plan.search import nearest_that_fits
-    from jaxalign.plan.search import search as searched
-    from jaxalign.plan.stages import stage_configs
+    from jaxalign.plan.plan import require_fit
+    from jaxalign.plan.report import as_text
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    topology = own["on"][0]
     machines = read_machines(own["machines"][0] if own["machines"] else None)
-    platform, kind, _, _ = parse_topology(topology, machines)
-    assumed = assumptions(find_machine(kind, platform, machines), own["assume"])
-    found = planned(config, topology, machines=machines, assume=own["assume"], say=say)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    found, assumed = planned(config, own["on"][0], machines=machines, assume=own["assume"], search=search, say=say)
     print(as_text(found, assumed))
-    configs, devices = stage_configs(config), absent_devices(topology, machines)
-    if search:
-        for name, c in configs.items():
-            found["stages"][name]["search"] = searched(c, devices, assumed, search, say)
-            print(search_text(name, found["stages"][name]["search"], found["machine"]["pool"]))
     if own["json"]:
         write_whole(Path(own["json"][0]).expanduser(), json.dumps(found, indent=1) + "\n")
-    for name, stage in found["stages"].items():
-        for program in stage["programs"]:
-            if not program["fits"]:
-                memory = program["memory"]
-                raise InputError(
-                    f"{name + ': ' if name else ''}the {program['name']} needs {memory['peak'] / 2**30:.1f} GiB of "
-                    f"each device, and programs may use {memory['pool'] / 2**30:.1f}",
-                    "what fits",
-                    nearest_that_fits(configs[name], devices, assumed, stage),
-                )
+    require_fit(found)
     return 0
 
 

@@ -62,7 +62,7 @@ def losses_of(
             p,
             f"products at {v['efficiency']:.0%} of the peak (assumed)",
             below,
-            "--assume efficiency=... once measured",
+            "",
         )
     return sorted(found, key=lambda one: -one["seconds"])
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import Hardware, find_machine, read_machines
-from jaxalign.plan.account import Account, account
-from jaxalign.plan.losses import losses_of
+from jaxalign.plan.described import plan_stage
 from jaxalign.plan.machines import absent_devices, parse_topology
-from jaxalign.plan.predict import Assumptions, assumptions, collective_seconds, hiding, predict
-from jaxalign.plan.programs import Program, programs
-from jaxalign.plan.stages import make_stage, stage_configs
-
-_SHOWN = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+from jaxalign.plan.predict import Assumptions, assumptions
+from jaxalign.plan.search import nearest_that_fits
+from jaxalign.plan.search import search as search_stage
+from jaxalign.plan.stages import stage_configs
 
 
 def plan(
@@ -24,8 +21,9 @@ def plan(
     *,
     machines: Mapping[str, Hardware] | None = None,
     assume: Sequence[str] = (),
+    search: int = 0,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Assumptions]:
     """Compiles what a configuration's stages run, and predicts.
 
     Args:
@@ -33,13 +31,17 @@ def plan(
       topology: the machine, see `jaxalign.plan.machines.parse_topology`.
       machines: kinds that are known; None: those of `machines.toml`.
       assume: "NAME=VALUE" each, in place of the numbers of a prediction.
+      search: how many programs a search for meshes and the like compiles, at most; 0: none.
       say: is told of what is being compiled.
 
     Returns:
-      JSON values: `machine`, `assumptions`, and `stages`, by name, each with its `programs` and its `iteration`.
+      JSON values and the numbers that were assumed. The former: `machine`, `assumptions`, and `stages`, by name, each
+      with its `programs`, its `iteration`, its `losses`; `search` where one was asked for; `change`, lines of the
+      configuration, where something does not fit.
 
     Raises:
-      InputError: what training would refuse, a machine that is not known, or a compiler that is not installed.
+      InputError: what training would refuse, a machine that is not known, a compiler that is not installed, or a
+        program that the compiler itself cannot fit.
     """
     machines = read_machines() if machines is None else machines
     platform, kind, _, _ = parse_topology(topology, machines)
@@ -48,44 +50,49 @@ def plan(
     devices = absent_devices(topology, machines)
     found: dict[str, Any] = {}
     for name, c in configs.items():
-        tell = lambda text, name=name: say(f"compiling {name + ': ' if name else ''}{text}")  # noqa: E731
+        place = f"stage {name}" if name else ""
         try:
+            tell = lambda text, name=name: say(f"compiling {name + ': ' if name else ''}{text}")  # noqa: E731
             found[name] = plan_stage(c, devices, assumed, tell)
+            if search:
+                found[name]["search"] = search_stage(c, devices, assumed, search, say)
+            if not all(p["fits"] for p in found[name]["programs"]):
+                found[name]["change"] = nearest_that_fits(c, devices, assumed, found[name])
         except InputError as error:
-            raise error.within(f"stage {name}" if name else "") from None
-    return {"machine": _machine(topology, devices, assumed), "assumptions": dict(assumed.values), "stages": found}
-
-
-def plan_stage(
-    config: Any, devices: list[Any], assumed: Assumptions, say: Callable[[str], None], *, only: str = ""
-) -> dict[str, Any]:
-    """The plan of one stage; of one of its programs where `only` names it."""
-    pool = int(assumed.machine.memory * assumed.values["pool"])
-    with tempfile.TemporaryDirectory() as scratch:
-        stage, told = make_stage(config, devices, scratch, assumed.values)
-        order = list(stage.mesh.devices.flat)
-        found = []
-        for program in programs(stage, limit=pool, say=say, only=only):
-            counted = account(program.text, 1, visible=min(max(program.work.share, 1e-3), 1.0))
-            found.append(_described(program, counted, assumed, order, pool, config.model.dtype))
-        mesh = {axis: int(size) for axis, size in stage.mesh.shape.items()}
-        tokens = float(found[0]["tokens"])
-    c = stage.config
-    iteration = _iteration(found, assumed, len(order), tokens, c)
+            if "out of memory" in error.problem:
+                near = nearest_that_fits(c, devices, assumed, {})
+                raise InputError(error.problem, error.expected, near).within(place, _of(name)) from error
+            raise error.within(place, _of(name)) from error
     return {
-        "algorithm": c.algorithm.name,
-        "mesh": mesh,
-        "settings": {
-            "batch_size": c.batch_size,
-            "grad_accum_steps": c.grad_accum_steps,
-            "remat": c.model.remat,
-            "row_length": int(stage.dataset.shape.length),
-        },
-        "assumed": told,
-        "programs": found,
-        "iteration": iteration,
-        "losses": losses_of(found, c, mesh, assumed),
-    }
+        "machine": _machine(topology, devices, assumed),
+        "assumptions": dict(assumed.values),
+        "stages": found,
+    }, assumed
+
+
+def require_fit(found: dict[str, Any]) -> None:
+    """Refuses a plan of which something does not fit, with the nearest that does.
+
+    Args:
+      found: as `plan` gives it.
+
+    Raises:
+      InputError: the first program that does not fit: bytes needed, bytes there.
+    """
+    for name, stage in found["stages"].items():
+        for program in stage["programs"]:
+            memory = program["memory"]
+            if not program["fits"]:
+                raise InputError(
+                    f"the {program['name']} needs {memory['peak'] / 2**30:.2f} GiB of each device",
+                    f"at most the {memory['pool'] / 2**30:.2f} GiB that programs may use",
+                    stage["change"],
+                ).within(f"stage {name}" if name else "", _of(name))
+
+
+def _of(name: str) -> Callable[[str], str]:
+    """From the name of a stage's field to its name in the whole configuration."""
+    return lambda field: f"{name}.{field}" if name else field
 
 
 def _machine(topology: str, devices: list[Any], assumed: Assumptions) -> dict[str, Any]:
@@ -97,94 +104,4 @@ def _machine(topology: str, devices: list[Any], assumed: Assumptions) -> dict[st
         "devices": len(devices),
         "memory": machine.memory,
         "pool": int(machine.memory * pool),
-    }
-
-
-def _described(
-    program: Program, counted: Account, assumed: Assumptions, order: list[Any], pool: int, dtype: str
-) -> dict[str, Any]:
-    """A program's numbers."""
-    time = predict(counted, assumed, order)
-    own = program.flops / len(order)
-    peak = assumed.values["flops"]
-    resharded = counted.resharding()
-    found = {
-        "name": program.name,
-        "times": program.times,
-        "tokens": program.work.tokens,
-        "compile_seconds": round(program.seconds, 1),
-        "memory": {**program.memory, "peak": program.peak, "pool": pool},
-        "compiled": program.compiled,
-        "fits": program.peak <= pool,
-        "largest": [
-            {"array": f"{a.shape.dtype}{list(a.shape.dims)}", "bytes": a.shape.bytes, "of": a.op_name or a.name}
-            for a in counted.largest[:5]
-        ],
-        "flops": {
-            "model": own,
-            "products": counted.flops,
-            "attention": counted.attention_flops,
-            "other_dtype": counted.flops_outside(_SHOWN.get(dtype, dtype), "s8", "u8"),
-        },
-        "collectives": _collectives(counted, assumed, order),
-        "resharding_bytes": sum(c.bytes * c.times for c in resharded),
-        "traffic_bytes": counted.traffic_bytes,
-        "product_bytes": counted.product_bytes,
-        "kernels": counted.kernels,
-        "seconds": time._asdict() | {"total": time.total},
-        "mfu": own / peak / time.total if time.total else 0.0,
-        "loops_assumed": counted.assumed_trips,
-        "unknown_kernels": list(counted.unknown_kernels),
-    }
-    if program.least_bytes:
-        moved = counted.traffic_bytes + counted.product_bytes
-        found["decoding"] = {"bytes_per_token": moved, "weights_and_cache": program.least_bytes}
-    return found
-
-
-def _collectives(counted: Account, assumed: Assumptions, order: list[Any]) -> list[dict[str, Any]]:
-    """Collectives of a kind together, those that show most first."""
-    found: dict[tuple, dict[str, Any]] = {}
-    for c in counted.collectives:
-        if c.group_size < 2:
-            continue
-        seconds = collective_seconds(c, assumed, order)
-        behind = hiding(c, assumed) if c.asynchronous else 0.0
-        key = (c.piece_of or c.kind, c.dtype, c.loop, c.asynchronous, c.group_size)
-        one = found.setdefault(
-            key,
-            {
-                "kind": key[0],
-                "dtype": c.dtype,
-                "loop": c.loop.rsplit("/", 2)[-2] if c.loop.count("/") > 1 else c.loop,
-                "asynchronous": c.asynchronous,
-                "group": c.group_size,
-                "count": 0,
-                "bytes": 0.0,
-                "seconds": 0.0,
-                "exposed": 0.0,
-            },
-        )
-        one["count"] += c.times
-        one["bytes"] += c.bytes * c.times
-        one["seconds"] += seconds * c.times
-        one["exposed"] += max(seconds - behind, 0.0) * c.times
-    return sorted(found.values(), key=lambda one: -one["exposed"])
-
-
-def _iteration(
-    found: list[dict[str, Any]], assumed: Assumptions, devices: int, tokens: float, c: Any
-) -> dict[str, Any]:
-    """All programs of one step of the data stream, as often as each runs."""
-    seconds = sum(p["seconds"]["total"] * p["times"] for p in found)
-    flops = sum(p["flops"]["model"] * p["times"] for p in found)
-    trained = [p for p in found if p["name"] == "train step"]
-    if "num_minibatches" in c.algorithm and trained:
-        tokens = trained[0]["tokens"] * c.algorithm.num_minibatches
-    return {
-        "seconds": seconds,
-        "mfu": flops / assumed.values["flops"] / seconds if seconds else 0.0,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else 0.0,
-        "tokens_per_second_per_device": tokens / seconds / devices if seconds else 0.0,
     }

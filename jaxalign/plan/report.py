@@ -26,6 +26,8 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
     ]
     for name, stage in found["stages"].items():
         lines += ["", *_stage(name, stage)]
+        if "search" in stage:
+            lines.append(search_text(name, stage["search"], m["pool"]))
     lines += ["", "assumed (--assume NAME=VALUE changes one; measure them first where much hangs on them):"]
     lines += [f"  {line}" for line in assumed.lines()]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.config import get
 from jaxalign.errors import InputError
+from jaxalign.plan.described import plan_stage
 from jaxalign.plan.predict import Assumptions
 
 _REMAT = ("none", "dots", "attention", "full")
@@ -195,8 +196,6 @@ def search(
     Raises:
       InputError: nothing fits.
     """
-    from jaxalign.plan.plan import plan_stage
-
     s, slices = _sizes(config, devices, assumed)
     ranked = candidates(s, config, len(devices), slices, assumed)
     if not ranked:

@@ -107,7 +107,19 @@ def test_values_out_of_bounds(capsys, config, trainer):
 
 
 def test_help_pages(capsys):
-    commands = ("train", "config", "export", "generate", "chat", "logprobs", "score", "evaluate", "compare", "doctor")
+    commands = (
+        "train",
+        "plan",
+        "config",
+        "export",
+        "generate",
+        "chat",
+        "logprobs",
+        "score",
+        "evaluate",
+        "compare",
+        "doctor",
+    )
     for command in commands:
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_the_page():
     text = as_text({"machine": machine | {"memory": 140 * GIB, "pool": 105 * GIB}, "stages": {"rl": stage}}, ASSUMED)
     for part in (
         "8 x NVIDIA H200", "105.0 GiB", "XLA_PYTHON_CLIENT_MEM_FRACTION", "stage rl: ppo", "fsdp=8", "DOES NOT FIT",
-        "full rows of 4,096", "2.00x", "21.6%", "async", "largest losses", "5.00 GB a token", "efficiency=0.5",
+        "full rows of 4,096", "2.00x", "21.6%", "async", "largest losses", "5.00 GB for a token", "efficiency=0.5",
     ):  # fmt: skip
         assert part in text, part
 
