@@ -59,6 +59,7 @@ def _described(
         "name": program.name,
         "times": program.times,
         "tokens": program.work.tokens,
+        "fill": program.work.fill,
         "compile_seconds": round(program.seconds, 1),
         "memory": {**program.memory, "peak": program.peak, "pool": pool},
         "compiled": program.compiled,

@@ -41,7 +41,9 @@ def losses_of(
             more = time["products"] + time["traffic"] - least
             lost(p, "what is read and written beside weights and cache", more, "")
         else:
-            extra = (flops["products"] - flops["model"]) / top
+            padding = flops["model"] * (1 / p["fill"] - 1) / top
+            lost(p, f"padding: {1 - p['fill']:.0%} of the rows", padding, _padding(config))
+            extra = (flops["products"] - flops["model"]) / top - padding
             lost(
                 p,
                 "what the backward pass computes again" if _trains(p) else "products beyond the model's",
@@ -78,6 +80,10 @@ def _remat(p: Mapping[str, Any], config: Any) -> str:
     if spare < 0.1 * p["memory"]["pool"]:
         return f"--config.model.remat=dots --config.grad_accum_steps={2 * config.grad_accum_steps}"
     return "--config.model.remat=dots"
+
+
+def _padding(config: Any) -> str:
+    return "" if config.data.packing or "rewards" in config else "--config.data.packing=True"
 
 
 def _dtype(p: Mapping[str, Any], config: Any) -> str:

@@ -116,6 +116,7 @@ class Work(NamedTuple):
     tokens: float  # of all devices, without padding
     visible: float  # keys that a token sees, on average
     share: float  # of all pairs of a query and a key in a row that are seen
+    fill: float  # share of the rows' tokens that are no padding
 
 
 class Program(NamedTuple):
@@ -219,7 +220,8 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
     together = total // c.batch_size if c.rollout.num_samples % 2 == 0 else 1
     width = asked + wide * (2 if together > 1 else 1)
     tokens = c.batch_size * (prompt + wide * c.rollout.num_samples) if together > 1 else total * (prompt + wide)
-    work = Work(tokens, both, 0.5 * (prompt + wide) / width)
+    fill = tokens / (total // together * width if together > 1 else total * width)
+    work = Work(tokens, both, 0.5 * (prompt + wide) / width, fill)
     frozen_models = {role: r.model.config for role, r in program.frozen.items()}
     policy = models["policy"]
     kept: dict[str, int] = {}  # what the rollout holds
@@ -238,7 +240,7 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
         elif name.startswith("decode"):
             slots = call.results[0]
             rows_at_once = slots.live.shape[0]
-            of = Work(rows_at_once, prompt + wide / 2, 1.0)
+            of = Work(rows_at_once, prompt + wide / 2, 1.0, 1.0)
             flops, times = _flops(policy, of, 1.0), times * -(-total // rows_at_once)
             least, given = weights + bytes_of(slots.cache), jax.tree.leaves(call.arguments[2:4])
         elif name == "scoring":
@@ -324,7 +326,7 @@ def _work(rows: Any) -> Work:
     real = (keys > 1) | (np.asarray(rows.positions) > 0) | (_sees(start, end, index))
     seen = float(keys[real].sum())
     tokens = max(float(real.sum()), 1.0)
-    return Work(tokens, seen / tokens, seen / keys.size / keys.shape[1])
+    return Work(tokens, seen / tokens, seen / keys.size / keys.shape[1], tokens / keys.size)
 
 
 def _sees(start: Any, end: Any, index: Any) -> Any:

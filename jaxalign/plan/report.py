@@ -139,7 +139,7 @@ def _time(programs: list[dict[str, Any]]) -> list[str]:
                 mfu,
             ]
         )
-    return ["  predicted, each device (products / the model's own: what is computed again):", *_table(table)]
+    return ["  predicted, each device (of model: padding too, and what is computed again):", *_table(table)]
 
 
 def _collectives(programs: list[dict[str, Any]]) -> list[str]:

@@ -106,8 +106,8 @@ def test_a_plan_of_every_program(algorithm, machine, shared, pairs, completions,
         assert p["seconds"]["total"] > 0
         assert p["unknown_kernels"] == []
     assert {"all-gather", "all-reduce"} & {each["kind"] for each in step["collectives"]}  # of several devices
-    # A forward pass is computed again, three more are the model's; the head and attention's blocks are not quite.
-    assert 1.0 < step["flops"]["products"] / step["flops"]["model"] < 1.6
+    # A forward pass is computed again, three more are the model's; padding is multiplied too.
+    assert 1.0 < step["flops"]["products"] * step["fill"] / step["flops"]["model"] < 1.7
     assert step["flops"]["other_dtype"] < 0.05 * step["flops"]["products"]
     assert stage["iteration"]["seconds"] >= step["seconds"]["total"]
     if algorithm == "ppo":
@@ -131,7 +131,7 @@ def check_memory(p):
 def test_what_does_not_fit_says_what_would(shared, completions, capsys):
     flags = [f"--model={shared / 'models' / 'stories3m-llama'}", f"--data={completions}", "--max_length=128"]
     argv = ["plan", "sft", *flags, "--batch_size=64", "--on=gpu:l4:1x4x1"]
-    assert main([*argv, "--assume=pool=0.0008"]) == 2
+    assert main([*argv, "--assume=pool=0.0024"]) == 2
     said = capsys.readouterr()
     assert "DOES NOT FIT" in said.out
     assert "--grad_accum_steps=" in said.err or "--mesh.fsdp=4" in said.err

@@ -20,6 +20,7 @@ def program(name="train step", times=1.0, **changed):
         "name": name,
         "times": times,
         "tokens": 1000.0,
+        "fill": 1.0,
         "memory": {"policy params": 4 * GIB, "temporary": 8 * GIB, "peak": 12 * GIB, "pool": 100 * GIB},
         "fits": True,
         "largest": [{"array": "f32[8]", "bytes": GIB, "of": "x"}],
@@ -55,6 +56,13 @@ def test_losses_by_cause_the_largest_first():
     assert "mesh.tensor=1" in by_what["all-reduce that nothing hides"]["change"]
     # Together they are all that a step takes above the model's FLOPs at the peak.
     assert sum(one["seconds"] for one in found) == pytest.approx(2.311 - 0.5)
+
+
+def test_padding_is_a_loss_of_its_own():
+    found = {one["what"]: one for one in losses_of([program(fill=0.8)], config(), {}, ASSUMED)}
+    assert found["padding: 20% of the rows"]["seconds"] == pytest.approx(0.25)
+    assert "packing" in found["padding: 20% of the rows"]["change"]
+    assert found["what the backward pass computes again"]["seconds"] == pytest.approx(0.75)
 
 
 def test_a_loss_counts_as_often_as_its_program_runs():
