@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxalign.config import get
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.sharding import batch_sharding, replicated
@@ -64,8 +63,9 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     yield prefilled
     num_slots = min(c.rollout.num_slots or len(asked.record_ids), len(asked.record_ids))
     widest = cache_width(batch.rows.tokens.shape[1] + sampling.max_new_tokens)
-    if not (tensor := get(c, "rollout.tensor")):
-        held = layout.device_bytes((stage.like, frozen))
+    held = layout.device_bytes((stage.like.params, stage.like.opt, frozen))
+    collector.limit = limit
+    if not (tensor := c.rollout.tensor):
         tensor = layout.tensor_split(policy, mesh, slots=num_slots, columns=widest, held=held, limit=limit)
     place = layout.Place(mesh, layout.decoding_mesh(mesh, tensor))
     if place.decoding is not mesh:
@@ -93,7 +93,16 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
             "scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32)
         )
     own = {role: params[role] for role in collector.roles}
-    yield compiled("forward passes", mesh, collector.forward, own, frozen["ref"], given, readouts)
+    yield compiled(
+        "forward passes",
+        mesh,
+        collector.forward,
+        own,
+        frozen["ref"],
+        given,
+        readouts,
+        parts=collector.parts_of(given, held),
+    )
 
 
 def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, Any]:

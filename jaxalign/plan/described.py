@@ -37,7 +37,7 @@ def plan_stage(
         "settings": {
             "batch_size": c.batch_size,
             "grad_accum_steps": c.grad_accum_steps,
-            "remat": c.model.remat,
+            "remat": f"auto: {stage.remat}" if stage.remat else c.model.remat,
             "row_length": int(stage.dataset.shape.length),
         },
         "assumed": told,
@@ -77,6 +77,10 @@ def _described(
         "collectives": _collectives(counted, assumed, order),
         "resharding_bytes": sum(c.bytes * c.times for c in resharded),
         "traffic_bytes": counted.traffic_bytes,
+        "traffic": [
+            {"kernel": k.op_name or k.name, "count": k.times, "bytes": k.bytes * k.times} for k in counted.heaviest[:5]
+        ],
+        "host_bytes": counted.host_bytes,
         "product_bytes": counted.product_bytes,
         "kernels": counted.kernels,
         "seconds": time._asdict() | {"total": time.total},

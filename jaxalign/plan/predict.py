@@ -122,7 +122,7 @@ def predict(account: Account, assumed: Assumptions, devices: Sequence[Any]) -> T
     """
     v = assumed.values
     memory = v["bandwidth"] * v["memory_efficiency"]
-    products = max(sum(p.total / speed(p, assumed) for p in account.products), account.product_bytes / memory)
+    products = sum(p.times * max(p.flops / speed(p, assumed), p.bytes / memory) for p in account.products)
     shown = hidden = 0.0
     for c in account.collectives:
         seconds = collective_seconds(c, assumed, devices)

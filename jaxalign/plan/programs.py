@@ -154,6 +154,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     from jaxalign.train.compiled import memory_of
     from jaxalign.train.dryrun import abstract_batch
     from jaxalign.train.reference import reference_pass
+    from jaxalign.train.remat import settle_remat
 
     tell = say or (lambda text: None)
     program, like = stage.program, stage.like
@@ -182,6 +183,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
         )
 
     with jax.set_mesh(stage.mesh):
+        settle_remat(stage, limit)
         if program.evaluate is None:
             tell("train step")
             executable, seconds = _timed(lambda: stage.step.compile(like, frozen, batch))

@@ -68,6 +68,10 @@ def _stage(name: str, stage: dict[str, Any]) -> list[str]:
         f"  {runs}: {_seconds(it['seconds'])}, MFU {it['mfu']:.1%}, {it['tokens_per_second']:,.0f} tokens/s "
         f"({it['tokens_per_second_per_device']:,.0f} a device)"
     )
+    heavy = next((p for p in stage["programs"] if p["name"] == "train step"), stage["programs"][0])
+    if moved := heavy["traffic"][:3]:
+        told = "; ".join(f"{k['bytes'] / _GB:.3g} GB {k['kernel'].rsplit('/', 1)[-1]} x {k['count']:,}" for k in moved)
+        lines.append(f"  traffic of the {heavy['name']}, most of it: {told}")
     lines += _collectives(stage["programs"])
     for p in stage["programs"]:
         if d := p.get("decoding"):

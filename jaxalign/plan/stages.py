@@ -71,9 +71,6 @@ def make_stage(
     with c.unlocked():
         c.workdir = os.path.join(scratch, "run")
         _stand_in(c, scratch, told)
-        if c.model.remat == "auto":
-            told.append("model.remat=auto: planned as full")
-            c.model.remat = "full"
     c, _ = fit_length(c)
     _check_rows(c, mesh)
 

@@ -28,19 +28,25 @@ def gather(size, groups, *, asynchronous=False, flops=0.0, moved=0.0, times=1, k
     return Collective(kind, "bf16", size, len(groups[0]), groups, times, "", asynchronous, flops, moved, "")
 
 
-def counted(products=(), collectives=(), traffic=0.0, product_bytes=0.0, kernels=0):
-    return Account(tuple(products), tuple(collectives), traffic, product_bytes, kernels, (), 16, {}, (), (), 0.5)
+def counted(products=(), collectives=(), traffic=0.0, kernels=0):
+    given = {
+        "products": tuple(products),
+        "collectives": tuple(collectives),
+        "traffic_bytes": traffic,
+        "kernels": kernels,
+    }
+    return Account(**(dict.fromkeys(Account._fields, ()) | given))
 
 
-def product(flops, times=1, dtypes=("bf16", "bf16"), what="dot"):
-    return Product("dot", dtypes, "bf16", flops, times, "", what)
+def product(flops, times=1, dtypes=("bf16", "bf16"), what="dot", moved=0):
+    return Product("dot", dtypes, "bf16", flops, times, "", moved, what)
 
 
 def test_products_run_at_the_peak_or_at_the_memorys_speed():
-    busy = counted([product(989e9, times=10)], product_bytes=4.8e9)
+    busy = counted([product(989e9, times=10, moved=int(4.8e8))])
     assert predict(busy, assumed(), GPUS).products == pytest.approx(0.01)
-    bound = counted([product(989e9)], product_bytes=48e9)
-    assert predict(bound, assumed(), GPUS).products == pytest.approx(0.01)
+    each = counted([product(989e9), product(1.0, times=2, moved=int(48e9))])
+    assert predict(each, assumed(), GPUS).products == pytest.approx(0.021)
 
 
 def test_float32_and_attention_have_speeds_of_their_own():
