@@ -59,7 +59,9 @@ class Sources:
         body = self._module.computations[loop.called("body")[0]]
 
         def argument(_: int, index: int | None) -> str:
-            return self.of(loop.operands[0], index) if index is not None and unchanged(body, index) else ""
+            return (
+                self.of(loop.operands[0], index) if index is not None and unchanged(self._module, body, index) else ""
+            )
 
         return Sources(self._module, body, argument)
 

@@ -71,7 +71,11 @@ class Scalars:
         body = self._module.computations[loop.called("body")[0]]
 
         def argument(_: int, index: int | None) -> int | None:
-            return self.value(loop.operands[0], index) if index is not None and unchanged(body, index) else None
+            return (
+                self.value(loop.operands[0], index)
+                if index is not None and unchanged(self._module, body, index)
+                else None
+            )
 
         return Scalars(self._module, body, argument)
 
@@ -96,13 +100,22 @@ class Scalars:
         return -(-gap // closing) if closing > 0 and gap >= 0 else None
 
 
-def unchanged(body: Computation, index: int) -> bool:
-    """Whether a loop's body hands on an element of its tuple as it came."""
-    root = body.by_name[body.root]
-    if root.opcode != "tuple":
-        return False
-    x = body.by_name[root.operands[index]]
-    return x.opcode == "get-tuple-element" and tuple_index(x) == index and x.operands[0] == body.parameters[0]
+def unchanged(module: Module, body: Computation, index: int) -> bool:
+    """Whether a loop's body hands on an element of its tuple as it came, through loops inside it or not."""
+    name, element = body.root, index
+    while True:
+        x = body.by_name[name]
+        if x.opcode == "tuple":
+            name = x.operands[element]
+            x = body.by_name[name]
+            if x.opcode != "get-tuple-element":
+                return False
+        if x.opcode == "get-tuple-element":
+            name, element = x.operands[0], tuple_index(x)
+        elif x.opcode == "while" and unchanged(module, module.computations[x.called("body")[0]], element):
+            name = x.operands[0]
+        else:
+            return x.opcode == "parameter" and element == index
 
 
 def tuple_index(x: Instruction) -> int:

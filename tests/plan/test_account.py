@@ -128,6 +128,30 @@ def test_resharding_that_nobody_asked_for():
     assert gather.source
 
 
+def test_a_parameter_is_known_inside_loops():
+    """Stacked weights that are cut and gathered in a scan inside a scan, forward and backward."""
+
+    def function(ws, x):
+        def layer(y, w):
+            return jnp.tanh(y @ w), None
+
+        def part(total, rows):
+            return total + jax.lax.scan(layer, rows, ws)[0].sum(), None
+
+        return jax.lax.scan(part, jnp.zeros(()), x)[0]
+
+    there = mesh(b=4)
+    ws = jax.ShapeDtypeStruct((L, K, K), jnp.float32, sharding=NamedSharding(there, P(None, "b")))
+    x = jax.ShapeDtypeStruct((3, M, K), jnp.float32, sharding=NamedSharding(there, P(None, "b")))
+    with jax.set_mesh(there):
+        found = account(compiled(jax.grad(function), ws, x).as_text())
+    gathers = [c for c in found.collectives if c.kind == "all-gather"]
+    assert gathers
+    assert {c.source for c in gathers} == {"ws"}
+    assert found.bytes_of("all-gather") in (3 * L * 4 * K * K, 3 * 2 * L * 4 * K * K)
+    assert found.flops == 3 * L * 3 * 2 * (M / 4) * K * K
+
+
 # What compilers for accelerators write, cut down to what is read.
 GPU = """HloModule jit_step, num_partitions=8
 
