@@ -270,8 +270,12 @@ class _Reader:
             total.host_bytes += kernels.traffic(self.module, computation, x, host=True)
         if x.opcode == "custom-call" and not found:
             self.unknown.append(kernels.target(x))
-        total.kernels += collective is None
+        total.kernels += collective is None and not self._is_scalar(x)
         return total
+
+    def _is_scalar(self, x: Instruction) -> bool:
+        """Whether a TPU does it beside its kernels: numbers of a loop's counter, or a copy between memories."""
+        return self.module.tiled and (x.opcode == "copy-start" or all(shape.size <= 1 for shape in x.shapes))
 
     def _called(self, name: str, operands: Sequence[str], scalars: Scalars, sources: Sources, loop: str) -> _Part:
         inside = scalars.inside(name, operands), sources.inside(name, operands)

@@ -327,3 +327,60 @@ ENTRY %main (x: f32[64], at: s32[]) -> f32[16] {
     assert found.moved == 2 * 256 * 3 / 4
     (whole,) = account(text.replace("dynamic-slice(%whole, %at)", "slice(%x)").replace("%at = ", "%b = ")).collectives
     assert not whole.could_scatter
+
+
+def test_a_tpu_scatters_and_gathers_in_fusions():
+    """A sum and its slice in one fusion; a gather that one fusion begins, one goes on with and one ends."""
+    text = """HloModule m, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %c = f32[]{:T(128)} add(%a, %b)
+}
+
+%all-reduce-scatter.1 (g: bf16[64,128]) -> bf16[16,128] {
+  %g = bf16[64,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %sum = bf16[64,128]{1,0:T(8,128)} all-reduce(%g), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = bf16[16,128]{1,0:T(8,128)} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,128}
+}
+
+%begin (s: bf16[16,128]) -> (bf16[16,128], bf16[64,128]) {
+  %s = bf16[16,128]{1,0:T(8,128)} parameter(0)
+  %first = bf16[64,128]{1,0:T(8,128)} all-gather(%s), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %both = (bf16[16,128]{1,0:T(8,128)}, bf16[64,128]{1,0:T(8,128)}) tuple(%s, %first)
+}
+
+%async_collective_fusion.2 (s.2: bf16[16,128], x.2: bf16[32,64], y.2: bf16[64,128]) -> bf16[32,128] {
+  %s.2 = bf16[16,128]{1,0:T(8,128)} parameter(0)
+  %x.2 = bf16[32,64]{1,0:T(8,128)} parameter(1)
+  %y.2 = bf16[64,128]{1,0:T(8,128)} parameter(2)
+  %more = bf16[64,128]{1,0:T(8,128)} all-gather(%s.2), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %conv = bf16[32,128]{1,0:T(8,128)} convolution(%x.2, %y.2), dim_labels=bf_io->bf
+}
+
+%end (s.3: bf16[16,128]) -> bf16[64,128] {
+  %s.3 = bf16[16,128]{1,0:T(8,128)} parameter(0)
+  ROOT %last = bf16[64,128]{1,0:T(8,128)} all-gather(%s.3), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (w: bf16[16,128], x: bf16[32,64], y: bf16[64,128]) -> bf16[64,128] {
+  %w = bf16[16,128]{1,0:T(8,128)} parameter(0)
+  %x = bf16[32,64]{1,0:T(8,128)} parameter(1)
+  %y = bf16[64,128]{1,0:T(8,128)} parameter(2)
+  %async-collective-start = (bf16[16,128]{1,0:T(8,128)}, bf16[64,128]{1,0:T(8,128)}) fusion(%w), kind=kCustom, calls=%begin
+  %s = bf16[16,128]{1,0:T(8,128)} get-tuple-element(%async-collective-start), index=0
+  %product = bf16[32,128]{1,0:T(8,128)} fusion(%s, %x, %y), kind=kOutput, calls=%async_collective_fusion.2
+  %scattered = bf16[16,128]{1,0:T(8,128)} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %async-collective-done = bf16[64,128]{1,0:T(8,128)} fusion(%s), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+    found = account(text)
+    gather, scatter = found.collectives
+    assert (gather.kind, gather.bytes, gather.times, gather.asynchronous) == ("all-gather", 2 * 64 * 128, 1, True)
+    assert gather.source == "w"
+    assert gather.between_flops == found.flops == 2 * 32 * 64 * 128
+    assert (scatter.kind, scatter.bytes, scatter.asynchronous) == ("reduce-scatter", 2 * 64 * 128, False)
+    assert found.product_bytes == 2 * (32 * 64 + 64 * 128 + 32 * 128)
+    assert found.traffic_bytes == 0
