@@ -70,6 +70,18 @@ def plan(
     }, assumed
 
 
+def plan_step(config: Any, topology: str) -> dict[str, Any]:
+    """The plan of one stage's train step alone, as `plan_stage` gives it.
+
+    Args:
+      config: one stage's, whose required fields are set.
+      topology: the machine, see `jaxalign.plan.machines.parse_topology`.
+    """
+    platform, kind, _, _ = parse_topology(topology)
+    assumed = assumptions(find_machine(kind, platform))
+    return plan_stage(config, absent_devices(topology), assumed, lambda text: None, only="train step")
+
+
 def require_fit(found: dict[str, Any]) -> None:
     """Refuses a plan of which something does not fit, with the nearest that does.
 

@@ -1,113 +1,28 @@
-"""AOT compilation of a configuration's train step for a target topology, to see that it compiles and fits.
+"""The programs of a stage, compiled ahead of time for devices that need not be there.
 
 XLA compiles for a described machine as well as for one that is there; no device is touched. The compilers come with
-the extra `plan`. An answer takes the CPU seconds of one compilation and reads no weights, only `config.json`, the
-tokenizer and the data.
+the extra `plan`. An answer takes the CPU seconds of the compilations and reads no weights.
 """
 
 from __future__ import annotations
 
-import re
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign.parallel.hardware import of_kind
-from jaxalign.plan.machines import absent_devices
-
-_GIB = 2**30
-_COLLECTIVE = re.compile(r"= .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-
-
-class MachinePlan(NamedTuple):
-    """What a train step needs of a machine."""
-
-    topology: str
-    device_kind: str
-    num_devices: int
-    mesh: dict[str, int]
-    memory: dict[str, int]  # bytes on each device: arguments, results, temporary, total
-    limit: int | None  # bytes a device has; None where this page does not know its kind
-    collectives: dict[str, int]  # by name, as written in the program; those of a scanned layer count once
-    compile_seconds: float
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the step fits; None where the memory of the device is not known.
-
-        >>> MachinePlan("", "", 1, {}, {"total": 2}, 1, {}, 0.0).fits
-        False
-        """
-        return None if self.limit is None else self.memory["total"] <= self.limit
-
-    def __str__(self) -> str:
-        there = "unknown" if self.limit is None else f"{self.limit / _GIB:.1f} GiB"
-        verdict = {True: "fits", False: "does not fit", None: "memory of the device not known"}[self.fits]
-        parts = ", ".join(f"{k} {v / _GIB:.3f}" for k, v in self.memory.items())
-        return (
-            f"{self.topology}: {self.num_devices} x {self.device_kind}, mesh {self.mesh}: {verdict}\n"
-            f"GiB on each device: {parts}; there: {there}\n"
-            f"collectives: {self.collectives}; compiled in {self.compile_seconds:.0f} s"
-        )
-
-
-def compile_for(topology: str, config: Any) -> MachinePlan:
-    """Compiles the train step that `config` gives, for a machine that need not be there.
-
-    Args:
-      topology: such as "tpu:v5p:2x2x4" (16 chips) or "gpu:h200:1x8x1"; see `parse_topology`.
-      config: one stage's configuration, made from `jaxalign.config.defaults`; its `mesh` lays out the devices.
-
-    Returns:
-      What the step needs.
-
-    Raises:
-      InputError: anything wrong in the configuration, or the step does not fit and the compiler says so.
-    """
-    from jaxalign.parallel.mesh import make_mesh
-    from jaxalign.parallel.sharding import param_shardings
-    from jaxalign.train.checkpoints import abstract
-    from jaxalign.train.compiled import memory_of, out_of_memory
-    from jaxalign.train.dryrun import abstract_batch
-    from jaxalign.train.models import fit_length
-    from jaxalign.train.rundir import RunDir
-    from jaxalign.train.stage import Stage
-
-    config, _ = fit_length(config)
-    devices = absent_devices(topology)
-    kind = devices[0].device_kind
-    there = of_kind(kind)
-    limit = None if there is None else there.memory
-    mesh = make_mesh(config.mesh, devices)
-    with tempfile.TemporaryDirectory() as scratch:
-        # Built before the mesh is set: whatever is computed on the way must run on a device that is there.
-        stage = Stage(config, mesh, RunDir(scratch))
-        frozen = {name: role.abstract() for name, role in stage.program.frozen.items()}
-        arguments = (stage.like, abstract(frozen, param_shardings(mesh, frozen)), abstract_batch(stage))
-        start = time.monotonic()
-        with jax.set_mesh(mesh):
-            try:
-                executable = stage.step.compile(*arguments)
-            except jax.errors.JaxRuntimeError as error:
-                if "memory" not in str(error).lower():
-                    raise
-                raise out_of_memory(f"train step on {topology}", {}, limit, str(error)[:300]) from error
-        seconds = time.monotonic() - start
-    return MachinePlan(
-        topology,
-        kind,
-        len(devices),
-        dict(mesh.shape),
-        memory_of(executable),
-        limit,
-        dict(Counter(_COLLECTIVE.findall(executable.as_text()))),
-        seconds,
-    )
+from jaxalign.parallel.host_memory import HOST
+from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
+from jaxalign.plan.collection import collection
+from jaxalign.train import compiled
+from jaxalign.train.checkpoints import abstract
+from jaxalign.train.dryrun import abstract_batch
+from jaxalign.train.flops import flops_per_token
+from jaxalign.train.models import per_source
+from jaxalign.train.reference import reference_pass
+from jaxalign.train.remat import settle_remat
 
 
 class Work(NamedTuple):
@@ -150,12 +65,6 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     Raises:
       InputError: a program that the compiler cannot fit into the device's memory.
     """
-    from jaxalign.plan.collection import collection
-    from jaxalign.train.compiled import memory_of
-    from jaxalign.train.dryrun import abstract_batch
-    from jaxalign.train.reference import reference_pass
-    from jaxalign.train.remat import settle_remat
-
     tell = say or (lambda text: None)
     program, like = stage.program, stage.like
     frozen = abstract_frozen(stage)
@@ -173,8 +82,8 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
         return Program(
             name,
             times,
-            memory | _added(memory_of(executable), memory),
-            memory_of(executable),
+            memory | _added(compiled.memory_of(executable), memory),
+            compiled.memory_of(executable),
             executable.as_text(),
             flops,
             work,
@@ -198,7 +107,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
             if program.reference is not None and not only:
                 tell("reference pass")
                 role = program.reference
-                ref = abstract_params(stage.mesh, role.abstract())
+                ref = abstract(role.abstract(), param_shardings(stage.mesh, role.abstract()))
                 executable, seconds = _timed(lambda: reference_pass(role.model).compile(ref, batch))
                 # Before training, without the state: its own weights alone lie there.
                 held, of_training = {"ref": bytes_of(ref)}, held
@@ -262,33 +171,24 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
     yield done("train step", executable, seconds, batch, float(program.updates), flops, part)
 
 
-def batch_leaves(tree: Any) -> list[Any]:
-    """The arrays of a structure."""
-    return jax.tree.leaves(tree)
-
-
-def abstract_params(mesh: Any, tree: Any, kind: str | None = None) -> Any:
-    """Shapes of parameters where they lie on the mesh."""
-    from jaxalign.parallel.sharding import param_shardings
-
-    shardings = param_shardings(mesh, tree)
-    if kind:
-        shardings = jax.tree.map(lambda s: s.with_memory_kind(kind), shardings)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def abstract_frozen(stage: Any) -> dict[str, Any]:
-    """Shapes of the frozen parameters by role; those of one source are one."""
-    from jaxalign.train.models import per_source
+    """Shapes of the frozen parameters by role, where training has them; those of one source are one."""
 
-    return per_source(stage.program.frozen, lambda role: abstract_params(stage.mesh, role.model.abstract()))
+    def one(role: Any) -> Any:
+        tree = role.model.abstract()
+        shardings = param_shardings(stage.mesh, tree)
+        if stage.offload:
+            shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
+        return abstract(tree, shardings)
+
+    return per_source(stage.program.frozen, one)
 
 
 def bytes_of(tree: Any) -> int:
     """Bytes of a tree on each device: of shapes with shardings, those in the host's memory left out."""
     total, seen = 0, set()
     for x in jax.tree.leaves(tree):
-        if not hasattr(x, "sharding") or id(x) in seen or getattr(x.sharding, "memory_kind", None) == "pinned_host":
+        if not hasattr(x, "sharding") or id(x) in seen or getattr(x.sharding, "memory_kind", None) == HOST:
             continue
         seen.add(id(x))
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -315,8 +215,6 @@ def _timed(make: Any) -> tuple[Any, float]:
 
 def _data_rows(stage: Any) -> Any:
     """The first batch's rows, as they come from the data."""
-    from jaxalign.parallel.sharding import batch_part
-
     return stage.dataset.batch(0, *batch_part(stage.mesh)).rows
 
 
@@ -340,15 +238,11 @@ def _sees(start: Any, end: Any, index: Any) -> Any:
 
 
 def _flops(config: Any, work: Work, passes: float) -> float:
-    from jaxalign.train.flops import flops_per_token
-
     return work.tokens * flops_per_token(config, 2 * work.visible, passes=passes)
 
 
 def _evaluated(stage: Any, batch: Any) -> Any:
     """Shapes of a held-out batch."""
-    from jaxalign.parallel.sharding import batch_part, batch_sharding
-
     sharding, parts = batch_sharding(stage.mesh), batch_part(stage.mesh)[1]
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype, sharding=sharding),
@@ -358,8 +252,6 @@ def _evaluated(stage: Any, batch: Any) -> Any:
 
 def _prompts(stage: Any) -> Any:
     """Shapes of a batch of prompts of the greatest width."""
-    from jaxalign.parallel.sharding import batch_sharding
-
     sharding, width = batch_sharding(stage.mesh), stage.dataset.shape.length
 
     def array(x: Any) -> Any:

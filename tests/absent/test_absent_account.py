@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxalign import config as configuration
 from jaxalign.ops.attention import attention
 from jaxalign.parallel.mesh import AXES
-from jaxalign.plan import machines, programs
+from jaxalign.plan import machines
 from jaxalign.plan.account import account
+from jaxalign.plan.plan import plan_step
 from jaxalign.train import compiled
 from jaxalign.train.dryrun import abstract_batch
 
@@ -93,16 +95,18 @@ def test_a_train_step_multiplies_what_its_model_says(remat, machine, shared, tmp
     c.data.max_length, c.batch_size = 256, 32
     executables, shapes = [], []
     monkeypatch.setattr(compiled, "memory_of", lambda x, of=compiled.memory_of: executables.append(x) or of(x))
-    monkeypatch.setattr("jaxalign.train.dryrun.abstract_batch", lambda s: shapes.append(abstract_batch(s)) or shapes[0])
-    plan = programs.compile_for(machine, c)
+    monkeypatch.setattr(
+        "jaxalign.plan.programs.abstract_batch", lambda s: shapes.append(abstract_batch(s)) or shapes[0]
+    )
+    devices = math.prod(plan_step(c, machine)["mesh"].values())
     found = account(executables[0].as_text())
 
     embed, mlp, heads, kv, head_dim, layers, vocab = 192, 512, 6, 2, 32, 6, 4096
-    rows, length = (n // d for n, d in zip(shapes[0].rows.tokens.shape, (plan.num_devices, 1), strict=True))
+    rows, length = (n // d for n, d in zip(shapes[0].rows.tokens.shape, (devices, 1), strict=True))
     down = 2 * rows * length * layers * mlp * embed
     forward = 2 * down + down + 2 * rows * length * layers * embed * head_dim * (2 * heads + 2 * kv)
     again = forward - down if remat == "full" else 0
-    head = 2 * shapes[0].readouts.target.size // plan.num_devices * embed * vocab
+    head = 2 * shapes[0].readouts.target.size // devices * embed * vocab
     dots = found.flops - found.attention_flops
     in_head = sum(p.total for p in found.products if p.what == "dot" and "shard_map" in p.op_name)
     assert dots - in_head == 3 * forward + again

@@ -3,7 +3,7 @@
 import json
 
 from jaxalign import config as configuration
-from jaxalign.plan import programs
+from jaxalign.plan.plan import plan_step
 
 
 def test_trap_accumulation_with_an_untied_head_compiles(shared, tmp_path):
@@ -23,4 +23,4 @@ def test_trap_accumulation_with_an_untied_head_compiles(shared, tmp_path):
     c.model.dtype = "bfloat16"
     c.data.max_length = 128
     c.batch_size, c.grad_accum_steps = 32, 2
-    assert programs.compile_for("tpu:v5p:2x2x2", c).fits
+    assert plan_step(c, "tpu:v5p:2x2x2")["programs"][0]["fits"]

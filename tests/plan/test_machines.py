@@ -1,5 +1,7 @@
 """The table of machines, and a file of one's own that adds to it."""
 
+import re
+
 import pytest
 
 from jaxalign.errors import InputError
@@ -103,3 +105,26 @@ def test_an_unknown_machine_gets_the_nearest(name, near):
 def test_nearest_shapes():
     assert nearest_shape("v6e", "2x2x2", 2) == "2x4"
     assert nearest_shape("v5p", "8", 3) == "2x2x2"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("tpu:v5p:2x2x4", ("tpu", "v5p", "2x2x4", 1)),
+        ("tpu:v5e:16x16", ("tpu", "v5e", "16x16", 1)),
+        ("tpu:v6e:4x4:2", ("tpu", "v6e", "4x4", 2)),
+        ("gpu:h200:1x8x1", ("gpu", "h200", "1x8x1", 1)),
+    ],
+)
+def test_names_of_machines(name, parts):
+    assert parse_topology(name) == parts
+
+
+@pytest.mark.parametrize(
+    "name", ["v5p:2x2x4", "tpu:v5p", "gpu:h200:8", "gpu:h200:1x8x1:2", "tpu:v5p:2x2x", "gpu:k80:1x8x1"]
+)
+def test_a_wrong_name_says_what_it_may_be(name):
+    with pytest.raises(InputError) as error:
+        parse_topology(name)
+    assert name in error.value.found or "k80" in error.value.found
+    assert re.search(r"(tpu|gpu):", error.value.fix)
