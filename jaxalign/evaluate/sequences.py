@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
+from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.types import Array, CausalByIndex, Params, Readouts, Rows
@@ -83,13 +84,13 @@ def final_scores(model: Model, params: Params, sequences: Sequence[Tokens], mesh
     return scores
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jit, static_argnames="model")
 def _logprobs(model: Model, params: Params, rows: Rows, readouts: Readouts) -> Array:
     hidden, readouts = read_hidden(model.apply, params, rows, readouts)
     return token_logprobs(hidden, model.head(params), readouts)[0]
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jit, static_argnames="model")
 def _scores(model: Model, params: Params, rows: Rows, readouts: Readouts) -> Array:
     hidden, readouts = read_hidden(model.apply, params, rows, readouts)
     return scalar_readout(hidden, model.score_kernel(params), readouts)

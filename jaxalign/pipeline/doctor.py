@@ -119,7 +119,22 @@ def _devices() -> Iterator[tuple[str, str, str]]:
         yield BAD, "devices", f"{len(gpus)} x {gpus[0]} is there but jax runs on the CPU (pip install 'jaxalign[cuda]')"
     if jax.default_backend() == "cpu" and not gpus:
         yield NOTE, "devices", "no accelerator: small models and tests only"
+    yield from _options(jax)
     yield from _works(jax)
+
+
+def _options(jax) -> Iterator[tuple[str, str, str]]:
+    """What programs are compiled with, and which part of a GPU they may use."""
+    from jaxalign.parallel.compiler_options import compiler_options, pool_share
+
+    given = ", ".join(f"{name}={value}" for name, value in compiler_options(update=True).items())
+    yield OK, "XLA options", given or "the compiler's own"
+    if jax.default_backend() == "gpu" and (share := pool_share()) < 0.9:
+        yield (
+            NOTE,
+            "memory",
+            f"jax takes {share:.0%} of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment gives it more",
+        )
 
 
 def _works(jax) -> Iterator[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ from jaxalign.functions import is_name
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.losses_reward import reward_loss
 from jaxalign.ops.readout import completion_sums
+from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.pipeline.loaded import require_head
@@ -186,7 +187,7 @@ def _each(stage: Any, role: Any, measure: Callable[..., jax.Array], head: Callab
     """What a model gives to each completion or pair of the stage's data, in the order of the batches."""
     pairs = "pair" in stage.dataset.reads.forms
 
-    @jax.jit
+    @jit
     def values(params, batch) -> dict[str, jax.Array]:
         tokens = completion_sums(batch.readouts.mask, batch.readouts, batch.completions.mask.shape[1])
         value, weight = measure(role.model.apply, head, params, batch), batch.completions.weight

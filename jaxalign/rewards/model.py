@@ -20,6 +20,7 @@ from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout
+from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.sharding import put_batch
 from jaxalign.rewards.samples import Samples
 from jaxalign.rollout.host import local_rows
@@ -29,7 +30,7 @@ _NONE: Mapping[str, Any] = {}
 _LEAST_WIDTH = 32  # row lengths are powers of two from here on, so that few shapes are compiled
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jit, static_argnames="model")
 def score_rows(model: Model, params: Params, rows: Rows, last: Array) -> Array:
     """Scores of rows, each read at a given row index.
 

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxalign.errors import InputError
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
+from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import param_spec, path_name
@@ -258,12 +259,12 @@ def lay_out(model: Model, params: Params, mesh: Mesh | None = None) -> Params:
     return laid | {"layers": tuple(layers)}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+@functools.partial(jit, static_argnames=("model", "mesh"))
 def _lay_out_ends(model: Model, ends: Params, *, mesh: Mesh | None) -> Params:
     return jax.tree_util.tree_map_with_path(functools.partial(_place, model, mesh, lambda x: x), ends)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "arrays", "mesh"))
+@functools.partial(jit, static_argnames=("model", "arrays", "mesh"))
 def _lay_out_layer(model: Model, layers: Params, number: Array, *, arrays: int, mesh: Mesh | None) -> Params:
     """What `split_layers` gives of one number."""
 

@@ -24,6 +24,7 @@ from jaxalign.models.cache import Cache
 from jaxalign.models.schedule import split_layers
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
+from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.sharding import constrain
 from jaxalign.rollout.sampling import Sampling, sample, token_keys
 from jaxalign.types import Array, CausalByIndex, Params, Rows
@@ -59,7 +60,7 @@ class Slots(NamedTuple):
     live: Array  # bool [B], False for a row that has ended or never began
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@functools.partial(jit, static_argnames=("model",))
 def prefill(model: Model, params: Params, rows: Rows) -> Prefilled:
     """Reads prompts.
 
@@ -308,7 +309,7 @@ def empty_draws(*, batch: int, length: int, dtype: Any) -> Draws:
 
 
 @functools.partial(
-    jax.jit,
+    jit,
     static_argnames=("model", "sampling", "stop_ids"),
     donate_argnames=("slots", "draws"),
 )

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxalign.data.records import Record
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
+from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_sharding, put_batch
@@ -104,8 +105,8 @@ class Collector:
         rows = batch_sharding(mesh)
         self.ask = jax.jit(self._ask_for_each, out_shardings=rows)
         self.complete = jax.jit(paired_rows if self.together == 2 else completed_rows, out_shardings=rows)
-        self.score = jax.jit(self._score_completions, out_shardings=rows)
-        self.forward = jax.jit(self._forward_passes, static_argnames=("parts",), out_shardings=rows)
+        self.score = jit(self._score_completions, out_shardings=rows)
+        self.forward = jit(self._forward_passes, static_argnames=("parts",), out_shardings=rows)
 
     def collect(
         self,

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from jaxalign.errors import InputError
-from jaxalign.ops.platform import platform
 from jaxalign.parallel.allocator import return_freed_memory
+from jaxalign.parallel.compiler_options import compiler_options, without_unknown
 
 # What to change, in the order of what saves most for least.
 ADVICE = (
@@ -23,10 +23,6 @@ ADVICE = (
     "--config.mesh.fsdp=-1 with more devices, --config.optimizer.name=adafactor, "
     "--config.optimizer.state_dtype=bfloat16, --config.model.frozen_dtype=bfloat16"
 )
-
-
-# Compiler options. On a CPU: fewer copies of donated parameters and moments that an update reads twice.
-_OPTIONS = {"cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}}
 
 
 class Compiled:
@@ -75,13 +71,11 @@ class Compiled:
 
 
 def _compile(lowered: Any) -> Any:
-    options = _OPTIONS.get(platform())
-    try:
-        return lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return lowered.compile()  # another version of the compiler
+    executable = without_unknown(lambda: lowered.compile(compiler_options=compiler_options(update=True)))
+    limit = device_limit()
+    if limit and compiler_options() and memory_of(executable).get("total", 0) > limit:
+        return lowered.compile()  # with less room in view the compiler may find a way
+    return executable
 
 
 def memory_of(executable: Any) -> dict[str, int]:

@@ -1,0 +1,105 @@
+"""Options that XLA compiles with, by platform: for training, evaluation, sampling and scoring alike."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxalign.parallel.hardware import of_kind
+
+Options = dict[str, Any]
+
+_DEFAULT_SHARE = 0.75  # of a GPU's memory, which JAX's pool takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
+
+# A TPU gathers the weights of a layer while it multiplies by those of the last one.
+_TPU: Options = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+# Fewer copies of donated parameters and moments that an update reads twice.
+_CPU_UPDATE: Options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+_unknown: set[str] = set()  # options that another version of the compiler refused
+
+
+def compiler_options(*, update: bool = False) -> Options:
+    """The options for the devices of the ambient mesh, which need not be there, else for the default device.
+
+    A GPU's is one number.  XLA computes again what it would otherwise keep as soon as temporary arrays take more than
+    95 % of what arguments and results leave of 80 % of the card; a larger pool is worth more where that grows with it.
+
+    Args:
+      update: whether the program is a training step, which takes over its state.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = getattr(device, "platform", None) or jax.default_backend()
+    found = {"tpu": _TPU, "cpu": _CPU_UPDATE if update else {}}.get(platform, {})
+    if platform == "gpu":
+        share = pool_share(getattr(device, "device_kind", ""))
+        found = {"xla_gpu_memory_limit_slop_factor": round(95 * share / _DEFAULT_SHARE)}
+    return {name: value for name, value in found.items() if name not in _unknown}
+
+
+def pool_share(kind: str = "") -> float:
+    """The share of a GPU's memory that programs may use.
+
+    Args:
+      kind: of a GPU that is not there.
+    """
+    said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or os.environ.get("XLA_CLIENT_MEM_FRACTION")
+    absent = of_kind(kind) if jax.default_backend() != "gpu" else None
+    return float(said) if said else absent.pool if absent else _DEFAULT_SHARE
+
+
+def without_unknown(call: Callable[[], Any]) -> Any:
+    """`call()`, again where the compiler refused an option of `compiler_options`, which then gives it no more.
+
+    Args:
+      call: asks for the options, and compiles.
+    """
+    while True:
+        try:
+            return call()
+        except jax.errors.JaxRuntimeError as error:
+            refused = re.search(r"No such compile option: '?(\w+)", str(error))
+            if refused is None or refused[1] in _unknown:
+                raise
+            _unknown.add(refused[1])  # another version of the compiler
+
+
+class jit:
+    """`jax.jit` with the options of the platform that each call is compiled for.
+
+    >>> twice = jit(lambda x: 2 * x)
+    >>> int(twice(3))
+    6
+    """
+
+    def __init__(self, function: Callable, **settings: Any):
+        """
+        Args:
+          function: pure.
+          settings: those of `jax.jit`.
+        """
+        functools.update_wrapper(self, function)
+        self._with = functools.lru_cache(lambda options: jax.jit(function, compiler_options=dict(options), **settings))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+            return self._with(())(*args, **kwargs)  # inside of another program, and compiled with its options
+        return without_unknown(lambda: self._compiled_for_here(*args, **kwargs))
+
+    @property
+    def _compiled_for_here(self) -> Any:
+        return self._with(tuple(compiler_options().items()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled_for_here, name)

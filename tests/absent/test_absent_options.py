@@ -1,0 +1,40 @@
+"""The options of jaxalign.parallel.compiler_options, in programs for accelerators that are not there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxalign.parallel import compiler_options as options
+from jaxalign.parallel.mesh import AXES
+from jaxalign.plan import machines
+from jaxalign.plan.account import account
+
+LAYERS, D, F, ROWS = 8, 1024, 4096, 2048
+
+
+def forward(layers, x):
+    """Layers whose weights are split over the devices, gathered in the loop."""
+
+    def body(x, layer):
+        gathered = [jax.lax.with_sharding_constraint(w, PartitionSpec()) for w in layer]
+        return x + jax.nn.silu(x @ gathered[0]) @ gathered[1], None
+
+    return jax.lax.scan(body, x, layers)[0]
+
+
+@pytest.mark.parametrize("machine", ["tpu:v5p:2x2x1", "tpu:v6e:2x2"])
+def test_a_tpu_gathers_beside_its_products(machine):
+    devices = machines.absent_devices(machine)
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    shape = jax.ShapeDtypeStruct
+    layers = [shape((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((D, F), (F, D))]
+    x = shape((ROWS * len(devices), D), jnp.bfloat16, sharding=rows)
+
+    with jax.set_mesh(mesh):
+        compiled = options.jit(forward).lower(layers, x).compile()
+    found = [c for c in account(compiled.as_text()).collectives if "all-gather" in (c.kind, c.piece_of) and c.loop]
+    print(machine, [c.asynchronous for c in found])
+    assert any(c.asynchronous for c in found)
