@@ -21,7 +21,7 @@ CAUSAL = 0.5
 # What costs no kernel: it names, or it only waits.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "add-dependency", "domain", "async-update", "copy-done", "async-done", "send-done", "recv-done",
+    "opt-barrier", "add-dependency", "domain", "async-update",
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "Assume", "ConcatBitcast", "GatherScatterIndices", "Sharding", "SPMD")
 _LARGEST = 12  # named
@@ -157,6 +157,15 @@ def _heaviest(found: list[Kernel]) -> tuple[Kernel, ...]:
     return tuple(sorted(alike.values(), key=lambda k: -k.bytes * k.times)[:_LARGEST])
 
 
+def _begun(computation: Computation, x: Instruction) -> Instruction:
+    """What a `fusion-start` or `slice-start` begins, with the results that its `-done` gives."""
+    opcode = x.opcode.removesuffix("-start")
+    if opcode == x.opcode or opcode in kernels.COLLECTIVES | {"copy", "async", "send", "recv"}:
+        return x
+    done = [y for y in computation.users.get(x.name, []) if y.opcode.endswith("-done")]
+    return x._replace(opcode=opcode, shapes=done[0].shapes if done else x.shapes[-1:])
+
+
 class _Part:
     """What some instructions do when each is executed once."""
 
@@ -221,8 +230,9 @@ class _Reader:
     def _part(
         self, computation: Computation, x: Instruction, scalars: Scalars, sources: Sources, loop: str
     ) -> _Part | None:
-        if x.opcode in _FREE or (x.opcode.endswith("-done") and x.opcode.removesuffix("-done") in kernels.COLLECTIVES):
+        if x.opcode in _FREE or x.opcode.endswith("-done"):
             return None
+        x = _begun(computation, x)
         if x.opcode == "custom-call" and kernels.target(x).startswith(_FREE_CALLS):
             return None
         total = _Part()

@@ -306,6 +306,29 @@ ENTRY %main (x: f32[32]) -> f32[32] {
     assert found.kernels == 3
 
 
+def test_a_part_that_comes_from_the_host():
+    """A slice of what lies there, begun by an asynchronous fusion: only the slice is moved."""
+    text = """HloModule m, num_partitions=1
+
+%wrapped (a: f32[8,32], i: s32[]) -> f32[1,32] {
+  %a = f32[8,32]{1,0:S(5)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,32]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,32}
+}
+
+ENTRY %main (kept: f32[8,32], at: s32[]) -> f32[1,32] {
+  %kept = f32[8,32]{1,0:S(5)} parameter(0)
+  %at = s32[] parameter(1)
+  %start = ((f32[8,32]{1,0:S(5)}, s32[]), f32[1,32]{1,0}, u32[]) fusion-start(%kept, %at), kind=kCustom, calls=%wrapped
+  ROOT %done = f32[1,32]{1,0} fusion-done(%start)
+}
+"""
+    found = account(text)
+    assert found.host_bytes == 4 * 32
+    assert found.traffic_bytes == 4 * 32 + 4  # written, and where it lies
+
+
 def test_an_all_reduce_of_which_a_part_is_read():
     text = """HloModule m, num_partitions=4
 
