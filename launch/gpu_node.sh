@@ -13,7 +13,8 @@ usage: bash launch/gpu_node.sh [--processes=one|per-gpu] [--port=PORT] [--dry_ru
   --dry_run             say what would be installed and run, and do neither
   the rest              the arguments of `jaxalign train`
 
-CUDA_VISIBLE_DEVICES chooses the GPUs.
+CUDA_VISIBLE_DEVICES chooses the GPUs; XLA_PYTHON_CLIENT_MEM_FRACTION is the share of their memory that programs may use
+(default here: 0.92).
 TEXT
 }
 
@@ -40,6 +41,7 @@ if [ $# -eq 0 ]; then
 fi
 
 bash "$root/launch/setup.sh" ${dry_run:+--dry_run}
+give_gpu_memory
 jaxalign=("${JAXALIGN_VENV:-$root/.venv}/bin/python" -m jaxalign train)
 if [ -n "$dry_run" ]; then
   if [ "$processes" = per-gpu ]; then echo "once for each GPU of ${CUDA_VISIBLE_DEVICES:-nvidia-smi -L}, joined at localhost:$port:"; fi

@@ -179,6 +179,7 @@ def main(template, arguments, env):
         "nodes": int(env["nodes"]),
         "processes": env["nodes"],
         "coordinator": "{0}-worker-0-0.{0}:8476".format(env["name"]),
+        "memory_fraction": env.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.92",
         "requests": requests,
         "limits": resources("limits", env["limits"]) | accelerator,
         "volumes": volumes,

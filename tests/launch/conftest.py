@@ -23,7 +23,7 @@ IN_IMAGE = ["--config=/jaxalign/configs/dpo.py", "--config.workdir=gs://bucket/r
 # Each call appends one JSON line: the command's name, its arguments, the JAX settings it saw, its standard input.
 RECORDER = """
 import json, os, sys
-settings = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "JAXALIGN_", "CUDA_VISIBLE", "HF_"))}}
+settings = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "JAXALIGN_", "CUDA_VISIBLE", "HF_", "XLA_"))}}
 call = dict(name={name!r}, args=sys.argv[1:], env=settings, cwd=os.getcwd())
 if call["args"][:1] == ["apply"]:
     call["stdin"] = sys.stdin.read()

@@ -41,6 +41,7 @@ def test_kubernetes_applies_a_jobset_for_gpus(checkout):
     env = {item["name"]: item for item in container["env"]}
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "dpo-worker-0-0.dpo:8476"
     assert env["JAX_NUM_PROCESSES"]["value"] == "2"
+    assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"]["value"] == "0.92"
     assert "job-completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert container["resources"] == {"requests": {}, "limits": {"nvidia.com/gpu": "8"}}
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]

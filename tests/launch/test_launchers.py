@@ -94,6 +94,16 @@ def test_gpu_node_one_process_sees_every_gpu(checkout):
     (train,) = checkout.calls("python")
     assert train["args"] == ["-m", "jaxalign", "train", *TRAIN]
     assert not any(name.startswith(("JAX_", "CUDA")) for name in train["env"])
+    assert train["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92" and "FRACTION=0.92" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
+def test_gpu_node_leaves_a_share_that_is_set(checkout, name):
+    checkout.fake_setup()
+    result = checkout.run("launch/gpu_node.sh", *TRAIN, **{name: "0.5"})
+    (train,) = checkout.calls("python")
+    found = {k: v for k, v in train["env"].items() if k.endswith("MEM_FRACTION")}
+    assert found == {name: "0.5"} and "FRACTION" not in result.stdout
 
 
 @pytest.mark.parametrize("visible", ["", "5,7"])

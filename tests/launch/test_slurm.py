@@ -30,6 +30,7 @@ def test_slurm_sets_up_once_then_trains_on_every_task(checkout):
         "--kill-on-bad-exit=1", "--label", ".venv/bin/python", "-u", "-m", "jaxalign", "train", *TRAIN,
     ]  # fmt: skip
     assert {setup["cwd"], train["cwd"]} == {str(checkout.root)}
+    assert train["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
 
 
 def test_slurm_header_gives_one_task_for_each_node_and_a_signal_to_the_script(checkout):
