@@ -164,6 +164,12 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def ambient_shards() -> int:
+    """How many shards the rows of a batch have under the ambient mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)  # type: ignore[arg-type]
+
+
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Hints how an activation is split, under the ambient mesh (`jax.set_mesh`); without one, nothing happens.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from jaxalign.ops.platform import platform
+
+_TILE = 128  # columns that kernels and memory layouts of accelerators come in
 _NARROWEST = 32  # completions are cut to no less
 
 
@@ -25,12 +28,14 @@ def few_sizes(n: int) -> int:
 
 
 def cache_width(columns: int) -> int:
-    """The least number of columns that caches are made of and that is enough.
+    """The least number of columns that caches are made of and that is enough; on accelerators multiples of 128.
 
     >>> [cache_width(n) for n in (1, 17, 24, 25, 192)]
     [16, 24, 24, 32, 192]
     """
-    return max(few_sizes(columns), 16)
+    if platform() == "cpu":
+        return max(few_sizes(columns), 16)
+    return -(-few_sizes(columns) // _TILE) * _TILE
 
 
 def completion_width(longest: int, most: int) -> int:

@@ -25,9 +25,11 @@ from jaxalign.models.schedule import split_layers
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
 from jaxalign.parallel.compiler_options import jit
-from jaxalign.parallel.sharding import constrain
+from jaxalign.parallel.sharding import ambient_shards, constrain
 from jaxalign.rollout.sampling import Sampling, sample, token_keys
 from jaxalign.types import Array, CausalByIndex, Params, Rows
+
+_UNSEEN = 4  # steps between two counts of the rows that are left, where devices must tell each other
 
 
 class Draws(NamedTuple):
@@ -325,7 +327,8 @@ def advance(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> tuple[Slots, Draws, Array]:
-    """Samples up to `steps` tokens of every live row, and ends earlier where few rows are left.
+    """Samples up to `steps` tokens of every live row, and ends earlier where few rows are left: at once, or a few steps
+    later where rows lie on several devices.
 
     Args:
       model: the policy.
@@ -348,6 +351,10 @@ def advance(
     def more(carry):
         step, slots, _ = carry
         return (step < steps) & (jnp.sum(slots.live, dtype=jnp.int32) > floor)
+
+    def few(carry):
+        end = jnp.minimum(carry[0] + every, steps)
+        return jax.lax.while_loop(lambda carry: carry[0] < end, body, carry)
 
     def body(carry):
         step, slots, draws = carry
@@ -383,7 +390,8 @@ def advance(
         return step + 1, _on_mesh(slots), draws
 
     carry = (jnp.int32(0), slots, _by_rows(draws))
-    step, slots, draws = jax.lax.while_loop(more, body, carry)
+    every = _UNSEEN if ambient_shards() > 1 else 1
+    step, slots, draws = jax.lax.while_loop(more, few if every > 1 else body, carry)
     return _on_mesh(slots), _by_rows(draws), step
 
 

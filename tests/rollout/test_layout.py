@@ -11,7 +11,7 @@ from jaxalign.models.schedule import split_layers
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, put_batch
-from jaxalign.rollout import layout
+from jaxalign.rollout import driver, layout, sizes, slots
 from jaxalign.rollout.continuous import continue_prompts, roll_out
 from jaxalign.rollout.sampling import Sampling
 from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
@@ -38,8 +38,8 @@ def mesh_of(data, fsdp, tensor=1):
     return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor})
 
 
-@pytest.mark.parametrize("data, fsdp, tensor, slots", [(1, 8, 1, None), (1, 8, 2, None), (2, 4, 4, None), (1, 8, 2, 4)])
-def test_completions_do_not_depend_on_the_split(policy, alone, data, fsdp, tensor, slots):
+@pytest.mark.parametrize("data, fsdp, tensor, num_slots", [(1, 8, 1, None), (1, 8, 2, None), (2, 4, 4, None), (1, 8, 2, 4)])
+def test_completions_do_not_depend_on_the_split(policy, alone, data, fsdp, tensor, num_slots):
     """Training's rows and weights over `fsdp`, decoding's layers over some of the same devices."""
     model, params = policy
     mesh = mesh_of(data, fsdp)
@@ -47,13 +47,13 @@ def test_completions_do_not_depend_on_the_split(policy, alone, data, fsdp, tenso
         params = jax.device_put(params, param_shardings(mesh, params))
         rows, ids = put_batch((prompt_batch(PROMPTS, 5).rows, IDS), mesh)
         key = jax.jit(lambda: jax.random.fold_in(jax.random.key(3), 0))()
-        options = OPTIONS | {"mesh": mesh, "tensor": tensor, "num_slots": slots}
+        options = OPTIONS | {"mesh": mesh, "tensor": tensor, "num_slots": num_slots}
         rollout, figures = roll_out(model, params, rows, jax.random.key(3), ids, **options)
         assert figures["tensor"] == tensor
         assert rollout.tokens.sharding.mesh == mesh
         np.testing.assert_array_equal(np.asarray(rollout.tokens), alone)
         found, _ = continue_prompts(
-            model, params, [np.array(p, np.int32) for p in PROMPTS], key, **options | {"num_slots": slots or 8}
+            model, params, [np.array(p, np.int32) for p in PROMPTS], key, **options | {"num_slots": num_slots or 8}
         )
     one, _ = continue_prompts(*policy, [np.array(p, np.int32) for p in PROMPTS], key, num_slots=8, **OPTIONS)
     assert [s.ids for s in found] == [s.ids for s in one]
@@ -120,3 +120,24 @@ def test_a_split_that_fsdp_does_not_allow_is_refused():
     for mesh, tensor in ((mesh_of(2, 4), 8), (mesh_of(1, 8), 3), (mesh_of(1, 4, 2), 4)):
         with pytest.raises(InputError, match="tensor"):
             layout.decoding_mesh(mesh, tensor)
+
+
+def test_rows_are_counted_every_few_steps_where_they_lie_on_several_devices(policy, monkeypatch):
+    """Each count is a collective: rows that have ended wait a few steps more, and nothing else changes."""
+    model, params = policy
+    taken, advance = {1: [], 8: []}, driver.advance
+    for devices, seen in taken.items():
+        mesh = make_mesh({"data": 1, "fsdp": devices, "tensor": 1}, jax.devices()[:devices])
+        monkeypatch.setattr(driver, "advance", lambda *a, seen=seen, **o: seen.append(advance(*a, **o)) or seen[-1])
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, param_shardings(mesh, params))
+            rows, ids = put_batch((prompt_batch([[1, 8]] * 8, 5).rows, np.full(8, 1, np.int32)), mesh)
+            roll_out(model, placed, rows, jax.random.key(3), ids, mesh=mesh, sampling=Sampling(0.8, 64), stop_ids=STOP)
+    alone, together = (sum(int(steps) for *_, steps in seen) for seen in (taken[1], taken[8]))
+    assert alone % slots._UNSEEN  # or this shows nothing
+    assert together == -(-alone // slots._UNSEEN) * slots._UNSEEN
+
+
+def test_caches_are_in_whole_tiles_on_accelerators(monkeypatch):
+    monkeypatch.setattr(sizes, "platform", lambda: "gpu")
+    assert [sizes.cache_width(n) for n in (1, 130, 300, 768, 800)] == [128, 256, 384, 768, 1024]
