@@ -38,7 +38,9 @@ def mesh_of(data, fsdp, tensor=1):
     return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor})
 
 
-@pytest.mark.parametrize("data, fsdp, tensor, num_slots", [(1, 8, 1, None), (1, 8, 2, None), (2, 4, 4, None), (1, 8, 2, 4)])
+@pytest.mark.parametrize(
+    "data, fsdp, tensor, num_slots", [(1, 8, 1, None), (1, 8, 2, None), (2, 4, 4, None), (1, 8, 2, 4)]
+)
 def test_completions_do_not_depend_on_the_split(policy, alone, data, fsdp, tensor, num_slots):
     """Training's rows and weights over `fsdp`, decoding's layers over some of the same devices."""
     model, params = policy
