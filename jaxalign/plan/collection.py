@@ -16,7 +16,7 @@ from jaxalign.parallel.sharding import batch_sharding, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rollout import layout, slots
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.driver import _MOST_STEPS
+from jaxalign.rollout.driver import MOST_STEPS
 from jaxalign.rollout.pairs import last_columns
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, power_of_two
@@ -63,7 +63,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     yield prefilled
     num_slots = min(c.rollout.num_slots or len(asked.record_ids), len(asked.record_ids))
     widest = cache_width(batch.rows.tokens.shape[1] + sampling.max_new_tokens)
-    held = layout.device_bytes((stage.like.params, stage.like.opt, frozen))
+    held = layout.device_bytes((stage.like.params, stage.like.opt, () if stage.offload else frozen))
     collector.limit = limit
     if not (tensor := c.rollout.tensor):
         tensor = layout.tensor_split(policy, mesh, slots=num_slots, columns=widest, held=held, limit=limit)
@@ -110,12 +110,12 @@ def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, An
     ends = {name: part for name, part in params.items() if name != "layers"}
     with jax.set_mesh(place.decoding):
         arrays = cache_arrays(policy.config.num_layers)
-    first = compiled("layout: embedding, head", place.decoding, layout._lay_out_ends, policy, ends, mesh=place.mesh)
+    first = compiled("layout: embedding, head", place.decoding, layout.lay_out_ends, policy, ends, mesh=place.mesh)
     yield first
     number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(place.decoding))
     static = {"arrays": arrays, "mesh": place.mesh}
     layer = compiled(
-        "layout: a layer", place.decoding, layout._lay_out_layer, policy, params["layers"], number, **static
+        "layout: a layer", place.decoding, layout.lay_out_layer, policy, params["layers"], number, **static
     )
     yield layer._replace(times=float(arrays))
     # Each layer's arrays are its own: `bytes_of` counts an object once.
@@ -129,7 +129,7 @@ def _decode(collector: Any, laid: Any, place: Any, sampling: Sampling, num_slots
     mesh, batch = place.decoding, place.slots(num_slots)
     static = {"batch": batch, "width": width, "arrays": len(laid["layers"])}
     empty = compiled("slots", mesh, slots.empty_slots, collector.policy, np.int32(0), **static).results
-    length = min(sampling.max_new_tokens, _MOST_STEPS)
+    length = min(sampling.max_new_tokens, MOST_STEPS)
     draws = compiled("draws", mesh, slots.empty_draws, batch=batch, length=length, dtype=jnp.float32).results
     whole = replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))

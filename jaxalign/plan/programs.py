@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.plan.collection import collection
 from jaxalign.train import compiled
@@ -71,7 +70,8 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     batch, rows = abstract_batch(stage), _data_rows(stage)
     held = {f"{role} params": bytes_of(tree) for role, tree in like.params.items()}
     held |= {"optimizer": bytes_of(like.opt)}
-    held |= {f"{role} (frozen)": bytes_of(tree) for role, tree in frozen.items()}
+    if not stage.offload:  # else they wait in the host's memory
+        held |= {f"{role} (frozen)": bytes_of(tree) for role, tree in frozen.items()}
     models = {role: r.model.config for role, r in program.trained.items()}
     whole = _work(rows)
 
@@ -155,10 +155,11 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
             flops, times = _flops(policy, of, 1.0), times * -(-total // rows_at_once)
             least, given = weights + bytes_of(slots.cache), jax.tree.leaves(call.arguments[2:4])
         elif name == "scoring":
-            flops, of, kept, given = _flops(frozen_models["reward"], work, 1.0), work, {}, given[-5:]
+            of, kept, given = work, _brought(stage, frozen["reward"]), given[-5:]
+            flops = _flops(frozen_models["reward"], work, 1.0)
         elif name == "forward passes":
+            of, kept, given = work, _brought(stage, frozen["ref"]), given[-8:]
             flops = sum(_flops(m, work, 1.0) for m in (*models.values(), frozen_models["ref"]))
-            of, kept, given = work, {}, given[-8:]
         one = done(name, call.executable, seconds, given, times, flops, of, least=least, held=kept)
         if name in ("prefill", "prompts to decoding") or name.startswith("layout"):
             one = one._replace(memory=one.memory | {"results": 0})  # they are held
@@ -172,23 +173,25 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
 
 
 def abstract_frozen(stage: Any) -> dict[str, Any]:
-    """Shapes of the frozen parameters by role, where training has them; those of one source are one."""
+    """Shapes of the frozen parameters by role, on the devices; those of one source are one."""
 
     def one(role: Any) -> Any:
         tree = role.model.abstract()
-        shardings = param_shardings(stage.mesh, tree)
-        if stage.offload:
-            shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
-        return abstract(tree, shardings)
+        return abstract(tree, param_shardings(stage.mesh, tree))
 
     return per_source(stage.program.frozen, one)
 
 
+def _brought(stage: Any, params: Any) -> dict[str, int]:
+    """Frozen parameters that are on the devices only while they are used."""
+    return {"from the host": bytes_of(params)} if stage.offload else {}
+
+
 def bytes_of(tree: Any) -> int:
-    """Bytes of a tree on each device: of shapes with shardings, those in the host's memory left out."""
+    """Bytes of a tree of shapes with shardings on each device."""
     total, seen = 0, set()
     for x in jax.tree.leaves(tree):
-        if not hasattr(x, "sharding") or id(x) in seen or getattr(x.sharding, "memory_kind", None) == HOST:
+        if not hasattr(x, "sharding") or id(x) in seen:
             continue
         seen.add(id(x))
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)

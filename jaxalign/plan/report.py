@@ -70,7 +70,9 @@ def _stage(name: str, stage: dict[str, Any]) -> list[str]:
     )
     heavy = next((p for p in stage["programs"] if p["name"] == "train step"), stage["programs"][0])
     if moved := heavy["traffic"][:3]:
-        told = "; ".join(f"{k['bytes'] / _GB:.3g} GB {k['kernel'].rsplit('/', 1)[-1]} x {k['count']:,}" for k in moved)
+        told = "; ".join(
+            f"{k['bytes'] / _GB:.3g} GB {'/'.join(k['kernel'].split('/')[-3:])} ({k['count']:,} times)" for k in moved
+        )
         lines.append(f"  traffic of the {heavy['name']}, most of it: {told}")
     lines += _collectives(stage["programs"])
     for p in stage["programs"]:

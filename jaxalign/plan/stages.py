@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from jaxalign.config import get
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
-from jaxalign.models.hub import CONFIG, TOKENIZER_FILES, locate, read_json
+from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
 from jaxalign.parallel.mesh import batch_shards, make_mesh, mesh_shape
 from jaxalign.plan.assumed import AssumedData, absent
 from jaxalign.train.models import fit_length
 from jaxalign.train.rundir import RunDir
-from jaxalign.train.stage import Stage, _read_data
+from jaxalign.train.stage import Stage, read_data
 
 _NO_REWARD = "jaxalign.plan.assumed:no_reward"
 
@@ -76,7 +76,7 @@ def make_stage(
 
     def data(c: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
         if not (missing := absent(c)):
-            return _read_data(c, tokenizer, eos_ids)
+            return read_data(c, tokenizer, eos_ids)
         dataset = AssumedData(c, (assumed or {}).get("readouts", 1.0))
         told.append(f"data: {', '.join(missing)} is not here: full rows of {dataset.shape.length:,} tokens are assumed")
         held_out = bool(c.data.eval_fraction or c.data.eval_sources)
@@ -118,7 +118,7 @@ def _scorer_like(c: Any, scratch: str) -> str:
     if not target.exists():
         target.mkdir(parents=True)
         tokens = locate(c.model.tokenizer, None, weights=False) if c.model.tokenizer else source
-        for name in TOKENIZER_FILES:
+        for name in (GENERATION_CONFIG, *TOKENIZER_FILES):  # the policy's own: its rows can be scored as they lie
             if (tokens / name).exists():
                 shutil.copy(tokens / name, target / name)
         file = read_json(source / CONFIG)

@@ -32,7 +32,7 @@ from jaxalign.rollout.slots import Prefilled, advance, empty_draws, empty_slots,
 from jaxalign.types import Params
 
 GROWTH = 64  # columns that a cache is given to grow by, at least, where so many tokens can come
-_MOST_STEPS = 128  # between two looks of the host
+MOST_STEPS = 128  # between two looks of the host
 _STREAMED_STEPS = 4  # the same where someone reads along
 _IDLE = 8  # one in so many slots may wait for its next prompt: refilling costs time too
 _GROUP = 8  # slots of a CPU's thread, at least, since each thread reads all weights: two of 8 are 1.3x one of 16
@@ -94,7 +94,7 @@ class Decoder:
         self._model, self._params, self._key = model, params, key
         self._limit = sampling.max_new_tokens
         self._options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids}
-        self._on_tokens, self._steps = on_tokens, _STREAMED_STEPS if on_tokens else _MOST_STEPS
+        self._on_tokens, self._steps = on_tokens, _STREAMED_STEPS if on_tokens else MOST_STEPS
         self._shards = 1 if mesh is None else batch_shards(mesh)
         self._arrays = len(params["layers"])  # of the cache, too
         self._slots: Any = None
@@ -195,7 +195,7 @@ class Decoder:
         floor = len(self._number) - max(1, len(self._number) // _IDLE) if waiting else self._compact()
         self._make_room()
         batch, live = len(self._number), self.live
-        length = min(self._limit, _MOST_STEPS)
+        length = min(self._limit, MOST_STEPS)
         draws = empty_draws(batch=batch, length=length, dtype=at_least_float32(self._slots.hidden).dtype)
         fewest, steps = min(int(live.sum()) - 1, floor), min(length, self._steps, self._width - self._column)
         self._slots, draws, taken = advance(

@@ -254,18 +254,18 @@ def lay_out(model: Model, params: Params, mesh: Mesh | None = None) -> Params:
     arrays = cache_arrays(model.config.num_layers)
     ends = {name: part for name, part in params.items() if name != "layers"}
     # A program for each layer, the same one: in one of all layers compilers hold gathered layers twice.
-    laid = _lay_out_ends(model, ends, mesh=mesh)
-    layers = (_lay_out_layer(model, params["layers"], np.int32(i), arrays=arrays, mesh=mesh) for i in range(arrays))
+    laid = lay_out_ends(model, ends, mesh=mesh)
+    layers = (lay_out_layer(model, params["layers"], np.int32(i), arrays=arrays, mesh=mesh) for i in range(arrays))
     return laid | {"layers": tuple(layers)}
 
 
 @functools.partial(jit, static_argnames=("model", "mesh"))
-def _lay_out_ends(model: Model, ends: Params, *, mesh: Mesh | None) -> Params:
+def lay_out_ends(model: Model, ends: Params, *, mesh: Mesh | None) -> Params:
     return jax.tree_util.tree_map_with_path(functools.partial(_place, model, mesh, lambda x: x), ends)
 
 
 @functools.partial(jit, static_argnames=("model", "arrays", "mesh"))
-def _lay_out_layer(model: Model, layers: Params, number: Array, *, arrays: int, mesh: Mesh | None) -> Params:
+def lay_out_layer(model: Model, layers: Params, number: Array, *, arrays: int, mesh: Mesh | None) -> Params:
     """What `split_layers` gives of one number."""
 
     def cut(x):

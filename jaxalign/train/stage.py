@@ -74,7 +74,7 @@ class Stage:
             self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
-        self.dataset, self.eval_dataset = (data or _read_data)(c, self.tokenizer, ends)
+        self.dataset, self.eval_dataset = (data or read_data)(c, self.tokenizer, ends)
         if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
             self.dataset.report["records"]["held_out"] = self.eval_dataset.num_records
         if directory.untrained():
@@ -178,7 +178,8 @@ class Stage:
         self.directory.write_json("data_report.json", self.dataset.report)
 
 
-def _read_data(config: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
+def read_data(config: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
+    """The data to train on and the held-out data of a stage, None where there are none."""
     from jaxalign.data.build import build
 
     dataset = build(config, tokenizer, eos_ids=eos_ids)
