@@ -93,11 +93,16 @@ def _dtype(p: Mapping[str, Any], config: Any) -> str:
 
 
 def _traffic(p: Mapping[str, Any], config: Any) -> str:
+    """What helps where the optimizer's state or gradients that are added up are much of the traffic."""
     if not _trains(p):
         return ""
-    if config.grad_accum_steps > 1:
-        return f"--config.grad_accum_steps={max(config.grad_accum_steps // 2, 1)}: gradients are added up less often"
-    return f"--config.batch_size={2 * config.batch_size}: the optimizer's share halves"
+    params = sum(n for name, n in p["memory"].items() if name.endswith(" params"))
+    state = params + p["memory"].get("optimizer", 0)
+    if config.grad_accum_steps > 1 and 3 * params * config.grad_accum_steps > 0.2 * p["traffic_bytes"]:
+        return f"--config.grad_accum_steps={config.grad_accum_steps // 2}: gradients are added up less often"
+    if 2 * state > 0.2 * p["traffic_bytes"]:
+        return f"--config.batch_size={2 * config.batch_size}: the optimizer's share halves"
+    return ""
 
 
 def _collective(kind: str, p: Mapping[str, Any], config: Any, mesh: Mapping[str, int]) -> str:
