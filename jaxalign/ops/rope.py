@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.ops.platform import platform
+from jaxalign.ops.precision import product_precision
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -103,7 +106,41 @@ def rotate(x_BTNH: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Arr
       [B, T, N, H], dtype of `x_BTNH`.
     """
     chex.assert_rank([x_BTNH, cos_BTF, sin_BTF], [4, 3, 3])
+    if platform() == "tpu":
+        return _rotate_lanes(x_BTNH, cos_BTF, sin_BTF)
     cos, sin = cos_BTF[:, :, None, :], sin_BTF[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return out.astype(x_BTNH.dtype)
+
+
+@jax.custom_vjp
+def _rotate_lanes(x_BTNH, cos_BTF, sin_BTF):
+    """`rotate` without arrays of half of the head dims, which a TPU keeps in float32 in twice their room.
+
+    `x cos + (x P) sin`, where P is the exchange of the two halves with the sign of the first: the product has one term
+    each and is exact.
+    """
+    H = x_BTNH.shape[-1]
+    half = np.eye(H // 2)
+    zero = np.zeros_like(half)
+    exchange = jnp.asarray(np.block([[zero, half], [-half, zero]]), x_BTNH.dtype)
+    # With a batch dim, of size 1, since rematerialisation policies save products without one.
+    exchanged = jax.lax.dot_general(
+        x_BTNH[None], exchange[None], (((4,), (1,)), ((0,), (0,))), precision=product_precision(x_BTNH.dtype)
+    )[0]
+    cos, sin = (jnp.concatenate([y, y], axis=-1)[:, :, None, :] for y in (cos_BTF, sin_BTF))
+    return (x_BTNH.astype(cos.dtype) * cos + exchanged.astype(cos.dtype) * sin).astype(x_BTNH.dtype)
+
+
+def _forward(x, cos, sin):
+    return _rotate_lanes(x, cos, sin), (cos, sin)
+
+
+def _backward(rotation, d_x):
+    cos, sin = rotation
+    # Angles are made of positions: nothing learns through them.
+    return _rotate_lanes(d_x, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rotate_lanes.defvjp(_forward, _backward)

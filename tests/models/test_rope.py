@@ -1,10 +1,12 @@
 """Rotary embeddings: the frequencies of each type, and what the rotation must keep."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign.models.config import from_hf
+from jaxalign.ops import rope
 from jaxalign.ops.rope import Rope, frequencies, rotate, rotations
 from tests.models.tiny_models import SETTINGS, golden, hf_config
 
@@ -74,3 +76,22 @@ def test_narrow_inputs_are_turned_in_float32():
     assert cos.dtype == jnp.float32
     np.testing.assert_allclose(cos[0, 0], np.cos(1001 * freq), atol=1e-4)
     assert rotate(jnp.ones((1, 1, 1, 8), jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_a_tpus_form_is_the_same(dtype, monkeypatch, x64):
+    """Values and gradients to rounding: the exchange of halves by a product moves numbers and adds nothing."""
+    rng = np.random.default_rng(0)
+    x, d_y = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), dtype) for _ in range(2))
+    rotation = rope.rotations(jnp.asarray(rng.integers(0, 1000, (2, 5))), rope.frequencies(rope.Rope(), 8), x.dtype)
+
+    def both():
+        y, back = jax.vjp(lambda x: rope.rotate(x, *rotation), x)
+        return y, back(d_y)[0]
+
+    expected = both()
+    monkeypatch.setattr(rope, "platform", lambda: "tpu")
+    for found, known in zip(both(), expected, strict=True):
+        assert found.dtype == known.dtype
+        tolerance = {"bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-14}[dtype]
+        np.testing.assert_allclose(np.float64(found), np.float64(known), rtol=tolerance, atol=tolerance)
