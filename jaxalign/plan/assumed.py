@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxalign.config import get, max_length
 from jaxalign.data.forms import slots
+from jaxalign.data.records import Record
 from jaxalign.data.rows import Layout, Shape, empty_batch
 from jaxalign.data.source import parse_sources
 from jaxalign.registry import ALGORITHMS
@@ -85,9 +86,9 @@ class AssumedData:
         """Of a record: margins, which it is taken to have."""
         return {"score": np.ones(1, np.float32)}
 
-    def record(self, i: int) -> Any:
-        """Nothing is known of a record."""
-        raise LookupError(i)
+    def record(self, i: int) -> Record:
+        """A record of no columns: nothing is known of it."""
+        return Record(i, "", i + 1, self.reads.forms[0])
 
 
 def no_reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:

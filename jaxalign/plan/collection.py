@@ -63,7 +63,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     yield prefilled
     num_slots = min(c.rollout.num_slots or len(asked.record_ids), len(asked.record_ids))
     widest = cache_width(batch.rows.tokens.shape[1] + sampling.max_new_tokens)
-    held = layout.device_bytes((stage.like.params, stage.like.opt, () if stage.offload else frozen))
+    held = layout.device_bytes((stage.like.params, () if stage.offload else (stage.like.opt, frozen)))
     collector.limit = limit
     if not (tensor := c.rollout.tensor):
         tensor = layout.tensor_split(policy, mesh, slots=num_slots, columns=widest, held=held, limit=limit)

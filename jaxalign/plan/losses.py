@@ -59,13 +59,9 @@ def losses_of(
         for kind, seconds in kinds.items():
             lost(p, f"{kind} that nothing hides", seconds, _collective(kind, p, config, mesh))
         lost(p, f"gaps between {p['kernels']:,} kernels", time["gaps"], _gaps(p, config))
-        below = flops["model"] / top - flops["model"] / v["flops"]
-        lost(
-            p,
-            f"products at {v['efficiency']:.0%} of the peak (assumed)",
-            below,
-            "",
-        )
+        if "decoding" not in p:  # which waits for the memory
+            below = flops["model"] / top - flops["model"] / v["flops"]
+            lost(p, f"products at {v['efficiency']:.0%} of the peak (assumed)", below, "")
     return sorted(found, key=lambda one: -one["seconds"])
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.plan.collection import collection
+from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.train import compiled
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.dryrun import abstract_batch
@@ -69,8 +70,9 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     frozen = abstract_frozen(stage)
     batch, rows = abstract_batch(stage), _data_rows(stage)
     held = {f"{role} params": bytes_of(tree) for role, tree in like.params.items()}
-    held |= {"optimizer": bytes_of(like.opt)}
-    if not stage.offload:  # else they wait in the host's memory
+    moments = {"optimizer": bytes_of(like.opt)}
+    if not stage.offload:  # else they wait in the host's memory, moments for the train step
+        held |= moments
         held |= {f"{role} (frozen)": bytes_of(tree) for role, tree in frozen.items()}
     models = {role: r.model.config for role, r in program.trained.items()}
     whole = _work(rows)
@@ -117,22 +119,17 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
                 held = of_training
             return
         calls = () if only else collection(stage, like.params, frozen, _prompts(stage), limit)
-        yield from _iteration(stage, frozen, batch, rows, models, done, tell, calls)
+        yield from _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments)
 
 
-def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterator[Program]:
+def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -> Iterator[Program]:
     """PPO's programs; completions are taken to be as long as they may be."""
     c, program, like = stage.config, stage.program, stage.like
     prompts = _prompts(stage)
     read, total = _work(rows), c.batch_size * c.rollout.num_samples
     wide, asked = c.rollout.max_new_tokens, prompts.rows.tokens.shape[1]
     prompt = read.tokens / c.batch_size  # tokens of one
-    both = 0.5 * (prompt + wide)
-    together = total // c.batch_size if c.rollout.num_samples % 2 == 0 else 1
-    width = asked + wide * (2 if together > 1 else 1)
-    tokens = c.batch_size * (prompt + wide * c.rollout.num_samples) if together > 1 else total * (prompt + wide)
-    fill = tokens / (total // together * width if together > 1 else total * width)
-    work = Work(tokens, both, 0.5 * (prompt + wide) / width, fill)
+    work = completed(total, completions_per_row(c.rollout.num_samples), prompt, asked, wide)
     frozen_models = {role: r.model.config for role, r in program.frozen.items()}
     policy = models["policy"]
     kept: dict[str, int] = {}  # what the rollout holds
@@ -143,7 +140,9 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
         flops, of, times, least = 0.0, read, call.times, 0.0
         tell(name)
         if name == "prefill":
-            flops, given = _flops(policy, read, 1.0), jax.tree.leaves(prompts.rows)
+            # Logits are decoding's: the head is not in it.
+            flops = _flops(policy, read, 1.0) - read.tokens * 2.0 * policy.embed_dim * policy.vocab_size
+            given = jax.tree.leaves(prompts.rows)
             kept = {"prompts read": bytes_of(call.results)}
         elif name.startswith("layout"):
             weights += int(times) * bytes_of(call.results)
@@ -169,7 +168,22 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls) -> Iterato
     executable, seconds = _timed(lambda: stage.step.compile(like, frozen, batch))
     part = work._replace(tokens=work.tokens / c.algorithm.num_minibatches)
     flops = sum(_flops(m, part, 3.0) for m in models.values())
-    yield done("train step", executable, seconds, batch, float(program.updates), flops, part)
+    yield done("train step", executable, seconds, batch, float(program.updates), flops, part, held=moments)
+
+
+def completed(total: int, together: int, prompt: float, asked: int, wide: int) -> Work:
+    """What rows of a prompt and its completions hold.
+
+    Args:
+      total: completions.
+      together: of a row, as `jaxalign.rollout.pairs.completions_per_row`; each sees the prompt and itself.
+      prompt: tokens of a prompt.
+      asked: columns of a prompt.
+      wide: tokens of a completion.
+    """
+    width, own = asked + together * wide, prompt + together * wide
+    seen = 0.5 * prompt**2 + together * wide * (prompt + 0.5 * wide)  # pairs of a row
+    return Work(total // together * own, seen / own, seen / width**2, own / width)
 
 
 def abstract_frozen(stage: Any) -> dict[str, Any]:

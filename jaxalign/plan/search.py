@@ -110,7 +110,7 @@ def candidates(s: Sizes, config: Any, devices: int, slices: int, assumed: Assump
             for batch in (config.batch_size, 2 * config.batch_size):
                 for accumulation in (1, 2, 4, 8, 16, 32):
                     parts = data * fsdp * accumulation * s.minibatches
-                    if batch * (s.batch // config.batch_size) % parts:
+                    if batch % parts:
                         continue
                     one = Candidate(data, fsdp, tensor, remat, accumulation, batch, 0.0, 0.0)
                     scale = batch / config.batch_size
@@ -208,9 +208,8 @@ def search(
         say(f"compiling {tried} of at most {most}: {one.lines()}")
         try:
             planned = plan_stage(applied(config, one), devices, assumed, lambda text: None, only="train step")
-        except InputError as error:
-            if "out of memory" not in error.problem:
-                raise
+        except InputError as error:  # of memory, or of what training refuses of this one
+            say(f"not this one: {error.problem}")
             continue
         step = planned["programs"][0]
         if step["fits"]:

@@ -8,8 +8,8 @@ from jaxalign.cli import main
 from jaxalign.commands.plan import _own_flags
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
-from jaxalign.plan.assumed import AssumedData, absent
-from jaxalign.plan.programs import _work
+from jaxalign.plan.assumed import AssumedData, absent, no_reward
+from jaxalign.plan.programs import _work, completed
 from jaxalign.plan.stages import stage_configs
 
 CONFIG = """
@@ -124,3 +124,53 @@ def test_a_mesh_and_a_batch_that_do_not_divide(model):
     with pytest.raises(InputError) as error:
         _check_rows(c, mesh)
     assert error.value.fix in ("--config.batch_size=8", "--config.batch_size=12")
+
+
+@pytest.mark.parametrize(
+    ("together", "tokens", "seen"),
+    [(1, 8 * (30 + 10), 40 * 40 / 2), (2, 4 * (30 + 20), 30 * 30 / 2 + 2 * 10 * (30 + 10 / 2))],
+)
+def test_completions_behind_their_prompts(together, tokens, seen):
+    """Eight completions of 10 tokens, of prompts of 30 in 40 columns: alone, or two in a row."""
+    work, width = completed(8, together, 30.0, 40, 10), 40 + 10 * together
+    assert work.tokens == tokens
+    assert work.visible == pytest.approx(seen / (30 + 10 * together))
+    assert work.share == pytest.approx(seen / width**2)
+    assert work.fill == pytest.approx((30 + 10 * together) / width)
+    assert work.share == pytest.approx(work.fill * work.visible / width)
+
+
+def test_a_reward_function_finds_no_columns_in_assumed_data():
+    from jaxalign.rewards.function import FunctionScorer
+    from jaxalign.train.algorithms import _columns
+
+    c = defaults("ppo")
+    c.data.sources, c.data.max_length, c.batch_size = ("owner/name",), 256, 4
+    scorer = FunctionScorer(no_reward)
+    assert _columns(AssumedData(c), scorer.needs) == set()
+    scorer.expect(())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_moments_wait_in_the_hosts_memory_between_updates(offload, shared, tmp_path, monkeypatch):
+    import jax
+    import jax.numpy as jnp
+
+    from jaxalign.plan import programs
+    from jaxalign.plan.collection import Call
+    from jaxalign.plan.stages import make_stage
+
+    c = defaults("ppo")
+    c.model.path, c.data.sources = str(shared / "models" / "stories260k-llama"), ("owner/name",)
+    c.rewards.function, c.algorithm.offload = "rewards.py:of", offload
+    c.data.max_length, c.rollout.max_new_tokens, c.batch_size, c.algorithm.num_minibatches = 16, 8, 2, 1
+    stage, _ = make_stage(c, jax.devices()[:1], str(tmp_path))
+    one = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((2,), jnp.float32)).compile()
+    monkeypatch.setattr(programs, "collection", lambda *_: [Call("prefill", one, (), ())])
+    prefill, update = programs.programs(stage, limit=None)
+    assert ("optimizer" in prefill.memory) is not offload
+    m = stage.program.trained["policy"].model.config  # two prompts of 8 tokens, which decoding makes logits of
+    matrices = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.mlp_dim
+    seen = 2 * m.num_heads * m.head_dim * 4.5
+    assert prefill.flops == pytest.approx(16 * 2 * m.num_layers * (matrices + seen))
+    assert update.memory["optimizer"] == programs.bytes_of(stage.like.opt) > 0

@@ -139,3 +139,35 @@ def test_a_search_as_config_lines():
     text = search_text("", found, 2 * GIB)
     assert "9 combinations" in text
     assert "--config.a=1" in text
+
+
+def test_a_batch_divides_as_training_wants_it():
+    """Of PPO each prompt's two completions are rows of training, but the prompts are what is divided."""
+    two = SIZES._replace(batch=128, minibatches=4)
+    found = candidates(two, config(batch_size=64), 8, 1, ASSUMED)
+    assert found
+    assert all(one.batch % (one.data * one.fsdp * one.accumulation * 4) == 0 for one in found)
+
+
+def test_what_training_refuses_does_not_end_a_search(monkeypatch):
+    from jaxalign.plan import search as searching
+
+    def planned(c, *_, **__):
+        if c.model.remat == "none":
+            raise InputError("refused", "another", "--config.model.remat=full")
+        step = {"fits": True, "seconds": {"total": 2.0}, "mfu": 0.5, "memory": {"peak": GIB}}
+        return {"programs": [step], "iteration": {"tokens": 4000.0}}
+
+    found = [candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(remat=r) for r in ("none", "full")]
+    monkeypatch.setattr(searching, "_sizes", lambda *_: (SIZES, 1))
+    monkeypatch.setattr(searching, "candidates", lambda *_: found)
+    monkeypatch.setattr(searching, "plan_stage", planned)
+    told = []
+    result = searching.search(config(batch_size=64), [None] * 8, ASSUMED, 2, told.append)
+    assert [one["tokens_per_second"] for one in result["found"]] == [2000.0]
+    assert any("refused" in text for text in told)
+
+
+def test_decoding_is_no_loss_of_products():
+    decode = program("decode", 256.0, decoding={"bytes_per_token": 5e9, "weights_and_cache": 4e9})
+    assert not [one for one in losses_of([decode], config(), {}, ASSUMED) if "of the peak" in one["what"]]
