@@ -64,6 +64,21 @@ def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None
     return match["platform"], match["kind"], match["shape"], sizes[-1]
 
 
+def joined(machine: Hardware, topology: str) -> Hardware:
+    """The machine, its `domain` that of a shape: a slice of GPUs in parts that are alike, none above `domain`.
+
+    >>> from jaxalign.parallel.hardware import read_machines
+    >>> [joined(read_machines()["h100"], f"gpu:h100:{shape}").domain for shape in ("2x1x4", "2x2x4", "1x2x8")]
+    [4, 8, 8]
+    """
+    platform, _, shape = topology.split(":")[:3]
+    if platform != "gpu":
+        return machine
+    _, hosts, gpus = map(int, shape.split("x"))
+    alike = (n for n in range(1, min(hosts * gpus, machine.domain) + 1) if hosts * gpus % n == 0)
+    return machine._replace(domain=max(alike))
+
+
 def absent_devices(topology: str, machines: Mapping[str, Hardware] | None = None) -> list[Any]:
     """The devices of a described machine: a mesh can be made of them and programs compiled, nothing can be run.
 

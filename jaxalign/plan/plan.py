@@ -8,7 +8,7 @@ from typing import Any
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import Hardware, find_machine, read_machines
 from jaxalign.plan.described import plan_stage
-from jaxalign.plan.machines import absent_devices, parse_topology
+from jaxalign.plan.machines import absent_devices, joined, parse_topology
 from jaxalign.plan.predict import Assumptions, assumptions
 from jaxalign.plan.search import nearest_that_fits
 from jaxalign.plan.search import search as search_stage
@@ -45,7 +45,7 @@ def plan(
     """
     machines = read_machines() if machines is None else machines
     platform, kind, _, _ = parse_topology(topology, machines)
-    assumed = assumptions(find_machine(kind, platform, machines), assume)
+    assumed = assumptions(joined(find_machine(kind, platform, machines), topology), assume)
     configs = stage_configs(config)
     devices = absent_devices(topology, machines)
     found: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def plan_step(config: Any, topology: str) -> dict[str, Any]:
       topology: the machine, see `jaxalign.plan.machines.parse_topology`.
     """
     platform, kind, _, _ = parse_topology(topology)
-    assumed = assumptions(find_machine(kind, platform))
+    assumed = assumptions(joined(find_machine(kind, platform), topology))
     return plan_stage(config, absent_devices(topology), assumed, lambda text: None, only="train step")
 
 

@@ -12,6 +12,7 @@ gaps         kernels x launch
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -163,7 +164,9 @@ def collective_seconds(collective: Collective, assumed: Assumptions, devices: Se
 def link(group: Sequence[int], assumed: Assumptions, devices: Sequence[Any]) -> Link:
     """The slowest link that a ring through a group crosses.
 
-    Within a TPU slice the ring runs along all axes of the torus that the group spans, both ways where a side is closed.
+    Within a TPU slice the ring runs along all axes of the torus that the group spans, both ways where it spans a whole
+    side that is closed. Between hosts or slices there are as many rings as the group has devices in each, every one
+    over a network card of its own.
 
     Args:
       group: numbers of devices.
@@ -172,11 +175,25 @@ def link(group: Sequence[int], assumed: Assumptions, devices: Sequence[Any]) -> 
     """
     machine, v = assumed.machine, assumed.values
     own = [devices[i] for i in group if i < len(devices)]
-    if len({getattr(d, "slice_index", None) for d in own}) > 1:
-        return Link("network", v["network"])
     if machine.platform == "gpu":
-        joined = len({d.id // machine.domain for d in own}) == 1
-        return Link("link", v["link"]) if joined else Link("network", v["network"])
-    sides = [len({d.coords[axis] for d in own}) for axis in range(len(own[0].coords))] if own else []
-    ways = [2 if machine.wrap and side % machine.wrap == 0 else 1 for side in sides if side > 1]
-    return Link("link", v["link"] * max(sum(ways), 1))
+        places = Counter(d.id // machine.domain for d in own)
+        inside = v["link"]
+    else:
+        places = Counter(getattr(d, "slice_index", 0) for d in own)
+        inside = v["link"] * max(sum(_ways(own, devices, machine.wrap)), 1)
+    if len(places) > 1:
+        return Link("network", min(inside, min(places.values()) * v["network"]))
+    return Link("link", inside)
+
+
+def _ways(own: Sequence[Any], devices: Sequence[Any], wrap: int) -> list[int]:
+    """Of each axis of a torus that a group spans, the ways that its ring has."""
+    if not own:
+        return []
+    ways = []
+    beside = [d for d in devices if getattr(d, "slice_index", 0) == getattr(own[0], "slice_index", 0)]
+    for axis in range(len(own[0].coords)):
+        side, whole = (len({d.coords[axis] for d in some}) for some in (own, beside))
+        if side > 1:
+            ways.append(2 if wrap and side == whole and whole % wrap == 0 else 1)
+    return ways

@@ -6,13 +6,16 @@ Memory and time are estimated by arithmetic first; what cannot fit is left out, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxalign.config import get
 from jaxalign.errors import InputError
+from jaxalign.parallel.mesh import AXES, make_mesh
 from jaxalign.plan.described import plan_stage
-from jaxalign.plan.predict import Assumptions
+from jaxalign.plan.predict import Assumptions, link
 
 _REMAT = ("none", "dots", "attention", "full")
 _SLACK = 1.15  # of the pool: what is estimated to need a little more may fit
@@ -93,7 +96,9 @@ def sizes_of(stage: Any) -> Sizes:
     )
 
 
-def candidates(s: Sizes, config: Any, devices: int, slices: int, assumed: Assumptions) -> list[Candidate]:
+def candidates(
+    s: Sizes, config: Any, devices: int, slices: int, assumed: Assumptions, there: Sequence[Any] = ()
+) -> list[Candidate]:
     """All that divide, those that are estimated to fit and to be fastest first.
 
     Args:
@@ -102,10 +107,12 @@ def candidates(s: Sizes, config: Any, devices: int, slices: int, assumed: Assump
       devices: how many.
       slices: of a TPU, or joined groups of GPUs: `data` carries what goes between them.
       assumed: the machine and the numbers of the prediction.
+      there: the devices themselves; without them all are taken to be joined by links.
     """
     pool = assumed.machine.memory * assumed.values["pool"] * _SLACK
     found = []
     for data, fsdp, tensor in _meshes(s, devices, slices):
+        reach = bandwidths((data, fsdp, tensor), there, assumed)
         for remat in _REMAT:
             for batch in (config.batch_size, 2 * config.batch_size):
                 for accumulation in (1, 2, 4, 8, 16, 32):
@@ -114,7 +121,8 @@ def candidates(s: Sizes, config: Any, devices: int, slices: int, assumed: Assump
                         continue
                     one = Candidate(data, fsdp, tensor, remat, accumulation, batch, 0.0, 0.0)
                     scale = batch / config.batch_size
-                    one = one._replace(memory=memory_of(one, s, scale), seconds=seconds_of(one, s, scale, assumed))
+                    seconds = seconds_of(one, s, scale, assumed, reach)
+                    one = one._replace(memory=memory_of(one, s, scale), seconds=seconds)
                     if one.memory <= pool:
                         found.append(one)
     return sorted(found, key=lambda one: one.seconds)
@@ -152,17 +160,28 @@ def _temporary(one: Candidate, s: Sizes, scale: float) -> float:
     return gradients + gathered + 2 * tokens * (s.layers * kept + 3 * wide + 8 * s.embed)
 
 
-def seconds_of(one: Candidate, s: Sizes, scale: float, assumed: Assumptions) -> float:
+def bandwidths(shape: tuple[int, int, int], devices: Sequence[Any], assumed: Assumptions) -> dict[str, float]:
+    """Bytes/s of the slowest ring along each axis of a mesh."""
+    order = list(make_mesh(dict(zip(AXES, shape, strict=True)), devices).devices.flat) if len(devices) else []
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    found = {}
+    for i, axis in enumerate(AXES):
+        groups = np.moveaxis(numbers, i, -1).reshape(-1, shape[i]).tolist()
+        found[axis] = min(link(group, assumed, order).bandwidth for group in groups[:64])
+    return found
+
+
+def seconds_of(one: Candidate, s: Sizes, scale: float, assumed: Assumptions, bandwidth: Mapping[str, float]) -> float:
     """Seconds of a token of each device, estimated: products, gathers of weights, sums over `tensor`, the optimizer."""
     v = assumed.values
     tokens = scale * s.batch / s.minibatches * s.length
     again = {"full": 1.0, "attention": 0.65, "dots": 0.1, "none": 0.0}[one.remat]
     devices = one.data * one.fsdp * one.tensor
     products = 2 * s.params * (s.passes + again) * tokens / devices / (v["flops"] * v["efficiency"])
-    reach = v["link"] * v["link_efficiency"]
-    gathers = 2 * s.params / one.tensor * 3 * one.accumulation * (1 - 1 / one.fsdp) / reach
-    copies = 4 * s.params / (one.fsdp * one.tensor) * 2 * (1 - 1 / one.data) / reach
-    sums = 6 * s.layers * 2 * s.embed * tokens / (one.data * one.fsdp) * 2 * (1 - 1 / one.tensor) / reach
+    reach = {axis: each * v["link_efficiency"] for axis, each in bandwidth.items()}
+    gathers = 2 * s.params / one.tensor * 3 * one.accumulation * (1 - 1 / one.fsdp) / reach["fsdp"]
+    copies = 4 * s.params / (one.fsdp * one.tensor) * 2 * (1 - 1 / one.data) / reach["data"]
+    sums = 6 * s.layers * 2 * s.embed * tokens / (one.data * one.fsdp) * 2 * (1 - 1 / one.tensor) / reach["tensor"]
     memory = v["bandwidth"] * v["memory_efficiency"]
     update = (2 * s.state + 8 * s.params * one.accumulation) / (one.fsdp * one.tensor) / memory
     hidden = min(0.7 * gathers, 0.8 * products)
@@ -197,7 +216,7 @@ def search(
       InputError: nothing fits.
     """
     s, slices = _sizes(config, devices, assumed)
-    ranked = candidates(s, config, len(devices), slices, assumed)
+    ranked = candidates(s, config, len(devices), slices, assumed, devices)
     if not ranked:
         raise nothing_fits(s, len(devices), assumed)
     found, tried = [], 0
@@ -297,7 +316,7 @@ def nearest_that_fits(config: Any, devices: list[Any], assumed: Assumptions, pla
         if now.remat in _REMAT:
             s = s._replace(temporary=memory["temporary"], estimated=_temporary(now, s, 1.0))
     pool = assumed.machine.memory * assumed.values["pool"]
-    ranked = candidates(s, config, len(devices), slices, assumed)
+    ranked = candidates(s, config, len(devices), slices, assumed, devices)
     fits = [one for one in ranked if one.memory <= 0.95 * pool and one.batch == config.batch_size]
     if fits:
         return fits[0].lines()

@@ -7,7 +7,9 @@ import pytest
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import read_machines
 from jaxalign.plan.account import Account, Collective, Product
+from jaxalign.plan.machines import joined
 from jaxalign.plan.predict import assumptions, collective_seconds, link, predict
+from jaxalign.plan.search import bandwidths
 
 GPU, TPU = read_machines()["h200"], read_machines()["v5p"]
 
@@ -22,6 +24,10 @@ def device(i, *coords, slice_index=None):
 
 
 GPUS = [device(i, slice_index=0) for i in range(16)]
+
+
+class Gpu(types.SimpleNamespace):
+    __hash__ = object.__hash__  # a mesh is kept by its devices
 
 
 def gather(size, groups, *, asynchronous=False, flops=0.0, moved=0.0, times=1, kind="all-gather"):
@@ -76,8 +82,38 @@ def test_the_links_of_a_torus():
     assert link(tuple(range(8)), assumed(TPU), cube).bandwidth == pytest.approx(270e9)
     line = [device(i, i, 0, 0) for i in range(4)]
     assert link(tuple(range(4)), assumed(TPU), line).bandwidth == pytest.approx(180e9)  # a side of four is closed
+    long = [device(i, i, 0, 0) for i in range(8)]
+    assert link((0, 1, 2, 3), assumed(TPU), long).bandwidth == pytest.approx(90e9)  # half a side is no ring
+    assert link(tuple(range(8)), assumed(TPU), long).bandwidth == pytest.approx(180e9)
+    six = [device(i, i, 0, 0) for i in range(6)]
+    assert link(tuple(range(6)), assumed(TPU), six).bandwidth == pytest.approx(90e9)
     slices = [device(i, 0, 0, 0, slice_index=i) for i in range(2)]
     assert link((0, 1), assumed(TPU), slices).name == "network"
+    both = [device(i, i % 4, 0, 0, slice_index=i // 4) for i in range(8)]
+    assert link(tuple(range(8)), assumed(TPU), both).bandwidth == pytest.approx(4 * 6.25e9)
+
+
+def test_rings_between_hosts_have_a_network_card_for_each_of_their_gpus():
+    """The network is 50 GB/s of each GPU, NVLink 450 GB/s."""
+    h100 = read_machines()["h100"]
+    four = assumed(joined(h100, "gpu:h100:2x1x4"))
+    assert link((0, 1, 2, 3), four, GPUS) == ("link", 450e9)
+    assert link(tuple(range(8)), four, GPUS) == ("network", 200e9)
+    assert link((0, 4), four, GPUS) == ("network", 50e9)
+    assert link((0, 1, 4), four, GPUS) == ("network", 50e9)
+    one = assumed(joined(h100, "gpu:h100:1x2x4"))  # two hosts of a slice
+    assert link(tuple(range(8)), one, GPUS) == ("link", 450e9)
+    eight = assumed(joined(h100, "gpu:h100:1x2x8"))  # no more than a domain
+    assert link(tuple(range(16)), eight, GPUS) == ("network", 400e9)
+    assert link(tuple(range(16)), assumed(joined(h100, "gpu:h100:2x1x8"), "network=1e12"), GPUS).bandwidth == 450e9
+
+
+def test_a_search_knows_which_axis_crosses_hosts():
+    h100 = assumed(joined(read_machines()["h100"], "gpu:h100:2x1x8"))
+    given = [Gpu(id=i, slice_index=0, platform="gpu", device_kind="", process_index=i // 8)
+             for i in range(16)]  # fmt: skip
+    assert bandwidths((2, 4, 2), given, h100) == {"data": 50e9, "fsdp": 450e9, "tensor": 450e9}
+    assert bandwidths((1, 16, 1), given, h100) == {"data": 450e9, "fsdp": 400e9, "tensor": 450e9}
 
 
 def test_work_between_start_and_end_hides_a_collective():
