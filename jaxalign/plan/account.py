@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.plan import collectives, kernels
-from jaxalign.plan.collectives import Collective
+from jaxalign.plan.collectives import Collective, Stretch
 from jaxalign.plan.hlo import Computation, Instruction, Module, Shape, parse
 from jaxalign.plan.sources import Sources
 from jaxalign.plan.trips import Scalars
@@ -175,6 +175,8 @@ class _Part:
         self.heaviest: list[Kernel] = []
         self.traffic = self.product_bytes = self.host_bytes = self.flops = 0.0
         self.kernels = 0
+        self.work: list[Stretch] = []
+        self.cut = 0.0, 0.0  # FLOPs and bytes up to the last of them
 
     def add(self, other: _Part, times: int = 1) -> None:
         self.products += [p._replace(times=p.times * times) for p in other.products]
@@ -195,6 +197,7 @@ class _Reader:
         self.unknown: list[str] = []
         self.arrays: list[Array] = []
         self._chains: set[str] = set()
+        self._stretches = 0
 
     def run(self, computation: Computation, scalars: Scalars, sources: Sources, loop: str) -> _Part:
         """All instructions of a computation.
@@ -206,26 +209,31 @@ class _Reader:
           loop: the innermost loop around it.
         """
         total = _Part()
-        started: dict[str, tuple[int, float, float]] = {}  # place in `total`, FLOPs and bytes done before
+        started: dict[str, tuple[int, int]] = {}  # place in `total`, stretches of work before it
         for x in computation.instructions:
-            done = total.flops, total.traffic + total.product_bytes
             chain = collectives.chain(self.module, x)
             ended = chain or (x.operands[0] if x.opcode.endswith("-done") else "")
             if ended in started:
-                at, flops, moved = started[ended]
-                total.collectives[at] = total.collectives[at]._replace(
-                    between_flops=done[0] - flops, between_bytes=done[1] - moved
-                )
+                at, first = started[ended]
+                total.collectives[at] = total.collectives[at]._replace(between=tuple(self._cut(total)[first:]))
             part = self._part(computation, x, scalars, sources, loop)
             if part is None:
                 continue
             if chain and chain in self._chains:  # it goes on with what an earlier fusion has begun
                 part.collectives.clear()
             elif part.collectives and (chain or x.opcode.endswith("-start")):
-                started[chain or x.name] = (len(total.collectives), done[0], done[1])
+                started[chain or x.name] = (len(total.collectives), len(self._cut(total)))
                 self._chains |= {chain} - {""}
             total.add(part)
         return total
+
+    def _cut(self, total: _Part) -> list[Stretch]:
+        """The work up to here, cut where collectives start and end."""
+        flops, moved = total.flops, total.traffic + total.product_bytes
+        if (flops, moved) != total.cut:
+            total.work.append(Stretch(self._stretches, flops - total.cut[0], moved - total.cut[1]))
+            total.cut, self._stretches = (flops, moved), self._stretches + 1
+        return total.work
 
     def _part(
         self, computation: Computation, x: Instruction, scalars: Scalars, sources: Sources, loop: str

@@ -20,6 +20,14 @@ _IS_SYNC = re.compile(r'"is_sync":true')
 _ASKED = re.compile(r"/(all_gather|psum|psum_scatter|reduce_scatter|ppermute|all_to_all|pmax|pmin|pbroadcast)[^/]*$")
 
 
+class Stretch(NamedTuple):
+    """Work in a schedule between the starts and ends of asynchronous collectives, of one execution."""
+
+    number: int  # of a program
+    flops: float  # of products
+    bytes: float  # of memory traffic, that of products included
+
+
 class Collective(NamedTuple):
     """A collective, as often as it is executed."""
 
@@ -31,13 +39,17 @@ class Collective(NamedTuple):
     times: int
     loop: str  # op_name, or name, of the innermost loop around it; "" outside
     asynchronous: bool
-    between_flops: float  # of products between start and done, in the order of the schedule
-    between_bytes: float  # of memory traffic there, that of products included
+    between: tuple[Stretch, ...]  # its start and its done; others may wait for the same
     op_name: str
     piece_of: str = ""  # "all-gather" or "reduce-scatter": a permute by which a TPU does one of them beside products
     source: str = ""  # where what is moved is an argument of the program, or cast or cut out of one: its name
     name: str = ""
     read: int = 0  # of an all-reduce: bytes of the result that kernels read
+
+    @property
+    def between_flops(self) -> float:
+        """Of products between start and done."""
+        return sum(each.flops for each in self.between)
 
     @property
     def could_scatter(self) -> bool:
@@ -101,8 +113,7 @@ def read(module: Module, computation: Computation, x: Instruction, sources: Sour
         times=1,
         loop=loop,
         asynchronous=asynchronous and not _IS_SYNC.search(x.attributes),
-        between_flops=0.0,
-        between_bytes=0.0,
+        between=(),
         op_name=at.op_name or x.op_name,
         piece_of=_piece(computation, x) if kind == "collective-permute" else "",
         source=sources.of(operand) if operand else "",

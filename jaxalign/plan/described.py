@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxalign.plan.account import Account, account
 from jaxalign.plan.losses import losses_of
-from jaxalign.plan.predict import Assumptions, collective_seconds, hiding, predict
+from jaxalign.plan.predict import Assumptions, alone_and_hidden, predict
 from jaxalign.plan.programs import Program, programs
 from jaxalign.plan.stages import make_stage
 
@@ -97,11 +97,9 @@ def _described(
 def _collectives(counted: Account, assumed: Assumptions, order: list[Any]) -> list[dict[str, Any]]:
     """Collectives of a kind together, those that show most first."""
     found: dict[tuple, dict[str, Any]] = {}
-    for c in counted.collectives:
+    for c, seconds, behind in alone_and_hidden(counted, assumed, order):
         if c.group_size < 2:
             continue
-        seconds = collective_seconds(c, assumed, order)
-        behind = hiding(c, assumed) if c.asynchronous else 0.0
         key = (c.piece_of or c.kind, c.dtype, c.loop, c.asynchronous, c.group_size)
         one = found.setdefault(
             key,
@@ -120,7 +118,7 @@ def _collectives(counted: Account, assumed: Assumptions, order: list[Any]) -> li
         one["count"] += c.times
         one["bytes"] += c.bytes * c.times
         one["seconds"] += seconds * c.times
-        one["exposed"] += max(seconds - behind, 0.0) * c.times
+        one["exposed"] += (seconds - behind) * c.times
     return sorted(found.values(), key=lambda one: -one["exposed"])
 
 

@@ -5,7 +5,7 @@ time = products + traffic + collectives that nothing hides + gaps between kernel
 products     the greater of FLOPs / (peak x efficiency) and their bytes / (bandwidth x memory_efficiency)
 traffic      bytes of the other kernels / (bandwidth x memory_efficiency)
 collectives  bytes that a ring moves / (link x link_efficiency) + latency, by the slowest link that a group crosses;
-             of an asynchronous one what the work between its start and its end does not hide
+             of an asynchronous one what the work between its start and its end does not hide; work hides one at a time
 gaps         kernels x launch
 """
 
@@ -125,11 +125,9 @@ def predict(account: Account, assumed: Assumptions, devices: Sequence[Any]) -> T
     memory = v["bandwidth"] * v["memory_efficiency"]
     products = sum(p.times * max(p.flops / speed(p, assumed), p.bytes / memory) for p in account.products)
     shown = hidden = 0.0
-    for c in account.collectives:
-        seconds = collective_seconds(c, assumed, devices)
-        behind = hiding(c, assumed) if c.asynchronous else 0.0
-        shown += c.times * max(seconds - behind, 0.0)
-        hidden += c.times * min(seconds, behind)
+    for c, seconds, behind in alone_and_hidden(account, assumed, devices):
+        shown += c.times * (seconds - behind)
+        hidden += c.times * behind
     return Time(products, account.traffic_bytes / memory, shown, account.kernels * v["launch"], hidden)
 
 
@@ -143,13 +141,25 @@ def speed(product: Any, assumed: Assumptions) -> float:
     return found * (v["float32_speed"] if wide else 1.0)
 
 
-def hiding(collective: Collective, assumed: Assumptions) -> float:
-    """Seconds of work between the start and the end of an asynchronous collective."""
-    v = assumed.values
-    return max(
-        collective.between_flops / (v["flops"] * v["efficiency"]),
-        collective.between_bytes / (v["bandwidth"] * v["memory_efficiency"]),
-    )
+def alone_and_hidden(
+    account: Account, assumed: Assumptions, devices: Sequence[Any]
+) -> list[tuple[Collective, float, float]]:
+    """Each collective, its seconds by itself, and those of them that work between its start and its end hides.
+
+    Work hides one collective at a time: what ends first has the first of it, a later one what is left.
+    """
+    v, left = assumed.values, {}
+    compute, memory = v["flops"] * v["efficiency"], v["bandwidth"] * v["memory_efficiency"]
+    found = [(c, collective_seconds(c, assumed, devices), 0.0) for c in account.collectives]
+    waiting = [i for i, (c, _, _) in enumerate(found) if c.asynchronous and c.between]
+    for i in sorted(waiting, key=lambda i: found[i][0].between[-1].number):
+        c, seconds, hidden = found[i]
+        for each in c.between:
+            free = left.get(each.number, max(each.flops / compute, each.bytes / memory))
+            used = min(free, seconds - hidden)
+            left[each.number], hidden = free - used, hidden + used
+        found[i] = (c, seconds, hidden)
+    return found
 
 
 def collective_seconds(collective: Collective, assumed: Assumptions, devices: Sequence[Any]) -> float:

@@ -1,5 +1,7 @@
 """Accounts of small programs against counts by hand: compiled for this CPU, and lines that other compilers write."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.parallel.hardware import read_machines
 from jaxalign.plan.account import account
+from jaxalign.plan.predict import alone_and_hidden, assumptions, predict
 
 M, K, N, L = 16, 32, 48, 5
 
@@ -192,6 +196,37 @@ def test_a_gpu_program():
     assert gather.asynchronous and gather.between_flops == early
     assert gather.source == "state.w"
     assert (scatter.kind, scatter.bytes, scatter.asynchronous) == ("reduce-scatter", 4 * 256 * 128, False)
+
+
+OVERLAPPING = """HloModule jit_step, num_partitions=2
+
+ENTRY %main (x: bf16[1024,2048], y: bf16[2048,2560], w: bf16[4096,3067], v: bf16[4096,3067]) -> bf16[1024,2560] {
+  %x = bf16[1024,2048]{1,0} parameter(0)
+  %y = bf16[2048,2560]{1,0} parameter(1)
+  %w = bf16[4096,3067]{1,0} parameter(2)
+  %v = bf16[4096,3067]{1,0} parameter(3)
+  %first = (bf16[4096,3067]{1,0}, bf16[8192,3067]{1,0}) all-gather-start(%w), replica_groups=[1,2]<=[2], dimensions={0}
+  %second = (bf16[4096,3067]{1,0}, bf16[8192,3067]{1,0}) all-gather-start(%v), replica_groups=[1,2]<=[2], dimensions={0}
+  %dot = bf16[1024,2560]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %one = bf16[8192,3067]{1,0} all-gather-done(%first)
+  %two = bf16[8192,3067]{1,0} all-gather-done(%second)
+  ROOT %copy = bf16[1024,2560]{1,0} bitcast(%dot)
+}
+"""
+
+
+def test_two_gathers_that_wait_for_one_product():
+    """The product hides the first as far as it lasts, the second not at all."""
+    h200 = assumptions(read_machines()["h200"], ["efficiency=0.5", "link_efficiency=1", "latency=0"])
+    found = account(OVERLAPPING)
+    first, second = found.collectives
+    assert first.between == second.between and first.between_flops == found.flops == 2 * 1024 * 2048 * 2560
+    devices = [types.SimpleNamespace(id=i, slice_index=0) for i in range(2)]
+    gather = 2 * 4096 * 3067 / 450e9  # 55.8 us
+    product = found.flops / (0.5 * 989e12)  # 21.7 us
+    assert [hidden for _, _, hidden in alone_and_hidden(found, h200, devices)] == pytest.approx([product, 0.0])
+    assert predict(found, h200, devices).collectives == pytest.approx(2 * gather - product)
+    assert 1e6 * (2 * gather - product) == pytest.approx(89.9, abs=0.1)
 
 
 def test_attention_kernels_of_a_gpu():

@@ -6,9 +6,9 @@ import pytest
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import read_machines
-from jaxalign.plan.account import Account, Collective, Product
+from jaxalign.plan.account import Account, Collective, Product, Stretch
 from jaxalign.plan.machines import joined
-from jaxalign.plan.predict import assumptions, collective_seconds, link, predict
+from jaxalign.plan.predict import alone_and_hidden, assumptions, collective_seconds, link, predict
 from jaxalign.plan.search import bandwidths
 
 GPU, TPU = read_machines()["h200"], read_machines()["v5p"]
@@ -31,7 +31,8 @@ class Gpu(types.SimpleNamespace):
 
 
 def gather(size, groups, *, asynchronous=False, flops=0.0, moved=0.0, times=1, kind="all-gather"):
-    return Collective(kind, "bf16", size, len(groups[0]), groups, times, "", asynchronous, flops, moved, "")
+    between = (Stretch(0, flops, moved),)
+    return Collective(kind, "bf16", size, len(groups[0]), groups, times, "", asynchronous, between, "")
 
 
 def counted(products=(), collectives=(), traffic=0.0, kernels=0):
@@ -122,8 +123,23 @@ def test_work_between_start_and_end_hides_a_collective():
     time = predict(counted(collectives=[part]), assumed(), GPUS)
     assert time.collectives == pytest.approx(2 * (0.5 - 0.3))
     assert time.hidden == pytest.approx(0.6)
+    # Each of a loop's turns by itself; the memory may be what is waited for.
+    moved = gather(450e9, group, asynchronous=True, flops=0.1 * 989e12, moved=0.4 * 4.8e12)
+    assert predict(counted(collectives=[moved]), assumed(), GPUS).hidden == pytest.approx(0.4)
     alone = predict(counted(collectives=[part._replace(asynchronous=False)]), assumed(), GPUS)
     assert alone.collectives == pytest.approx(1.0)
+
+
+def test_work_hides_a_collective_once():
+    """Three of half a second: the second ends first and takes its 0.3 s; 0.3 s are left for the others."""
+    group = (tuple(range(2)),)
+    work = [Stretch(i, seconds * 989e12, 0.0) for i, seconds in enumerate((0.1, 0.2, 0.3))]
+    some = gather(450e9, group, asynchronous=True)
+    each = [some._replace(between=tuple(between)) for between in (work, work[:2], work[1:])]
+    found = alone_and_hidden(counted(collectives=each), assumed(), GPUS)
+    assert [hidden for _, _, hidden in found] == pytest.approx([0.3, 0.3, 0.0])
+    time = predict(counted(collectives=each), assumed(), GPUS)
+    assert (time.collectives, time.hidden) == (pytest.approx(0.9), pytest.approx(0.6))
 
 
 @pytest.mark.parametrize(
