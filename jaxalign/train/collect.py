@@ -33,7 +33,7 @@ from jaxalign.rewards.scores import Scores, by_part, one_part, score_arrays, tot
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows, local_rows
-from jaxalign.rollout.layout import decoding_mesh, fewest_parts, memory_limit
+from jaxalign.rollout.layout import decoding_mesh, device_bytes, fewest_parts, memory_limit
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.slots import repeat_rows
@@ -156,13 +156,16 @@ class Collector:
             given = self.score(
                 in_memory(frozen["reward"], DEVICE), rows, last_columns(batch.rows, rollout.present, self.together)
             )
+        ref = in_memory(frozen["ref"], DEVICE)
+        brought = device_bytes(ref) - device_bytes(frozen["ref"])  # from the host's memory
         forward = self.forward(
             {role: params[role] for role in self.roles},
-            in_memory(frozen["ref"], DEVICE),
+            ref,
             rows,
             readouts,
-            parts=self.parts_of(rows, held),
+            parts=self.parts_of(rows, None if held is None else held + brought),
         )  # the devices work on while the host scores
+        del ref
         samples, texts, used = read_samples(
             batch, rollout, step, records=records or self.records, tokenizer=self.tokenizer
         )

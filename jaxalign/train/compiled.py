@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxalign.errors import InputError
+from jaxalign.ops.platform import platform
 from jaxalign.parallel.allocator import return_freed_memory
 from jaxalign.parallel.compiler_options import compiler_options, without_unknown
 
@@ -106,7 +107,10 @@ def in_words(size: int) -> str:
 
 
 def device_limit() -> int | None:
-    """Bytes that the runtime may use on the first device; None where it does not say (CPU)."""
+    """Bytes that the runtime may use on the first device; None where it does not say (CPU), and where the ambient mesh
+    is of another platform, whose devices are not there."""
+    if platform() != jax.default_backend():
+        return None
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
 

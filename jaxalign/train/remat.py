@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.processes import say
+from jaxalign.rollout.layout import device_bytes
 from jaxalign.train.compiled import in_words
 from jaxalign.train.dryrun import step_arguments
 from jaxalign.train.stage import Stage
@@ -38,17 +39,22 @@ def settle_remat(stage: Stage, limit: int | None, before: Mapping[str, str] | No
     policies: tuple[str, ...] = FASTEST_FIRST
     if before and before == noted(stage) | {"remat": before.get("remat")} and before["remat"] in policies:
         policies = policies[policies.index(before["remat"]) :]
+    state, frozen, batch = arguments = step_arguments(stage)
+    held = device_bytes((state, () if stage.offload else frozen, batch))
     for policy in policies:
         stage.step, stage.remat = stage.step_with(policy), policy
         try:
-            stage.step.compile(*step_arguments(stage))
+            stage.step.compile(*arguments)
         except InputError:  # refused because it cannot fit
             if policy == policies[-1]:
                 raise
             continue
-        if stage.step.memory.get("total", 0) <= _SHARE * limit:
+        memory = stage.step.memory
+        # Arguments that the step does not read, such as PPO's frozen models, are not in its account, and lie there.
+        needed = memory.get("total", 0) + max(held - memory.get("arguments", 0), 0)
+        if needed <= _SHARE * limit:
             break
-    say(f"model.remat=auto: {stage.remat}, {in_words(stage.step.memory['total'])} of {in_words(limit)} there")
+    say(f"model.remat=auto: {stage.remat}, {in_words(needed)} of {in_words(limit)} there")
 
 
 def noted(stage: Stage) -> dict[str, str]:

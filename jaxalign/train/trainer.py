@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign import config as configuration
-from jaxalign.config import Validated, validated
+from jaxalign.config import Validated, get, validated
 from jaxalign.errors import InputError
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.ops.trees import joined
@@ -20,6 +20,7 @@ from jaxalign.parallel import processes, startup
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.processes import say
 from jaxalign.parallel.watch import watched
+from jaxalign.rollout.layout import decoding_mesh
 from jaxalign.train.best import Patience, check_best_metric, rarely
 from jaxalign.train.card import model_card
 from jaxalign.train.checkpoints import Checkpoints
@@ -265,7 +266,9 @@ def _check_export(directory: RunDir) -> None:
 
 
 def _check_batch(config: Any, mesh: Mesh) -> None:
-    """Refuses a batch that the mesh and the micro-batches do not divide."""
+    """Refuses a batch that the mesh and the micro-batches do not divide, and a `rollout.tensor` that it has not."""
+    if get(config, "rollout.tensor"):
+        decoding_mesh(mesh, config.rollout.tensor)
     parts = batch_shards(mesh) * config.grad_accum_steps
     if config.batch_size % parts:
         raise InputError(

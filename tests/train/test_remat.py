@@ -12,6 +12,7 @@ from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import compiled, trainer
 from jaxalign.train.dryrun import step_arguments
+from jaxalign.train.models import num_bytes
 from jaxalign.train.remat import FASTEST_FIRST, noted, settle_remat
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage
@@ -87,3 +88,20 @@ def test_of_two_models_on_a_mesh(shared, tmp_path, monkeypatch):
     small = {"data.max_length": None, "rollout.max_new_tokens": 8, "rollout.num_slots": None}
     results = run(shared, tmp_path, "ppo", 2, num_train_steps=1, **small)
     assert settled(tmp_path) == "dots" and results["num_compiles"] == 1
+
+
+def test_frozen_models_that_the_step_does_not_read_are_counted(shared, tmp_path, capsys):
+    """PPO's reference lies on the devices while the step runs, and is none of the step's arguments."""
+    small = {"data.max_length": None, "rollout.max_new_tokens": 8}
+    config = configuration.validated(make_config(stories(shared, tmp_path, "ppo", **FIELDS | small))).config
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        stage = Stage(config, mesh, RunDir(str(tmp_path)))
+        made = stage.step_with = functools.lru_cache(stage.step_with)
+        step = made("dots")
+        step.compile(*step_arguments(stage))
+        frozen = num_bytes(stage.program.frozen["ref"].abstract())
+        settle_remat(stage, int((step.memory["total"] + frozen / 2) / 0.95))
+        assert stage.remat != "dots"
+        settle_remat(stage, int((step.memory["total"] + 2 * frozen) / 0.95))
+        assert stage.remat == "dots"

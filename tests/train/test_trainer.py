@@ -169,6 +169,13 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_first(shared, tmp_path
         train(shared, tmp_path / "run", "sft", devices=8, batch_size=4)
 
 
+def test_a_split_that_the_mesh_has_not_is_refused_before_training(shared, tmp_path):
+    config = make_config(stories(shared, tmp_path / "run", "dpo", **{"rollout.tensor": 3, "logging.samples_every": 3}))
+    with pytest.raises(InputError, match=r"rollout\.tensor is 3 on a mesh of fsdp=2"):
+        trainer.run(config, devices=jax.devices()[:2])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "ppo"])
 def test_the_best_metric_is_checked_before_anything_is_trained(algorithm, shared, tmp_path, monkeypatch):
     from jaxalign.train.stage import Stage
