@@ -14,6 +14,7 @@ from jaxalign.data.preference import codes_of
 from jaxalign.errors import InputError
 from jaxalign.ranges import SOURCE_WEIGHT, misfit, shown
 
+_FILES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
 _FIELD = "data.sources"  # where sources stand in a configuration
 
 
@@ -159,3 +160,12 @@ def _line(field: str, item: Mapping[str, Any]) -> str:
     plain = set(item) == {"path"} and not set(item["path"]) & set(",([{'\"")
     value = shlex.quote(item["path"] if plain else f"[{text}]")
     return f"{line} (as a flag: --config.{field}={value})"
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path can only mean a file or directory here, be it there or not: no hub id.
+
+    >>> looks_local("pairs.jsonl"), looks_local("./pairs"), looks_local("owner/name")
+    (True, True, False)
+    """
+    return path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in _FILES

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from jaxalign.config import get, max_length
+from jaxalign.data.files import is_url
 from jaxalign.data.forms import slots
 from jaxalign.data.records import Record
 from jaxalign.data.rows import Layout, Shape, empty_batch
-from jaxalign.data.source import parse_sources
+from jaxalign.data.source import looks_local, parse_sources
 from jaxalign.registry import ALGORITHMS
 from jaxalign.types import Batch
 
@@ -19,7 +20,7 @@ _ROWS = 1 << 16  # of an epoch
 
 
 def absent(config: Any, field: str = "data.sources") -> list[str]:
-    """The sources of a stage that are not files here: hub ids, urls, paths that are not there yet.
+    """The sources of a stage that are not here: hub ids and urls; a file that is misspelt is refused when it is read.
 
     Args:
       config: of the stage.
@@ -29,7 +30,8 @@ def absent(config: Any, field: str = "data.sources") -> list[str]:
     import os
 
     paths = [os.path.expanduser(source.path) for source in parse_sources(get(config, field), field)]
-    return [path for path in paths if not (os.path.exists(path) or glob.glob(path))]
+    here = lambda path: not is_url(path) and (looks_local(path) or os.path.exists(path) or glob.glob(path))  # noqa: E731
+    return [path for path in paths if not here(path)]
 
 
 class AssumedData:

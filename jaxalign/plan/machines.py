@@ -59,7 +59,9 @@ def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None
     sizes = [int(n) for n in (*match["shape"].split("x"), match["slices"] or 1)]
     if not all(sizes):
         raise InputError(
-            f"machine {topology!r} has no devices", "sizes of 1 and more", f"--on={topology.replace('0', '1')}"
+            f"machine {topology!r} has no devices",
+            "sizes of 1 and more",
+            f"--on={re.sub(r'(?<=[:x])0+(?=[:x]|$)', '1', topology)}",
         )
     return match["platform"], match["kind"], match["shape"], sizes[-1]
 
@@ -94,6 +96,12 @@ def absent_devices(topology: str, machines: Mapping[str, Hardware] | None = None
     from jax.experimental import topologies
 
     machine = find_machine(kind, platform, machines)
+    if machine.axes and len(shape.split("x")) != machine.axes:  # the compiler would take it for another shape
+        raise InputError(
+            f"no machine {topology!r}",
+            f"a shape of {machine.axes} sides, which are what a slice of {kind} has",
+            f"--on={platform}:{kind}:{nearest_shape(kind, shape, machine.axes)}",
+        )
     try:
         if platform == "gpu":
             target = _target(machine)

@@ -6,6 +6,7 @@ import pytest
 
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import find_machine, of_kind, read_machines
+from jaxalign.plan import machines
 from jaxalign.plan.machines import nearest_shape, parse_topology
 from jaxalign.train.flops import peak_flops
 
@@ -128,3 +129,16 @@ def test_a_wrong_name_says_what_it_may_be(name):
         parse_topology(name)
     assert name in error.value.found or "k80" in error.value.found
     assert re.search(r"(tpu|gpu):", error.value.fix)
+
+
+def test_sizes_of_zero_are_ones_in_the_fix_and_the_kind_stays():
+    with pytest.raises(InputError) as error:
+        parse_topology("gpu:h100:1x10x0")
+    assert error.value.fix == "--on=gpu:h100:1x10x1"
+
+
+def test_a_slice_has_as_many_sides_as_its_torus(monkeypatch):
+    monkeypatch.setattr(machines, "_require_compiler", lambda platform: None)
+    with pytest.raises(InputError, match="2 sides") as error:
+        machines.absent_devices("tpu:v6e:2x2x2")
+    assert error.value.fix == "--on=tpu:v6e:2x4"

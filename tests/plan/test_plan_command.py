@@ -77,6 +77,12 @@ def model(shared):
     return shared / "models" / "stories3m-llama"
 
 
+def test_what_may_be_elsewhere_is_assumed_and_a_misspelt_file_is_not():
+    c = defaults("sft")
+    c.data.sources = ("owner/name", "imdb", "https://example.org/a.jsonl", "nope.jsonl", "./nope")
+    assert absent(c) == ["owner/name", "imdb", "https://example.org/a.jsonl"]
+
+
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo", "ppo"])
 def test_assumed_data_fill_their_rows(algorithm):
     c = defaults(algorithm)
