@@ -1,6 +1,7 @@
 """What stages run, compiled for machines that are not there; runs where the extra `plan` is installed (.ci/run)."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -143,12 +144,17 @@ def test_what_does_not_fit_says_what_would(shared, completions, capsys):
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_is_kept_for_the_backward_pass_goes_to_the_host(machine, shared, completions, tmp_path, monkeypatch):
+    """Of 24 layers, since what is on its way to the host takes the room of a few layers."""
+    model = tmp_path / "model"
+    shutil.copytree(shared / "models" / "stories3m-llama", model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    file = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(file | {"num_hidden_layers": 24}))
     executables = []
     monkeypatch.setattr(compiled, "memory_of", lambda x, of=compiled.memory_of: executables.append(x) or of(x))
     device, host = {}, {}
     for remat in ("dots", "offload"):
         c = config_of("sft", shared, completions, completions, tmp_path / remat)
-        c.model.remat, c.data.packing, c.batch_size = remat, False, 256
+        c.model.path, c.model.remat, c.data.packing, c.batch_size = str(model), remat, False, 256
         device[remat] = plan_step(c, machine)["programs"][0]["memory"]["temporary"]
         host[remat] = executables[-1].memory_analysis().host_temp_size_in_bytes
     print(machine, device, host)
