@@ -93,6 +93,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
             "scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32)
         )
     own = {role: params[role] for role in collector.roles}
+    brought = layout.device_bytes(frozen["ref"]) if stage.offload else 0  # from the host's memory, to score
     yield compiled(
         "forward passes",
         mesh,
@@ -101,7 +102,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
         frozen["ref"],
         given,
         readouts,
-        parts=collector.parts_of(given, held),
+        parts=collector.parts_of(given, held + brought),
     )
 
 

@@ -102,7 +102,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
             yield done("train step", executable, seconds, batch, 1.0, sum(per_token.values()), whole)
             if stage.eval_dataset is not None and not only:
                 tell("evaluation step")
-                held_out = _evaluated(stage, batch)
+                held_out = _evaluated(stage)
                 executable, seconds = _timed(lambda: stage.eval_step.compile(like.params, frozen, like.extra, held_out))
                 flops = sum(_flops(c, whole, program.passes - 2) for c in models.values())
                 yield done("evaluation step", executable, seconds, held_out, 0.0, flops, whole)
@@ -258,7 +258,7 @@ def _flops(config: Any, work: Work, passes: float) -> float:
     return work.tokens * flops_per_token(config, 2 * work.visible, passes=passes)
 
 
-def _evaluated(stage: Any, batch: Any) -> Any:
+def _evaluated(stage: Any) -> Any:
     """Shapes of a held-out batch."""
     sharding, parts = batch_sharding(stage.mesh), batch_part(stage.mesh)[1]
     return jax.tree.map(

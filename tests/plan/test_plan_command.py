@@ -61,9 +61,11 @@ def test_an_unknown_machine_an_assumption_and_a_file(capsys, model):
     assert "nowhere.toml" in said(capsys, *flags, "--on=gpu:h200:1x8x1", "--machines=nowhere.toml")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compilers are here")
 @pytest.mark.parametrize("machine", ["gpu:h200:1x8x1", "tpu:v5p:2x2x2"])
-def test_a_missing_compiler_names_the_extra(machine, capsys, model):
+def test_a_missing_compiler_names_the_extra(machine, capsys, model, monkeypatch):
+    find = importlib.util.find_spec
+    hidden = ("libtpu", "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in hidden else find(name, *a))
     assert "[plan]" in said(capsys, "sft", f"--model={model}", f"--on={machine}")
 
 
