@@ -15,8 +15,9 @@ from jaxalign.config import get
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
-from jaxalign.parallel.mesh import batch_shards, make_mesh, mesh_shape
+from jaxalign.parallel.mesh import make_mesh, mesh_shape
 from jaxalign.plan.assumed import AssumedData, absent
+from jaxalign.train.minibatches import check_rows
 from jaxalign.train.models import fit_length
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage, read_data
@@ -72,7 +73,7 @@ def make_stage(
         c.workdir = os.path.join(scratch, "run")
         _stand_in(c, scratch, told)
     c, _ = fit_length(c)
-    _check_rows(c, mesh)
+    check_rows(c, mesh)
 
     def data(c: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
         if not (missing := absent(c)):
@@ -142,17 +143,3 @@ def _mesh(c: Any, devices: list[Any]) -> Mesh:
         )
         fix = f"--config.mesh.data={data} --config.mesh.fsdp=-1 --config.mesh.tensor={tensor}"
         raise InputError(error.problem, error.expected, fix, error.places) from None
-
-
-def _check_rows(c: Any, mesh: Mesh) -> None:
-    """Refuses a batch that shards, micro-batches and minibatches do not divide, with the nearest that they do."""
-    parts = batch_shards(mesh) * c.grad_accum_steps * c.algorithm.get("num_minibatches", 1)
-    if c.batch_size % parts == 0:
-        return
-    near = max(round(c.batch_size / parts), 1) * parts
-    raise InputError(
-        f"batch_size {c.batch_size} on {batch_shards(mesh)} shards, with {c.grad_accum_steps} micro-batches"
-        + (f" of {c.algorithm.num_minibatches} minibatches" if "num_minibatches" in c.algorithm else ""),
-        f"a multiple of {parts}",
-        f"--config.batch_size={near}",
-    )

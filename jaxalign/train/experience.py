@@ -25,7 +25,6 @@ from jaxalign.data.records import Record
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.ops.advantages import ESTIMATORS, Estimator
-from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import batch_sharding, replicated
 from jaxalign.rewards.model import ModelScorer
 from jaxalign.rewards.samples import Scorer
@@ -36,6 +35,7 @@ from jaxalign.rollout.host import all_rows
 from jaxalign.rollout.layout import device_bytes
 from jaxalign.train.collect import Collector, Forward
 from jaxalign.train.compiled import memory_errors
+from jaxalign.train.minibatches import check_rows
 from jaxalign.train.policy_batches import OF_SCORES, make_batches
 from jaxalign.train.prepare import Prepared
 from jaxalign.types import Array, Batch, Params, TrainState
@@ -88,15 +88,8 @@ def make_prepare(
     Raises:
       InputError: rows that minibatches, micro-batches or the mesh do not divide.
     """
-    rows, minibatches, accumulation = config.batch_size, config.algorithm.num_minibatches, config.grad_accum_steps
-    parts = minibatches * accumulation * batch_shards(mesh)
-    if rows % parts:
-        raise InputError(
-            f"batch_size {rows} in {minibatches} minibatches of {accumulation} micro-batches on "
-            f"{batch_shards(mesh)} shards",
-            f"a multiple of {parts}",
-            f"--config.batch_size={-(-rows // parts) * parts}",
-        )
+    check_rows(config, mesh)
+    minibatches, accumulation = config.algorithm.num_minibatches, config.grad_accum_steps
     collector = Collector(
         config,
         policy=policy,

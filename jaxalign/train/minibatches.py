@@ -7,8 +7,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxalign.errors import InputError
+from jaxalign.parallel.mesh import batch_shards
 from jaxalign.types import Array
+
+
+def check_rows(config: Any, mesh: Mesh) -> None:
+    """Refuses a batch that minibatches, micro-batches and the mesh do not divide, with the nearest that they do.
+
+    Args:
+      config: of the stage.
+      mesh: that it runs on; its devices need not be there.
+    """
+    rows, minibatches, accumulation = (
+        config.batch_size,
+        config.algorithm.get("num_minibatches", 1),
+        config.grad_accum_steps,
+    )
+    parts = minibatches * accumulation * batch_shards(mesh)
+    if rows % parts:
+        raise InputError(
+            f"batch_size {rows} in {f'{minibatches} minibatches of ' if minibatches > 1 else ''}{accumulation} "
+            f"micro-batches on {batch_shards(mesh)} batch shards (data x fsdp)",
+            f"a multiple of {parts}",
+            f"--config.batch_size={max(round(rows / parts), 1) * parts}",
+        )
 
 
 def stream_key(seed: int, iteration: Array, use: int) -> Array:

@@ -9,7 +9,6 @@ import warnings
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxalign import config as configuration
 from jaxalign.config import Validated, get, validated
@@ -17,7 +16,7 @@ from jaxalign.errors import InputError
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
-from jaxalign.parallel.mesh import batch_shards, make_mesh
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.processes import say
 from jaxalign.parallel.watch import watched
 from jaxalign.rollout.layout import decoding_mesh
@@ -32,6 +31,7 @@ from jaxalign.train.inputs import check_past, inputs_of
 from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
+from jaxalign.train.minibatches import check_rows
 from jaxalign.train.models import bytes_by_role, fit_length, num_bytes, tokenizer_of_export
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.remat import noted, settle_remat
@@ -75,7 +75,9 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
     startup.start(config.process_timeout)
     check_functions(config)
     mesh = make_mesh(config.mesh, devices)
-    _check_batch(config, mesh)
+    check_rows(config, mesh)
+    if get(config, "rollout.tensor"):
+        decoding_mesh(mesh, config.rollout.tensor)  # or it is refused
     directory = RunDir(config.workdir)
     directory.make()
     with directory.left_if_refused(), watched(config.process_timeout), exclusive(directory.path) as lock:
@@ -262,18 +264,4 @@ def _check_export(directory: RunDir) -> None:
             f"{directory.export} is a mount point, which the export cannot take the place of",
             "a workdir whose export/ is a directory of its own, or not there yet",
             f"--config.workdir={directory.export / 'run'}",
-        )
-
-
-def _check_batch(config: Any, mesh: Mesh) -> None:
-    """Refuses a batch that the mesh and the micro-batches do not divide, and a `rollout.tensor` that it has not."""
-    if get(config, "rollout.tensor"):
-        decoding_mesh(mesh, config.rollout.tensor)
-    parts = batch_shards(mesh) * config.grad_accum_steps
-    if config.batch_size % parts:
-        raise InputError(
-            f"batch_size {config.batch_size} in {config.grad_accum_steps} micro-batches on "
-            f"{batch_shards(mesh)} batch shards (data x fsdp)",
-            f"a multiple of {parts}",
-            f"--config.batch_size={-(-config.batch_size // parts) * parts}",
         )

@@ -118,7 +118,8 @@ def test_a_stage_starts_from_what_an_earlier_one_will_write(model, tmp_path):
 
 def test_a_mesh_and_a_batch_that_do_not_divide(model):
     from jaxalign.parallel.mesh import make_mesh
-    from jaxalign.plan.stages import _check_rows, _mesh
+    from jaxalign.plan.stages import _mesh
+    from jaxalign.train.minibatches import check_rows
 
     c = defaults("sft")
     c.mesh.tensor = 3
@@ -130,7 +131,7 @@ def test_a_mesh_and_a_batch_that_do_not_divide(model):
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     c.batch_size, c.grad_accum_steps = 10, 4
     with pytest.raises(InputError) as error:
-        _check_rows(c, mesh)
+        check_rows(c, mesh)
     assert error.value.fix in ("--config.batch_size=8", "--config.batch_size=12")
 
 

@@ -3,7 +3,6 @@
 import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout import continuous, driver, layout
 from jaxalign.rollout.sampling import Sampling
-from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
+from tests.train.ppo_world import STOP, prompt_batch
 
 LIMIT = 24
 SAMPLING = Sampling(0.8, LIMIT)
@@ -19,12 +18,6 @@ OPTIONS = {"sampling": SAMPLING, "stop_ids": STOP}
 _RNG = np.random.default_rng(0)
 # Lengths on both sides of a power of two, so that later prompts are wider than the column that slots stand at.
 PROMPTS = [np.r_[1, _RNG.integers(6, 32, n)].astype(np.int32) for n in (2, 19, 4, 7, 1, 22, 30, 3, 12, 5, 26, 9)]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    model = tiny_model()
-    return model, jax.tree.map(jnp.asarray, drawn(model))
 
 
 @pytest.fixture(scope="module")

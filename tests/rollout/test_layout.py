@@ -1,7 +1,6 @@
 """Where decoding runs: meshes of the same devices, parameters that are seen on them, and what fits."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,17 +13,11 @@ from jaxalign.parallel.sharding import param_shardings, put_batch
 from jaxalign.rollout import driver, layout, sizes, slots
 from jaxalign.rollout.continuous import continue_prompts, roll_out
 from jaxalign.rollout.sampling import Sampling
-from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
+from tests.train.ppo_world import STOP, prompt_batch
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12, 13, 4], [1, 14], [1, 15, 2], [1, 16, 17], [1, 18]]
 IDS = np.arange(8, dtype=np.int32)
 OPTIONS = {"sampling": Sampling(0.8, 9), "stop_ids": STOP}
-
-
-@pytest.fixture(scope="module")
-def policy():
-    model = tiny_model()
-    return model, jax.tree.map(jnp.asarray, drawn(model))
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,11 @@ from jaxalign.rollout.completed import completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.sampling import Sampling
 from tests.rollout.greedy_cases import MODELS, golden, ours
-from tests.train.ppo_world import STOP, drawn, prompt_batch, tiny_model
+from tests.train.ppo_world import STOP, prompt_batch
 
 PROMPTS = [[1, 7, 9], [1, 8], [1, 9, 10, 11], [1, 12, 13, 4]]
 SAMPLING = Sampling(0.8, 9)
 OPTIONS = {"sampling": SAMPLING, "stop_ids": STOP}
-
-
-@pytest.fixture(scope="module")
-def policy():
-    model = tiny_model()
-    return model, jax.tree.map(jnp.asarray, drawn(model))
 
 
 def run(policy, prompts, ids, width=5, rows=None, mesh=None, **options):
