@@ -6,15 +6,17 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxalign.data.files import supported
 from jaxalign.data.preference import codes_of
 from jaxalign.errors import InputError
 from jaxalign.ranges import SOURCE_WEIGHT, misfit, shown
 
-_FILES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/\w[\w.-]*)?")
 _FIELD = "data.sources"  # where sources stand in a configuration
 
 
@@ -162,10 +164,10 @@ def _line(field: str, item: Mapping[str, Any]) -> str:
     return f"{line} (as a flag: --config.{field}={value})"
 
 
-def looks_local(path: str) -> bool:
-    """Whether a path can only mean a file or directory here, be it there or not: no hub id.
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is not here may be a data set's or a model's id on the hub: `owner/name` or `name`.
 
-    >>> looks_local("pairs.jsonl"), looks_local("./pairs"), looks_local("owner/name")
-    (True, True, False)
+    >>> is_hub_id("owner/name"), is_hub_id("pairs.jsonl"), is_hub_id("./pairs"), is_hub_id("runs/reward/export")
+    (True, False, False, False)
     """
-    return path.startswith((".", "/", "~")) or os.path.splitext(path)[1] in _FILES
+    return _HUB_ID.fullmatch(path) is not None and not supported(path)

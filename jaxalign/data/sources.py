@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from jaxalign.data.files import SUFFIXES, OnBad, Raw, is_url, read_file, stop, supported
-from jaxalign.data.source import Source, config_line
+from jaxalign.data.source import Source, config_line, is_hub_id
 from jaxalign.errors import InputError
 
 # Hub sets whose subsets are folders, not named configurations.
@@ -49,7 +49,7 @@ def read(source: Source, on_bad: OnBad = stop) -> Iterator[Raw]:
         return
     files = _files(source)
     if files is None:
-        if not _looks_like_hub_id(path):
+        if not is_hub_id(path):
             raise _not_found(source)
         yield from _read_datasets(source)
         return
@@ -86,11 +86,6 @@ def _needs_datasets(source: Source) -> bool:
 def _is_saved(path: str) -> bool:
     """Whether `datasets` saved a directory."""
     return any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    """Whether a path that does not exist may be a hub id: `owner/set` or `set`."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) is not None and not supported(path)
 
 
 def _files(source: Source) -> list[str] | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from jaxalign.data.files import is_url
+from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
 from jaxalign.models import store
 from jaxalign.models.store import CONFIG as CONFIG
@@ -27,7 +27,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def locate(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -51,7 +50,7 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
         _check_links(directory, patterns)
         _check_run(directory, path)
         return directory.resolve()
-    if not _HUB_ID.fullmatch(str(path)) or directory.exists():
+    if not is_hub_id(os.fspath(path)) or directory.exists():
         made = directory.name == "export"  # as a run writes it
         raise InputError(
             f"no directory {path}",

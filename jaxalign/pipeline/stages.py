@@ -244,7 +244,7 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
     """The first record of local data, the reward function and its signature of every stage, before the first starts."""
     from jaxalign.data.files import is_url
     from jaxalign.data.records import Tally
-    from jaxalign.data.source import looks_local, parse_sources
+    from jaxalign.data.source import is_hub_id, parse_sources
     from jaxalign.data.sources import read
     from jaxalign.functions import load_function
     from jaxalign.rewards.function import FunctionScorer
@@ -254,7 +254,7 @@ def _check_inputs(stages: list[PlannedStage]) -> None:
         try:
             for field in ("data.sources", "data.eval_sources"):
                 for source in parse_sources(get(stage.config, field), field) if get(stage.config, field) else ():
-                    if not is_url(source.path) and (os.path.exists(source.path) or looks_local(source.path)):
+                    if not is_url(source.path) and (os.path.exists(source.path) or not is_hub_id(source.path)):
                         next(iter(read(source, Tally(stage.config.data.on_error, field).bad)), None)
             find_functions(stage.config)
             if function := get(stage.config, "rewards.function"):

@@ -11,7 +11,7 @@ from jaxalign.data.files import is_url
 from jaxalign.data.forms import slots
 from jaxalign.data.records import Record
 from jaxalign.data.rows import Layout, Shape, empty_batch
-from jaxalign.data.source import looks_local, parse_sources
+from jaxalign.data.source import is_hub_id, parse_sources
 from jaxalign.registry import ALGORITHMS
 from jaxalign.types import Batch
 
@@ -26,12 +26,10 @@ def absent(config: Any, field: str = "data.sources") -> list[str]:
       config: of the stage.
       field: that names them.
     """
-    import glob
     import os
 
     paths = [os.path.expanduser(source.path) for source in parse_sources(get(config, field), field)]
-    here = lambda path: not is_url(path) and (looks_local(path) or os.path.exists(path) or glob.glob(path))  # noqa: E731
-    return [path for path in paths if not here(path)]
+    return [path for path in paths if is_url(path) or (is_hub_id(path) and not os.path.exists(path))]
 
 
 class AssumedData:

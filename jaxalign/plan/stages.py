@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxalign.config import get
 from jaxalign.data.files import is_url
+from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
 from jaxalign.parallel.mesh import make_mesh, mesh_shape
@@ -91,11 +92,6 @@ def _there(path: str | None) -> bool:
     return bool(path) and (is_url(path) or (Path(path).expanduser() / CONFIG).exists())  # type: ignore[arg-type]
 
 
-def _is_local(path: str) -> bool:
-    """Whether a path names a directory rather than a hub id, which has one slash and an owner before it."""
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.isdir(path.split("/")[0])
-
-
 def _stand_in(c: Any, scratch: str, told: list[str]) -> None:
     """Models that an earlier stage is to write, and the reward function: by what is as large."""
     if get(c, "rewards.function"):
@@ -103,7 +99,7 @@ def _stand_in(c: Any, scratch: str, told: list[str]) -> None:
         c.rewards.function = _NO_REWARD
     for field, head in (("rewards.model", True), ("algorithm.value_path", True), ("algorithm.reference_path", False)):
         path = get(c, field)
-        if not path or _there(path) or not _is_local(path):
+        if not path or _there(path) or (is_hub_id(path) and not os.path.isdir(path.split("/")[0])):
             continue
         section, leaf = field.split(".")
         told.append(f"{field}: {path} is not here: as large as {c.model.path}")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxalign import __version__
 from jaxalign.config import defaults
+from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS
 from jaxalign.train.metrics import read_metrics
@@ -22,7 +23,6 @@ from jaxalign.train.models import fit_length
 from jaxalign.train.rundir import RunDir
 
 _PACKAGES = ("jax", "flax", "optax", "transformers", "datasets")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Figures that a card shows where the run has them, of training and of held-out data.
 _FIGURES = (
     "loss", "loss/policy", "loss/value", "logps/completion", "rewards/accuracies", "rewards/margins", "rewards/chosen",
@@ -42,9 +42,9 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
     name, base = config["algorithm"]["name"], config["model"]["path"]
     entry, sources = ALGORITHMS[name], _sources(config)
     front: dict[str, Any] = {"library_name": "transformers"}
-    if _is_hub_id(base):
+    if _on_hub(base):
         front["base_model"] = base
-    if hub := [path for path in sources if _is_hub_id(path)]:
+    if hub := [path for path in sources if _on_hub(path)]:
         front["datasets"] = hub
     front["pipeline_tag"] = "text-generation" if entry.head == "lm" else "text-classification"
     front["tags"] = ["jaxalign", name, *(config.get("logging", {}).get("tags") or ())]
@@ -119,8 +119,8 @@ def _sources(config: Mapping[str, Any]) -> list[str]:
     return [source["path"] if isinstance(source, Mapping) else str(source) for source in given]
 
 
-def _is_hub_id(path: str) -> bool:
-    return bool(_HUB_ID.fullmatch(path)) and not os.path.exists(path)
+def _on_hub(path: str) -> bool:
+    return "/" in path and is_hub_id(path) and not os.path.exists(path)
 
 
 def _data(run: RunDir, sources: list[str]) -> str:
