@@ -6,11 +6,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from jaxalign.config import get
 from jaxalign.plan.account import Account, account
 from jaxalign.plan.losses import losses_of
 from jaxalign.plan.predict import Assumptions, alone_and_hidden, predict
 from jaxalign.plan.programs import Program, programs
+from jaxalign.plan.runs import length_of, run_of
 from jaxalign.plan.stages import make_stage
+from jaxalign.train.stage import stage_warnings
 
 _SHOWN = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
@@ -29,18 +32,24 @@ def plan_stage(
             found.append(_described(program, counted, assumed, order, pool, config.model.dtype))
         mesh = {axis: int(size) for axis, size in stage.mesh.shape.items()}
         tokens = float(found[0]["tokens"])
+        warnings = stage_warnings(stage)
     c = stage.config
     iteration = _iteration(found, assumed, len(order), tokens, c)
     return {
         "algorithm": c.algorithm.name,
+        "fits": all(p["fits"] for p in found),
+        "run": run_of(length_of(stage, int(assumed.values["steps"])), found, assumed.values, len(order)),
         "mesh": mesh,
         "settings": {
             "batch_size": c.batch_size,
             "grad_accum_steps": c.grad_accum_steps,
             "remat": f"auto: {stage.remat}" if stage.remat else c.model.remat,
             "row_length": int(stage.dataset.shape.length),
+            "max_new_tokens": get(c, "rollout.max_new_tokens", 0),
+            "dtype": c.model.dtype,
         },
         "assumed": told,
+        "warnings": warnings,
         "programs": found,
         "iteration": iteration,
         "losses": losses_of(found, c, mesh, assumed),

@@ -8,6 +8,8 @@ from typing import Any
 from jaxalign.config import get
 from jaxalign.plan.predict import Assumptions
 
+_OPTIMISATION = ("data.packing", "batch_size", "model.dtype")  # fields that change what a step learns
+
 
 def losses_of(
     programs: list[dict[str, Any]], config: Any, mesh: Mapping[str, int], assumed: Assumptions
@@ -21,14 +23,16 @@ def losses_of(
       assumed: the machine and the numbers of the prediction.
 
     Returns:
-      `program`, `what`, `seconds` of an iteration, `change`: lines of the configuration, or "".
+      `program`, `what`, `seconds` of an iteration, `change`: lines of the configuration, or "", and whether these make
+      it another optimisation: other batches, or numbers of less precision.
     """
     v, found = assumed.values, []
     top = v["flops"] * v["efficiency"]
 
     def lost(p: dict[str, Any], what: str, seconds: float, change: str) -> None:
         if seconds > 0:
-            found.append({"program": p["name"], "what": what, "seconds": seconds * p["times"], "change": change})
+            one = {"program": p["name"], "what": what, "seconds": seconds * p["times"], "change": change}
+            found.append(one | {"changes_optimisation": any(field in change for field in _OPTIMISATION)})
 
     for p in programs:
         if not p["times"]:

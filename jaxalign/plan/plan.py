@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxalign import __version__
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import Hardware, find_machine, read_machines
 from jaxalign.plan.described import plan_stage
 from jaxalign.plan.machines import absent_devices, joined, parse_topology
 from jaxalign.plan.predict import Assumptions, assumptions
+from jaxalign.plan.runs import Length, run_of, together
 from jaxalign.plan.search import nearest_that_fits
 from jaxalign.plan.search import search as search_stage
 from jaxalign.plan.stages import stage_configs
+
+# Of the numbers in a plan's JSON, by the ends of their names.
+UNITS = {
+    "seconds": "s; of a program: one run",
+    "bytes, memory, pool, peak": "bytes of each device; of a collective: what a device has in full",
+    "flops": "FLOP of each device, one run",
+    "times": "runs in a step of the data stream (PPO: an iteration)",
+    "runs": "runs in the whole run; null: not known",
+    "tokens": "of all devices, without padding",
+    "mfu": "share of the published peak",
+    "device_hours": "devices x hours",
+    "price": "device_hours x the assumed price",
+}
 
 
 def plan(
@@ -35,13 +50,10 @@ def plan(
       say: is told of what is being compiled.
 
     Returns:
-      JSON values and the numbers that were assumed. The former: `machine`, `assumptions`, and `stages`, by name, each
-      with its `programs`, its `iteration`, its `losses`; `search` where one was asked for; `change`, lines of the
-      configuration, where something does not fit.
+      JSON values, which docs/planning.md describes, and the numbers that were assumed.
 
     Raises:
-      InputError: what training would refuse, a machine that is not known, a compiler that is not installed, or a
-        program that the compiler itself cannot fit.
+      InputError: what training would refuse, a machine that is not known, or a compiler that is not installed.
     """
     machines = read_machines() if machines is None else machines
     platform, kind, _, _ = parse_topology(topology, machines)
@@ -50,24 +62,45 @@ def plan(
     devices = absent_devices(topology, machines)
     found: dict[str, Any] = {}
     for name, c in configs.items():
-        place = f"stage {name}" if name else ""
+        place, flags = f"stage {name}" if name else "", _of(name)
+        tell = lambda text, name=name: say(_spelt(f"{name + ': ' if name else ''}{text}", _of(name)))  # noqa: E731
         try:
-            tell = lambda text, name=name: say(f"compiling {name + ': ' if name else ''}{text}")  # noqa: E731
-            found[name] = plan_stage(c, devices, assumed, tell)
+            one = _stage(c, devices, assumed, tell)
             if search:
-                found[name]["search"] = search_stage(c, devices, assumed, search, say)
-            if not all(p["fits"] for p in found[name]["programs"]):
-                found[name]["change"] = nearest_that_fits(c, devices, assumed, found[name])
+                one["search"] = search_stage(c, devices, assumed, search, tell)
+            if not one["fits"]:
+                searched = one.get("search", {}).get("found")
+                one["change"] = searched[0]["lines"] if searched else nearest_that_fits(c, devices, assumed, one)
         except InputError as error:
-            if "out of memory" in error.problem:
-                near = nearest_that_fits(c, devices, assumed, {})
-                raise InputError(error.problem, error.expected, near).within(place, _of(name)) from error
-            raise error.within(place, _of(name)) from error
+            raise error.within(place, flags) from error
+        found[name or one["algorithm"]] = _renamed(one, flags)
+    runs = [stage["run"] for stage in found.values()]
     return {
+        "version": __version__,
+        "fits": {name: stage["fits"] for name, stage in found.items()},
+        "together": together(runs) if len(runs) > 1 else None,
         "machine": _machine(topology, devices, assumed),
         "assumptions": dict(assumed.values),
         "stages": found,
+        "units": UNITS,
     }, assumed
+
+
+def _stage(c: Any, devices: list[Any], assumed: Assumptions, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The plan of a stage; of one that the compiler itself cannot fit, that it does not fit."""
+    try:
+        return plan_stage(c, devices, assumed, lambda text: tell(f"compiling {text}"))
+    except InputError as error:
+        if "out of memory" not in error.problem:
+            raise
+        return {
+            "algorithm": c.algorithm.name,
+            "fits": False,
+            "problem": error.problem,
+            "expected": error.expected,
+            "run": run_of(Length(None, told=(error.problem,)), [], assumed.values, len(devices)),
+            "programs": [],
+        }
 
 
 def plan_step(config: Any, topology: str) -> dict[str, Any]:
@@ -89,22 +122,40 @@ def require_fit(found: dict[str, Any]) -> None:
       found: as `plan` gives it.
 
     Raises:
-      InputError: the first program that does not fit: bytes needed, bytes there.
+      InputError: of the first stage that does not fit: bytes needed, bytes there.
     """
     for name, stage in found["stages"].items():
-        for program in stage["programs"]:
-            memory = program["memory"]
-            if not program["fits"]:
-                raise InputError(
-                    f"the {program['name']} needs {memory['peak'] / 2**30:.2f} GiB of each device",
-                    f"at most the {memory['pool'] / 2**30:.2f} GiB that programs may use",
-                    stage["change"],
-                ).within(f"stage {name}" if name else "", _of(name))
+        if stage["fits"]:
+            continue
+        place = f"stage {name}" if len(found["stages"]) > 1 else ""
+        if "problem" in stage:
+            raise InputError(stage["problem"], stage["expected"], stage["change"], (place,) * bool(place))
+        program = max(stage["programs"], key=lambda p: p["memory"]["peak"])
+        memory = program["memory"]
+        raise InputError(
+            f"the {program['name']} needs {memory['peak'] / 2**30:.2f} GiB of each device",
+            f"at most the {memory['pool'] / 2**30:.2f} GiB that programs may use",
+            stage["change"],
+            (place,) * bool(place),
+        )
 
 
 def _of(name: str) -> Callable[[str], str]:
     """From the name of a stage's field to its name in the whole configuration."""
     return lambda field: f"{name}.{field}" if name else field
+
+
+def _renamed(value: Any, flags: Callable[[str], str]) -> Any:
+    """JSON values, the flags in their texts those of the whole configuration."""
+    if isinstance(value, dict):
+        return {key: _renamed(each, flags) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_renamed(each, flags) for each in value]
+    return _spelt(value, flags) if isinstance(value, str) else value
+
+
+def _spelt(text: str, flags: Callable[[str], str]) -> str:
+    return InputError("", "", text).within("", flags).fix
 
 
 def _machine(topology: str, devices: list[Any], assumed: Assumptions) -> dict[str, Any]:

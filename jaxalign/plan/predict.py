@@ -27,6 +27,8 @@ _ASSUMED: dict[str, tuple[float, str]] = {
     "attention_efficiency": (0.6, "speed of attention kernels against other products"),
     "float32_speed": (0.5, "speed of products of float32 against bfloat16"),
     "readouts": (1.0, "share of a row's tokens that are read out, where data are not here"),
+    "steps": (0.0, "steps of a run, where data are not here and num_train_steps is not set; 0: not known"),
+    "price": (0.0, "of a device for an hour; 0: not known"),
 }
 # Those of the machine, which a flag overrides by the same name.
 _OF_MACHINE = {
@@ -40,6 +42,7 @@ _OF_MACHINE = {
     "flops": "peak of dense bfloat16 products, FLOP/s",
 }
 _SHARES = {"pool", "efficiency", "memory_efficiency", "link_efficiency", "readouts"}
+_MAY_BE_ZERO = ("launch", "latency", "steps", "price")
 
 
 class Assumptions(NamedTuple):
@@ -79,7 +82,7 @@ def assumptions(machine: Hardware, given: Sequence[str] = ()) -> Assumptions:
             number = float(value)
         except ValueError:
             number = float("nan")
-        least = 0.0 if name in ("launch", "latency") else 1e-12
+        least = 0.0 if name in _MAY_BE_ZERO else 1e-12
         most = 1.0 if name in _SHARES else 1e30
         if not equals or not least <= number <= most:
             raise InputError(

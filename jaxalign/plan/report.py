@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from typing import Any
 
 from jaxalign.plan.predict import Assumptions
 
 _GB = 1e9
 _GIB = 2**30
+_WIDTH = 120  # of a line
+
+# Bytes by role, as columns: what a role is called, and what it is where its name does not say it.
+_ROLES = {
+    "prompts read": ("prompts", "prompts: keys, values and logits of the prompts, until decoding has them"),
+    "rollout weights": ("rollout", "rollout: the policy's weights as decoding reads them"),
+    "from the host": ("fetched", "fetched: frozen weights, on the device while they are used"),
+    "padding": ("padding", "padding: of arrays as the compiler lays them out"),
+    "results": ("results", "results: what a program gives back beside its donated arguments"),
+    "temporary": ("temp", "temp: what the program itself takes, activations and gradients among it"),
+}
 
 
 def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
@@ -17,163 +30,268 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
       found: as `jaxalign.plan.plan.plan` gives it.
       assumed: the numbers of the prediction.
     """
-    m = found["machine"]
+    m, stages = found["machine"], found["stages"]
     pool = m["pool"] / m["memory"]
-    lines = [
-        f"{m['name']}: {m['devices']} x {m['kind']}, {m['memory'] / _GIB:.1f} GiB each, of which programs may use "
-        f"{m['pool'] / _GIB:.1f} GiB (--assume pool={pool:.2f}"
-        + (": XLA_PYTHON_CLIENT_MEM_FRACTION)" if m["platform"] == "gpu" else ")"),
-    ]
-    for name, stage in found["stages"].items():
-        lines += ["", *_stage(name, stage)]
+    lines = _wrapped(
+        f"{m['name']}: {m['devices']} x {m['kind']} of {m['memory'] / _GIB:.1f} GiB, of which programs may use "
+        f"{m['pool'] / _GIB:.1f} (--assume pool={pool:.2f}"
+        + (": XLA_PYTHON_CLIENT_MEM_FRACTION)" if m["platform"] == "gpu" else ")")
+    )
+    lines += ["", *_answer(found)]
+    for name, stage in stages.items():
+        if stage["programs"]:
+            lines += ["", *_stage(name if len(stages) > 1 else "", stage, m)]
         if "search" in stage:
-            lines.append(search_text(name, stage["search"], m["pool"]))
-    lines += ["", "assumed (--assume NAME=VALUE changes one; measure them first where much hangs on them):"]
-    lines += [f"  {line}" for line in assumed.lines()]
+            lines += ["", search_text(name if len(stages) > 1 else "", stage["search"], m["pool"])]
+    lines += ["", *_assumed(found, assumed)]
     return "\n".join(lines)
+
+
+def _answer(found: dict[str, Any]) -> list[str]:
+    """For each stage whether it fits, how fast it is, how long the whole run takes and what that costs."""
+    m, stages, pool = found["machine"], found["stages"], f"{found['machine']['pool'] / _GIB:.1f}"
+    priced = any(stage["run"]["price"] is not None for stage in stages.values())
+    rows = [["", "fits", "GiB a device", "a step", "MFU", "tokens/s", "steps", "the run", "device-hours", "price"]]
+    told = []
+    for name, stage in stages.items():
+        peak = max((p["memory"]["peak"] for p in stage["programs"]), default=0)
+        it, run = stage.get("iteration"), stage["run"]
+        room = f"{peak / _GIB:.1f} of {pool}" if peak else f"above {pool}"
+        speed = [_seconds(it["seconds"]), f"{it['mfu']:.1%}", f"{it['tokens_per_second']:,.0f}"] if it else ["-"] * 3
+        steps = f"{run['steps']:,}" if run["steps"] else "?"
+        rows.append([name, "yes" if stage["fits"] else "NO", room, *speed, steps, *_cost(run)])
+        told += [f"{name}: {line}" for line in _run(stage, m["devices"])]
+    if found.get("together"):
+        rows.append(["together", *[""] * 6, *_cost(found["together"])])
+    table = _table([row if priced else row[:-1] for row in rows], indent="  ")
+    return [*table, *(line for one in told for line in _wrapped(one, "  "))]
+
+
+def _cost(run: dict[str, Any]) -> list[str]:
+    if run["seconds"] is None:
+        return ["?", "?", "?"]
+    price = "" if run["price"] is None else f"{run['price']:,.2f}"
+    return [_duration(run["seconds"]["total"]), f"{run['device_hours']:,.1f}", price]
+
+
+def _timed(stage: dict[str, Any]) -> list[dict[str, Any]]:
+    """The programs of a step."""
+    return [p for p in stage["programs"] if p["times"]]
+
+
+def _run(stage: dict[str, Any], devices: int) -> list[str]:
+    """What a run is made of, and what is not known of it."""
+    run, told = stage["run"], list(stage["run"]["not_counted"])
+    if stage.get("iteration") and run["seconds"] is None:
+        seconds = 1000 * stage["iteration"]["seconds"]
+        told[0] += f"; 1,000 take {_duration(seconds)}, {seconds * devices / 3600:,.1f} device-hours"
+    parts = []
+    if run["seconds"] and run["evaluations"] and run["evaluation_batches"]:
+        each = f"{run['evaluations']:,} evaluations of {run['evaluation_batches']:,} batches"
+        parts.append(f"{each} {_duration(run['seconds']['evaluations'])}")
+    if run["seconds"] and run["reference_batches"]:
+        parts.append(f"the reference's pass over {run['reference_batches']:,} batches "
+                     f"{_duration(run['seconds']['reference pass'])}")  # fmt: skip
+    if parts:
+        told.insert(0, f"of the run, {', '.join(parts)}")
+    if len(timed := _timed(stage)) > 1:
+        told.insert(0, f"a step is an iteration: sampling, scoring and {timed[-1]['times']:g} updates")
+    return [*told, *(f"warning: {said}" for said in stage.get("warnings", ()))]
 
 
 def search_text(name: str, found: dict[str, Any], pool: int) -> str:
     """What a search found, as lines of a configuration.
 
     Args:
-      name: of the stage.
+      name: of the stage; "" for one alone.
       found: as `jaxalign.plan.search.search` gives it.
       pool: bytes of a device that programs may use.
     """
-    lines = [
-        f"\n{'stage ' + name + ': ' if name else ''}{found['estimated']} combinations are estimated to fit, "
-        f"{found['compiled']} were compiled, {len(found['found'])} fit; the fastest train step first:"
-    ]
+    lines = _wrapped(
+        f"{'stage ' + name + ': ' if name else ''}search: {found['estimated']} combinations are estimated to fit, "
+        f"{found['compiled']} train steps were compiled, {len(found['found'])} fit; by predicted tokens/s:"
+    )
+    told = False
     for one in found["found"]:
+        if one.get("changes_optimisation") and not told:
+            lines.append(
+                "  and of another batch_size, which changes the optimisation (learning rate, number of steps):"
+            )
+            told = True
         lines.append(
-            f"  {one['tokens_per_second']:>12,.0f} tokens/s  MFU {one['mfu']:.1%}  {one['peak'] / _GIB:.1f} of "
+            f"  {one['tokens_per_second']:>10,.0f} tokens/s  MFU {one['mfu']:.1%}  {one['peak'] / _GIB:.1f} of "
             f"{pool / _GIB:.1f} GiB"
         )
-        lines.append(f"    {one['lines']}")
+        lines += _wrapped(one["lines"], "      ")
     return "\n".join(lines)
 
 
-def _stage(name: str, stage: dict[str, Any]) -> list[str]:
-    s, it = stage["settings"], stage["iteration"]
+def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    s, programs = stage["settings"], stage["programs"]
     axes = " ".join(f"{axis}={size}" for axis, size in stage["mesh"].items())
-    lines = [
+    rows = f"rows of {s['row_length']:,} tokens"
+    if s.get("max_new_tokens"):
+        rows = f"prompts of {s['row_length']:,} tokens, completions of {s['max_new_tokens']:,}"
+    lines = _wrapped(
         f"{'stage ' + name + ': ' if name else ''}{stage['algorithm']}, mesh {axes}, batch_size {s['batch_size']}, "
-        f"grad_accum_steps {s['grad_accum_steps']}, remat {s['remat']}, rows of {s['row_length']:,}"
-    ]
-    lines += [f"  {told}" for told in stage["assumed"]]
-    lines += _memory(stage["programs"]) + _time(stage["programs"])
-    runs = "an iteration" if len([p for p in stage["programs"] if p["times"]]) > 1 else "a step"
-    lines.append(
-        f"  {runs}: {_seconds(it['seconds'])}, MFU {it['mfu']:.1%}, {it['tokens_per_second']:,.0f} tokens/s "
-        f"({it['tokens_per_second_per_device']:,.0f} a device)"
+        f"grad_accum_steps {s['grad_accum_steps']}, remat {s['remat']}, {rows}"
     )
-    heavy = next((p for p in stage["programs"] if p["name"] == "train step"), stage["programs"][0])
-    if moved := heavy["traffic"][:3]:
-        told = "; ".join(
-            f"{k['bytes'] / _GB:.3g} GB {'/'.join(k['kernel'].split('/')[-3:])} ({k['count']:,} times)" for k in moved
-        )
-        lines.append(f"  traffic of the {heavy['name']}, most of it: {told}")
-    lines += _collectives(stage["programs"])
-    for p in stage["programs"]:
+    lines += [line for told in stage["assumed"] for line in _wrapped(told, "  ")]
+    lines += _memory(programs) + _time(programs, s.get("dtype", ""))
+    for p in programs:
         if d := p.get("decoding"):
+            less = d["bytes_per_token"] < d["weights_and_cache"]
+            why = "less moves, since an embedding that is not the head too is not read whole" if less else ""
             lines.append(
-                f"  decoding: {d['bytes_per_token'] / _GB:.2f} GB for a token of every row, weights and cache are "
-                f"{d['weights_and_cache'] / _GB:.2f} GB"
+                f"  decoding: {d['bytes_per_token'] / _GB:.2f} GB of each device move for a token of every row; "
+                f"weights and cache are {d['weights_and_cache'] / _GB:.2f} GB"
             )
-    lines.append("  largest losses against the model's FLOPs at the peak:")
+            lines += _wrapped(why, "    ")
+    heavy = next((p for p in programs if p["name"] == "train step"), programs[0])
+    if heavy["traffic"]:
+        lines.append(f"  traffic of the {heavy['name']}, most of it:")
+        lines += _table(
+            [
+                [f"{k['bytes'] / _GB:.3g} GB", f"{k['count']:,} times", "/".join(k["kernel"].split("/")[-3:])[:80]]
+                for k in heavy["traffic"][:3]
+            ]
+        )
+    return lines + _collectives(programs) + _losses(stage)
+
+
+def _losses(stage: dict[str, Any]) -> list[str]:
+    lines = ["  largest losses of a step, against the model's FLOPs at the peak, and what to change:"]
     assumed = [one for one in stage["losses"] if "(assumed)" in one["what"]]
     for loss in [one for one in stage["losses"] if one not in assumed][:3]:
-        lines.append(f"    {_seconds(loss['seconds'])}  {loss['program']}: {loss['what']}")
+        lines.append(f"    {_seconds(loss['seconds']):>8}  {loss['program']}: {loss['what']}")
         if loss["change"]:
-            lines.append(f"             {loss['change']}")
+            changes = "; this changes the optimisation" if loss.get("changes_optimisation") else ""
+            lines += _wrapped(loss["change"] + changes, " " * 14)
     if assumed:
-        what = assumed[0]["what"]
-        lines.append(f"    beside them {_seconds(sum(one['seconds'] for one in assumed))} of {what}")
+        seconds = _seconds(sum(one["seconds"] for one in assumed))
+        lines.append(f"    {seconds:>8}  of {assumed[0]['what']}")
     return lines
 
 
 def _memory(programs: list[dict[str, Any]]) -> list[str]:
     """Bytes by role of each device."""
-    lines = ["  memory of each device, GiB:"]
-    every = dict.fromkeys(name for p in programs for name in p["memory"] if name != "pool")
-    names = [name for name in every if any(p["memory"].get(name, 0) >= 0.005 * _GIB for p in programs)] or ["peak"]
-    table = [["program", *names, "of", ""]]
+    every = [name for p in programs for name in p["memory"] if name not in ("peak", "pool")]
+    last = [name for name in ("temporary", "padding", "results") if name in every]
+    names = [name for name in [*(n for n in dict.fromkeys(every) if n not in last), *last]
+             if any(p["memory"].get(name, 0) >= 0.005 * _GIB for p in programs)]  # fmt: skip
+    short = {name: _ROLES[name][0] if name in _ROLES else name.split()[0] for name in names}
+    columns = list(dict.fromkeys(short.values()))
+    table = [["program", *columns, "peak", ""]]
     for p in programs:
-        cells = [f"{p['memory'].get(name, 0) / _GIB:.2f}" for name in names]
-        table.append([p["name"], *cells, f"{p['memory']['pool'] / _GIB:.2f}", "fits" if p["fits"] else "DOES NOT FIT"])
-    lines += _table(table)
+        sums = dict.fromkeys(columns, 0)
+        for name in names:
+            sums[short[name]] += p["memory"].get(name, 0)
+        cells = [f"{sums[name] / _GIB:.2f}" if sums[name] else "-" for name in columns]
+        peak = f"{p['memory']['peak'] / _GIB:.2f}"
+        table.append([p["name"], *cells, peak, "" if p["fits"] else "DOES NOT FIT"])
+    words = "; ".join(_ROLES[name][1] for name in names if name in _ROLES)
+    pool = programs[0]["memory"]["pool"] / _GIB
+    lines = [f"  GiB of each device while a program runs, of {pool:.2f} that programs may use:", *_table(table)]
+    lines += _wrapped(words, "    ")
     worst = max(programs, key=lambda p: p["memory"]["peak"])
-    if worst["largest"]:
-        arrays = ", ".join(f"{a['array']} {a['bytes'] / _GIB:.2f} GiB" for a in worst["largest"][:3])
-        lines.append(f"    largest temporaries of the {worst['name']}: {arrays}")
+    arrays: dict[str, int] = {}
+    for a in worst["largest"]:
+        told = f"{a['array']} of {a['bytes'] / _GIB:.2f} GiB"
+        arrays[told] = arrays.get(told, 0) + 1
+    if arrays:
+        told = ", ".join(f"{n} x {array}" if n > 1 else array for array, n in list(arrays.items())[:3])
+        lines += _wrapped(f"largest arrays of the {worst['name']}: {told}", "    ")
     return lines
 
 
-def _time(programs: list[dict[str, Any]]) -> list[str]:
+def _time(programs: list[dict[str, Any]], dtype: str) -> list[str]:
     """FLOPs and seconds of one run of each program, and MFU."""
-    head = [
-        "program",
-        "runs",
-        "TFLOP",
-        "of model",
-        "other dtype",
-        "traffic GB",
-        "products",
-        "traffic",
-        "collectives",
-        "gaps",
-        "one run",
-        "MFU",
-    ]
-    table = [head]
+    head = ["program", "per step", "per run", "TFLOP", "of model", "GB", "products", "traffic", "exposed", "gaps"]
+    table = [[*head, "one run", "MFU"]]
     for p in programs:
         f, t = p["flops"], p["seconds"]
         ratio = f"{f['products'] / f['model']:.2f}x" if f["model"] else "-"
-        other = f"{f['other_dtype'] / f['products']:.1%}" if f["products"] else "-"
-        cells = [_seconds(t[name]) for name in ("products", "traffic", "collectives", "gaps", "total")]
-        mfu = f"{p['mfu']:.1%}" if f["model"] else "-"
+        cells = [_ms(t[name]) for name in ("products", "traffic", "collectives", "gaps", "total")]
+        runs = "?" if p.get("runs") is None else f"{p['runs']:,.0f}"
+        counts = [f"{p['times']:,.0f}" if p["times"] else "-", runs, _three(f["products"] / 1e12), ratio]
         table.append(
-            [
-                p["name"],
-                f"{p['times']:g}",
-                f"{f['products'] / 1e12:.3g}",
-                ratio,
-                other,
-                f"{p['traffic_bytes'] / _GB:.3g}",
-                *cells,
-                mfu,
-            ]
+            [p["name"], *counts, _three(p["traffic_bytes"] / _GB), *cells, f"{p['mfu']:.1%}" if f["model"] else "-"]
         )
-    return ["  predicted, each device (of model: padding too, and what is computed again):", *_table(table)]
+    lines = ["  one run of each program on each device, milliseconds:", *_table(table)]
+    lines += _wrapped(
+        "per step, per run: how often it runs. of model: FLOPs of products against the model's own; more is padding "
+        "and what is computed again. GB, traffic: what kernels that are no products move. exposed: collectives that no "
+        "work hides",
+        "    ",
+    )
+    other = [(p, p["flops"]["other_dtype"] / p["flops"]["products"]) for p in programs if p["flops"]["products"]]
+    for p, share in other:
+        if share >= 0.005:
+            lines.append(f"    {p['name']}: {share:.1%} of the FLOPs have an input that is not {dtype}")
+    return lines
 
 
 def _collectives(programs: list[dict[str, Any]]) -> list[str]:
-    table = [["program", "collective", "dtype", "of", "count", "GB", "where", "", "alone", "exposed"]]
+    table = [["program", "collective", "dtype", "devices", "count", "GB", "where", "", "alone", "exposed"]]
     for p in programs:
         for c in [c for c in p["collectives"] if c["seconds"] >= 0.002 * p["seconds"]["total"]][:6]:
             way = "async" if c["asynchronous"] else "sync"
-            cells = [f"{c['count']:,}", f"{c['bytes'] / _GB:.3g}", f"loop {c['loop']}" if c["loop"] else "once", way]
-            table.append(
-                [
-                    p["name"],
-                    c["kind"],
-                    c["dtype"],
-                    str(c["group"]),
-                    *cells,
-                    _seconds(c["seconds"]),
-                    _seconds(c["exposed"]),
-                ]
-            )
+            cells = [f"{c['count']:,}", _three(c["bytes"] / _GB), _where(c["loop"]), way]
+            times = [_ms(c["seconds"]), _ms(c["exposed"])]
+            table.append([p["name"], c["kind"], c["dtype"], str(c["group"]), *cells, *times])
     if len(table) == 1:
         return ["  collectives: none that take time"]
-    lines = ["  collectives, one run:", *_table(table)]
+    lines = ["  collectives of one run, among so many devices; milliseconds:", *_table(table)]
     for p in programs:
         if p["resharding_bytes"] > 0.01 * _GB:
             lines.append(
                 f"    {p['name']}: {p['resharding_bytes'] / _GB:.2f} GB move that no parameter or sum asks for"
             )
     return lines
+
+
+def _where(loop: str) -> str:
+    """Where a collective is, from the name of its loop.
+
+    >>> _where(""), _where("transpose(jvp())"), _where("jvp()"), _where("jit(prefill)/while")
+    ('once', 'backward loop', 'forward loop', 'loop')
+    """
+    kind = "backward " if "transpose(" in loop else "forward " if "jvp(" in loop else ""
+    return f"{kind}loop" if loop else "once"
+
+
+def _assumed(found: dict[str, Any], assumed: Assumptions) -> list[str]:
+    """The numbers that this prediction leans on, each with what it is; the others by their values."""
+    lean = _leant_on(found, assumed)
+    words = {line.partition("=")[0]: line for line in assumed.lines()}
+    lines = ["assumed, of what weighs here (--assume NAME=VALUE changes one; measure these first):"]
+    lines += [f"  {line}" for name, line in words.items() if name in lean]
+    rest = ", ".join(line.split()[0] for name, line in words.items() if name not in lean)
+    return lines + _wrapped(f"and, of little weight here: {rest}", "  ")
+
+
+def _leant_on(found: dict[str, Any], assumed: Assumptions) -> set[str]:
+    """Names of the assumed numbers that a tenth more or less of would be seen in the answer."""
+    lean = {"pool", "efficiency", "flops"}
+    v, m = assumed.values, found["machine"]
+    several = m["devices"] > assumed.machine.domain if m["platform"] == "gpu" else m["name"].count(":") > 2
+    for stage in found["stages"].values():
+        if any(told.startswith("data:") for told in stage.get("assumed", ())) and v["readouts"] < 1:
+            lean.add("readouts")
+        for p in _timed(stage):
+            t = p["seconds"]
+            total = max(t["total"], 1e-12)
+            waits = sum(c["count"] for c in p["collectives"]) * v["latency"]
+            shares = {
+                "bandwidth memory_efficiency": 1.0 if "decoding" in p else t["traffic"] / total,
+                "attention_efficiency": 0.5 * p["flops"]["attention"] / max(p["flops"]["products"], 1.0),
+                "float32_speed": p["flops"]["other_dtype"] / max(p["flops"]["products"], 1.0),
+                "link link_efficiency" + " network" * several: (t["collectives"] + 0.2 * t["hidden"]) / total,
+                "launch": t["gaps"] / total,
+                "latency": waits * t["collectives"] / max(t["collectives"] + t["hidden"], 1e-12) / total,
+            }
+            lean |= {name for names, share in shares.items() if share >= 0.02 for name in names.split()}
+    return lean | {name for name in ("steps", "price") if v[name]}
 
 
 def _seconds(x: float) -> str:
@@ -187,12 +305,54 @@ def _seconds(x: float) -> str:
     return f"{x:.2f} s" if x >= 1 else f"{x * 1e3:.1f} ms" if x >= 1e-3 else f"{x * 1e3:.3f} ms"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def _ms(x: float) -> str:
+    """Milliseconds, without their name.
+
+    >>> _ms(1.234), _ms(0.0123), _ms(2.5e-5), _ms(0)
+    ('1,234.0', '12.3', '0.03', '0')
+    """
+    return f"{x * 1e3:,.1f}" if x >= 1e-3 else f"{x * 1e3:.2f}" if x else "0"
+
+
+def _three(x: float) -> str:
+    """Three digits of a number, or all before its point.
+
+    >>> _three(1670.2), _three(53.44), _three(0.277), _three(2e-6), _three(0)
+    ('1,670', '53.4', '0.277', '<0.001', '0')
+    """
+    return f"{x:,.0f}" if x >= 1000 or not x else f"{x:.3g}" if x >= 1e-3 else "<0.001"
+
+
+def _duration(x: float) -> str:
+    """A long time for people.
+
+    >>> _duration(12.3), _duration(300), _duration(3 * 3600 + 720), _duration(200_000)
+    ('12.3 s', '5.0 min', '3 h 12 min', '2 d 8 h')
+    """
+    if x < 3600:
+        return f"{x / 60:.1f} min" if x >= 100 else _seconds(x) if x < 10 else f"{x:.1f} s"
+    minutes = round(x / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(x / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """A sentence in lines; those behind the first stand further in."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _table(rows: list[list[str]], indent: str = "    ") -> list[str]:
     """Columns aligned: names to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    words = [not any(ch.isdigit() for row in rows[1:] for ch in row[i][:1]) for i in range(len(rows[0]))]
+    number = re.compile(r"[\d<?-]")
+    words = [not any(number.match(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     return [
-        "    "
+        indent
         + "  ".join(x.ljust(w) if left else x.rjust(w) for x, w, left in zip(row, widths, words, strict=True)).rstrip()
         for row in rows
     ]

@@ -5,6 +5,7 @@ Memory and time are estimated by arithmetic first; what cannot fit is left out, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -210,39 +211,39 @@ def search(
       say: is told of what is compiled.
 
     Returns:
-      `estimated` and `compiled`, how many, and `found`: `lines`, `tokens_per_second`, `mfu`, `peak`, ranked.
-
-    Raises:
-      InputError: nothing fits.
+      `estimated` and `compiled`, how many, and `found`: `lines`, `seconds` of a step, `tokens_per_second`, `mfu`,
+      `peak`, the fastest first; behind them those of another batch, `changes_optimisation`.
     """
     s, slices = _sizes(config, devices, assumed)
     ranked = candidates(s, config, len(devices), slices, assumed, devices)
-    if not ranked:
-        raise nothing_fits(s, len(devices), assumed)
+    own, others = ([one for one in ranked if (one.batch == config.batch_size) == same] for same in (True, False))
     found, tried = [], 0
-    for one in _varied(ranked):
-        if tried == most:
-            break
-        tried += 1
-        say(f"compiling {tried} of at most {most}: {one.lines()}")
-        try:
-            planned = plan_stage(applied(config, one), devices, assumed, lambda text: None, only="train step")
-        except InputError as error:  # of memory, or of what training refuses of this one
-            say(f"not this one: {error.problem}")
-            continue
-        step = planned["programs"][0]
-        if step["fits"]:
-            it = planned["iteration"]
+    for some, share in ((own, most - most // 3 if others else most), (others, most // 3)):
+        for one in itertools.islice(_varied(some), share):
+            tried += 1
+            say(f"compiling train step {tried} of at most {most}: {one.lines()}")
+            try:
+                planned = plan_stage(applied(config, one), devices, assumed, lambda text: None, only="train step")
+            except InputError as error:  # of memory, or of what training refuses of this one
+                say(f"  not this one: {error.problem}")
+                continue
+            step = planned["programs"][0]
+            if not step["fits"]:
+                say(f"  does not fit: {step['memory']['peak'] / 2**30:.1f} GiB")
+                continue
             seconds = step["seconds"]["total"] * s.minibatches
             found.append(
                 {
                     "lines": one.lines(),
-                    "tokens_per_second": it["tokens"] / seconds,
+                    "changes_optimisation": one.batch != config.batch_size,
+                    "seconds": step["seconds"]["total"],
+                    "tokens_per_second": planned["iteration"]["tokens"] / seconds,
                     "mfu": step["mfu"],
                     "peak": step["memory"]["peak"],
                 }
             )
-    found.sort(key=lambda each: -each["tokens_per_second"])
+            say(f"  {found[-1]['tokens_per_second']:,.0f} tokens/s, {step['memory']['peak'] / 2**30:.1f} GiB")
+    found.sort(key=lambda each: (each["changes_optimisation"], -each["tokens_per_second"]))
     return {"estimated": len(ranked), "compiled": tried, "found": found}
 
 
@@ -296,12 +297,12 @@ def nearest_that_fits(config: Any, devices: list[Any], assumed: Assumptions, pla
       config: one stage's, whose train step does not fit.
       devices: of the machine.
       assumed: the machine and the numbers of the prediction.
-      planned: the stage as it was planned; empty where it did not compile.
+      planned: the stage as it was planned; without programs where it did not compile.
     """
     from jaxalign.train.compiled import ADVICE
 
     s, slices = _sizes(config, devices, assumed)
-    if planned:
+    if planned["programs"]:
         mesh, memory = planned["mesh"], planned["programs"][0]["memory"]
         now = Candidate(
             mesh["data"],

@@ -101,7 +101,8 @@ def test_a_plan_of_every_program(algorithm, machine, shared, pairs, completions,
     found, assumed = plan(c, machine)
     kind, devices = MACHINES[machine]
     assert (found["machine"]["kind"], found["machine"]["devices"]) == (kind, devices)
-    stage = found["stages"][""]
+    stage = found["stages"][algorithm]
+    assert found["fits"] == {algorithm: True} and stage["run"]["device_hours"] > 0
     assert stage["mesh"] == {"data": 1, "fsdp": devices // 2, "tensor": 2}
     programs = {p["name"].split(" (")[0]: p for p in stage["programs"]}
     step = programs.pop("train step")
@@ -118,7 +119,9 @@ def test_a_plan_of_every_program(algorithm, machine, shared, pairs, completions,
     if algorithm == "ppo":
         decoding = programs["decode"]["decoding"]
         assert 0.5 * decoding["weights_and_cache"] < decoding["bytes_per_token"]
-    assert "largest losses" in as_text(json.loads(json.dumps(found)), assumed)
+    page = as_text(json.loads(json.dumps(found)), assumed)
+    assert "largest losses" in page
+    assert all(len(line) <= 120 for line in page.splitlines())
 
 
 def check_memory(p):

@@ -74,25 +74,90 @@ def test_a_loss_counts_as_often_as_its_program_runs():
     assert [one["seconds"] for one in four] == pytest.approx([4 * one["seconds"] for one in once])
 
 
-def test_the_page():
+RUN = {
+    "steps": 300, "evaluations": 6, "evaluation_batches": 2, "reference_batches": 0, "device_hours": 4.0, "price": 8.0,
+    "seconds": {"steps": 1700.0, "evaluations": 100.0, "reference pass": 0.0, "total": 1800.0}, "not_counted": [],
+}  # fmt: skip
+
+
+def stage_of(algorithm="ppo", run=RUN, **changed):
     step = program(fits=False)
-    decode = program("decode", 256.0, decoding={"bytes_per_token": 5e9, "weights_and_cache": 4e9})
-    stage = {
-        "algorithm": "ppo",
+    decode = program("decode", 256.0, decoding={"bytes_per_token": 3e9, "weights_and_cache": 4e9})
+    return {
+        "algorithm": algorithm,
+        "fits": False,
+        "run": run,
         "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
-        "settings": {"batch_size": 64, "grad_accum_steps": 2, "remat": "full", "row_length": 4096},
+        "settings": {"batch_size": 64, "grad_accum_steps": 2, "remat": "full", "row_length": 4096, "dtype": "bfloat16"},
         "assumed": ["data: x is not here: full rows of 4,096 tokens are assumed"],
-        "programs": [step, decode],
+        "warnings": ["a batch has 64 rows and the data fill only 8"],
+        "programs": [step, decode] if algorithm == "ppo" else [step],
         "iteration": {"seconds": 2.3, "mfu": 0.2, "tokens_per_second": 4e5, "tokens_per_second_per_device": 5e4},
         "losses": losses_of([step], config(), {}, ASSUMED),
-    }
-    machine = {"name": "gpu:h200:1x8x1", "kind": "NVIDIA H200", "platform": "gpu", "devices": 8}
-    text = as_text({"machine": machine | {"memory": 140 * GIB, "pool": 105 * GIB}, "stages": {"rl": stage}}, ASSUMED)
+    } | changed
+
+
+MACHINE = {"name": "gpu:h200:1x8x1", "kind": "NVIDIA H200", "platform": "gpu", "devices": 8, "memory": 140 * GIB}
+MACHINE |= {"pool": 105 * GIB}
+
+
+def page(**stages):
+    return as_text({"machine": MACHINE, "stages": stages}, ASSUMED)
+
+
+def test_the_page():
+    text = page(rl=stage_of(), sft=stage_of("sft"))
     for part in (
-        "8 x NVIDIA H200", "105.0 GiB", "XLA_PYTHON_CLIENT_MEM_FRACTION", "stage rl: ppo", "fsdp=8", "DOES NOT FIT",
-        "full rows of 4,096", "2.00x", "21.6%", "async", "largest losses", "5.00 GB for a token", "efficiency=0.5",
+        "8 x NVIDIA H200", "105.0", "XLA_PYTHON_CLIENT_MEM_FRACTION", "stage rl: ppo", "fsdp=8", "DOES NOT FIT",
+        "full rows of 4,096", "2.00x", "21.6%", "async", "largest losses", "3.00 GB", "efficiency=0.5",
+        "not read whole", "the data fill only 8",
     ):  # fmt: skip
         assert part in text, part
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_answer_stands_on_top():
+    """Each stage in one line: whether it fits, a step, MFU, the run, device-hours, price."""
+    lines = page(rl=stage_of(), sft=stage_of("sft", fits=True)).splitlines()
+    head = next(i for i, line in enumerate(lines) if "device-hours" in line)
+    assert head < 4
+    rl, sft = (line.split() for line in lines[head + 1 : head + 3])
+    assert rl[:2] == ["rl", "NO"] and sft[:2] == ["sft", "yes"]
+    assert sft[-3:] == ["min", "4.0", "8.00"] and "2.30" in sft and "20.0%" in sft and "300" in sft
+    assert any("6 evaluations of 2 batches" in line for line in lines[:10])
+
+
+def test_a_run_of_unknown_length_tells_what_a_thousand_steps_take():
+    unknown = RUN | {"steps": None, "seconds": None, "device_hours": None, "price": None, "not_counted": ["unknown"]}
+    text = page(sft=stage_of("sft", unknown))
+    assert "1,000 take 38.3 min, 5.1 device-hours" in text
+    assert "?" in text.splitlines()[4]
+
+
+def test_a_stage_that_the_compiler_cannot_fit_is_one_line():
+    run = RUN | {"steps": None, "seconds": None, "price": None, "not_counted": ["out of memory in the train step"]}
+    text = page(rl={"algorithm": "ppo", "fits": False, "run": run, "programs": []}, sft=stage_of("sft"))
+    assert "rl: out of memory" in text
+    assert text.count("stage rl") == 0
+
+
+def test_what_weighs_little_is_named_in_short():
+    lines = page(sft=stage_of("sft")).splitlines()
+    assert any(line.startswith("  link=") for line in lines)
+    assert not any(line.startswith("  network=") for line in lines)
+    assert any("of little weight" in line for line in lines)
+    assert "network=5e+10" in " ".join(lines)
+
+
+def test_a_change_of_the_optimisation_is_said():
+    c = config(batch_size=8)
+    c.data.packing = False
+    found = losses_of([program(fill=0.8)], c, {}, ASSUMED)
+    said = {one["change"].partition("=")[0]: one["changes_optimisation"] for one in found if one["change"]}
+    assert said["--config.batch_size"] and said["--config.data.packing"] and not said["--config.model.remat"]
+    assert "changes the optimisation" in page(
+        sft=stage_of("sft", losses=[one for one in found if "packing" in one["change"]])
+    )
 
 
 SIZES = Sizes(8e9, 96e9, 0.0, 32, 4096, 14336, 32, 8, 128, 128_256, 4096, 64, 1, 3.0)
@@ -134,11 +199,14 @@ def test_a_search_as_config_lines():
     found = {
         "estimated": 9,
         "compiled": 2,
-        "found": [{"lines": "--config.a=1", "tokens_per_second": 1e5, "mfu": 0.5, "peak": GIB}],
+        "found": [
+            {"lines": "--config.a=1", "tokens_per_second": 1e5, "mfu": 0.5, "peak": GIB},
+            {"lines": "--config.a=2", "tokens_per_second": 2e5, "mfu": 0.5, "peak": GIB, "changes_optimisation": True},
+        ],
     }
     text = search_text("", found, 2 * GIB)
     assert "9 combinations" in text
-    assert "--config.a=1" in text
+    assert text.index("--config.a=1") < text.index("changes the optimisation") < text.index("--config.a=2")
 
 
 def test_a_batch_divides_as_training_wants_it():
@@ -158,13 +226,15 @@ def test_what_training_refuses_does_not_end_a_search(monkeypatch):
         step = {"fits": True, "seconds": {"total": 2.0}, "mfu": 0.5, "memory": {"peak": GIB}}
         return {"programs": [step], "iteration": {"tokens": 4000.0}}
 
-    found = [candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(remat=r) for r in ("none", "full")]
+    first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(batch=64)
+    found = [first._replace(batch=128), first._replace(remat="none"), first._replace(remat="full")]
     monkeypatch.setattr(searching, "_sizes", lambda *_: (SIZES, 1))
     monkeypatch.setattr(searching, "candidates", lambda *_: found)
     monkeypatch.setattr(searching, "plan_stage", planned)
     told = []
-    result = searching.search(config(batch_size=64), [None] * 8, ASSUMED, 2, told.append)
-    assert [one["tokens_per_second"] for one in result["found"]] == [2000.0]
+    result = searching.search(config(batch_size=64), [None] * 8, ASSUMED, 3, told.append)
+    assert [one["tokens_per_second"] for one in result["found"]] == [2000.0, 2000.0]
+    assert [one["changes_optimisation"] for one in result["found"]] == [False, True]
     assert any("refused" in text for text in told)
 
 
