@@ -7,6 +7,9 @@
 The machine may be bare: jax, flax and optax do for all but the torch baseline and the tests, and a part says what it
 lacks. Every part is a process of its own (`gpu_parts/`) with a share of the time, stopped when that is over; the rows
 that it has printed by then count, and time that a part leaves goes to those after it. GPU_NOTES.md has the results.
+
+Beside each measurement stands what `jaxalign plan` predicts for the program that was timed. What it misses most is printed
+first, with the `--assume` that would mend it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import os
 import platform
 import signal
@@ -41,7 +45,7 @@ PARTS: tuple[tuple[str, str, dict[str, Any], float], ...] = (
     ("torch", "baseline_torch", {}, 70),
     ("suite", "suite", {}, 25),
 )
-HEAD = ["part", "case", "result", "", "TFLOP/s", "share", "GiB", "note"]
+HEAD = ["part", "case", "result", "", "predicted", "ratio", "TFLOP/s", "share", "GiB", "note"]
 
 
 def parse() -> argparse.Namespace:
@@ -105,6 +109,7 @@ def cells(part: str, row: dict[str, Any]) -> list[str]:
     note = ("WRONG. " if row.get("ok") is False else "") + row.get("note", "")
     return [
         *(part, row["case"], shown, row["unit"]),
+        *(number("predicted_ms", "{:,.4g} ms"), number("ratio", "{:.2f}x")),
         *(number("tflops", "{:.3g}"), number("share", "{:.0%}"), number("gib", "{:.1f}"), note),
     ]
 
@@ -118,6 +123,21 @@ def table(result: dict[str, Any]) -> str:
             lines.append([name, "", "", "", "", "", "", part["ended"]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def furthest_off(result: dict[str, Any]) -> str:
+    """Each measurement that `jaxalign plan` predicts, the one that it misses most first, and what would mend it."""
+    rows = [(name, r) for name, p in result["parts"].items() for r in p["rows"] if r.get("ratio")]
+    if not rows:
+        return "nothing was predicted: what ran has no prediction, or this device's numbers are not known"
+    lines = []
+    for name, r in sorted(rows, key=lambda one: -abs(math.log(one[1]["ratio"]))):
+        rest = "" if 0.99 < r["unexplained"] < 1.01 else f", which leaves {r['unexplained']:.2f}x"
+        lines.append([f"{r['ratio']:.2f}x", f"--assume {r['assume']}", f"for {r['assumed']}{rest}", name, r["case"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    body = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    title = "seconds measured / predicted by `jaxalign plan`, furthest off first, with the number that would mend it:"
+    return "\n".join([title, *body])
 
 
 def python_with_torch(asked: str | None) -> str:
@@ -175,6 +195,7 @@ def main() -> int:
             result["ceilings"] = options["ceilings"]
         if target:
             target.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + furthest_off(result))
     print("\n" + table(result))
     print(f"\n{result['date']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}")
     wrong = [name for name, p in result["parts"].items() if any(r.get("ok") is False for r in p["rows"])]

@@ -8,6 +8,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from batches import pairs, texts  # noqa: E402
+from predicted import beside  # noqa: E402
 
 from jaxalign.ops.attention import attention  # noqa: E402
 
@@ -85,12 +86,13 @@ def speed() -> None:
                     if not time_for(case, 6) or left() < 3:
                         continue
                     with guarded(case):
-                        run = both_ways(backend)
                         given = (*data, start, end)
+                        run = both_ways(backend).lower(*given).compile()
                         taken = seconds_of(lambda r=run, g=given: r(*g), jax.block_until_ready, at_most=1.0)
                         # Two products forward, five backward (FlashAttention-2 counts them so), of what is visible.
                         tflops = 1e-12 * 3.5 * 4 * seen * heads[0] * heads[2] / taken
-                        emit(case, 1e3 * taken, "ms", tflops=tflops, share=share(tflops))
+                        expected = beside(taken, (run, 1), visible=seen / start.size / length)
+                        emit(case, 1e3 * taken, "ms", tflops=tflops, share=share(tflops), **expected)
 
 
 if __name__ == "__main__":

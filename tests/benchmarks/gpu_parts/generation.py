@@ -18,13 +18,18 @@ from part import (
 stand_in_for_chex()
 
 import gc  # noqa: E402
+from collections import Counter  # noqa: E402
+from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from batches import prompts  # noqa: E402
+from predicted import Recorded, beside  # noqa: E402
 
+from jaxalign.rollout import driver, slots  # noqa: E402
 from jaxalign.rollout.continuous import roll_out  # noqa: E402
 from jaxalign.rollout.sampling import Sampling  # noqa: E402
+from jaxalign.rollout.slots import prefill  # noqa: E402
 
 PROMPT, NEW = (8, 8) if SMOKE else (512, 512)
 BATCHES = (4,) if SMOKE else (16, 64, 1, 256)
@@ -39,8 +44,8 @@ def floor(name: str, batch: int) -> float | None:
     if not m["tie_word_embeddings"]:
         weights -= 2 * m["vocab_size"] * m["hidden_size"]  # of the embedding a few rows are read
     token = 2 * 2 * m["num_hidden_layers"] * m["num_key_value_heads"] * m["head_dim"]
-    slots = sum(PROMPT + i for i in range(1, NEW))
-    return ((NEW - 1) * weights + batch * token * slots) / CEILINGS["bytes"]
+    seen = sum(PROMPT + i for i in range(1, NEW))
+    return ((NEW - 1) * weights + batch * token * seen) / CEILINGS["bytes"]
 
 
 def measure(name: str, model, params, batch: int) -> None:
@@ -49,9 +54,15 @@ def measure(name: str, model, params, batch: int) -> None:
     rows = jax.device_put(made.rows)
     # No token ends a row: all have their full length.
     options = {"sampling": Sampling(1.0, NEW), "stop_ids": (-1,)}
+    program = prefill.lower(model, params, rows).compile()
+    reading = seconds_of(lambda: program(params, rows), jax.block_until_ready, at_most=1.0, calls=5)
+    expected = beside(reading, (program, 1))
+    emit(f"{name}, prefill of {batch} x {PROMPT}", batch * PROMPT / reading, "tokens/s", **expected)
+    driver.advance = advance = Recorded(slots.advance)
     whole = seconds_of(
         lambda: roll_out(model, params, rows, key, ids, **options), jax.block_until_ready, at_most=6.0, calls=3
     )
+    driver.advance = slots.advance
     once = options | {"sampling": Sampling(1.0, 1)}
     read = seconds_of(
         lambda: roll_out(model, params, rows, key, ids, **once), jax.block_until_ready, at_most=1.0, calls=3
@@ -66,6 +77,21 @@ def measure(name: str, model, params, batch: int) -> None:
         gib=peak_gib(),
         note=f"share of the memory floor; first token {1e3 * read:.0f} ms, each other {token:.2f} ms",
     )
+    if decode > 0:
+        expected = beside(decode, *decoding(advance))
+        emit(f"{name}, batch {batch}, {PROMPT} + {NEW}: another token", token, "ms", **expected)
+
+
+def decoding(advance: Recorded) -> list[tuple[Any, float]]:
+    """The programs of a completion's tokens but the first, one for each width of the cache, and the tokens of each."""
+    tokens: Counter[int] = Counter()
+    of_width = {}
+    for args, static in advance.calls:
+        width = args[2].cache.keys[0].shape[-2]
+        tokens[width] += int(args[5])  # steps; no row ends before
+        of_width[width] = (args, static)
+    every = sum(tokens.values())
+    return [(advance.program(*of_width[width]), n / every * (NEW - 1)) for width, n in tokens.items()]
 
 
 def main() -> None:

@@ -26,9 +26,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from batches import pairs, texts  # noqa: E402
 from harness.cases import Case  # noqa: E402
+from predicted import beside, seen_share  # noqa: E402
 
 from jaxalign.parallel.mesh import make_mesh  # noqa: E402
-from jaxalign.steps.preference import preference_objective  # noqa: E402
+from jaxalign.steps.preference import preference_objective, sequence_logprobs  # noqa: E402
 from jaxalign.steps.reward import reward_objective  # noqa: E402
 from jaxalign.steps.sft import sft_objective  # noqa: E402
 from jaxalign.steps.step import make_train_step  # noqa: E402
@@ -53,6 +54,8 @@ class Run:
 
     @property
     def name(self) -> str:
+        if self.task == "forward":
+            return f"{self.model} forward, pairs of {self.rows} x {self.length}"
         words = [self.model, self.task.upper() if self.task != "reward" else "reward"]
         words += [self.reference] if self.reference else []
         words += [] if self.task == "sft" else ["shared" if self.shared else "prompt twice"]
@@ -68,6 +71,7 @@ RUNS = {
     "1B": (
         Run("1B", "sft", 16, 2048, "dots"),
         Run("1B", "dpo", 8, 2048, "dots", reference="live"),
+        Run("1B", "forward", 8, 2048),
         Run("1B", "sft", 4, 8192),
         Run("1B", "dpo", 8, 2048, "dots", reference="cached"),
         Run("1B", "dpo", 8, 2048, "dots", reference="cached", shared=False),
@@ -80,6 +84,7 @@ RUNS = {
     "8B": (
         Run("8B", "sft", 8, 2048, **_BIG),
         Run("8B", "dpo", 4, 2048, reference="cached", **_BIG),
+        Run("8B", "forward", 4, 2048, param_dtype="bfloat16"),
         Run("8B", "sft", 2, 8192, **_BIG),
         Run("8B", "dpo", 4, 2048, reference="live", **_BIG),
         Run("8B", "reward", 4, 2048, **_BIG),
@@ -129,49 +134,59 @@ def flops_of(run: Run) -> tuple[int, float]:
     """Tokens of a step as the peers count them, and the model FLOPs that the step needs."""
     prompt = 0 if run.task == "sft" else run.length // 2
     who = "jaxalign" if run.shared else "another"
-    case = Case("", run.task, (), shape_of(run.model), run.rows, run.length, prompt, run.reference)
-    return case.tokens(), case.tokens() * case.flops(who, [])
+    task = "dpo" if run.task == "forward" else run.task
+    case = Case("", task, (), shape_of(run.model), run.rows, run.length, prompt, run.reference)
+    return case.tokens(), case.tokens() * case.flops(who, []) / (3 if run.task == "forward" else 1)
+
+
+def row(run: Run, taken: float, compiled: Compiled, program, rows, **more) -> None:
+    """A row of the table, with what is predicted of the program."""
+    tokens, flops = flops_of(run)
+    tflops, memory = 1e-12 * flops / taken, compiled.memory
+    more |= {"gib": memory["total"] / 2**30} if memory else {}
+    more |= {"note": f"compiled in {compiled.compile_seconds:.0f} s", "step_ms": 1e3 * taken}
+    expected = beside(taken, (program, 1), visible=seen_share(rows))
+    emit(run.name, tokens / taken, "tokens/s", tflops=tflops, share=share(tflops), **more, **expected)
+
+
+def forward(run: Run) -> None:
+    """Log-probs of pairs, as the reference's pass computes them."""
+    model = model_of(run.model, param_dtype=run.param_dtype)
+    batch = pairs(model.config.vocab_size, rows=run.rows, length=run.length, prompt=run.length // 2, shared=run.shared)
+    compiled = Compiled(lambda params, batch: sequence_logprobs(model.apply, model.head, params, batch), "forward")
+    params, given = random_weights(model.abstract()), jax.device_put(batch)
+    program = compiled.compile(params, given)
+    taken = seconds_of(lambda: compiled(params, given), jax.block_until_ready, at_most=3.0, calls=8)
+    row(run, taken, compiled, program, batch.rows)
 
 
 def measure(run: Run) -> None:
     step, batch, start, model, reference = build(run)
     compiled = Compiled(step, "train step", donate=(0,))
-    batch = jax.device_put(batch)
+    given = jax.device_put(batch)
     # Says in words where it cannot fit, before anything is allocated.
-    compiled.compile(jax.eval_shape(start, model), reference, batch)
+    program = compiled.compile(jax.eval_shape(start, model), reference, given)
     state, others = start(random_weights(model)), {role: random_weights(m) for role, m in reference.items()}
     last = {}
 
     def once():
         nonlocal state
-        state, metrics = compiled(state, others, batch)
+        state, metrics = compiled(state, others, given)
         last.update(metrics)
         return metrics
 
     taken = seconds_of(once, lambda m: jax.block_until_ready((m, state)), at_most=4.0, calls=8)
-    tokens, flops = flops_of(run)
-    tflops, memory = 1e-12 * flops / taken, compiled.memory
-    emit(
-        run.name,
-        tokens / taken,
-        "tokens/s",
-        tflops=tflops,
-        share=share(tflops),
-        gib=(memory["total"] / 2**30) if memory else None,
-        ok=bool(np.isfinite(float(last["loss"]))),
-        note=f"compiled in {compiled.compile_seconds:.0f} s",
-        step_ms=1e3 * taken,
-    )
+    row(run, taken, compiled, program, batch.rows, ok=bool(np.isfinite(float(last["loss"]))))
 
 
 def main() -> None:
     runs = RUNS[OPTIONS["model"]]
-    for run in (runs[1:2] if OPTIONS["model"] == "8B" else (runs[0], runs[1], runs[5])) if SMOKE else runs:
+    for run in (runs[1:2] if OPTIONS["model"] == "8B" else (runs[0], runs[1], runs[2], runs[6])) if SMOKE else runs:
         if SMOKE:
             run = dataclasses.replace(run, rows=2, length=64 if run.length > 4096 else 32)
         if time_for(run.name, 25) and left() > 0:
             with guarded(run.name):
-                measure(run)
+                (forward if run.task == "forward" else measure)(run)
             gc.collect()  # so that the next one finds the memory free
 
 
