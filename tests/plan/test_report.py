@@ -227,7 +227,7 @@ def test_what_training_refuses_does_not_end_a_search(monkeypatch):
         return {"programs": [step], "iteration": {"tokens": 4000.0}}
 
     first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(batch=64)
-    found = [first._replace(batch=128), first._replace(remat="none"), first._replace(remat="full")]
+    found = [first._replace(batch=128, remat="dots"), first._replace(remat="none"), first._replace(remat="full")]
     monkeypatch.setattr(searching, "_sizes", lambda *_: (SIZES, 1))
     monkeypatch.setattr(searching, "candidates", lambda *_: found)
     monkeypatch.setattr(searching, "plan_stage", planned)
