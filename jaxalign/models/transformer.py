@@ -180,11 +180,8 @@ class Model:
     def abstract(self) -> Params:
         """The one declaration: shape and dtype of every parameter, layers stacked [L, ...]."""
         c = self.config
-        params = dict(_graph(Ends, c)[1])
-        params["layers"] = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((c.num_layers, *x.shape), x.dtype), _graph(Block, c)[1]
-        )
-        return params
+        own = lambda tree, *more: jax.tree.map(lambda x: jax.ShapeDtypeStruct((*more, *x.shape), x.dtype), tree)  # noqa: E731
+        return own(_graph(Ends, c)[1]) | {"layers": own(_graph(Block, c)[1], c.num_layers)}
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters: kernels normal(0, initializer_range), norms 1, biases 0. Pure, so jit it into shards.

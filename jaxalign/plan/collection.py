@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
+from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.sharding import batch_sharding, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rollout import layout, slots
@@ -63,7 +64,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     yield prefilled
     num_slots = min(c.rollout.num_slots or len(asked.record_ids), len(asked.record_ids))
     widest = cache_width(batch.rows.tokens.shape[1] + sampling.max_new_tokens)
-    held = layout.device_bytes((stage.like.params, () if stage.offload else (stage.like.opt, frozen)))
+    held = device_bytes((stage.like.params, () if stage.offload else (stage.like.opt, frozen)))
     collector.limit = limit
     if not (tensor := c.rollout.tensor):
         tensor = layout.tensor_split(policy, mesh, slots=num_slots, columns=widest, held=held, limit=limit)
@@ -93,7 +94,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
             "scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32)
         )
     own = {role: params[role] for role in collector.roles}
-    brought = layout.device_bytes(frozen["ref"]) if stage.offload else 0  # from the host's memory, to score
+    brought = device_bytes(frozen["ref"]) if stage.offload else 0  # from the host's memory, to score
     yield compiled(
         "forward passes",
         mesh,
@@ -119,7 +120,7 @@ def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, An
         "layout: a layer", place.decoding, layout.lay_out_layer, policy, params["layers"], number, **static
     )
     yield layer._replace(times=float(arrays))
-    # Each layer's arrays are its own: `bytes_of` counts an object once.
+    # Each layer's arrays are its own: `device_bytes` counts an object once.
     own = tuple(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), layer.results)
                 for _ in range(arrays))  # fmt: skip
     return first.results | {"layers": own}

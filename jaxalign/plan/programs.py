@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.plan.collection import collection
 from jaxalign.rollout.pairs import completions_per_row
@@ -69,18 +70,18 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     program, like = stage.program, stage.like
     frozen = abstract_frozen(stage)
     batch, rows = abstract_batch(stage), _data_rows(stage)
-    held = {f"{role} params": bytes_of(tree) for role, tree in like.params.items()}
-    moments = {"optimizer": bytes_of(like.opt)}
+    held = {f"{role} params": device_bytes(tree) for role, tree in like.params.items()}
+    moments = {"optimizer": device_bytes(like.opt)}
     if not stage.offload:  # else they wait in the host's memory, moments for the train step
         held |= moments
-        held |= {f"{role} (frozen)": bytes_of(tree) for role, tree in frozen.items()}
+        held |= {f"{role} (frozen)": device_bytes(tree) for role, tree in frozen.items()}
     models = {role: r.model.config for role, r in program.trained.items()}
     whole = _work(rows)
 
     def done(
         name: str, executable: Any, seconds: float, given: Any, times: float, flops: float, work: Work, **more: Any
     ):
-        memory = held | more.pop("held", {}) | {"batch": bytes_of(given)}
+        memory = held | more.pop("held", {}) | {"batch": device_bytes(given)}
         return Program(
             name,
             times,
@@ -112,7 +113,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
                 ref = abstract(role.abstract(), param_shardings(stage.mesh, role.abstract()))
                 executable, seconds = _timed(lambda: reference_pass(role.model).compile(ref, batch))
                 # Before training, without the state: its own weights alone lie there.
-                held, of_training = {"ref": bytes_of(ref)}, held
+                held, of_training = {"ref": device_bytes(ref)}, held
                 yield done(
                     "reference pass", executable, seconds, batch, 0.0, _flops(role.model.config, whole, 1.0), whole
                 )
@@ -143,16 +144,16 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
             # Logits are decoding's: the head is not in it.
             flops = _flops(policy, read, 1.0) - read.tokens * 2.0 * policy.embed_dim * policy.vocab_size
             given = jax.tree.leaves(prompts.rows)
-            kept = {"prompts read": bytes_of(call.results)}
+            kept = {"prompts read": device_bytes(call.results)}
         elif name.startswith("layout"):
-            weights += int(times) * bytes_of(call.results)
+            weights += int(times) * device_bytes(call.results)
             given, kept = [], kept | {"rollout weights": weights}
         elif name.startswith("decode"):
             slots = call.results[0]
             rows_at_once = slots.live.shape[0]
             of = Work(rows_at_once, prompt + wide / 2, 1.0, 1.0)
             flops, times = _flops(policy, of, 1.0), times * -(-total // rows_at_once)
-            least, given = weights + bytes_of(slots.cache), jax.tree.leaves(call.arguments[2:4])
+            least, given = weights + device_bytes(slots.cache), jax.tree.leaves(call.arguments[2:4])
         elif name == "scoring":
             of, kept, given = work, _brought(stage, frozen["reward"]), given[-5:]
             flops = _flops(frozen_models["reward"], work, 1.0)
@@ -198,21 +199,7 @@ def abstract_frozen(stage: Any) -> dict[str, Any]:
 
 def _brought(stage: Any, params: Any) -> dict[str, int]:
     """Frozen parameters that are on the devices only while they are used."""
-    return {"from the host": bytes_of(params)} if stage.offload else {}
-
-
-def bytes_of(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on each device."""
-    total, seen = 0, set()
-    for x in jax.tree.leaves(tree):
-        if not hasattr(x, "sharding") or id(x) in seen:
-            continue
-        seen.add(id(x))
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        total += int(np.prod(shape, dtype=np.int64)) * (
-            4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype.itemsize
-        )
-    return total
+    return {"from the host": device_bytes(params)} if stage.offload else {}
 
 
 def _added(counted: Mapping[str, int], held: Mapping[str, int]) -> dict[str, int]:

@@ -68,7 +68,8 @@ def sizes_of(stage: Any) -> Sizes:
     """The sizes of a stage."""
     import jax
 
-    from jaxalign.train.models import num_bytes, per_source
+    from jaxalign.parallel.device_memory import num_bytes
+    from jaxalign.train.models import per_source
 
     program, like = stage.program, stage.like
     model = program.trained[program.exported].model.config

@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import InputError
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.compiler_options import jit
-from jaxalign.parallel.host_memory import HOST
+from jaxalign.parallel.device_memory import device_bytes, device_limit
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import param_spec, path_name
 from jaxalign.rollout.driver import on_mesh, whole_shards
@@ -87,7 +86,7 @@ def place_of(
     if mesh is None:
         return Place(None, None)
     if tensor is None:
-        held, limit = device_bytes(params) if held is None else held, memory_limit(mesh)
+        held, limit = device_bytes(params) if held is None else held, device_limit(mesh)
         tensor = tensor_split(model, mesh, slots=slots, columns=columns, held=held, limit=limit)
     return Place(mesh, decoding_mesh(mesh, tensor))
 
@@ -147,35 +146,6 @@ def _finer(spec: PartitionSpec) -> PartitionSpec:
         return tuple(n for name in names for n in finer[name]) or None
 
     return PartitionSpec(*map(one, spec))
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays in each device's own memory: not what waits in the host's.
-
-    Args:
-      tree: arrays or ShapeDtypeStructs.
-    """
-    found = 0
-    for x in jax.tree.leaves(tree):
-        sharding = getattr(x, "sharding", None)
-        if sharding is None or sharding.memory_kind != HOST:
-            shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-            found += math.prod(shape) * x.dtype.itemsize
-    return found
-
-
-def memory_limit(mesh: Mesh | None) -> int | None:
-    """Bytes that the runtime may use on each device, the least of all processes; None where it does not say (CPU).
-
-    Args:
-      mesh: whose devices are meant; None: the default one.  Of devices that are not there it does not say.
-    """
-    if mesh is not None and mesh.devices.flat[0].platform != jax.default_backend():
-        return None
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None or jax.process_count() == 1:
-        return limit
-    return int(multihost_utils.process_allgather(np.int32(limit >> 20)).min()) << 20
 
 
 def tensor_split(model: Model, mesh: Mesh, *, slots: int, columns: int, held: int, limit: int | None) -> int:

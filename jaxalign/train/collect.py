@@ -24,6 +24,7 @@ from jaxalign.data.records import Record
 from jaxalign.models.transformer import Model
 from jaxalign.ops.readout import read_hidden, scalar_readout, token_logprobs
 from jaxalign.parallel.compiler_options import jit
+from jaxalign.parallel.device_memory import device_bytes, device_limit
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_sharding, put_batch
@@ -33,7 +34,7 @@ from jaxalign.rewards.scores import Scores, by_part, one_part, score_arrays, tot
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows, local_rows
-from jaxalign.rollout.layout import decoding_mesh, device_bytes, fewest_parts, memory_limit
+from jaxalign.rollout.layout import decoding_mesh, fewest_parts
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.slots import repeat_rows
@@ -100,7 +101,7 @@ class Collector:
         if config.rollout.tensor is not None:
             decoding_mesh(mesh, config.rollout.tensor)  # or it is refused
         self.parts, self._weights = parts, dict(weights or {})
-        self.limit = memory_limit(mesh)  # bytes of each device
+        self.limit = device_limit(mesh)  # bytes of each device
         self._said = False
         rows = batch_sharding(mesh)
         self.ask = jax.jit(self._ask_for_each, out_shardings=rows)

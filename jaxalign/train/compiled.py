@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from jaxalign.errors import InputError
-from jaxalign.ops.platform import platform
 from jaxalign.parallel.allocator import return_freed_memory
 from jaxalign.parallel.compiler_options import compiler_options, without_unknown
+from jaxalign.parallel.device_memory import device_limit, own_limit
 
 # What to change, in the order of what saves most for least.
 ADVICE = (
@@ -106,15 +106,6 @@ def in_words(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def device_limit() -> int | None:
-    """Bytes that the runtime may use on the first device; None where it does not say (CPU), and where the ambient mesh
-    is of another platform, whose devices are not there."""
-    if platform() != jax.default_backend():
-        return None
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")
-
-
 def peak_memory() -> int:
     """Peak bytes in use: on a device since the process began, on a CPU since `reset_peak_memory`."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -182,5 +173,5 @@ class memory_errors:
             isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
         ):
             raise out_of_memory(
-                self._name, self._memory, device_limit(), (text.strip() or type(error).__name__).splitlines()[0][:300]
+                self._name, self._memory, own_limit(), (text.strip() or type(error).__name__).splitlines()[0][:300]
             ) from error

@@ -10,12 +10,13 @@ import numpy as np
 
 from jaxalign.data.promises import check_layout
 from jaxalign.data.report import as_text
+from jaxalign.parallel.device_memory import device_limit, num_bytes
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.train.best import check_best_metric, rarely
 from jaxalign.train.checkpoints import abstract
-from jaxalign.train.compiled import device_limit, in_words
-from jaxalign.train.models import bytes_by_role, num_bytes, per_source
+from jaxalign.train.compiled import in_words
+from jaxalign.train.models import bytes_by_role, per_source
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
 from jaxalign.train.stage import Stage, stage_warnings

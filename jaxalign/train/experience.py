@@ -25,6 +25,7 @@ from jaxalign.data.records import Record
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
 from jaxalign.ops.advantages import ESTIMATORS, Estimator
+from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.sharding import batch_sharding, replicated
 from jaxalign.rewards.model import ModelScorer
 from jaxalign.rewards.samples import Scorer
@@ -32,7 +33,6 @@ from jaxalign.rewards.score_shaping import initial_statistics
 from jaxalign.rewards.scores import combine, one_part
 from jaxalign.rollout.completed import Rollout
 from jaxalign.rollout.host import all_rows
-from jaxalign.rollout.layout import device_bytes
 from jaxalign.train.collect import Collector, Forward
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.minibatches import check_rows

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.config import check_lengths, max_length
@@ -20,6 +19,7 @@ from jaxalign.models.hub import CONFIG, locate, read_json
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.ops.trees import joined
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 
@@ -217,20 +217,14 @@ def per_source(roles: Mapping[str, Role], make: Callable[[Role], Params]) -> dic
 def bytes_by_role(params: Mapping[str, Params], frozen: Mapping[str, Params]) -> dict[str, int]:
     """Bytes of each role's arrays, trained and frozen; those that several roles share count for the first.
 
-    >>> base = {"base": jnp.zeros(2)}
-    >>> bytes_by_role({"policy": {"adapter": jnp.ones(3)}}, {"policy": base, "ref": base})
+    >>> base = {"base": jax.numpy.zeros(2)}
+    >>> bytes_by_role({"policy": {"adapter": jax.numpy.ones(3)}}, {"policy": base, "ref": base})
     {'policy': 20, 'ref': 0}
     """
-    seen: set[int] = set()
-    found = {}
+    found: dict[str, int] = {}
     whole = joined(params, frozen)
+    counted = []
     for name, tree in (whole | {n: tree for n, tree in frozen.items() if n not in whole}).items():
-        leaves = jax.tree.leaves(tree)
-        found[name] = num_bytes([x for x in leaves if id(x) not in seen])
-        seen |= {id(x) for x in leaves}
+        counted.append(tree)
+        found[name] = num_bytes(counted) - sum(found.values())
     return found
-
-
-def num_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays (or their descriptions), one copy of each."""
-    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.processes import say
-from jaxalign.rollout.layout import device_bytes
 from jaxalign.train.compiled import in_words
 from jaxalign.train.dryrun import step_arguments
 from jaxalign.train.stage import Stage

@@ -7,9 +7,9 @@ import os
 import shutil
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.processes import on_main
 from jaxalign.train.compiled import in_words
-from jaxalign.train.models import num_bytes
 from jaxalign.train.stage import Stage
 
 _COMPRESSED = 0.7  # of its bytes a checkpoint takes at least: moments that are still 0 take nearly nothing

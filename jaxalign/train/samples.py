@@ -14,6 +14,7 @@ import numpy as np
 from jaxalign.config import max_length
 from jaxalign.disk import write_whole, writing
 from jaxalign.ops.readout import read_hidden, token_logprobs
+from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.host_memory import DEVICE, in_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.processes import is_main
@@ -21,7 +22,6 @@ from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows
-from jaxalign.rollout.layout import device_bytes
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.train.compiled import memory_errors
 from jaxalign.train.health import sample_signs

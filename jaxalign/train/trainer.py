@@ -16,6 +16,7 @@ from jaxalign.errors import InputError
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
+from jaxalign.parallel.device_memory import device_limit, num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.processes import say
 from jaxalign.parallel.watch import watched
@@ -23,7 +24,7 @@ from jaxalign.rollout.layout import decoding_mesh
 from jaxalign.train.best import Patience, check_best_metric, rarely
 from jaxalign.train.card import model_card
 from jaxalign.train.checkpoints import Checkpoints
-from jaxalign.train.compiled import device_limit, memory_errors, peak_memory, reset_peak_memory
+from jaxalign.train.compiled import memory_errors, peak_memory, reset_peak_memory
 from jaxalign.train.dryrun import report
 from jaxalign.train.flops import flops_per_token, peak_flops
 from jaxalign.train.health import Health
@@ -32,7 +33,7 @@ from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.minibatches import check_rows
-from jaxalign.train.models import bytes_by_role, fit_length, num_bytes, tokenizer_of_export
+from jaxalign.train.models import bytes_by_role, fit_length, tokenizer_of_export
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.remat import noted, settle_remat
 from jaxalign.train.room import check_room
@@ -93,7 +94,7 @@ def run(config: Any, *, dry_run: bool = False, devices: Any = None) -> dict[str,
             stage = Stage(config, mesh, directory, lock)
             stage.check_weights()
             if dry_run:
-                settle_remat(stage, processes.on_main(device_limit))
+                settle_remat(stage, device_limit())
                 return report(stage, [*checked.warnings, *cut])
             with memory_errors(f"{config.algorithm.name} stage"):
                 results = _train(stage)
@@ -123,7 +124,7 @@ def _train(stage: Stage) -> dict[str, Any]:
     if start < stage.num_steps:
         for sentence in check_room(stage, len(checkpoints.steps())):
             say(f"warning: {sentence}")
-        settle_remat(stage, processes.on_main(device_limit), stage.directory.settled if found else None)
+        settle_remat(stage, device_limit(), stage.directory.settled if found else None)
         stage.directory.settled = noted(stage) if stage.remat else {}
     stage.directory.begin(configuration.to_dict(c))
     stage.write_report()

@@ -165,6 +165,7 @@ def test_moments_wait_in_the_hosts_memory_between_updates(offload, shared, tmp_p
     import jax
     import jax.numpy as jnp
 
+    from jaxalign.parallel.device_memory import device_bytes
     from jaxalign.plan import programs
     from jaxalign.plan.collection import Call
     from jaxalign.plan.stages import make_stage
@@ -182,4 +183,4 @@ def test_moments_wait_in_the_hosts_memory_between_updates(offload, shared, tmp_p
     matrices = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.mlp_dim
     seen = 2 * m.num_heads * m.head_dim * 4.5
     assert prefill.flops == pytest.approx(16 * 2 * m.num_layers * (matrices + seen))
-    assert update.memory["optimizer"] == programs.bytes_of(stage.like.opt) > 0
+    assert update.memory["optimizer"] == device_bytes(stage.like.opt) > 0

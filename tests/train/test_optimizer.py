@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from jaxalign import config as configuration
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.train import trainer
-from jaxalign.train.models import num_bytes
 from jaxalign.train.optimizer import kept_in, make_optimizer, make_schedule, updates_made
 
 

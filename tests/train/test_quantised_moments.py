@@ -15,10 +15,10 @@ from jaxalign.config import defaults
 from jaxalign.errors import InputError
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.train.checkpoints import Checkpoints, abstract
-from jaxalign.train.models import num_bytes
 from jaxalign.train.optimizer import kept_in, make_optimizer
 from jaxalign.train.quantised_moments import Packed, pack, unpack
 from jaxalign.types import Rows, TrainState

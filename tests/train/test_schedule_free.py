@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.pipeline.evaluate import evaluate
@@ -19,7 +20,6 @@ from jaxalign.pipeline.export import export
 from jaxalign.steps.objective import Objective, Sums
 from jaxalign.steps.step import make_train_step
 from jaxalign.train import trainer
-from jaxalign.train.models import num_bytes
 from jaxalign.train.optimizer import make_optimizer, updates_made
 from jaxalign.train.schedule_free import evaluated
 from jaxalign.types import TrainState

@@ -9,9 +9,9 @@ from run_child import make_config, stories
 from safetensors.numpy import load_file
 
 from jaxalign.ops.trees import split
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import algorithms, trainer
-from jaxalign.train.models import num_bytes
 from jaxalign.train.rundir import RunDir
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.parallel.device_memory import device_bytes, num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import batch_sharding, param_shardings
 from jaxalign.rollout.layout import lay_out
@@ -20,7 +21,6 @@ from jaxalign.rollout.slots import advance, empty_draws, prefill, seat
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import memory_of
 from jaxalign.train.dryrun import abstract_batch
-from jaxalign.train.models import num_bytes
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage
 
@@ -58,16 +58,11 @@ def batch_shape(batch: Any) -> tuple[int, int]:
     return (batch.rows if hasattr(batch, "rows") else batch.batch.rows).tokens.shape
 
 
-def on_one_device(tree: Any) -> int:
-    """Bytes of each device's part of a tree's arrays."""
-    return num_bytes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), tree))
-
-
 def _step(stage: Any, executable: Any, frozen: Any, batch: Any) -> dict[str, int]:
     account = stage.step.memory
     if not account:
         raise SystemExit("found:    a compiler without a memory account\nexpected: one\nfix:      JAX_PLATFORMS=cpu")
-    one = on_one_device
+    one = device_bytes
     gradients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32), sharding=x.sharding),
         stage.like.params,
@@ -109,7 +104,7 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
     numbers = (jax.eval_shape(lambda: jax.random.key(0)), *(np.int32(0) for _ in range(2)))
     loop = advance.lower(policy, laid, slots, draws, *numbers, **options).compile()
     there = parts["weights"] + (0 if stage.offload else parts["frozen"] + parts["optimizer"])
-    read = memory_of(prefill.lower(policy, params, rows).compile())["total"] - on_one_device(params)
+    read = memory_of(prefill.lower(policy, params, rows).compile())["total"] - device_bytes(params)
     return {
         "cache": num_bytes((slots.cache.keys, slots.cache.values)),
         "laid out": num_bytes(laid),
@@ -137,6 +132,6 @@ def _scoring(stage: Any, frozen: Any, batch: Any, parts: dict[str, int]) -> dict
     if "reward" in frozen:
         programs.append(prepare.collector.score.lower(frozen["reward"], rows, last))
     accounts = [memory_of(program.compile()) for program in programs]
-    there = parts["weights"] + parts["frozen"] + on_one_device((rows, readouts))
+    there = parts["weights"] + parts["frozen"] + device_bytes((rows, readouts))
     waiting = 0 if stage.offload else parts["optimizer"]
     return {"scoring": there + waiting + max(a["temporary"] + a["results"] for a in accounts)}
