@@ -102,8 +102,12 @@ def write_whole(path: Any, data: str | bytes) -> None:
             raise
 
 
-def check_out(out: str) -> None:
-    """Checks, before the work, that `--out` can be written; leaves nothing there.
+def check_out(out: str, flag: str = "--out") -> None:
+    """Checks, before the work, that a file can be written; leaves nothing there.
+
+    Args:
+      out: the file.
+      flag: that names it.
 
     Raises:
       InputError: it cannot.
@@ -115,4 +119,6 @@ def check_out(out: str) -> None:
         if not there:
             path.unlink()
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}", "a file that can be written", "--out FILE.json") from error
+        raise InputError(
+            f"{flag} {out}: {error.strerror}", "a file that can be written", f"{flag} FILE.json"
+        ) from error

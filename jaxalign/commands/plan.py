@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ jaxalign; reads config.json, the tokenizer and data that are files here, no weig
                            tpu:KIND:SHAPE[:SLICES]     tpu:v5p:2x2x2, tpu:v6e:2x4, tpu:v5e:4x4:2
   --json=FILE              all of it as JSON
   --assume NAME=VALUE      changes a number that the prediction assumes; the page lists them. Repeat it for several
+                           price=2 (of a device for an hour), steps=5000 (of a run whose data are not here)
   --machines=FILE          a TOML file that adds machines, or changes their numbers
   --search[=N]             meshes, rematerialisation, accumulation and batches that fit, ranked; compiles N (default 6)
 
@@ -49,12 +52,14 @@ def plan(argv: list[str]) -> int:
     if own["json"]:
         from jaxalign.disk import check_out
 
-        check_out(own["json"][0])
-    config = _config(rest)
-    return _plan(config, own, search)
+        check_out(own["json"][0], "--json")
+    from jaxalign.commands.stop import at_once
+
+    with tempfile.TemporaryDirectory(prefix="jaxalign-plan-") as scratch, at_once(scratch):
+        return _plan(_config(rest), own, search, named=bool(rest) and rest[0] in ALGORITHMS)
 
 
-def _plan(config: Any, own: dict[str, list[str]], search: int) -> int:
+def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -> int:
     from jaxalign.disk import write_whole
     from jaxalign.parallel.hardware import read_machines
     from jaxalign.plan.plan import plan as planned
@@ -64,7 +69,8 @@ def _plan(config: Any, own: dict[str, list[str]], search: int) -> int:
     machines = read_machines(own["machines"][0] if own["machines"] else None)
     say = functools.partial(print, file=sys.stderr, flush=True)
     found, assumed = planned(config, own["on"][0], machines=machines, assume=own["assume"], search=search, say=say)
-    print(as_text(found, assumed))
+    text = as_text(found, assumed)
+    print(text.replace("--config.", "--") if named else text)  # as the command's own flags are written
     if own["json"]:
         write_whole(Path(own["json"][0]).expanduser(), json.dumps(found, indent=1) + "\n")
     require_fit(found)
@@ -89,10 +95,21 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
             if not value.strip() or value.startswith("--"):
                 raise InputError(f"--{name} without a value", "a value", f"--{name}=...")
             own[name].append(value)
+        elif near := _meant(flag):
+            known = ", ".join(f"--{each}" for each in (*_OWN, "search"))
+            raise InputError(f"{flag}: there is no such flag", f"{known}, or one of training", f"{near}{equals}{value}")
         else:
             rest.append(argv[i])
         i += 1
     return own, search, rest
+
+
+def _meant(flag: str) -> str:
+    """This command's own flag that another is likely to mean; "" where that may be a field's."""
+    if not flag.startswith("--") or "." in flag or flag in ("--config", "--model", "--data", "--out"):
+        return ""
+    near = difflib.get_close_matches(flag.removeprefix("--").lower(), (*_OWN, "search"), n=1, cutoff=0.75)
+    return f"--{near[0]}" if near else ""
 
 
 def _config(rest: list[str]) -> Any:
@@ -100,11 +117,13 @@ def _config(rest: list[str]) -> Any:
     if rest and rest[0] in ALGORITHMS:
         from jaxalign.config import defaults
         from jaxalign.pipeline.named import named_config
+        from jaxalign.plan.assumed import NO_DATA
+        from jaxalign.plan.stages import NO_REWARD_MODEL
 
-        fill: dict[str, Any] = {"data.sources": ("DATA",)}  # full rows are assumed
+        fill: dict[str, Any] = {"data.sources": (NO_DATA,)}  # full rows are assumed
         if "rewards" in defaults(rest[0]) and not any(arg.startswith(("--reward", "--config.reward")) for arg in rest):
-            fill["rewards.model"] = "REWARD_MODEL/"  # as large as the policy
-        return named_config(rest[0], rest[1:], fill=fill)[0]
+            fill["rewards.model"] = NO_REWARD_MODEL  # as large as the policy
+        return named_config(rest[0], rest[1:], fill=fill, command="plan")[0]
     from jaxalign.pipeline.configfile import load_config, split_overrides
     from jaxalign.pipeline.named import no_algorithm
 

@@ -12,6 +12,24 @@ from typing import Any, NamedTuple
 from jaxalign.errors import InputError
 
 _TABLE = Path(__file__).with_name("machines.toml")
+# What the fields of an entry are, for messages; `machines.toml` says it at length.
+_MEANT = {
+    "kinds": "starts of the device's name as JAX gives it",
+    "platform": "gpu or tpu",
+    "flops": "dense bfloat16 FLOP/s",
+    "memory": "bytes, as the driver reports them",
+    "pool": "share of the memory that programs may use",
+    "bandwidth": "bytes/s of the memory",
+    "link": "bytes/s in one direction within a host or slice",
+    "domain": "GPUs that the link joins",
+    "axes": "axes of a TPU's torus",
+    "wrap": "a side that it divides is a ring",
+    "network": "bytes/s in one direction between hosts or slices, for each device",
+    "launch": "seconds between two kernels",
+    "latency": "seconds of a collective beside its bytes",
+    "efficiency": "share of flops that large matrix products reach",
+    "target": "what XLA wants to know of a GPU",
+}
 _TARGET = ("capability", "cores", "fpus", "threads", "shared", "shared_block", "l2", "clock")
 
 
@@ -118,10 +136,11 @@ def _hardware(name: str, entry: Mapping[str, Any], file: Any) -> Hardware:
         missing += [f"target.{f}" for f in _TARGET if not isinstance(target, Mapping) or f not in target]
     if unknown or missing:
         near = difflib.get_close_matches((unknown or missing)[0], Hardware._fields[1:], n=1, cutoff=0.0)[0]
+        field = near if unknown else missing[0]
         raise InputError(
-            f"{file}: [{name}] has " + (f"the field {unknown[0]!r}" if unknown else f"no {missing[0]}"),
-            f"the fields {', '.join(Hardware._fields[1:])}" if unknown else "all that a plan needs",
-            f"{near if unknown else missing[0]} = ...",
+            f"{file}: [{name}] has " + (f"the field {unknown[0]!r}" if unknown else f"no {field}"),
+            f"the fields {', '.join(Hardware._fields[1:])}" if unknown else f"all of {', '.join(required)}",
+            f"{field} = ...  # {_MEANT[field.partition('.')[0]]}",
         )
     kinds = fields["kinds"]
     if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
@@ -130,6 +149,8 @@ def _hardware(name: str, entry: Mapping[str, Any], file: Any) -> Hardware:
         if field in ("platform", "kinds", "target"):
             continue
         least = 0 if field in ("launch", "latency", "wrap") else 1e-9
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e30:
-            raise InputError(f"{file}: [{name}] {field} is {value!r}", "a positive number", f"{field} = 1e9")
+        most = 1 if field in ("pool", "efficiency") else 1e30
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            expected = f"a {'share above 0, at most 1' if most == 1 else 'positive number'}: {_MEANT[field]}"
+            raise InputError(f"{file}: [{name}] {field} is {value!r}", expected, f"{field} = ...")
     return Hardware(name, **(fields | {"kinds": tuple(kinds)}))

@@ -21,7 +21,7 @@ _SWITCHES = ("dry_run",)
 
 
 def named_config(
-    name: str, argv: Sequence[str], *, fill: Mapping[str, object] | None = None
+    name: str, argv: Sequence[str], *, fill: Mapping[str, object] | None = None, command: str = "train"
 ) -> tuple[ConfigDict, list[str]]:
     """The configuration that `jaxalign train NAME ...` stands for.
 
@@ -30,6 +30,7 @@ def named_config(
       argv: the flags behind it: `--model`, `--data`, `--eval_data`, `--out`, `--reward`, `--dry_run`, and any field as
         `--FIELD=VALUE`, where the last part of its name is enough if no other field ends so.
       fill: values of required fields that no flag gives; None: these are errors.
+      command: that takes the flags, for messages.
 
     Returns:
       The configuration, locked, and the switches among the flags.
@@ -41,7 +42,7 @@ def named_config(
     0.2
     """
     c = defaults(name)
-    given, switches = _flags(argv)
+    given, switches = _flags(argv, command)
     seen: set[str] = set()
     columns: dict[str, object] = {}
     for flag, text in given:
@@ -49,7 +50,7 @@ def named_config(
             raise InputError(
                 f"both {name} and --config",
                 "an algorithm by its name, or a config file",
-                f"jaxalign train {name} --model DIR --data FILE, or jaxalign train --config={text or 'FILE'}",
+                f"jaxalign {command} {name} --model DIR --data FILE, or jaxalign {command} --config={text or 'FILE'}",
             )
         if flag in (*_FLAGS, "reward") and not (text or "").strip():
             raise InputError(f"--{flag} is {text or ''!r}", "a value, or the flag left out", f"--{flag}=...")
@@ -67,11 +68,11 @@ def named_config(
         if field not in ("rewards.function",) or ("rewards" in c and not c.rewards.model):
             section, leaf = field.split(".")
             c[section][leaf] = c[section][leaf] or value
-    _check(name, c)
+    _check(name, c, command)
     return c, switches
 
 
-def _flags(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+def _flags(argv: Sequence[str], command: str) -> tuple[list[tuple[str, str | None]], list[str]]:
     """(name, value) of each flag in order, None for one without; and the switches."""
     found: list[tuple[str, str | None]] = []
     switches: list[str] = []
@@ -80,7 +81,7 @@ def _flags(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]
         flag, equals, text = argv[i].partition("=")
         name = flag.lstrip("-").removeprefix("config.").replace("-", "_")
         if not flag.startswith("-") or not name:
-            raise InputError(f"argument {argv[i][:200]!r}", "flags: --name=value", "jaxalign train --help")
+            raise InputError(f"argument {argv[i][:200]!r}", "flags: --name=value", f"jaxalign {command} --help")
         value: str | None = text if equals else None
         if name in _SWITCHES and not equals:
             switches.append(f"--{name}")
@@ -119,7 +120,7 @@ def _reward_field(c: ConfigDict, name: str) -> str:
     return "rewards.function" if ":" in name and not is_url(name) and not Path(name).is_dir() else "rewards.model"
 
 
-def _check(name: str, c: ConfigDict) -> None:
+def _check(name: str, c: ConfigDict, command: str) -> None:
     """Checks that the required flags were given."""
     data = f"{ALGORITHMS[name].reads.forms[0]}s.jsonl"
     flags = {"--model DIR": bool(c.model.path), f"--data {data}": bool(c.data.sources)}
@@ -129,18 +130,18 @@ def _check(name: str, c: ConfigDict) -> None:
     if missing:
         names = " and no ".join(flag.split()[0] for flag in missing)
         raise InputError(
-            f"train {name}: no {names}",
+            f"{command} {name}: no {names}",
             "a model's directory or hub id, data" + (", and a reward" if "rewards" in c else ""),
-            f"jaxalign train {name} {' '.join(flags)}",
+            f"jaxalign {command} {name} {' '.join(flags if command == 'train' else missing)}",
         )
 
 
 def no_algorithm(name: str, config: bool = False, command: str = "train") -> InputError:
     """The error for an unknown algorithm."""
     near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.0)[0]
-    rest = " --model DIR --data FILE" if command == "train" else ""
+    rest = {"train": " --model DIR --data FILE", "plan": " --model DIR"}.get(command, "")
     return InputError(
         f"argument {name!r}" + (" beside --config" if config else ""),
-        f"an algorithm, one of {', '.join(ALGORITHMS)}" + (", or --config=FILE" if command == "train" else ""),
+        f"an algorithm, one of {', '.join(ALGORITHMS)}" + (", or --config=FILE" if rest else ""),
         "without it" if config else f"jaxalign {command} {near}{rest}",
     )

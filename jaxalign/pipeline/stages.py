@@ -93,7 +93,7 @@ def run(config: ConfigDict | Validated, *, dry_run: bool = False, log: Callable[
     from jaxalign.train.rundir import results
 
     stages = plan(config)
-    _check_inputs(stages)
+    check_inputs(stages)
     for stage in stages:  # of a later one too, before the first one runs
         model = stage.config.model
         try:
@@ -240,8 +240,15 @@ def _in_stage(name: str, error: InputError) -> InputError:
     return error.within(f"stage {name}", lambda field: field if field in ("workdir", "seed") else f"{name}.{field}")
 
 
-def _check_inputs(stages: list[PlannedStage]) -> None:
-    """The first record of local data, the reward function and its signature of every stage, before the first starts."""
+def check_inputs(stages: list[PlannedStage]) -> None:
+    """The first record of local data, the reward function and its signature of every stage, before the first starts.
+
+    Args:
+      stages: as `plan` gives them.
+
+    Raises:
+      InputError: the first that cannot be used; the stage is named.
+    """
     from jaxalign.data.files import is_url
     from jaxalign.data.records import Tally
     from jaxalign.data.source import is_hub_id, parse_sources

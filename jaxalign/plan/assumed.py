@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxalign.data.source import is_hub_id, parse_sources
 from jaxalign.registry import ALGORITHMS
 from jaxalign.types import Batch
 
+NO_DATA = "DATA"  # in place of the sources, where no flag names any
 _RECORD = 512  # tokens of a record in a packed row
 _ROWS = 1 << 16  # of an epoch
 
@@ -26,8 +28,6 @@ def absent(config: Any, field: str = "data.sources") -> list[str]:
       config: of the stage.
       field: that names them.
     """
-    import os
-
     paths = [os.path.expanduser(source.path) for source in parse_sources(get(config, field), field)]
     return [path for path in paths if is_url(path) or (is_hub_id(path) and not os.path.exists(path))]
 

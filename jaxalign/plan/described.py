@@ -13,6 +13,7 @@ from jaxalign.plan.predict import Assumptions, alone_and_hidden, predict
 from jaxalign.plan.programs import Program, programs
 from jaxalign.plan.runs import length_of, run_of
 from jaxalign.plan.stages import make_stage
+from jaxalign.train.best import rarely
 from jaxalign.train.stage import stage_warnings
 
 _SHOWN = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
@@ -32,7 +33,7 @@ def plan_stage(
             found.append(_described(program, counted, assumed, order, pool, config.model.dtype))
         mesh = {axis: int(size) for axis, size in stage.mesh.shape.items()}
         tokens = float(found[0]["tokens"])
-        warnings = stage_warnings(stage)
+        warnings = [*rarely(stage), *stage_warnings(stage)]
     c = stage.config
     iteration = _iteration(found, assumed, len(order), tokens, c)
     return {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.parallel.hardware import Hardware, find_machine
+from jaxalign.parallel.hardware import Hardware, find_machine, read_machines
 
 # What XLA wants to know of an NVIDIA GPU (GpuTargetConfigProto, text form).
 _TARGET = """
@@ -47,8 +49,8 @@ def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None
     if match is None or (match["platform"] == "gpu" and (match["shape"].count("x") != 2 or match["slices"])):
         raise InputError(
             f"machine {topology!r}",
-            "tpu:KIND:SHAPE[:SLICES] or gpu:KIND:AxBxC",
-            "--on=tpu:v5p:2x2x4, or gpu:h200:1x8x1",
+            "gpu:KIND:SLICESxHOSTSxGPUS (GPUs of a slice are joined), or tpu:KIND:SHAPE[:SLICES], the shape in chips",
+            f"--on={nearest_name(topology, machines)}",
         )
     try:
         find_machine(match["kind"], match["platform"], machines)
@@ -64,6 +66,47 @@ def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None
             f"--on={re.sub(r'(?<=[:x])0+(?=[:x]|$)', '1', topology)}",
         )
     return match["platform"], match["kind"], match["shape"], sizes[-1]
+
+
+def nearest_name(topology: str, machines: Mapping[str, Hardware] | None = None) -> str:
+    """A machine's name in its right form, of the kind and as many devices as another form of it says; else eight.
+
+    >>> nearest_name("h100"), nearest_name("gpu:h100:16"), nearest_name("8xa100"), nearest_name("gpu:h300:4")
+    ('gpu:h100:1x8x1', 'gpu:h100:2x1x8', 'gpu:a100-80:1x8x1', 'gpu:h200:1x4x1')
+    >>> nearest_name("v5p-8"), nearest_name("v5litepod-16"), nearest_name("tpu:v5p:2x2")
+    ('tpu:v5p:2x2x1', 'tpu:v5e:4x4', 'tpu:v5p:2x2x1')
+    """
+    known = {name: m for name, m in (read_machines() if machines is None else machines).items() if m.platform}
+    text = topology.lower().replace("v5litepod", "v5e")
+    words = [w for w in re.findall(r"(?!\d+x)[a-z][a-z\d]*", text) if w not in ("gpu", "tpu", "x")] or [""]
+    named = [name for name in known if name in text]
+    word = max(named, key=len) if named else words[0]
+    starts = [name for name in known if word and name.startswith(word)]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    kind = word if named else (starts or near or ["h200"])[-1]
+    before, _, behind = text.partition(word) if word else (text, "", "")
+    numbers = [n for n in map(int, re.findall(r"\d+", behind or before)) if n]
+    count = math.prod(numbers) if numbers else 8
+    machine = known[kind]
+    if machine.platform == "tpu":
+        if machine.axes == 3 and re.fullmatch(r"-\d+", behind):
+            count = max(count // 2, 1)  # `v5p-8` counts cores, two of a chip
+        return f"tpu:{kind}:{_even(count, machine.axes)}"
+    host = max(machine.domain, 8)
+    several = count > host and count % host == 0
+    return f"gpu:{kind}:{count // host}x1x{host}" if several else f"gpu:{kind}:1x{min(count, host)}x1"
+
+
+def _even(count: int, axes: int) -> str:
+    """Sides of a shape of so many chips, or fewer: powers of two, as even as can be.
+
+    >>> _even(4, 3), _even(8, 3), _even(16, 3), _even(8, 2), _even(20, 2)
+    ('2x2x1', '2x2x2', '2x2x4', '2x4', '4x4')
+    """
+    sides = [1] * axes
+    for _ in range(min(count, 256 if axes == 2 else 4096).bit_length() - 1):
+        sides[sides.index(min(sides))] *= 2
+    return "x".join(map(str, sides if 1 in sides and axes == 3 else sorted(sides)))
 
 
 def joined(machine: Hardware, topology: str) -> Hardware:

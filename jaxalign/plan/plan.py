@@ -142,7 +142,7 @@ def require_fit(found: dict[str, Any]) -> None:
 
 def _of(name: str) -> Callable[[str], str]:
     """From the name of a stage's field to its name in the whole configuration."""
-    return lambda field: f"{name}.{field}" if name else field
+    return lambda field: f"{name}.{field}" if name and field not in ("workdir", "seed") else field
 
 
 def _renamed(value: Any, flags: Callable[[str], str]) -> Any:

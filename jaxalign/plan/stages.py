@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
 from jaxalign.parallel.mesh import make_mesh, mesh_shape
-from jaxalign.plan.assumed import AssumedData, absent
+from jaxalign.plan.assumed import NO_DATA, AssumedData, absent
 from jaxalign.train.minibatches import check_rows
-from jaxalign.train.models import fit_length
+from jaxalign.train.models import fit_length, revision_of
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage, read_data
 
+NO_REWARD_MODEL = "REWARD_MODEL/"  # in place of rewards.model, where no flag names any reward
 _NO_REWARD = "jaxalign.plan.assumed:no_reward"
 
 
@@ -38,7 +41,9 @@ def stage_configs(config: Any) -> dict[str, Any]:
     from jaxalign.pipeline import stages
 
     found: dict[str, Any] = {}
-    for planned in stages.plan(config):
+    of_run = stages.plan(config)
+    stages.check_inputs(of_run)
+    for planned in of_run:
         c = planned.config.copy_and_resolve_references()
         with c.unlocked():
             source = planned.inputs.get("model")
@@ -70,39 +75,79 @@ def make_stage(
     c = config.copy_and_resolve_references()
     told: list[str] = []
     mesh = _mesh(c, devices)
-    with c.unlocked():
+    missing = absent(c)
+    with _weights_are_not_needed(), c.unlocked():
         c.workdir = os.path.join(scratch, "run")
-        _stand_in(c, scratch, told)
-    c, _ = fit_length(c)
+        _stand_in(c, scratch, told, columns=not missing)
+        c, cut = fit_length(c)
+    told += cut
     check_rows(c, mesh)
 
     def data(c: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> tuple[Any, Any]:
-        if not (missing := absent(c)):
-            return read_data(c, tokenizer, eos_ids)
-        dataset = AssumedData(c, (assumed or {}).get("readouts", 1.0))
-        told.append(f"data: {', '.join(missing)} is not here: full rows of {dataset.shape.length:,} tokens are assumed")
         held_out = bool(c.data.eval_fraction or c.data.eval_sources)
+        if not missing:
+            others = absent(c, "data.eval_sources") if c.data.eval_sources else []
+            if not others:
+                return read_data(c, tokenizer, eos_ids)
+            told.append(f"data.eval_sources: {', '.join(others)} is not here: full rows are assumed")
+            return _trained_on(c, tokenizer, eos_ids), AssumedData(c)
+        dataset = AssumedData(c, (assumed or {}).get("readouts", 1.0))
+        rows = f"full rows of {dataset.shape.length:,} tokens are assumed"
+        told.append(f"no --data: {rows}" if missing == [NO_DATA] else f"data: {', '.join(missing)} is not here: {rows}")
         return dataset, AssumedData(c) if held_out else None
 
-    # Built before the mesh is set: whatever is computed on the way must run on a device that is there.
-    return Stage(c, mesh, RunDir(c.workdir), data=data), told
+    with _weights_are_not_needed():
+        # Built before the mesh is set: whatever is computed on the way must run on a device that is there.
+        return Stage(c, mesh, RunDir(c.workdir), data=data), told
+
+
+def _trained_on(c: Any, tokenizer: Any, eos_ids: tuple[int, ...]) -> Any:
+    """The data to train on alone."""
+    c = c.copy_and_resolve_references()
+    with c.unlocked():
+        c.data.eval_sources = ()
+    return read_data(c, tokenizer, eos_ids)[0]
+
+
+@contextlib.contextmanager
+def _weights_are_not_needed() -> Iterator[None]:
+    """Errors about models that are not here, with what a plan reads of them."""
+    try:
+        yield
+    except InputError as error:
+        fix = re.sub(r"hf download (\S+),", r'hf download \1 --include "*.json" (a plan reads no weights),', error.fix)
+        made = ", or run the stage that writes it first"
+        fix = fix.replace(made, " or a hub id of a model as large: config.json and the tokenizer are read, no weights")
+        raise InputError(error.problem, error.expected, fix, error.places) from error
 
 
 def _there(path: str | None) -> bool:
     return bool(path) and (is_url(path) or (Path(path).expanduser() / CONFIG).exists())  # type: ignore[arg-type]
 
 
-def _stand_in(c: Any, scratch: str, told: list[str]) -> None:
-    """Models that an earlier stage is to write, and the reward function: by what is as large."""
+def _on_hub(path: str, revision: str | None) -> bool:
+    """Whether a hub id's description is in the cache, or can be fetched."""
+    if not is_hub_id(path) or os.path.isdir(path.split("/")[0]):
+        return False
+    try:
+        return (locate(path, revision, weights=False) / CONFIG).exists()
+    except InputError:
+        return False
+
+
+def _stand_in(c: Any, scratch: str, told: list[str], *, columns: bool) -> None:
+    """Models that an earlier stage is to write, by what is as large; a reward function whose columns are not known."""
     if get(c, "rewards.function"):
         told.append("rewards.function runs on the host and is not counted")
-        c.rewards.function = _NO_REWARD
+        if not columns:
+            c.rewards.function = _NO_REWARD
     for field, head in (("rewards.model", True), ("algorithm.value_path", True), ("algorithm.reference_path", False)):
         path = get(c, field)
-        if not path or _there(path) or (is_hub_id(path) and not os.path.isdir(path.split("/")[0])):
+        if not path or _there(path) or _on_hub(path, revision_of(path, c)):
             continue
         section, leaf = field.split(".")
-        told.append(f"{field}: {path} is not here: as large as {c.model.path}")
+        what = "no --reward: a reward model" if path == NO_REWARD_MODEL else f"{field}: {path} is not here: one"
+        told.append(f"{what} as large as {c.model.path} is assumed")
         c[section][leaf] = _scorer_like(c, scratch) if head else c.model.path
 
 

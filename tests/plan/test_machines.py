@@ -76,6 +76,9 @@ def test_a_file_adds_machines_and_overrides_numbers(tmp_path):
         ("[h100]\nbandwidth = nan", "bandwidth"),
         ("[h100]\nplatform = 'npu'", "npu"),
         ("pool = 0.9", "pool"),
+        ("[h100]\npool = 1.5", "programs may use"),
+        ("[h100]\nmemory = 'all'", "driver"),
+        ("[mine]\nkinds = ['x']\nflops = 1e12\nplatform = 'gpu'", "driver"),
         ("[h100", "TOML"),
     ],
 )
@@ -101,6 +104,27 @@ def test_an_unknown_machine_gets_the_nearest(name, near):
     with pytest.raises(InputError) as error:
         parse_topology(name)
     assert near in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("h100", "gpu:h100:1x8x1"),
+        ("gpu:h100:8", "gpu:h100:1x8x1"),
+        ("gpu:h100:1x8x1:2", "gpu:h100:2x1x8"),
+        ("gpu:a100:4", "gpu:a100-80:1x4x1"),
+        ("gpu:h300:4", "gpu:h200:1x4x1"),
+        ("v5p-8", "tpu:v5p:2x2x1"),
+        ("v6e-16", "tpu:v6e:4x4"),
+        ("GPU:h200:1x8x1", "gpu:h200:1x8x1"),
+        ("8", "gpu:h200:1x8x1"),
+    ],
+)
+def test_another_form_of_a_name_gets_the_whole_right_one(name, whole):
+    with pytest.raises(InputError) as error:
+        parse_topology(name)
+    assert error.value.fix == f"--on={whole}"
+    parse_topology(whole)
 
 
 def test_nearest_shapes():

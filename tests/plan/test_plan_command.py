@@ -1,6 +1,9 @@
 """`jaxalign plan`: its flags, and what it refuses before anything is compiled; compiling is tests/absent."""
 
 import importlib.util
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -45,6 +48,11 @@ def test_its_own_flags_and_the_rest():
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--search=none"], "--search=6"),
         (["dop", "--model=m", "--on=gpu:h200:1x8x1"], "jaxalign plan dpo"),
         (["--model=m", "--on=gpu:h200:1x8x1"], "jaxalign plan"),
+        (["dpo", "--on=gpu:h200:1x8x1"], "jaxalign plan dpo --model DIR"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--serach=3"], "--search=3"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--asume", "pool=0.9"], "--assume"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--json=nowhere/x.json"], "--json"),
+        (["ppo", "--model=m", "--on=gpu:h200:1x8x1", "--reward=nowhere.py:f"], "nowhere.py"),
     ],
 )
 def test_wrong_flags(argv, word, capsys, tmp_path):
@@ -67,6 +75,60 @@ def test_a_missing_compiler_names_the_extra(machine, capsys, model, monkeypatch)
     hidden = ("libtpu", "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in hidden else find(name, *a))
     assert "[plan]" in said(capsys, "sft", f"--model={model}", f"--on={machine}")
+
+
+def test_no_error_of_a_plan_speaks_of_train(capsys):
+    for argv in (["dpo", "--on=gpu:h200:1x8x1"], ["dpo", "m", "--on=gpu:h200:1x8x1"], ["dop", "--on=gpu:h200:1x8x1"]):
+        assert "jaxalign train" not in said(capsys, *argv)
+
+
+def test_a_plan_needs_no_weights_of_a_model_that_is_not_here(tmp_path):
+    from jaxalign.plan.stages import make_stage
+
+    c = defaults("sft")
+    c.model.path, c.data.sources = "owner/gated", ("owner/name",)
+    import jax
+
+    with pytest.raises(InputError) as error:
+        make_stage(c, jax.devices()[:1], str(tmp_path))
+    assert "no weights" in error.value.fix and '--include "*.json"' in error.value.fix
+
+
+def test_what_is_stood_for_is_said(model, tmp_path):
+    """A reward model given as a hub id that is not here, and data of which no flag says anything."""
+    import jax
+
+    from jaxalign.plan.assumed import NO_DATA
+    from jaxalign.plan.stages import make_stage
+
+    c = defaults("ppo")
+    c.model.path, c.data.sources, c.rewards.model = str(model), (NO_DATA,), "owner/reward"
+    c.data.max_length, c.rollout.max_new_tokens, c.batch_size, c.algorithm.num_minibatches = 16, 8, 2, 1
+    _, told = make_stage(c, jax.devices()[:1], str(tmp_path))
+    assert any(text.startswith("no --data") for text in told)
+    assert any("owner/reward is not here" in text and str(model) in text for text in told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_a_compiler_works(number, tmp_path):
+    """At once, with a word and the signal's status; what was being written is gone."""
+    code = f"""
+import ctypes, pathlib, tempfile
+from jaxalign.commands.stop import at_once
+scratch = pathlib.Path({str(tmp_path / "scratch")!r})
+scratch.mkdir()
+with at_once(str(scratch)):
+    tempfile.mkdtemp()
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(60)
+"""
+    work = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert work.stdout.readline() == "ready\n"
+    work.send_signal(number)
+    _, error = work.communicate(timeout=50)
+    assert work.returncode == 128 + number
+    assert "jaxalign plan" in error and "Traceback" not in error
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_help_says_the_machines(capsys):
@@ -110,7 +172,7 @@ def test_a_stage_starts_from_what_an_earlier_one_will_write(model, tmp_path):
     from jaxalign.config import stages
 
     sft, dpo = defaults("sft"), defaults("dpo")
-    sft.model.path, sft.data.sources, dpo.data.sources = str(model), ("a.jsonl",), ("b.jsonl",)
+    sft.model.path, sft.data.sources, dpo.data.sources = str(model), ("owner/a",), ("owner/b",)
     dpo["from"].model = "sft"
     found = stage_configs(stages(str(tmp_path), sft=sft, dpo=dpo))
     assert found["dpo"].model.path == str(model)
@@ -172,7 +234,7 @@ def test_moments_wait_in_the_hosts_memory_between_updates(offload, shared, tmp_p
 
     c = defaults("ppo")
     c.model.path, c.data.sources = str(shared / "models" / "stories260k-llama"), ("owner/name",)
-    c.rewards.function, c.algorithm.offload = "rewards.py:of", offload
+    c.rewards.function, c.algorithm.offload = "math:fsum", offload
     c.data.max_length, c.rollout.max_new_tokens, c.batch_size, c.algorithm.num_minibatches = 16, 8, 2, 1
     stage, _ = make_stage(c, jax.devices()[:1], str(tmp_path))
     one = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((2,), jnp.float32)).compile()
