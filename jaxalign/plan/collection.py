@@ -17,7 +17,7 @@ from jaxalign.parallel.sharding import batch_sharding, replicated
 from jaxalign.rewards.model import ModelScorer, score_rows
 from jaxalign.rollout import layout, slots
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.driver import MOST_STEPS
+from jaxalign.rollout.driver import MOST_STEPS, cache_widths
 from jaxalign.rollout.pairs import last_columns
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width, power_of_two
@@ -72,8 +72,9 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     if place.decoding is not mesh:
         yield compiled("prompts to decoding", place.decoding, slots.by_slots, place.there(prefilled.results))
     laid = yield from _lay_out(policy, place.there(params["policy"]), place)
-    yield _decode(collector, laid, place, sampling, num_slots, widest)
     total, wide = len(asked.record_ids), c.rollout.max_new_tokens
+    widths = [(widest, wide)] if num_slots < total else cache_widths(batch.rows.tokens.shape[1], wide)
+    yield from _decode(collector, laid, place, sampling, num_slots, widths)
 
     def of_completions(dtype: Any, *dims: int) -> Any:
         return jax.ShapeDtypeStruct((total, *dims), dtype, sharding=rows)
@@ -112,7 +113,7 @@ def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, An
     ends = {name: part for name, part in params.items() if name != "layers"}
     with jax.set_mesh(place.decoding):
         arrays = cache_arrays(policy.config.num_layers)
-    first = compiled("layout: embedding, head", place.decoding, layout.lay_out_ends, policy, ends, mesh=place.mesh)
+    first = compiled("layout: embed, head", place.decoding, layout.lay_out_ends, policy, ends, mesh=place.mesh)
     yield first
     number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(place.decoding))
     static = {"arrays": arrays, "mesh": place.mesh}
@@ -126,8 +127,26 @@ def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, An
     return first.results | {"layers": own}
 
 
-def _decode(collector: Any, laid: Any, place: Any, sampling: Sampling, num_slots: int, width: int) -> Call:
-    """One program of decoding: of all slots, and a cache as wide as it becomes."""
+def _decode(
+    collector: Any, laid: Any, place: Any, sampling: Sampling, num_slots: int, widths: list[tuple[int, int]]
+) -> Iterator[Call]:
+    """Decoding of a token of all slots, from the widest cache and, where it grows, from the narrowest.
+
+    Bytes and FLOPs rise with the width: the two run so often that the mean of their widths is that of all tokens.
+    """
+    (least, _), (most, _) = widths[0], widths[-1]
+    tokens = sum(n for _, n in widths)
+    wide = sum(n * (width - least) for width, n in widths) / max(most - least, 1)
+    if most == least:
+        yield _decode_from(collector, laid, place, sampling, num_slots, most)._replace(times=float(tokens))
+        return
+    yield _decode_from(collector, laid, place, sampling, num_slots, most)._replace(times=wide)
+    narrow = _decode_from(collector, laid, place, sampling, num_slots, least)
+    yield narrow._replace(name=f"decode, {least} columns", times=tokens - wide)
+
+
+def _decode_from(collector: Any, laid: Any, place: Any, sampling: Sampling, num_slots: int, width: int) -> Call:
+    """One program of decoding: of all slots, and a cache of so many columns."""
     mesh, batch = place.decoding, place.slots(num_slots)
     static = {"batch": batch, "width": width, "arrays": len(laid["layers"])}
     empty = compiled("slots", mesh, slots.empty_slots, collector.policy, np.int32(0), **static).results
@@ -138,11 +157,10 @@ def _decode(collector: Any, laid: Any, place: Any, sampling: Sampling, num_slots
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     options = {"sampling": sampling, "stop_ids": collector.stop_ids}
-    call = compiled(
+    return compiled(
         f"decode (tensor={place.tensor})", mesh, slots.advance, collector.policy, laid, empty, draws, key, number,
         number, **options,
     )  # fmt: skip
-    return call._replace(times=float(sampling.max_new_tokens))
 
 
 def _with(tree: Any, sharding: NamedSharding) -> Any:

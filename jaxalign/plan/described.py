@@ -98,9 +98,9 @@ def _described(
         "loops_assumed": counted.assumed_trips,
         "unknown_kernels": list(counted.unknown_kernels),
     }
-    if program.least_bytes:
+    if program.read:
         moved = counted.traffic_bytes + counted.product_bytes
-        found["decoding"] = {"bytes_per_token": moved, "weights_and_cache": program.least_bytes}
+        found["decoding"] = {"bytes_per_token": moved} | program.read
     return found
 
 

@@ -40,7 +40,7 @@ def losses_of(
         flops, time = p["flops"], p["seconds"]
         if "decoding" in p:
             d = p["decoding"]
-            least = d["weights_and_cache"] / (v["bandwidth"] * v["memory_efficiency"])
+            least = (d["weights"] + d["cache"]) / (v["bandwidth"] * v["memory_efficiency"])
             lost(p, "weights and cache are read for each token", least * 1.0, _decoding(config, mesh))
             more = time["products"] + time["traffic"] - least
             lost(p, "what is read and written beside weights and cache", more, "")

@@ -45,7 +45,7 @@ class Program(NamedTuple):
     text: str  # its optimised HLO
     flops: float  # the model's own, one run, all devices
     work: Work
-    least_bytes: float  # of a decoded token: weights and cache, each device
+    read: dict[str, int]  # for a decoded token of every row, by each device: bytes of weights and cache; its columns
     seconds: float  # of compiling
 
     @property
@@ -90,7 +90,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
             executable.as_text(),
             flops,
             work,
-            more.get("least", 0.0),
+            more.get("read", {}),
             seconds,
         )
 
@@ -134,11 +134,12 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
     frozen_models = {role: r.model.config for role, r in program.frozen.items()}
     policy = models["policy"]
     kept: dict[str, int] = {}  # what the rollout holds
-    weights, begin = 0, time.monotonic()
+    weights = looked_up = 0
+    begin = time.monotonic()
     for call in calls:
         seconds, name = time.monotonic() - begin, call.name
         given = [x for x in jax.tree.leaves(call.arguments) if hasattr(x, "sharding")]
-        flops, of, times, least = 0.0, read, call.times, 0.0
+        flops, of, times, reads = 0.0, read, call.times, {}
         tell(name)
         if name == "prefill":
             # Logits are decoding's: the head is not in it.
@@ -147,20 +148,24 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
             kept = {"prompts read": device_bytes(call.results)}
         elif name.startswith("layout"):
             weights += int(times) * device_bytes(call.results)
+            if "lm_head" in call.results:  # the embedding is not the head too: a few rows of it are read
+                looked_up = device_bytes(call.results["embed"])
             given, kept = [], kept | {"rollout weights": weights}
         elif name.startswith("decode"):
             slots = call.results[0]
             rows_at_once = slots.live.shape[0]
             of = Work(rows_at_once, prompt + wide / 2, 1.0, 1.0)
             flops, times = _flops(policy, of, 1.0), times * -(-total // rows_at_once)
-            least, given = weights + device_bytes(slots.cache), jax.tree.leaves(call.arguments[2:4])
+            given = jax.tree.leaves(call.arguments[2:4])
+            columns = slots.cache.keys[0].shape[-2]
+            reads = {"weights": weights - looked_up, "cache": device_bytes(slots.cache), "columns": columns}
         elif name == "scoring":
             of, kept, given = work, _brought(stage, frozen["reward"]), given[-5:]
             flops = _flops(frozen_models["reward"], work, 1.0)
         elif name == "forward passes":
             of, kept, given = work, _brought(stage, frozen["ref"]), given[-8:]
             flops = sum(_flops(m, work, 1.0) for m in (*models.values(), frozen_models["ref"]))
-        one = done(name, call.executable, seconds, given, times, flops, of, least=least, held=kept)
+        one = done(name, call.executable, seconds, given, times, flops, of, read=reads, held=kept)
         if name in ("prefill", "prompts to decoding") or name.startswith("layout"):
             one = one._replace(memory=one.memory | {"results": 0})  # they are held
         yield one

@@ -140,13 +140,13 @@ def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[st
     lines += _memory(programs) + _time(programs, s.get("dtype", ""))
     for p in programs:
         if d := p.get("decoding"):
-            less = d["bytes_per_token"] < d["weights_and_cache"]
-            why = "less moves, since an embedding that is not the head too is not read whole" if less else ""
-            lines.append(
-                f"  decoding: {d['bytes_per_token'] / _GB:.2f} GB of each device move for a token of every row; "
-                f"weights and cache are {d['weights_and_cache'] / _GB:.2f} GB"
+            other = max(d["bytes_per_token"] - d["weights"] - d["cache"], 0)
+            lines += _wrapped(
+                f"{p['name']}: a token of every row moves {d['bytes_per_token'] / _GB:.2f} GB of each device: weights "
+                f"{d['weights'] / _GB:.2f}, cache {d['cache'] / _GB:.2f} (all {d['columns']:,} columns, whoever stands "
+                f"in them), {other / _GB:.2f} that one kernel writes and the next one reads",
+                "  ",
             )
-            lines += _wrapped(why, "    ")
     heavy = next((p for p in programs if p["name"] == "train step"), programs[0])
     if heavy["traffic"]:
         lines.append(f"  traffic of the {heavy['name']}, most of it:")

@@ -126,7 +126,7 @@ class Decoder:
           lengths: of their prompts.
         """
         self._column = prefilled.keys.shape[3]
-        self._width = cache_width(self._column + min(self._limit, GROWTH))
+        self._width = _wide_enough(self._column, self._limit)
         self._slots = seat(prefilled, sample_ids.astype(np.int32), width=self._width, arrays=self._arrays)
         for x in (prefilled.keys, prefilled.values, prefilled.hidden):
             x.delete()
@@ -156,7 +156,7 @@ class Decoder:
         span = self._column - self._start[live].min() if live.any() else 0
         column = max(int(span), prompt)
         coming = self._limit if prompt else self._limit - int(self._place[live].min())
-        width = max(self._width, cache_width(column + min(coming, GROWTH)))
+        width = max(self._width, _wide_enough(column, coming))
         if self._slots is None:
             self._slots = empty_slots(
                 self._model, np.int32(column), batch=len(self._number), width=width, arrays=self._arrays
@@ -216,6 +216,29 @@ class Decoder:
         """Tokens and log-probs of a completion."""
         tokens, logprobs = zip(*self.pieces[number], strict=True)
         return np.concatenate(tokens), np.concatenate(logprobs)
+
+
+def cache_widths(prompt: int, new: int) -> list[tuple[int, int]]:
+    """How wide the cache is while completions of one length grow, and how many tokens of each are decoded so.
+
+    Args:
+      prompt: columns of the prompts.
+      new: tokens of a completion.
+
+    >>> cache_widths(100, 200)
+    [(192, 92), (256, 64), (384, 44)]
+    """
+    found, column = [], prompt
+    while column < prompt + new:
+        width = _wide_enough(column, prompt + new - column)
+        found.append((width, min(width, prompt + new) - column))
+        column = width
+    return found
+
+
+def _wide_enough(column: int, coming: int) -> int:
+    """Columns of a cache that stands at one of them, where so many tokens can come."""
+    return cache_width(column + min(coming, GROWTH))
 
 
 def side_by_side(work: Callable[..., Any], parts: list[Any], mesh: Mesh | None) -> list[Any]:

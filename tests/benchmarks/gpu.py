@@ -8,8 +8,8 @@ The machine may be bare: jax, flax and optax do for all but the torch baseline a
 lacks. Every part is a process of its own (`gpu_parts/`) with a share of the time, stopped when that is over; the rows
 that it has printed by then count, and time that a part leaves goes to those after it. GPU_NOTES.md has the results.
 
-Beside each measurement stands what `jaxalign plan` predicts for the program that was timed. What it misses most is printed
-first, with the `--assume` that would mend it.
+Beside each measurement stands what `jaxalign plan` predicts for the program that was timed. What it misses most is
+printed first, with the `--assume` that would mend it.
 """
 
 from __future__ import annotations

@@ -246,3 +246,16 @@ def test_moments_wait_in_the_hosts_memory_between_updates(offload, shared, tmp_p
     seen = 2 * m.num_heads * m.head_dim * 4.5
     assert prefill.flops == pytest.approx(16 * 2 * m.num_layers * (matrices + seen))
     assert update.memory["optimizer"] == device_bytes(stage.like.opt) > 0
+
+
+def test_decoding_is_counted_at_the_mean_width_of_its_cache(monkeypatch):
+    from jaxalign.plan import collection
+    from jaxalign.rollout.sampling import Sampling
+
+    made = lambda *args: collection.Call("decode", None, (), args[-1])  # noqa: E731
+    monkeypatch.setattr(collection, "_decode_from", made)
+    for widths in ([(256, 64), (384, 128), (768, 320)], [(768, 256)]):
+        calls = list(collection._decode(None, None, None, Sampling(1.0, 512), 8, widths))
+        assert sum(call.times for call in calls) == sum(n for _, n in widths)
+        assert sum(call.times * call.results for call in calls) == sum(n * width for width, n in widths)
+        assert calls[0].results == widths[-1][0]  # the widest: what must fit

@@ -200,5 +200,25 @@ def test_a_growing_cache_changes_nothing(policy, whole, monkeypatch):
     np.testing.assert_allclose(logprobs, whole[1], atol=2e-4)
 
 
+def test_widths_are_those_that_a_plan_counts(policy, monkeypatch):
+    """Prompts that fill their columns and completions of the full length."""
+    monkeypatch.setattr(driver, "GROWTH", 4)
+    seen, advance = [], driver.advance
+    width = lambda slots: slots.cache.keys[0].shape[-2]  # noqa: E731
+
+    def noted(*args, **options):
+        before = width(args[2])
+        slots, draws, steps = advance(*args, **options)
+        seen.append((before, int(steps)))
+        return slots, draws, steps
+
+    monkeypatch.setattr(driver, "advance", noted)
+    rows, ids = prompt_batch([list(range(1, 15))] * 2, 14).rows, np.arange(2, dtype=np.int32)
+    options = {"sampling": Sampling(1.0, 40), "stop_ids": (-1,)}
+    continuous.roll_out(*policy, rows, jax.random.key(0), ids, **options)
+    assert seen == driver.cache_widths(14, 40)
+    assert len(seen) > 3
+
+
 def test_nothing_to_say(policy):
     assert run(policy, []) == ([], {})

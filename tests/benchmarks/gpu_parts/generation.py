@@ -18,7 +18,6 @@ from part import (
 stand_in_for_chex()
 
 import gc  # noqa: E402
-from collections import Counter  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -78,20 +77,15 @@ def measure(name: str, model, params, batch: int) -> None:
         note=f"share of the memory floor; first token {1e3 * read:.0f} ms, each other {token:.2f} ms",
     )
     if decode > 0:
-        expected = beside(decode, *decoding(advance))
+        expected = beside(decode / (NEW - 1), *decoding(advance))
         emit(f"{name}, batch {batch}, {PROMPT} + {NEW}: another token", token, "ms", **expected)
 
 
 def decoding(advance: Recorded) -> list[tuple[Any, float]]:
-    """The programs of a completion's tokens but the first, one for each width of the cache, and the tokens of each."""
-    tokens: Counter[int] = Counter()
-    of_width = {}
-    for args, static in advance.calls:
-        width = args[2].cache.keys[0].shape[-2]
-        tokens[width] += int(args[5])  # steps; no row ends before
-        of_width[width] = (args, static)
-    every = sum(tokens.values())
-    return [(advance.program(*of_width[width]), n / every * (NEW - 1)) for width, n in tokens.items()]
+    """The programs of a completion's tokens but the first, one for each width of the cache, and the share of each."""
+    of_width = {args[2].cache.keys[0].shape[-2]: (args, static) for args, static in advance.calls}
+    (first, n), *others = driver.cache_widths(PROMPT, NEW)
+    return [(advance.program(*of_width[width]), n / (NEW - 1)) for width, n in ((first, n - 1), *others)]
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def beside(seconds: float, *programs: tuple[Any, float], visible: float = CAUSAL
 
 
 def solved(seconds_at: Callable[[float], float], seconds: float, least: float, most: float) -> float:
-    """The number with which a prediction comes nearest to what was measured; seconds rise or fall with it throughout."""
+    """The number that brings a prediction nearest to what was measured; seconds rise with it or fall throughout."""
     falls = seconds_at(least) > seconds_at(most)
     for _ in range(60):
         middle = math.sqrt(least * most)
