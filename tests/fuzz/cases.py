@@ -12,6 +12,7 @@ from tests.fuzz import (
     cases_datafiles,
     cases_faults,
     cases_models,
+    cases_plan,
     cases_rewards,
     cases_signals,
     cases_tokenizers,
@@ -27,6 +28,7 @@ MODULES = (
     cases_tokenizers,
     cases_rewards,
     cases_commands,
+    cases_plan,
     cases_faults,
     cases_signals,
 )
