@@ -115,10 +115,10 @@ def check_out(out: str, flag: str = "--out") -> None:
     path = Path(out).expanduser()
     try:
         there = path.exists()
-        path.open("a").close()
+        # A pipe that nobody reads is refused, not waited for.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))
         if not there:
             path.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{flag} {out}: {error.strerror}", "a file that can be written", f"{flag} FILE.json"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        words = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{flag} {out}: {words}", "a file that can be written", f"{flag} FILE.json") from error

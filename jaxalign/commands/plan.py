@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -85,7 +86,7 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
         flag, equals, value = argv[i].partition("=")
         name = flag.removeprefix("--")
         if flag == "--search":
-            if equals and not (value.isdigit() and 0 < int(value) <= 1000):
+            if equals and not re.fullmatch("[1-9][0-9]{0,2}|1000", value):
                 raise InputError(f"--search={value}", "how many programs to compile, at most", "--search=6")
             search = int(value) if equals else 6
         elif flag.startswith("--") and name in _OWN:

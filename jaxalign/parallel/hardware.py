@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,10 @@ _MEANT = {
     "target": "what XLA wants to know of a GPU",
 }
 _TARGET = ("capability", "cores", "fpus", "threads", "shared", "shared_block", "l2", "clock")
+# What a field may be at most (others 1e30), which are whole numbers, and which may be 0.
+_MOST = {"pool": 1, "efficiency": 1, "axes": 3, "memory": 1e18, "bandwidth": 1e18, "domain": 1 << 20, "wrap": 1 << 20}
+_WHOLE = ("memory", "domain", "axes", "wrap")
+_MAY_BE_ZERO = ("launch", "latency", "wrap")
 
 
 class Hardware(NamedTuple):
@@ -115,10 +120,13 @@ def of_kind(device_kind: str) -> Hardware | None:
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
+        if not file.is_file() and file.exists():  # a pipe would be waited for, a device has no end
+            raise OSError(0, "is no file")
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError
+        words = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"machines in {file}: {error}", "a TOML file", "[mine] and its fields; see docs/planning.md"
+            f"machines in {file}: {words}", "a TOML file", "[mine] and its fields; see docs/planning.md"
         ) from None
 
 
@@ -143,14 +151,43 @@ def _hardware(name: str, entry: Mapping[str, Any], file: Any) -> Hardware:
             f"{field} = ...  # {_MEANT[field.partition('.')[0]]}",
         )
     kinds = fields["kinds"]
-    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+    if not isinstance(kinds, list) or not kinds or not all(map(_is_kind, kinds)):
         raise InputError(f"{file}: [{name}] kinds {kinds!r}", "names of devices", f'kinds = ["{name}"]')
     for field, value in fields.items():
         if field in ("platform", "kinds", "target"):
             continue
-        least = 0 if field in ("launch", "latency", "wrap") else 1e-9
-        most = 1 if field in ("pool", "efficiency") else 1e30
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            expected = f"a {'share above 0, at most 1' if most == 1 else 'positive number'}: {_MEANT[field]}"
-            raise InputError(f"{file}: [{name}] {field} is {value!r}", expected, f"{field} = ...")
+        fields[field] = _number(
+            f"{file}: [{name}] {field}", field, value, _MOST.get(field, 1e30), field in _WHOLE, field in _MAY_BE_ZERO
+        )
+    if target is not None:
+        fields["target"] = _target(f"{file}: [{name}] target", target)
     return Hardware(name, **(fields | {"kinds": tuple(kinds)}))
+
+
+def _is_kind(kind: Any) -> bool:
+    """Whether a name can be that of a device, and be quoted for a compiler."""
+    return isinstance(kind, str) and bool(kind.strip()) and kind.isprintable() and not set(kind) & set('"\\')
+
+
+def _number(what: str, field: str, value: Any, most: float, whole: bool, zero: bool = False) -> float:
+    """A number of a device, whole ones as `int`."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and (0 if zero else 1e-12) <= value <= most
+    if not good or (whole and value != int(value)):
+        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:60]}..."
+        kind = "a whole number" if whole else "a number"
+        above, near = "of 0 and more" if zero else "above 0", min(most, 8 if most <= 1 << 20 else 1e9)
+        meant = f": {_MEANT[field]}" if field in _MEANT else ""
+        raise InputError(f"{what} is {shown}", f"{kind} {above}, at most {most:g}{meant}", f"{field} = {near:g}")
+    return int(value) if whole else value
+
+
+def _target(what: str, target: Mapping[str, Any]) -> dict[str, Any]:
+    """What XLA wants to know of a GPU, checked."""
+    if more := sorted(target.keys() - set(_TARGET)):
+        near = difflib.get_close_matches(more[0], _TARGET, n=1, cutoff=0.0)[0]
+        raise InputError(f"{what} has {more[0]!r}", f"the fields {', '.join(_TARGET)}", f"{near} = ...")
+    capability = target["capability"]
+    if not isinstance(capability, (str, float)) or not re.fullmatch(r"[1-9][0-9]?\.[0-9]", str(capability)):
+        raise InputError(f"{what}: capability is {capability!r}", "as the maker writes it", 'capability = "9.0"')
+    numbers = {part: _number(f"{what}: {part}", part, target[part], 2**31 - 1, part != "clock") for part in _TARGET[1:]}
+    return {"capability": str(capability), **numbers}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxalign.config import get, to_dict
+from jaxalign.errors import InputError
 from jaxalign.functions import is_name, module_file
 from jaxalign.ranges import ADDED, FUNCTIONS
 
@@ -66,7 +67,11 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
             tree[section].pop(leaf)
             continue
         for path in paths_in(get(config, field)):
-            files[path] = file_digest(path)
+            try:
+                files[path] = file_digest(path)
+            except OSError as error:
+                words = f"{field}: {error.filename or path}: {error.strerror}"
+                raise InputError(words, "files that can be read", f"--config.{field}=...") from error
     parts: dict[str, Any] = {"format": FORMAT, "inputs": dict(inputs), "files": dict(files)}
     unscored = _hash(parts | {"config": tree})
     if function := get(config, "rewards.function"):

@@ -27,7 +27,10 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version 
 device_description_str: "{kind}"
 """
 
-_FORM = re.compile(r"(?P<platform>tpu|gpu):(?P<kind>[a-z0-9]+(-[a-z0-9]+)*):(?P<shape>\d+(x\d+)*)(:(?P<slices>\d+))?")
+_FORM = re.compile(
+    r"(?P<platform>tpu|gpu):(?P<kind>[a-z0-9]+(-[a-z0-9]+)*):(?P<shape>\d+(x\d+)*)(:(?P<slices>\d+))?", re.ASCII
+)
+_MOST = 1 << 16  # devices
 
 
 def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None) -> tuple[str, str, str, int]:
@@ -58,7 +61,14 @@ def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None
         near, same = error.fix.rsplit(":", 1)[0], error.fix.startswith(f"--on={match['platform']}")
         fix = f"{near}:{match['shape']}" if same else error.fix
         raise InputError(error.found, error.expected, fix) from None
-    sizes = [int(n) for n in (*match["shape"].split("x"), match["slices"] or 1)]
+    digits = [*match["shape"].split("x"), match["slices"] or "1"]
+    if any(len(n) > 6 for n in digits) or math.prod(map(int, digits)) > _MOST:
+        raise InputError(
+            f"machine {topology[:60]!r}: that many devices",
+            f"at most {_MOST:,}",
+            f"--on={match['platform']}:{match['kind']}:{'1x8x1' if match['platform'] == 'gpu' else '2x2'}",
+        )
+    sizes = [int(n) for n in digits]
     if not all(sizes):
         raise InputError(
             f"machine {topology!r} has no devices",

@@ -11,6 +11,7 @@ from tests.fuzz import (
     cases_data,
     cases_datafiles,
     cases_faults,
+    cases_machines,
     cases_models,
     cases_plan,
     cases_rewards,
@@ -29,6 +30,7 @@ MODULES = (
     cases_rewards,
     cases_commands,
     cases_plan,
+    cases_machines,
     cases_faults,
     cases_signals,
 )

@@ -1,6 +1,9 @@
 """What counts in the key of a stage: the content of files, functions by their source."""
 
+import pytest
+
 from jaxalign.config import defaults
+from jaxalign.errors import InputError
 from jaxalign.pipeline import keys
 
 
@@ -26,6 +29,15 @@ def test_paths_of_every_kind(tmp_path):
     before = keys.file_digest(sources[2])
     (tmp_path / "b.jsonl").write_text("2")
     assert keys.file_digest(sources[2]) != before is not None
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("1")
+    monkeypatch.setattr(keys.Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no", "a.jsonl")))
+    config = defaults("sft")
+    config.data.sources = (str(tmp_path / "a.jsonl"),)
+    with pytest.raises(InputError, match=r"data.sources: a.jsonl: no"):
+        keys.keys_of(config, {}, ())
 
 
 def test_large_files_count_by_size_time_and_ends(tmp_path):

@@ -1,5 +1,6 @@
 """The table of machines, and a file of one's own that adds to it."""
 
+import os
 import re
 
 import pytest
@@ -80,6 +81,19 @@ def test_a_file_adds_machines_and_overrides_numbers(tmp_path):
         ("[h100]\nmemory = 'all'", "driver"),
         ("[mine]\nkinds = ['x']\nflops = 1e12\nplatform = 'gpu'", "driver"),
         ("[h100", "TOML"),
+        ("a = " + "[" * 3000, "TOML"),
+        ("[h100]\nflops = " + "9" * 5000, "TOML"),
+        ("[h100]\ndomain = 2.5", "domain"),
+        ("[v5e]\naxes = 9", "axes"),
+        ("[h100]\npool = 2.0", "pool"),
+        ("[h100]\nkinds = ['']", "kinds"),
+        ("[h100]\nkinds = ['a\"b']", "kinds"),
+        (MINE.replace("cores = 9", "cores = 9.5"), "cores"),
+        (MINE.replace("cores = 9", "cores = -1"), "cores"),
+        (MINE.replace("cores = 9", "cores = [9]"), "cores"),
+        (MINE.replace("clock = 1", "clock = nan"), "clock"),
+        (MINE.replace("clock = 1", "clock = 1, cors = 2"), "cores"),
+        (MINE.replace('"9.0"', '"nine"'), "capability"),
     ],
 )
 def test_a_file_that_is_wrong_says_where(text, word, tmp_path):
@@ -89,6 +103,29 @@ def test_a_file_that_is_wrong_says_where(text, word, tmp_path):
         read_machines(file)
     assert word in str(error.value)
     assert str(file) in error.value.found
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "\0", "nowhere.toml"])
+def test_machines_are_read_from_a_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # nobody writes into it
+    with pytest.raises(InputError, match="machines"):
+        read_machines(name)
+
+
+def test_bytes_may_be_written_as_a_float(tmp_path):
+    file = tmp_path / "machines.toml"
+    file.write_text("[h100]\nmemory = 80e9")
+    assert read_machines(file)["h100"].memory == 80_000_000_000
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu:h100:1x8x100000", "gpu:h100:1x1x" + "9" * 5000, "tpu:v5e:2x2:" + "9" * 5000, "gpu:h100:1x٨x1"]
+)
+def test_more_devices_than_there_can_be(name):
+    with pytest.raises(InputError) as error:
+        parse_topology(name)
+    assert error.value.fix.startswith("--on=")
 
 
 @pytest.mark.parametrize(

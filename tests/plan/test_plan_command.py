@@ -1,6 +1,7 @@
 """`jaxalign plan`: its flags, and what it refuses before anything is compiled; compiling is tests/absent."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -46,6 +47,9 @@ def test_its_own_flags_and_the_rest():
         (["--config=x.py", "--on=gpu:h200:8"], "gpu:KIND"),
         (["dpo", "--model=m", "--on="], "--on"),
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--search=none"], "--search=6"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--search=²"], "--search=6"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--search=" + "9" * 5000], "--search=6"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--json=a\0b"], "--json"),
         (["dop", "--model=m", "--on=gpu:h200:1x8x1"], "jaxalign plan dpo"),
         (["--model=m", "--on=gpu:h200:1x8x1"], "jaxalign plan"),
         (["dpo", "--on=gpu:h200:1x8x1"], "jaxalign plan dpo --model DIR"),
@@ -60,6 +64,11 @@ def test_wrong_flags(argv, word, capsys, tmp_path):
         (tmp_path / "x.py").write_text(CONFIG.format(path="m"))
         argv = [arg.replace("x.py", str(tmp_path / "x.py")) for arg in argv]
     assert word in said(capsys, *argv)
+
+
+def test_a_pipe_that_nobody_reads_is_no_place_for_results(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "--json" in said(capsys, "sft", "--model=m", "--on=gpu:h200:1x8x1", f"--json={tmp_path / 'pipe'}")
 
 
 def test_an_unknown_machine_an_assumption_and_a_file(capsys, model):
