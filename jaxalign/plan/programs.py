@@ -14,14 +14,13 @@ import jax
 import numpy as np
 
 from jaxalign.parallel.device_memory import device_bytes
-from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
+from jaxalign.parallel.sharding import batch_part, param_shardings
 from jaxalign.plan.collection import collection
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.train import compiled
+from jaxalign.train.arguments import batch_of, step_arguments, widest_prompts
 from jaxalign.train.checkpoints import abstract
-from jaxalign.train.dryrun import abstract_batch
 from jaxalign.train.flops import flops_per_token
-from jaxalign.train.models import per_source
 from jaxalign.train.reference import reference_pass
 from jaxalign.train.remat import settle_remat
 
@@ -68,8 +67,8 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     """
     tell = say or (lambda text: None)
     program, like = stage.program, stage.like
-    frozen = abstract_frozen(stage)
-    batch, rows = abstract_batch(stage), _data_rows(stage)
+    _, frozen, batch = step_arguments(stage)
+    rows = _data_rows(stage)
     held = {f"{role} params": device_bytes(tree) for role, tree in like.params.items()}
     moments = {"optimizer": device_bytes(like.opt)}
     if not stage.offload:  # else they wait in the host's memory, moments for the train step
@@ -103,7 +102,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
             yield done("train step", executable, seconds, batch, 1.0, sum(per_token.values()), whole)
             if stage.eval_dataset is not None and not only:
                 tell("evaluation step")
-                held_out = _evaluated(stage)
+                held_out = batch_of(stage, stage.eval_dataset)
                 executable, seconds = _timed(lambda: stage.eval_step.compile(like.params, frozen, like.extra, held_out))
                 flops = sum(_flops(c, whole, program.passes - 2) for c in models.values())
                 yield done("evaluation step", executable, seconds, held_out, 0.0, flops, whole)
@@ -119,14 +118,14 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
                 )
                 held = of_training
             return
-        calls = () if only else collection(stage, like.params, frozen, _prompts(stage), limit)
+        calls = () if only else collection(stage, like.params, frozen, widest_prompts(stage), limit)
         yield from _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments)
 
 
 def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -> Iterator[Program]:
     """PPO's programs; completions are taken to be as long as they may be."""
     c, program, like = stage.config, stage.program, stage.like
-    prompts = _prompts(stage)
+    prompts = widest_prompts(stage)
     read, total = _work(rows), c.batch_size * c.rollout.num_samples
     wide, asked = c.rollout.max_new_tokens, prompts.rows.tokens.shape[1]
     prompt = read.tokens / c.batch_size  # tokens of one
@@ -192,16 +191,6 @@ def completed(total: int, together: int, prompt: float, asked: int, wide: int) -
     return Work(total // together * own, seen / own, seen / width**2, own / width)
 
 
-def abstract_frozen(stage: Any) -> dict[str, Any]:
-    """Shapes of the frozen parameters by role, on the devices; those of one source are one."""
-
-    def one(role: Any) -> Any:
-        tree = role.model.abstract()
-        return abstract(tree, param_shardings(stage.mesh, tree))
-
-    return per_source(stage.program.frozen, one)
-
-
 def _brought(stage: Any, params: Any) -> dict[str, int]:
     """Frozen parameters that are on the devices only while they are used."""
     return {"from the host": device_bytes(params)} if stage.offload else {}
@@ -248,25 +237,3 @@ def _sees(start: Any, end: Any, index: Any) -> Any:
 
 def _flops(config: Any, work: Work, passes: float) -> float:
     return work.tokens * flops_per_token(config, 2 * work.visible, passes=passes)
-
-
-def _evaluated(stage: Any) -> Any:
-    """Shapes of a held-out batch."""
-    sharding, parts = batch_sharding(stage.mesh), batch_part(stage.mesh)[1]
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype, sharding=sharding),
-        stage.eval_dataset.batch(0, *batch_part(stage.mesh)),
-    )
-
-
-def _prompts(stage: Any) -> Any:
-    """Shapes of a batch of prompts of the greatest width."""
-    sharding, width = batch_sharding(stage.mesh), stage.dataset.shape.length
-
-    def array(x: Any) -> Any:
-        dims = (stage.config.batch_size, *x.shape[1:])
-        return jax.ShapeDtypeStruct(dims, x.dtype, sharding=sharding)
-
-    given = stage.dataset.batch(0)
-    wide = given._replace(rows=jax.tree.map(lambda x: np.broadcast_to(x[:, :1], (len(x), width)), given.rows))
-    return jax.tree.map(array, wide)

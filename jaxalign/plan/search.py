@@ -69,11 +69,10 @@ def sizes_of(stage: Any) -> Sizes:
     import jax
 
     from jaxalign.parallel.device_memory import num_bytes
-    from jaxalign.train.models import per_source
+    from jaxalign.train.arguments import frozen_parameters
 
     program, like = stage.program, stage.like
     model = program.trained[program.exported].model.config
-    frozen = per_source(program.frozen, lambda role: role.model.abstract())
     trained = sum(x.size for x in jax.tree.leaves(like.params))
     c = stage.config
     count = get(c, "rollout.num_samples", 0)
@@ -83,7 +82,7 @@ def sizes_of(stage: Any) -> Sizes:
     return Sizes(
         params=trained,
         state=num_bytes(like.params) + num_bytes(like.opt),
-        frozen=num_bytes(frozen),
+        frozen=num_bytes(frozen_parameters(stage)),
         layers=model.num_layers,
         embed=model.embed_dim,
         mlp=model.mlp_dim,

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jaxalign.errors import InputError
-from jaxalign.parallel.sharding import batch_part, batch_sharding
 from jaxalign.steps.step import make_eval_step
+from jaxalign.train.arguments import batch_of, frozen_parameters
 from jaxalign.train.stage import Stage
 
 
@@ -92,13 +92,8 @@ def rarely(stage: Stage) -> list[str]:
 
 def eval_metrics(stage: Stage) -> list[str]:
     """The names of an evaluation's metrics, from the shapes of a batch."""
-    program, rows, part = stage.program, batch_sharding(stage.mesh), batch_part(stage.mesh)
+    program = stage.program
     if program.eval_metrics is not None:
         return program.eval_metrics()
-    frozen = {name: role.abstract() for name, role in program.frozen.items()}
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((x.shape[0] * part[1], *x.shape[1:]), x.dtype, sharding=rows),
-        stage.eval_dataset.batch(0, *part),
-    )
-    step = make_eval_step(program.objective)
-    return sorted(jax.eval_shape(step, stage.like.params, frozen, stage.like.extra, batch))
+    step, given = make_eval_step(program.objective), (frozen_parameters(stage), stage.like.extra)
+    return sorted(jax.eval_shape(step, stage.like.params, *given, batch_of(stage, stage.eval_dataset)))

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxalign.data.promises import check_layout
 from jaxalign.data.report import as_text
 from jaxalign.parallel.device_memory import device_limit, num_bytes
 from jaxalign.parallel.processes import is_main
-from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
+from jaxalign.parallel.sharding import batch_part
+from jaxalign.train.arguments import step_arguments
 from jaxalign.train.best import check_best_metric, rarely
-from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import in_words
-from jaxalign.train.models import bytes_by_role, per_source
+from jaxalign.train.models import bytes_by_role
 from jaxalign.train.room import check_room
 from jaxalign.train.samples import masked_text
 from jaxalign.train.stage import Stage, stage_warnings
@@ -49,11 +48,11 @@ def report(stage: Stage, told: Sequence[str] = ()) -> dict[str, Any]:
     say("\nrows, what is trained on in ⟦brackets⟧:")
     for row in rows:
         say(row)
-    frozen = per_source(stage.program.frozen, lambda role: role.model.abstract())
-    sizes = bytes_by_role(stage.like.params, frozen) | {"optimizer": num_bytes(stage.like.opt)}
+    state, frozen, batch = step_arguments(stage)
+    sizes = bytes_by_role(state.params, frozen) | {"optimizer": num_bytes(state.opt)}
     say("\nmemory:")
     say("  " + ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items()))
-    stage.step.compile(*step_arguments(stage))
+    stage.step.compile(state, frozen, batch)
     memory, limit = stage.step.memory, device_limit()
     if memory:
         there = f" of {in_words(limit)} there" if limit else ""
@@ -107,20 +106,3 @@ def show_rows(dataset: Any, tokenizer: Any, count: int = 3) -> list[str]:
                 lines.append(f"    {name}: {masked_text(tokenizer, np.asarray(tokens), np.asarray(mask))!r}")
         shown.append("\n".join(lines))
     return shown
-
-
-def step_arguments(stage: Stage) -> tuple[Any, Any, Any]:
-    """Shapes and shardings of what the train step is called with: state, frozen parameters, batch."""
-    frozen = per_source(stage.program.frozen, lambda role: role.abstract())
-    return stage.like, abstract(frozen, param_shardings(stage.mesh, frozen)), abstract_batch(stage)
-
-
-def abstract_batch(stage: Stage) -> Any:
-    """Shapes and shardings of the train step's batch."""
-    sharding = batch_sharding(stage.mesh)
-    parts = batch_part(stage.mesh)[1]
-
-    def global_rows(x):
-        return jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype, sharding=sharding)
-
-    return stage.program.stepped(jax.tree.map(global_rows, stage.dataset.batch(0, *batch_part(stage.mesh))))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from jaxalign.errors import InputError
 from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.processes import say
+from jaxalign.train.arguments import step_arguments
 from jaxalign.train.compiled import in_words
-from jaxalign.train.dryrun import step_arguments
 from jaxalign.train.stage import Stage
 
 FASTEST_FIRST = ("dots", "attention", "full")

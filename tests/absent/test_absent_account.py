@@ -18,7 +18,7 @@ from jaxalign.plan import machines
 from jaxalign.plan.account import account
 from jaxalign.plan.plan import plan_step
 from jaxalign.train import compiled
-from jaxalign.train.dryrun import abstract_batch
+from jaxalign.train.arguments import step_arguments
 
 MACHINES = ("gpu:h200:1x8x1", "tpu:v5p:2x2x2")
 L, M, D = 2, 4096, 1024  # layers, rows over all devices, width
@@ -96,20 +96,20 @@ def test_a_train_step_multiplies_what_its_model_says(remat, machine, shared, tmp
     executables, shapes = [], []
     monkeypatch.setattr(compiled, "memory_of", lambda x, of=compiled.memory_of: executables.append(x) or of(x))
     monkeypatch.setattr(
-        "jaxalign.plan.programs.abstract_batch", lambda s: shapes.append(abstract_batch(s)) or shapes[0]
+        "jaxalign.plan.programs.step_arguments", lambda s: shapes.append(step_arguments(s)) or shapes[0]
     )
     devices = math.prod(plan_step(c, machine)["mesh"].values())
     found = account(executables[0].as_text())
 
     embed, mlp, heads, kv, head_dim, layers, vocab = 192, 512, 6, 2, 32, 6, 4096
-    rows, length = (n // d for n, d in zip(shapes[0].rows.tokens.shape, (devices, 1), strict=True))
+    rows, length = (n // d for n, d in zip(shapes[0][2].rows.tokens.shape, (devices, 1), strict=True))
     down = 2 * rows * length * layers * mlp * embed
     forward = 2 * down + down + 2 * rows * length * layers * embed * head_dim * (2 * heads + 2 * kv)
     again = forward - down if remat == "full" else 0
     if machine.startswith("tpu"):  # where queries and keys are rotated by a product
         rotated = 2 * rows * length * layers * (heads + kv) * head_dim * head_dim
         again += rotated * (3 if remat == "full" else 2)
-    head = 2 * shapes[0].readouts.target.size // devices * embed * vocab
+    head = 2 * shapes[0][2].readouts.target.size // devices * embed * vocab
     dots = found.flops - found.attention_flops
     in_head = sum(p.total for p in found.products if p.what == "dot" and "shard_map" in p.op_name)
     assert dots - in_head == 3 * forward + again

@@ -12,7 +12,7 @@ from jaxalign.errors import InputError
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import compiled, trainer
-from jaxalign.train.dryrun import step_arguments
+from jaxalign.train.arguments import step_arguments
 from jaxalign.train.remat import FASTEST_FIRST, noted, settle_remat
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage

@@ -12,6 +12,8 @@ from jaxalign.ops.trees import split
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import algorithms, trainer
+from jaxalign.train.arguments import step_arguments
+from jaxalign.train.models import bytes_by_role
 from jaxalign.train.rundir import RunDir
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -62,6 +64,8 @@ def test_a_run_that_trains_attention_alone(algorithm, shared, tmp_path, in_part)
     sizes = results["model_bytes"]
     stage = alone(stories(shared, tmp_path / "other", algorithm, **fields))
     policy = stage.program.trained["policy"]
+    state, frozen, _ = step_arguments(stage)
+    assert bytes_by_role(state.params, frozen) == sizes  # what a dry run says
     part = num_bytes(policy.abstract())
     assert sizes["policy"] == num_bytes(policy.model.abstract()) and sizes["ref"] == part  # the rest is the policy's
     if algorithm == "dpo":

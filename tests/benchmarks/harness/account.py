@@ -12,15 +12,14 @@ import numpy as np
 
 from jaxalign.parallel.device_memory import device_bytes, num_bytes
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.parallel.sharding import batch_sharding, param_shardings
+from jaxalign.parallel.sharding import batch_sharding
 from jaxalign.rollout.layout import lay_out
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.rollout.sizes import cache_width
 from jaxalign.rollout.slots import advance, empty_draws, prefill, seat
-from jaxalign.train.checkpoints import abstract
+from jaxalign.train.arguments import step_arguments, widest_prompts
 from jaxalign.train.compiled import memory_of
-from jaxalign.train.dryrun import abstract_batch
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage
 
@@ -41,9 +40,8 @@ def measure(config: Any, devices: Any) -> dict[str, Any]:
     mesh = make_mesh(config.mesh, devices)
     with tempfile.TemporaryDirectory() as scratch:
         stage = Stage(config, mesh, RunDir(scratch))
-        models = {name: role.model.abstract() for name, role in stage.program.frozen.items()}
-        frozen = abstract(models, param_shardings(mesh, models))
-        batch, start = abstract_batch(stage), time.monotonic()
+        _, frozen, batch = step_arguments(stage)
+        start = time.monotonic()
         with jax.set_mesh(mesh):
             executable = stage.step.compile(stage.like, frozen, batch)
             found = _step(stage, executable, frozen, batch)
@@ -93,7 +91,7 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
     """The cache, and the memory while it is at its widest, the policy laid out for decoding beside it."""
     c, policy = stage.config, stage.program.trained["policy"].model
     new, widest = c.rollout.max_new_tokens, (c.batch_size, stage.dataset.shape.length)
-    params, rows = stage.like.params["policy"], _prompts(stage, widest)
+    params, rows = stage.like.params["policy"], widest_prompts(stage).rows
     width = cache_width(widest[1] + new)
     ids = jax.ShapeDtypeStruct((c.batch_size * c.rollout.num_samples,), np.int32)
     laid = jax.eval_shape(lambda p: lay_out(policy, p), params)
@@ -110,11 +108,6 @@ def _sampling(stage: Any, parts: dict[str, int]) -> dict[str, int]:
         "laid out": num_bytes(laid),
         "sampling": there + max(read, memory_of(loop)["total"]),
     }
-
-
-def _prompts(stage: Any, shape: tuple[int, int]) -> Any:
-    sharding = batch_sharding(stage.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding), stage.dataset.batch(0).rows)
 
 
 def _scoring(stage: Any, frozen: Any, batch: Any, parts: dict[str, int]) -> dict[str, int]:
