@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from jaxalign.config import get
 from jaxalign.plan.account import Account, account
 from jaxalign.plan.losses import losses_of
 from jaxalign.plan.predict import Assumptions, alone_and_hidden, predict
@@ -46,7 +45,7 @@ def plan_stage(
             "grad_accum_steps": c.grad_accum_steps,
             "remat": f"auto: {stage.remat}" if stage.remat else c.model.remat,
             "row_length": int(stage.dataset.shape.length),
-            "max_new_tokens": get(c, "rollout.max_new_tokens", 0),
+            "max_new_tokens": c.rollout.max_new_tokens if "num_minibatches" in c.algorithm else 0,
             "dtype": c.model.dtype,
         },
         "assumed": told,

@@ -12,7 +12,7 @@ from jaxalign.plan.described import plan_stage
 from jaxalign.plan.machines import absent_devices, joined, parse_topology
 from jaxalign.plan.predict import Assumptions, assumptions
 from jaxalign.plan.runs import Length, run_of, together
-from jaxalign.plan.search import nearest_that_fits
+from jaxalign.plan.search import AS_IS, nearest_that_fits
 from jaxalign.plan.search import search as search_stage
 from jaxalign.plan.stages import stage_configs
 
@@ -67,10 +67,11 @@ def plan(
         try:
             one = _stage(c, devices, assumed, tell)
             if search:
-                one["search"] = search_stage(c, devices, assumed, search, tell)
+                one["search"] = search_stage(c, devices, assumed, search, tell, one)
             if not one["fits"]:
-                searched = one.get("search", {}).get("found")
-                one["change"] = searched[0]["lines"] if searched else nearest_that_fits(c, devices, assumed, one)
+                searched = [each["lines"] for each in one.get("search", {}).get("found", ())]
+                others = [lines for lines in searched if lines != AS_IS]  # of PPO another program may be too large
+                one["change"] = others[0] if others else nearest_that_fits(c, devices, assumed, one)
         except InputError as error:
             raise error.within(place, flags) from error
         found[name or one["algorithm"]] = _renamed(one, flags)

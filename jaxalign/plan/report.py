@@ -87,11 +87,11 @@ def _run(stage: dict[str, Any], devices: int) -> list[str]:
         told[0] += f"; 1,000 take {_duration(seconds)}, {seconds * devices / 3600:,.1f} device-hours"
     parts = []
     if run["seconds"] and run["evaluations"] and run["evaluation_batches"]:
-        each = f"{run['evaluations']:,} evaluations of {run['evaluation_batches']:,} batches"
-        parts.append(f"{each} {_duration(run['seconds']['evaluations'])}")
+        batches = f"{run['evaluations']:,} evaluations of {run['evaluation_batches']:,} batches"
+        parts.append(f"{_duration(run['seconds']['evaluations'])} are {batches}")
     if run["seconds"] and run["reference_batches"]:
-        parts.append(f"the reference's pass over {run['reference_batches']:,} batches "
-                     f"{_duration(run['seconds']['reference pass'])}")  # fmt: skip
+        batches = f"the reference's pass over {run['reference_batches']:,} batches"
+        parts.append(f"{_duration(run['seconds']['reference pass'])} are {batches}")
     if parts:
         told.insert(0, f"of the run, {', '.join(parts)}")
     if len(timed := _timed(stage)) > 1:

@@ -5,7 +5,6 @@ Memory and time are estimated by arithmetic first; what cannot fit is left out, 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ import numpy as np
 
 from jaxalign.config import get
 from jaxalign.errors import InputError
-from jaxalign.parallel.mesh import AXES, make_mesh
+from jaxalign.parallel.mesh import AXES, make_mesh, mesh_shape
 from jaxalign.plan.described import plan_stage
 from jaxalign.plan.predict import Assumptions, link
 
 _REMAT = ("none", "dots", "attention", "full")
+AS_IS = "as configured"
 _SLACK = 1.15  # of the pool: what is estimated to need a little more may fit
 
 
@@ -34,13 +34,18 @@ class Candidate(NamedTuple):
     memory: float  # bytes of a device, estimated
     seconds: float  # of a token, estimated
 
-    def lines(self) -> str:
-        """As flags."""
-        return (
-            f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
-            f"--config.model.remat={self.remat} --config.grad_accum_steps={self.accumulation} "
-            f"--config.batch_size={self.batch}"
-        )
+    def lines(self, beside: Candidate | None = None) -> str:
+        """As flags.
+
+        Args:
+          beside: the configured one; what is the same there is left out.
+        """
+        names = ("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "grad_accum_steps", "batch_size")
+        fields = dict(zip(names, self, strict=False))
+        if beside is not None:
+            first = 3 if self[:3] == beside[:3] else 0  # a mesh is said whole
+            fields = {n: fields[n] for i, n in enumerate(names) if i >= first and (i < 3 or self[i] != beside[i])}
+        return " ".join(f"--config.{field}={value}" for field, value in fields.items()) or AS_IS
 
 
 class Sizes(NamedTuple):
@@ -189,6 +194,20 @@ def seconds_of(one: Candidate, s: Sizes, scale: float, assumed: Assumptions, ban
     return (products + gathers - hidden + copies + sums + update) / tokens
 
 
+def configured(config: Any, devices: int, remat: str = "") -> Candidate:
+    """What a configuration says itself, nothing estimated.
+
+    Args:
+      config: one stage's.
+      devices: how many.
+      remat: the policy that `model.remat=auto` was settled to.
+    """
+    data, fsdp, tensor = mesh_shape(config.mesh, devices)
+    return Candidate(
+        data, fsdp, tensor, remat or config.model.remat, config.grad_accum_steps, config.batch_size, 0.0, 0.0
+    )
+
+
 def applied(config: Any, one: Candidate) -> Any:
     """The configuration with a candidate's fields."""
     c = config.copy_and_resolve_references()
@@ -199,7 +218,12 @@ def applied(config: Any, one: Candidate) -> Any:
 
 
 def search(
-    config: Any, devices: list[Any], assumed: Assumptions, most: int, say: Callable[[str], None]
+    config: Any,
+    devices: list[Any],
+    assumed: Assumptions,
+    most: int,
+    say: Callable[[str], None],
+    planned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compiles the train step of the candidates that are estimated to be the fastest.
 
@@ -209,6 +233,7 @@ def search(
       assumed: the machine and the numbers of the prediction.
       most: how many are compiled.
       say: is told of what is compiled.
+      planned: the stage as it is configured, which is not compiled again.
 
     Returns:
       `estimated` and `compiled`, how many, and `found`: `lines`, `seconds` of a step, `tokens_per_second`, `mfu`,
@@ -216,35 +241,60 @@ def search(
     """
     s, slices = _sizes(config, devices, assumed)
     ranked = candidates(s, config, len(devices), slices, assumed, devices)
-    own, others = ([one for one in ranked if (one.batch == config.batch_size) == same] for same in (True, False))
-    found, tried = [], 0
-    for some, share in ((own, most - most // 3 if others else most), (others, most // 3)):
-        for one in itertools.islice(_varied(some), share):
-            tried += 1
-            say(f"compiling train step {tried} of at most {most}: {one.lines()}")
-            try:
-                planned = plan_stage(applied(config, one), devices, assumed, lambda text: None, only="train step")
-            except InputError as error:  # of memory, or of what training refuses of this one
-                say(f"  not this one: {error.problem}")
+    now, found, compiled = _now(config, len(devices), planned), [], 0
+    too_much: dict[str, float] = {}  # by remat, the least estimate of what did not fit
+    others = any(one.batch != config.batch_size for one in ranked)
+    shares = {True: most - most // 3 if others else most, False: most // 3}
+    for one in _varied(ranked):
+        same = one.batch == config.batch_size
+        known = one[:6] == now[:6] and planned is not None
+        if one.memory >= too_much.get(one.remat, math.inf) or not (shares[same] or known):
+            continue
+        try:
+            if known:
+                there = planned or {}
+            else:
+                compiled, shares[same] = compiled + 1, shares[same] - 1
+                say(f"compiling train step {compiled} of at most {most}: {one.lines(now)}")
+                there = plan_stage(applied(config, one), devices, assumed, lambda text: None, only="train step")
+            step = _step(there)
+        except InputError as error:  # of memory, or of what training refuses of this one
+            say(f"  not this one: {error.problem}")
+            step = None
+            if "out of memory" not in error.problem:
                 continue
-            step = planned["programs"][0]
-            if not step["fits"]:
+        if step is None or not step["fits"]:
+            too_much[one.remat] = min(one.memory, too_much.get(one.remat, math.inf))
+            if step is not None and not known:
                 say(f"  does not fit: {step['memory']['peak'] / 2**30:.1f} GiB")
-                continue
-            seconds = step["seconds"]["total"] * s.minibatches
-            found.append(
-                {
-                    "lines": one.lines(),
-                    "changes_optimisation": one.batch != config.batch_size,
-                    "seconds": step["seconds"]["total"],
-                    "tokens_per_second": planned["iteration"]["tokens"] / seconds,
-                    "mfu": step["mfu"],
-                    "peak": step["memory"]["peak"],
-                }
-            )
-            say(f"  {found[-1]['tokens_per_second']:,.0f} tokens/s, {step['memory']['peak'] / 2**30:.1f} GiB")
+            continue
+        seconds = step["seconds"]["total"]
+        speed = there["iteration"]["tokens"] / (seconds * s.minibatches)
+        found.append(
+            {
+                "lines": one.lines(now),
+                "changes_optimisation": not same,
+                "seconds": seconds,
+                "tokens_per_second": speed,
+                "mfu": step["mfu"],
+                "peak": step["memory"]["peak"],
+            }
+        )
+        if not known:
+            say(f"  {speed:,.0f} tokens/s, {step['memory']['peak'] / 2**30:.1f} GiB")
     found.sort(key=lambda each: (each["changes_optimisation"], -each["tokens_per_second"]))
-    return {"estimated": len(ranked), "compiled": tried, "found": found}
+    return {"estimated": len(ranked), "compiled": compiled, "found": found}
+
+
+def _now(config: Any, devices: int, planned: Mapping[str, Any] | None) -> Candidate:
+    """The configured candidate, `model.remat=auto` as it was settled."""
+    settled = str((planned or {}).get("settings", {}).get("remat", ""))
+    return configured(config, devices, settled.removeprefix("auto: "))
+
+
+def _step(planned: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The train step among a stage's programs; None where the compiler found no room for it."""
+    return next((p for p in planned["programs"] if p["name"] == "train step"), None)
 
 
 def _varied(ranked: list[Candidate]) -> Iterator[Candidate]:
@@ -302,23 +352,12 @@ def nearest_that_fits(config: Any, devices: list[Any], assumed: Assumptions, pla
     from jaxalign.train.compiled import ADVICE
 
     s, slices = _sizes(config, devices, assumed)
-    if planned["programs"]:
-        mesh, memory = planned["mesh"], planned["programs"][0]["memory"]
-        now = Candidate(
-            mesh["data"],
-            mesh["fsdp"],
-            mesh["tensor"],
-            planned["settings"]["remat"],
-            config.grad_accum_steps,
-            config.batch_size,
-            0.0,
-            0.0,
-        )
-        if now.remat in _REMAT:
-            s = s._replace(temporary=memory["temporary"], estimated=_temporary(now, s, 1.0))
+    now, step = _now(config, len(devices), planned), _step(planned)
+    if step and now.remat in _REMAT:
+        s = s._replace(temporary=step["memory"]["temporary"], estimated=_temporary(now, s, 1.0))
     pool = assumed.machine.memory * assumed.values["pool"]
     ranked = candidates(s, config, len(devices), slices, assumed, devices)
     fits = [one for one in ranked if one.memory <= 0.95 * pool and one.batch == config.batch_size]
-    if fits:
-        return fits[0].lines()
+    if other := [one for one in fits if one[:6] != now[:6]]:
+        return other[0].lines(now)
     return ADVICE if ranked else nothing_fits(s, len(devices), assumed).fix

@@ -8,7 +8,7 @@ from jaxalign.parallel.hardware import read_machines
 from jaxalign.plan.losses import losses_of
 from jaxalign.plan.predict import assumptions
 from jaxalign.plan.report import as_text, search_text
-from jaxalign.plan.search import Sizes, candidates, memory_of, nothing_fits
+from jaxalign.plan.search import AS_IS, Sizes, candidates, memory_of, nothing_fits
 
 ASSUMED = assumptions(read_machines()["h200"], ["efficiency=0.5", "memory_efficiency=1"])
 GIB = 2**30
@@ -223,7 +223,7 @@ def test_what_training_refuses_does_not_end_a_search(monkeypatch):
     def planned(c, *_, **__):
         if c.model.remat == "none":
             raise InputError("refused", "another", "--config.model.remat=full")
-        step = {"fits": True, "seconds": {"total": 2.0}, "mfu": 0.5, "memory": {"peak": GIB}}
+        step = {"name": "train step", "fits": True, "seconds": {"total": 2.0}, "mfu": 0.5, "memory": {"peak": GIB}}
         return {"programs": [step], "iteration": {"tokens": 4000.0}}
 
     first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(batch=64)
@@ -236,6 +236,48 @@ def test_what_training_refuses_does_not_end_a_search(monkeypatch):
     assert [one["tokens_per_second"] for one in result["found"]] == [2000.0, 2000.0]
     assert [one["changes_optimisation"] for one in result["found"]] == [False, True]
     assert any("refused" in text for text in told)
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """A search among given candidates of which those of too many bytes do not fit; what was compiled."""
+    from jaxalign.plan import search as searching
+
+    def search(found, most, fits, planned=None):
+        compiled, told = [], []
+
+        def plan_stage(c, *_, **__):
+            compiled.append((c.model.remat, c.grad_accum_steps))
+            step = {"name": "train step", "fits": fits(c), "seconds": {"total": 2.0}, "mfu": 0.5}
+            return {"programs": [step | {"memory": {"peak": GIB}}], "iteration": {"tokens": 4000.0}}
+
+        monkeypatch.setattr(searching, "_sizes", lambda *_: (SIZES, 1))
+        monkeypatch.setattr(searching, "candidates", lambda *_: found)
+        monkeypatch.setattr(searching, "plan_stage", plan_stage)
+        c = config(batch_size=64)
+        return searching.search(c, [None] * 8, ASSUMED, most, told.append, planned), compiled, told
+
+    return search
+
+
+def test_what_takes_more_than_what_did_not_fit_is_not_compiled(searched):
+    first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(data=1, fsdp=8, tensor=1, batch=64)
+    found = [first._replace(remat="dots", accumulation=n, memory=1e9 * m) for n, m in ((2, 40), (1, 60), (4, 20))]
+    result, compiled, told = searched(found, 6, lambda c: c.grad_accum_steps > 2)
+    assert compiled == [("dots", 2), ("dots", 4)]
+    assert [one["lines"] for one in result["found"]] == ["--config.model.remat=dots --config.grad_accum_steps=4"]
+    assert any("does not fit" in text for text in told)
+
+
+def test_what_is_configured_stands_among_what_was_found_and_is_not_compiled_again(searched):
+    first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(data=1, fsdp=8, tensor=1, batch=64)
+    now = first._replace(remat=config().model.remat, accumulation=1)
+    step = {"name": "train step", "fits": True, "seconds": {"total": 1.0}, "mfu": 0.5, "memory": {"peak": GIB}}
+    planned = {"programs": [step], "iteration": {"tokens": 4000.0}, "settings": {"remat": now.remat}}
+    result, compiled, _ = searched([now, now._replace(data=2, fsdp=4)], 1, lambda c: True, planned)
+    assert len(compiled) == result["compiled"] == 1
+    lines = "--config.mesh.data=2 --config.mesh.fsdp=4 --config.mesh.tensor=1"
+    assert [one["lines"] for one in result["found"]] == [AS_IS, lines]
 
 
 def test_decoding_is_no_loss_of_products():
