@@ -51,7 +51,7 @@ def parse_topology(topology: str, machines: Mapping[str, Hardware] | None = None
     match = _FORM.fullmatch(topology)
     if match is None or (match["platform"] == "gpu" and (match["shape"].count("x") != 2 or match["slices"])):
         raise InputError(
-            f"machine {topology!r}",
+            f"machine {topology[:60]!r}",
             "gpu:KIND:SLICESxHOSTSxGPUS (GPUs of a slice are joined), or tpu:KIND:SHAPE[:SLICES], the shape in chips",
             f"--on={nearest_name(topology, machines)}",
         )
@@ -95,8 +95,8 @@ def nearest_name(topology: str, machines: Mapping[str, Hardware] | None = None) 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     kind = word if named else (starts or near or ["h200"])[-1]
     before, _, behind = text.partition(word) if word else (text, "", "")
-    numbers = [n for n in map(int, re.findall(r"\d+", behind or before)) if n]
-    count = math.prod(numbers) if numbers else 8
+    numbers = [n for n in map(int, re.findall("[0-9]{1,4}", behind or before)[:4]) if n]
+    count = min(math.prod(numbers), 4096) if numbers else 8
     machine = known[kind]
     if machine.platform == "tpu":
         if machine.axes == 3 and re.fullmatch(r"-\d+", behind):

@@ -155,6 +155,7 @@ def test_an_unknown_machine_gets_the_nearest(name, near):
         ("v6e-16", "tpu:v6e:4x4"),
         ("GPU:h200:1x8x1", "gpu:h200:1x8x1"),
         ("8", "gpu:h200:1x8x1"),
+        ("gpu:h100:" + "9" * 5000, "gpu:h100:512x1x8"),
     ],
 )
 def test_another_form_of_a_name_gets_the_whole_right_one(name, whole):
