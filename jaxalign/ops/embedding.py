@@ -27,7 +27,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
       dtype: of the vectors.
 
     Returns:
-      [B, T, D].
+      [B, T, D]; NaN for a token past the vocabulary.
 
     >>> lookup(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[1, 0]]), "bfloat16").tolist()
     [[[3.0, 4.0], [1.0, 2.0]]]
@@ -78,14 +78,17 @@ class _Layout:
         return P(self.tensor, self.fsdp)
 
     def index(self, tokens):
-        """Of all rows along `fsdp`, the index of each token in this device's part of the vocabulary; past its end where
-        the token is of another part."""
+        """Of all rows along `fsdp`, the index of each token in this device's part of the vocabulary: past its end by 0
+        where the token is of another part, by 1 where it is of none."""
         if self.fsdp:
             tokens = jax.lax.all_gather(tokens, self.fsdp, axis=0, tiled=True)
         if not self.tensor:
             return tokens
+        size = self.vocab * jax.lax.axis_size(self.tensor)
+        tokens = jnp.where(tokens < 0, tokens + size, tokens)  # as `jnp.take` counts them
         index = tokens - jax.lax.axis_index(self.tensor) * self.vocab
-        return jnp.where((index >= 0) & (index < self.vocab), index, self.vocab)
+        elsewhere = jnp.where((tokens >= 0) & (tokens < size), self.vocab, self.vocab + 1)
+        return jnp.where((index >= 0) & (index < self.vocab), index, elsewhere)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -95,11 +98,14 @@ def _lookup(table, tokens, layout: _Layout):
 
 def _forward(table, tokens, layout):
     def local(table, tokens):
+        index = layout.index(tokens)
         if layout.tensor:
-            x = jnp.take(table, layout.index(tokens), axis=0, fill_value=0).astype(layout.dtype)
+            x, index = jnp.take(table, index, axis=0, mode="clip"), index[..., None]
+            other = jnp.where(index > layout.vocab, jnp.nan, 0.0).astype(x.dtype)
+            x = jnp.where(index < layout.vocab, x, other).astype(layout.dtype)
             x = jax.lax.psum(x, layout.tensor)  # all but one are 0
         else:
-            x = jnp.take(table, layout.index(tokens), axis=0).astype(layout.dtype)
+            x = jnp.take(table, index, axis=0).astype(layout.dtype)
         return jax.lax.all_to_all(x, layout.fsdp, 0, 2, tiled=True) if layout.fsdp else x
 
     return layout.run(local, (layout.split, layout.rows), layout.rows)(table, tokens), tokens

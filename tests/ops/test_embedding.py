@@ -78,6 +78,26 @@ def test_every_mesh_gives_the_same(sizes, x64):
     np.testing.assert_allclose(found, expected(tokens, d_x), rtol=1e-13)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
+def test_trap_tokens_past_the_vocabulary_are_loud_on_every_mesh(sizes):
+    """Split over `tensor` they were zeros, which train on without a word."""
+    table, tokens, d_x = world(np.float32)
+    tokens = tokens.copy()
+    tokens[0, :3], tokens[1, :2] = [len(table), 10**6, -1], [-len(table), -len(table) - 1]
+    plain = lookup(table, tokens, "float32")
+    assert np.isnan(plain).any(-1).sum() == np.isnan(plain).all(-1).sum() == 3
+    weighted = lambda table, tokens, d_x: jnp.nansum(lookup(table, tokens, "float32") * d_x)  # noqa: E731
+    gradient = jax.grad(weighted)(table, tokens, d_x)
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    sharding = param_shardings(mesh, {"embed": {"embedding": table}})["embed"]["embedding"]
+    rows = put_batch((tokens, d_x), mesh)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(table, sharding)
+        np.testing.assert_array_equal(jax.jit(lambda *x: lookup(*x, "float32"))(split, rows[0]), plain)
+        found = jax.jit(jax.grad(weighted), out_shardings=sharding)(split, *rows)
+    np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_do_not_divide_are_left_to_the_compiler():
     table, tokens, _ = world(np.float32)
     with jax.set_mesh(make_mesh({"fsdp": 8})):
