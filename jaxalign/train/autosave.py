@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxalign.parallel.processes import on_main
+from jaxalign.parallel.processes import on_main, say
 
 
 class Autosave:
@@ -19,14 +19,21 @@ class Autosave:
     of the minutes, so that steps that become slower do not make it late by much.
     """
 
-    def __init__(self, minutes: float, start: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        minutes: float,
+        start: int,
+        against: Callable[[], str] = lambda: "",
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """
         Args:
           minutes: between two checkpoints; 0: never by time.
           start: steps done when training begins.
+          against: asked on process 0 when one is due; what it answers is said once, and the minutes begin anew.
           clock: seconds.
         """
-        self._seconds, self._clock = 60.0 * minutes, clock
+        self._seconds, self._against, self._clock, self._said = 60.0 * minutes, against, clock, False
         self._saved = self._looked = clock()
         self._step, self._next = start, start + 1
 
@@ -43,7 +50,16 @@ class Autosave:
         self._looked, self._step = now, step
         left = self._seconds - (now - self._saved)
         ahead = int(min(left / 2, self._seconds / 16) / max(pace, 1e-6)) if jax.process_count() > 1 else 0
-        return [left <= 0, step + max(1, ahead)]
+        due = left <= 0 and not self._prevented()
+        return [due, step + max(1, ahead)]
+
+    def _prevented(self) -> bool:
+        if not (reason := self._against()):
+            return False
+        if not self._said:
+            say(f"warning: {reason}")
+        self._saved, self._said = self._looked, True
+        return True
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step is written, for whatever reason: the minutes begin anew."""

@@ -71,6 +71,7 @@ class Loop:
     callbacks: tuple[Callable[[int, Mapping[str, float], TrainState], dict[str, float]], ...] = ()
     lock: Lock | None = None  # of the directory
     offload: bool = False  # the optimizer's state is in host memory except during updates
+    against_saving: Callable[[], str] = lambda: ""  # why a checkpoint that is due by time is not made; "": nothing
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any]]:
         """Trains.
@@ -98,7 +99,7 @@ class Loop:
         held_out: dict[str, float] = {}
         pending: Pending | None = None
         done, end = start, start if self._spent() else self.num_steps
-        self._autosave = Autosave(self.config.checkpoint.every_minutes, start)
+        self._autosave = Autosave(self.config.checkpoint.every_minutes, start, self.against_saving)
         try:
             with StopRequests() as stop, contextlib.closing(self._batches(start, end)) as batches:
                 self._mark = time.monotonic()

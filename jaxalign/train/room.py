@@ -1,4 +1,4 @@
-"""Disk space for a run's checkpoints and export, checked before the first step."""
+"""Disk space for a run's checkpoints and export, checked before the first step and before checkpoints by time."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def _check(stage: Stage, saved: int) -> list[str]:
         return []
     path, keep = stage.directory.path, stage.config.checkpoint.keep
     usage = shutil.disk_usage(os.fspath(path))
-    parameters, optimizer = num_bytes(stage.like.params), num_bytes(stage.like.opt)
-    one, export = parameters + optimizer, num_bytes(stage.like.params[stage.program.exported])
-    most = one * max(1, keep + 1 - saved + bool(stage.config.checkpoint.best_metric)) + export
+    one, export = _sizes(stage)
+    most = one * max(1, _kept(stage) + 1 - saved) + export
     if not usage.total or usage.free >= most:
         return []
+    parameters, optimizer = num_bytes(stage.like.params), num_bytes(stage.like.opt)
     found = (
         f"{in_words(usage.free)} free in {path}; a checkpoint takes up to {in_words(one)} (parameters "
         f"{in_words(parameters)}, optimizer {in_words(optimizer)}), the export {in_words(export)}"
@@ -57,3 +57,37 @@ def _check(stage: Stage, saved: int) -> list[str]:
         f"room for one at least; for checkpoint.keep={keep} {in_words(most)} at most",
         f"make room there (df -h {path}), or --config.workdir=ANOTHER{smaller}",
     )
+
+
+def against_saving(stage: Stage, saved: int) -> str:
+    """Why no checkpoint is to be made by time: it would take the room of the one at the end, or of the export.
+
+    Args:
+      stage: data, models and compiled steps.
+      saved: checkpoints that are there.
+
+    Returns:
+      A sentence; "" where there is room, and for object stores, which are not asked.
+    """
+    if stage.directory.remote:
+        return ""
+    path, (one, export) = stage.directory.path, _sizes(stage)
+    usage, more = shutil.disk_usage(os.fspath(path)), max(_kept(stage) - saved, 0)
+    # Where no more are to stay, one of those that are there goes when this one is complete, and so at the end.
+    needed = one * min(1 + more, 2) + export * (more > 1)
+    if not usage.total or usage.free >= needed:
+        return ""
+    return (
+        f"no checkpoint by time while {in_words(usage.free)} are free in {path}: with what is saved at the end "
+        f"it takes up to {in_words(needed)} (df -h {path})"
+    )
+
+
+def _kept(stage: Stage) -> int:
+    """Checkpoints that stay, at most."""
+    return stage.config.checkpoint.keep + bool(stage.config.checkpoint.best_metric)
+
+
+def _sizes(stage: Stage) -> tuple[int, int]:
+    """Bytes of a checkpoint and of the export, at most."""
+    return num_bytes((stage.like.params, stage.like.opt)), num_bytes(stage.like.params[stage.program.exported])

@@ -36,7 +36,7 @@ from jaxalign.train.minibatches import check_rows
 from jaxalign.train.models import bytes_by_role, fit_length, tokenizer_of_export
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.remat import noted, settle_remat
-from jaxalign.train.room import check_room
+from jaxalign.train.room import against_saving, check_room
 from jaxalign.train.rundir import RunDir, beside, require_shared
 from jaxalign.train.schedule_free import evaluated
 from jaxalign.train.stage import Stage, stage_warnings
@@ -164,6 +164,7 @@ def _train(stage: Stage) -> dict[str, Any]:
         callbacks=load_callbacks(c.callbacks),
         lock=stage.lock,
         offload=stage.offload,
+        against_saving=lambda: against_saving(stage, len(checkpoints.steps())),
     )
     try:
         state, results = loop.run(state, start)

@@ -23,10 +23,10 @@ class Clock:
         return 60 * self.minutes
 
 
-def saves(steps, minutes=30, at=()):
+def saves(steps, minutes=30, at=(), against=lambda: ""):
     """The steps after which it saves, where `steps` are the minutes that each takes; `at`: other checkpoints."""
     clock, found = Clock(), []
-    due = Autosave(minutes, 0, clock)
+    due = Autosave(minutes, 0, against, clock)
     for step, taken in enumerate(steps, 1):
         clock.minutes += taken
         if due.due(step):
@@ -41,6 +41,12 @@ def test_it_saves_when_the_minutes_are_over():
     assert saves([45, 1, 1, 45]) == [1, 4]
     assert saves([10] * 8, at=(2,)) == [5, 8]  # another checkpoint counts as well
     assert saves([1000] * 3, minutes=0) == []
+
+
+def test_what_is_against_it_is_said_once(capfd):
+    reasons = iter(["no room", "no room", ""])
+    assert saves([10] * 9, against=lambda: next(reasons)) == [9]
+    assert capfd.readouterr().err == "warning: no room\n"
 
 
 def test_several_processes_ask_each_other_rarely_and_save_in_time(monkeypatch):

@@ -50,6 +50,32 @@ def test_room_for_fewer_than_are_kept_is_a_warning(run, capsys):
     assert "free in" in capsys.readouterr().out
 
 
+def test_no_checkpoint_by_time_takes_the_room_of_the_last(shared, tmp_path, monkeypatch, capfd):
+    def usage(path):
+        used = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file())
+        return Usage(5 * MIB, used, 5 * MIB - used)
+
+    monkeypatch.setattr(room.shutil, "disk_usage", usage)
+    fields = {"num_train_steps": 3, "checkpoint.every": 0, "checkpoint.every_minutes": 1e-6}
+    trainer.run(make_config(stories(shared, tmp_path / "run", "sft", **fields)), devices=jax.devices()[:1])
+    assert capfd.readouterr().err.count("no checkpoint by time") == 1
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("keep, saved, needed", [(1, 0, 2), (1, 1, 1), (3, 0, 2.5), (3, 2, 2), (3, 3, 1), (3, 9, 1)])
+def test_the_room_for_a_checkpoint_by_time(keep, saved, needed, tmp_path, monkeypatch):
+    params = {"policy": jax.ShapeDtypeStruct((MIB // 8,), "float32")}
+    stage = SimpleNamespace(
+        config=SimpleNamespace(checkpoint=SimpleNamespace(keep=keep, best_metric=None)),
+        directory=SimpleNamespace(path=tmp_path, remote=False),
+        like=SimpleNamespace(params=params, opt={"policy": jax.ShapeDtypeStruct((MIB // 8,), "float32")}),
+        program=SimpleNamespace(exported="policy"),
+    )
+    for short in (0, 1):
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda path, x=short: Usage(100 * MIB, 0, needed * MIB - x))
+        assert bool(room.against_saving(stage, saved)) is bool(short)
+
+
 def test_a_url_is_not_asked(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", None)
     assert room.check_room(SimpleNamespace(directory=SimpleNamespace(remote=True))) == []
