@@ -66,9 +66,8 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     widest = cache_width(batch.rows.tokens.shape[1] + sampling.max_new_tokens)
     held = device_bytes((stage.like.params, () if stage.offload else (stage.like.opt, frozen)))
     collector.limit = limit
-    if not (tensor := c.rollout.tensor):
-        tensor = layout.tensor_split(policy, mesh, slots=num_slots, columns=widest, held=held, limit=limit)
-    place = layout.Place(mesh, layout.decoding_mesh(mesh, tensor))
+    split = collector.split(batch.rows.tokens.shape, held)
+    place = layout.Place(mesh, layout.decoding_mesh(mesh, split.tensor))
     if place.decoding is not mesh:
         yield compiled("prompts to decoding", place.decoding, slots.by_slots, place.there(prefilled.results))
     laid = yield from _lay_out(policy, place.there(params["policy"]), place)

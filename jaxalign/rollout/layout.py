@@ -78,7 +78,7 @@ def place_of(
       model: the policy.
       params: its parameters.
       mesh: of training; None: one device.
-      tensor: devices that split each layer; None: see `tensor_split`, which takes the others.
+      tensor: devices that split each layer; None: see `split_of`, which takes the others.
       held: None: the parameters' bytes.
       slots: completions at a time.
       columns: of the cache.
@@ -87,7 +87,7 @@ def place_of(
         return Place(None, None)
     if tensor is None:
         held, limit = device_bytes(params) if held is None else held, device_limit(mesh)
-        tensor = tensor_split(model, mesh, slots=slots, columns=columns, held=held, limit=limit)
+        tensor = split_of(model, mesh, slots=slots, columns=columns, held=held, limit=limit).tensor
     return Place(mesh, decoding_mesh(mesh, tensor))
 
 
@@ -148,7 +148,28 @@ def _finer(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*map(one, spec))
 
 
-def tensor_split(model: Model, mesh: Mesh, *, slots: int, columns: int, held: int, limit: int | None) -> int:
+class Split(NamedTuple):
+    """How the weights lie while completions are sampled."""
+
+    tensor: int  # devices that split each layer
+    why: str
+    needed: dict[str, int]  # bytes of decoding on each device: "weights", "cache", "temporary"
+
+    @property
+    def words(self) -> str:
+        return "whole on each device" if self.tensor == 1 else f"each layer split over {self.tensor} devices"
+
+
+def split_of(
+    model: Model,
+    mesh: Mesh,
+    asked: int | None = None,
+    *,
+    slots: int,
+    columns: int,
+    held: int,
+    limit: int | None,
+) -> Split:
     """How many devices split each layer in decoding: the fewest with which everything fits, a power of two.
 
     Where nothing fits it is what needs least.  A function of shapes, so that all processes and a resumed run agree.
@@ -156,20 +177,28 @@ def tensor_split(model: Model, mesh: Mesh, *, slots: int, columns: int, held: in
     Args:
       model: the policy.
       mesh: of training; its own `tensor` axis, where it has one, stays.
+      asked: so many; None: as above.
       slots: completions at a time.
       columns: of the cache, at its widest.
       held: bytes on each device beside what decoding needs.
       limit: bytes there; None: not known, everything fits.
     """
     own, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    if own > 1 or limit is None:
-        return own
-    sizes = [1 << n for n in range(fsdp.bit_length()) if fsdp % (1 << n) == 0]
-    needed = {n: held + _needed(model, decoding_mesh(mesh, n), slots, columns) for n in sizes}
-    return next((n for n in sizes if needed[n] <= _SPARE * limit), min(sizes, key=needed.__getitem__))
+    given = asked or (own if own > 1 or limit is None else None)
+    sizes = [1 << n for n in range(fsdp.bit_length()) if fsdp % (1 << n) == 0] if given is None else [given]
+    needed = {n: _needed(model, decoding_mesh(mesh, n), slots, columns) for n in sizes}
+    total = {n: held + sum(needed[n].values()) for n in sizes}
+    fits = [n for n in sizes if limit is None or total[n] <= _SPARE * limit]
+    tensor = fits[0] if fits else min(sizes, key=total.__getitem__)
+    why = "as rollout.tensor says" if asked else "as in training" if own > 1 else "the least split that fits"
+    if limit is None and not asked:
+        why = "as in training: how much memory there is is not known"
+    elif not fits:
+        why += ", which does not fit" if given else ": none does, this one needs least"
+    return Split(tensor, why, needed[tensor])
 
 
-def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> int:
+def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> dict[str, int]:
     """Bytes of decoding on each device: parameters, the cache beside prompts that have been read, and temporaries."""
     c, tensor = model.config, mesh.shape["tensor"]
     item = jnp.dtype(c.dtype).itemsize
@@ -184,7 +213,7 @@ def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> int:
     reading = -(-rows // tensor) * columns * _of_a_token(model)
     embedding = c.vocab_size * c.embed_dim * item // tensor
     sampling = 3 * 4 * rows * c.vocab_size // tensor
-    return weights + 2 * cache + max(reading, embedding, sampling)
+    return {"weights": weights, "cache": 2 * cache, "temporary": max(reading, embedding, sampling)}
 
 
 def fewest_parts(model: Model, mesh: Mesh, shape: tuple[int, int], most: int, held: int, limit: int | None) -> int:

@@ -34,9 +34,10 @@ from jaxalign.rewards.scores import Scores, by_part, one_part, score_arrays, tot
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
 from jaxalign.rollout.host import all_rows, local_rows
-from jaxalign.rollout.layout import decoding_mesh, fewest_parts
+from jaxalign.rollout.layout import Split, decoding_mesh, fewest_parts, split_of
 from jaxalign.rollout.pairs import completions_per_row, last_columns, paired_rows
 from jaxalign.rollout.sampling import Sampling
+from jaxalign.rollout.sizes import cache_width
 from jaxalign.rollout.slots import repeat_rows
 from jaxalign.train.minibatches import in_parts, stream_key
 from jaxalign.train.texts import read_samples, sample_lines, text_metrics
@@ -210,10 +211,21 @@ class Collector:
         models = [model for model in (self.policy, self.value) if model is not None]
         return max(fewest_parts(model, self.mesh, rows.tokens.shape, self.parts, held, self.limit) for model in models)
 
+    def split(self, prompts: tuple[int, int], held: int) -> Split:
+        """How the weights lie while completions are sampled.
+
+        Args:
+          prompts: [B, P].
+          held: bytes of weights and moments on each device meanwhile.
+        """
+        c, total = self.config.rollout, prompts[0] * self.num_samples
+        slots, columns = min(c.num_slots or total, total), cache_width(prompts[1] + c.max_new_tokens)
+        return split_of(self.policy, self.mesh, c.tensor, slots=slots, columns=columns, held=held, limit=self.limit)
+
     def _say(self, tensor: int) -> None:
         """Says once how the weights lie while completions are sampled, where there is a choice."""
         if not self._said and self.mesh.size > 1 and is_main():
-            how = "whole on each device" if tensor == 1 else f"each layer split over {tensor} devices"
+            how = Split(tensor, "", {}).words
             print(f"completions are sampled with {how} (rollout.tensor={tensor})")
         self._said = True
 

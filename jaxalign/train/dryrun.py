@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxalign.data.promises import check_layout
 from jaxalign.data.report import as_text
-from jaxalign.parallel.device_memory import device_limit, num_bytes
+from jaxalign.parallel.device_memory import device_bytes, device_limit, num_bytes
 from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part
 from jaxalign.train.arguments import step_arguments
@@ -32,7 +32,8 @@ def report(stage: Stage, told: Sequence[str] = ()) -> dict[str, Any]:
       told: warnings about its configuration; they stand with the others.
 
     Returns:
-      `data`, `rows` (text), `steps`, `memory` (bytes a device, by the compiler's account), `model_bytes`, `warnings`.
+      `data`, `rows` (text), `steps`, `memory` (bytes a device, by the compiler's account), `model_bytes`,
+      `sampling` (text), `warnings`.
 
     Raises:
       InputError: the step does not fit, with bytes needed and there.
@@ -60,6 +61,9 @@ def report(stage: Stage, told: Sequence[str] = ()) -> dict[str, Any]:
         say(f"  a training step needs {in_words(memory['total'])} on each device{there}: {parts}")
     if stage.remat:
         say(f"  model.remat=auto: {stage.remat}")
+    rollout = sampling(stage, frozen)
+    if rollout:
+        say(f"  {rollout}")
     room = check_room(stage)
     updates = stage.num_steps * stage.program.updates
     say(f"\n{_counted(stage.num_steps, 'step')} of {_counted(c.batch_size, 'row')}, {_counted(updates, 'update')}")
@@ -75,8 +79,28 @@ def report(stage: Stage, told: Sequence[str] = ()) -> dict[str, Any]:
         "steps": stage.num_steps,
         "memory": memory,
         "model_bytes": sizes,
+        "sampling": rollout,
         "warnings": warnings,
     }
+
+
+def sampling(stage: Stage, frozen: Any) -> str:
+    """How the weights lie while completions are sampled, why, and what of it is on each device; "" without a rollout.
+
+    Args:
+      stage: of any algorithm.
+      frozen: shapes of the frozen parameters by role.
+    """
+    collector = getattr(stage.program.prepare, "collector", None)
+    if collector is None:
+        return ""
+    held = device_bytes((stage.like.params, () if stage.offload else (stage.like.opt, frozen)))
+    split = collector.split((stage.config.batch_size, stage.dataset.shape.length), held)
+    needed = ", ".join(f"{name} {in_words(size)}" for name, size in split.needed.items())
+    return (
+        f"completions are sampled with weights {split.words} (rollout.tensor={split.tensor}, {split.why}): on each "
+        f"device at most {needed}, beside {in_words(held)} of training"
+    )
 
 
 def as_lines(data: dict[str, Any]) -> str:

@@ -90,14 +90,20 @@ def eight_billion():
 def test_weights_are_split_as_little_as_fits():
     model, mesh = eight_billion(), mesh_of(1, 8)
 
-    def chosen(gib, mesh=mesh, held=25 << 30):
+    def split(gib, mesh=mesh, held=25 << 30, asked=None):
         limit = gib if gib is None else gib << 30
-        return layout.tensor_split(model, mesh, slots=128, columns=768, held=held, limit=limit)
+        return layout.split_of(model, mesh, asked, slots=128, columns=768, held=held, limit=limit)
 
-    assert [chosen(gib) for gib in (None, 60, 45, 38, 35)] == [1, 1, 2, 4, 8]  # None: not known, as on a CPU
-    assert chosen(38, held=0) == 1
-    assert chosen(10) == 8  # nothing fits: what needs least
-    assert chosen(10, mesh_of(1, 4, 2)) == 2  # training's own
+    assert [split(gib).tensor for gib in (None, 60, 45, 38, 35)] == [1, 1, 2, 4, 8]  # None: not known, as on a CPU
+    assert split(38, held=0).tensor == 1
+    assert split(10).tensor == 8  # nothing fits: what needs least
+    assert split(10, mesh_of(1, 4, 2)).tensor == 2  # training's own
+    assert split(60, asked=4).tensor == 4
+    whole, halves = split(60), split(45)
+    assert halves.needed["weights"] < whole.needed["weights"] < 16 << 30
+    assert halves.needed["cache"] == whole.needed["cache"]  # of twice the rows, half the heads
+    said = [split(None), split(60), split(10), split(10, asked=4), split(60, mesh_of(1, 4, 2))]
+    assert len({one.why for one in said}) == len(said)
 
 
 def test_rows_are_scored_in_as_few_parts_as_fit():

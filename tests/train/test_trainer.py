@@ -10,10 +10,13 @@ import pytest
 from run_child import make_config, stories
 from safetensors.numpy import load_file
 
+from jaxalign.config import defaults
 from jaxalign.errors import InputError
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline import stages
-from jaxalign.train import trainer
+from jaxalign.plan.stages import make_stage
+from jaxalign.train import dryrun, trainer
+from jaxalign.train.arguments import step_arguments
 from jaxalign.train.best import eval_metrics
 
 DOUBLES = {"model.dtype": "float64", "model.param_dtype": "float64"}
@@ -123,6 +126,18 @@ def test_dry_run_reports_and_trains_nothing(shared, tmp_path, capsys):
     assert any("algorithm.beta is 3" in line for line in last)  # again, where it is seen
     assert f"a batch has 64 rows and the data fill only {used}" in batch and "--config.batch_size=16" in batch
     assert out.index("data:") < out.index("row 2") < out.index("a training step needs") < out.index("warning: data")
+
+
+def test_a_dry_run_says_how_the_weights_lie_in_sampling(shared, tmp_path):
+    c = defaults("ppo")
+    c.model.path, c.data.sources = str(shared / "models" / "stories260k-llama"), ("owner/name",)
+    c.rewards.function, c.rollout.tensor = "rewards.py:of", 2
+    c.data.max_length, c.rollout.max_new_tokens, c.batch_size, c.algorithm.num_minibatches = 16, 8, 4, 1
+    stage, _ = make_stage(c, jax.devices()[:2], str(tmp_path))
+    said = dryrun.sampling(stage, step_arguments(stage)[1])
+    for words in ("split over 2 devices", "rollout.tensor=2", "weights", "cache", "beside"):
+        assert words in said
+    assert re.search(r"weights \d+\.\d KiB|weights \d+\.\d MiB", said)
 
 
 def test_a_dry_run_where_a_run_is_refuses_what_training_refuses_and_leaves_its_report(shared, tmp_path):
