@@ -125,7 +125,19 @@ def test_layers_in_a_loop_are_layers_one_by_one(count, monkeypatch, x64):
     params, rows = params_of(model), pair_rows(12)
     source, weight = RNG.integers(0, 12, (2, count)), RNG.normal(size=(2, count, 32))
     one_by_one = outcome(model, params, rows, source, weight)
-    monkeypatch.setattr(schedule, "_UNROLLED", 0)
+    monkeypatch.setitem(schedule._UNROLLED, "cpu", 0)
+    assert_close(one_by_one, outcome(model, params, rows, source, weight))
+
+
+@pytest.mark.parametrize("count", [2, 12])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_a_gpu_has_layers_one_by_one_with_any_policy(remat, count, monkeypatch, x64):
+    monkeypatch.setattr(schedule, "platform", lambda: "gpu")
+    model = tiny.model(**WIDE, num_hidden_layers=3, remat=remat)
+    params, rows = params_of(model), pair_rows(12)
+    source, weight = RNG.integers(0, 12, (2, count)), RNG.normal(size=(2, count, 32))
+    one_by_one = outcome(model, params, rows, source, weight)
+    monkeypatch.setitem(schedule._UNROLLED, "gpu", 0)
     assert_close(one_by_one, outcome(model, params, rows, source, weight))
 
 
