@@ -187,15 +187,15 @@ def read(module: Module, computation: Computation, x: Instruction, number: int, 
     found = sum(in_memory(module, s, host) for s in shapes)
     if x.opcode == "fusion" and len(shapes) == 1 and found:
         inner = module.computations[x.called("calls")[0]]
-        return min(found, _read_of(inner, inner.parameters[number], shapes[0]))
+        return min(found, _read_of(module, inner, inner.parameters[number], shapes[0]))
     if x.opcode in _SLICES and number == 0:
         return min(found, x.bytes)
     return 0 if x.opcode in _UPDATES and number == 0 else found
 
 
-def _read_of(inner: Computation, name: str, shape: Shape) -> int:
+def _read_of(module: Module, inner: Computation, name: str, shape: Shape) -> int:
     """Bytes that a fusion reads of one parameter."""
-    numbers, pending, seen = 0, [name], {name}
+    nested, numbers, pending, seen = 0, 0, [name], {name}
     while pending:
         y = pending.pop()
         users = inner.users.get(y, [])
@@ -208,13 +208,17 @@ def _read_of(inner: Computation, name: str, shape: Shape) -> int:
                 continue  # in place
             elif y == name and ((user.name == inner.root and user.opcode == "tuple") or user.opcode in COLLECTIVES):
                 continue  # handed on as it came, or a collective's
-            elif user.opcode in HANDED_ON:
+            elif user.opcode == "fusion":  # a TPU's within another
+                own = module.computations[user.called("calls")[0]]
+                given = [own.parameters[i] for i, operand in enumerate(user.operands) if operand == y]
+                nested += sum(_read_of(module, own, each, shape) for each in given)
+            elif user.opcode in HANDED_ON or (user.opcode == "pad" and user.operands[0] == y):
                 if user.name not in seen:
                     seen.add(user.name)
                     pending.append(user.name)
             else:
                 return shape.bytes
-    return math.ceil(min(numbers, shape.size) * bytes_of(shape.dtype))
+    return min(nested + math.ceil(numbers * bytes_of(shape.dtype)), shape.bytes)
 
 
 def _written(module: Module, computation: Computation, x: Instruction, host: bool) -> int:
