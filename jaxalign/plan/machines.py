@@ -87,8 +87,8 @@ def nearest_name(topology: str, machines: Mapping[str, Hardware] | None = None) 
     ('tpu:v5p:2x2x1', 'tpu:v5e:4x4', 'tpu:v5p:2x2x1')
     """
     known = {name: m for name, m in (read_machines() if machines is None else machines).items() if m.platform}
-    text = topology.lower().replace("v5litepod", "v5e")
-    words = [w for w in re.findall(r"(?!\d+x)[a-z][a-z\d]*", text) if w not in ("gpu", "tpu", "x")] or [""]
+    text = re.sub(r"(?<=\d)x(?=[a-z])", " ", topology.lower().replace("v5litepod", "v5e"))
+    words = [w for w in re.findall(r"[a-z][a-z\d]*", text) if w not in ("gpu", "tpu", "x")] or [""]
     named = [name for name in known if name in text]
     word = max(named, key=len) if named else words[0]
     starts = [name for name in known if word and name.startswith(word)]

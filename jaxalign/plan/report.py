@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from jaxalign.plan.predict import Assumptions
+from jaxalign.train.compiled import in_words
 
 _GB = 1e9
 _GIB = 2**30
@@ -71,7 +72,7 @@ def _cost(run: dict[str, Any]) -> list[str]:
     if run["seconds"] is None:
         return ["?", "?", "?"]
     price = "" if run["price"] is None else f"{run['price']:,.2f}"
-    return [_duration(run["seconds"]["total"]), f"{run['device_hours']:,.1f}", price]
+    return [_duration(run["seconds"]["total"]), _three(run["device_hours"]), price]
 
 
 def _timed(stage: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,13 +85,13 @@ def _run(stage: dict[str, Any], devices: int) -> list[str]:
     run, told = stage["run"], list(stage["run"]["not_counted"])
     if stage.get("iteration") and run["seconds"] is None:
         seconds = 1000 * stage["iteration"]["seconds"]
-        told[0] += f"; 1,000 take {_duration(seconds)}, {seconds * devices / 3600:,.1f} device-hours"
+        told[0] += f"; 1,000 take {_duration(seconds)}, {_three(seconds * devices / 3600)} device-hours"
     parts = []
     if run["seconds"] and run["evaluations"] and run["evaluation_batches"]:
-        batches = f"{run['evaluations']:,} evaluations of {run['evaluation_batches']:,} batches"
+        batches = f"{_counted(run['evaluations'], 'evaluation')} of {_counted(run['evaluation_batches'], 'batch')}"
         parts.append(f"{_duration(run['seconds']['evaluations'])} are {batches}")
     if run["seconds"] and run["reference_batches"]:
-        batches = f"the reference's pass over {run['reference_batches']:,} batches"
+        batches = f"the reference's pass over {_counted(run['reference_batches'], 'batch')}"
         parts.append(f"{_duration(run['seconds']['reference pass'])} are {batches}")
     if parts:
         told.insert(0, f"of the run, {', '.join(parts)}")
@@ -109,7 +110,8 @@ def search_text(name: str, found: dict[str, Any], pool: int) -> str:
     """
     lines = _wrapped(
         f"{'stage ' + name + ': ' if name else ''}search: {found['estimated']} combinations are estimated to fit, "
-        f"{found['compiled']} train steps were compiled, {len(found['found'])} fit; by predicted tokens/s:"
+        f"{_counted(found['compiled'], 'train step')} compiled, {len(found['found'])} fit, the configured one counted; "
+        "by predicted tokens/s:"
     )
     told = False
     for one in found["found"]:
@@ -196,7 +198,7 @@ def _memory(programs: list[dict[str, Any]]) -> list[str]:
     worst = max(programs, key=lambda p: p["memory"]["peak"])
     arrays: dict[str, int] = {}
     for a in worst["largest"]:
-        told = f"{a['array']} of {a['bytes'] / _GIB:.2f} GiB"
+        told = f"{a['array']} of {in_words(a['bytes'])}"
         arrays[told] = arrays.get(told, 0) + 1
     if arrays:
         told = ", ".join(f"{n} x {array}" if n > 1 else array for array, n in list(arrays.items())[:3])
@@ -303,6 +305,15 @@ def _seconds(x: float) -> str:
     if not x:
         return "0"
     return f"{x:.2f} s" if x >= 1 else f"{x * 1e3:.1f} ms" if x >= 1e-3 else f"{x * 1e3:.3f} ms"
+
+
+def _counted(n: int, thing: str) -> str:
+    """A number of things.
+
+    >>> _counted(1, "batch"), _counted(1200, "batch"), _counted(2, "step")
+    ('1 batch', '1,200 batches', '2 steps')
+    """
+    return f"{n:,} {thing}{'' if n == 1 else 'es' if thing.endswith('ch') else 's'}"
 
 
 def _ms(x: float) -> str:

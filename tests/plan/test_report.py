@@ -123,14 +123,14 @@ def test_the_answer_stands_on_top():
     assert head < 4
     rl, sft = (line.split() for line in lines[head + 1 : head + 3])
     assert rl[:2] == ["rl", "NO"] and sft[:2] == ["sft", "yes"]
-    assert sft[-3:] == ["min", "4.0", "8.00"] and "2.30" in sft and "20.0%" in sft and "300" in sft
+    assert sft[-3:] == ["min", "4", "8.00"] and "2.30" in sft and "20.0%" in sft and "300" in sft
     assert any("6 evaluations of 2 batches" in line for line in lines[:10])
 
 
 def test_a_run_of_unknown_length_tells_what_a_thousand_steps_take():
     unknown = RUN | {"steps": None, "seconds": None, "device_hours": None, "price": None, "not_counted": ["unknown"]}
     text = page(sft=stage_of("sft", unknown))
-    assert "1,000 take 38.3 min, 5.1 device-hours" in text
+    assert "1,000 take 38.3 min, 5.11 device-hours" in text
     assert "?" in text.splitlines()[4]
 
 
