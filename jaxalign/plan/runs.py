@@ -35,6 +35,8 @@ def length_of(stage: Any, steps: int = 0) -> Length:
         epoch = -(-steps // c.num_epochs) if steps else None
         if count is None:
             told.append("the number of steps is not known, the data are not here: --assume steps=N")
+    elif steps:
+        told.append(f"steps={steps:,} is not used: the run has {count:,} steps by its config and data")
     held_out = _held_out(stage, epoch)
     if held_out is None and count is not None:
         told.append("evaluations are not counted, the held-out data are not here: --config.eval.num_batches=N")

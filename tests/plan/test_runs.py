@@ -36,6 +36,7 @@ def test_data_that_are_not_here_leave_a_run_unknown_unless_its_steps_are_given()
     assert length_of(stage()).steps is None
     assert "--assume steps=N" in length_of(stage()).told[0]
     assert length_of(stage(num_train_steps=300)).steps == 300
+    assert "not used" in length_of(stage(num_train_steps=300), steps=1000).told[0]
     found = length_of(stage(reference=True, data__eval_fraction=0.2, num_epochs=2, eval__every=100), steps=1000)
     assert found == Length(1000, 10, 125, 625)  # of 625 batches of records 125 are held out
 
