@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Bytes of one number; fractions are packed.
 _BYTES = {"pred": 1.0, "c64": 8.0, "c128": 16.0, "token": 0.0, "opaque": 0.0}
@@ -23,6 +23,7 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation", "branches")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _NUMBERS = re.compile(r"-?\d+")
 _ARRAY = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -90,6 +91,17 @@ class Instruction(NamedTuple):
         return tuple(map(int, _NUMBERS.findall(found[1]))) if found else ()
 
 
+class _Named(dict):
+    """By name or number; of one that is not there it says what is missing."""
+
+    def __init__(self, what: str, items: Any = ()):
+        super().__init__(items)
+        self._what = what
+
+    def __missing__(self, name: Any) -> Any:
+        raise ValueError(f"no {self._what} {name!r} in this text")
+
+
 @dataclasses.dataclass
 class Computation:
     """Instructions in the order of the text, which is the schedule's for those that are executed one by one."""
@@ -100,7 +112,7 @@ class Computation:
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
-        return {x.name: x for x in self.instructions}
+        return _Named(f"instruction of {self.name},", ((x.name, x) for x in self.instructions))
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -114,7 +126,8 @@ class Computation:
     @functools.cached_property
     def parameters(self) -> dict[int, str]:
         """Names of the parameters by their number."""
-        return {int(x.literal): x.name for x in self.instructions if x.opcode == "parameter"}
+        found = ((int(x.literal), x.name) for x in self.instructions if x.opcode == "parameter")
+        return _Named(f"parameter of {self.name},", found)
 
 
 class Module(NamedTuple):
@@ -134,7 +147,7 @@ def parse(text: str) -> Module:
       text: what `executable.as_text()` gives, after all of the compiler's passes.
 
     Raises:
-      ValueError: there is no entry computation in it.
+      ValueError: it is cut off, has no entry computation, or uses what comes later, which no schedule does.
 
     >>> module = parse('''HloModule m, num_partitions=2
     ... ENTRY %main (x: f32[2,3]) -> f32[2,4] {
@@ -145,15 +158,24 @@ def parse(text: str) -> Module:
     >>> module.entry.by_name[module.entry.root].operands
     ('x', 'w')
     """
-    computations: dict[str, Computation] = {}
+    computations: dict[str, Computation] = _Named("computation")
+    waited: set[str] = set()  # names that were used and not there yet
     entry: Computation | None = None
     current: Computation | None = None
+    seen: set[str] = set()  # instructions of the current computation
+    missed: set[str] = set()  # operands that were not there yet
     lines: list[str] = []  # of the instruction that is being read: a kernel's attributes may go over several
 
     def finish() -> None:
         if lines and current is not None:
             instruction, is_root = _instruction("\n".join(lines))
             current.instructions.append(instruction)
+            missed.update(name for name in instruction.operands if name not in seen)
+            seen.add(instruction.name)
+            if "=%" in instruction.attributes or "={%" in instruction.attributes:
+                waited.update(name for name in instruction.called(*_CALLS) if name not in computations)
+            if instruction.name in missed:
+                raise ValueError(f"instruction {instruction.name!r} of {current.name} comes after its use")
             if is_root:
                 current.root = instruction.name
         lines.clear()
@@ -162,10 +184,12 @@ def parse(text: str) -> Module:
         if current is None:
             header = _HEADER.match(line)
             if header:
-                current = Computation(header[2])
+                current, seen, missed = Computation(header[2]), set(), set()
                 is_entry = bool(header[1])
         elif line.startswith("}") and (line.strip() == "}" or line.startswith("}, execution_thread")):
             finish()
+            if current.name in waited:
+                raise ValueError(f"computation {current.name!r} comes after its use")
             computations[current.name] = current
             if is_entry:
                 entry = current
@@ -175,6 +199,8 @@ def parse(text: str) -> Module:
             lines.append(line)
         elif lines:
             lines.append(line)
+    if current is not None:
+        raise ValueError(f"this text ends within the computation {current.name!r}")
     if entry is None:
         raise ValueError("no ENTRY computation in this text")
     head = text[: text.find("\n")]

@@ -13,6 +13,7 @@ from tests.fuzz import (
     cases_faults,
     cases_machines,
     cases_models,
+    cases_numbers,
     cases_plan,
     cases_rewards,
     cases_signals,
@@ -31,6 +32,7 @@ MODULES = (
     cases_commands,
     cases_plan,
     cases_machines,
+    cases_numbers,
     cases_faults,
     cases_signals,
 )

@@ -75,3 +75,27 @@ def test_groups(written, expected):
 def test_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (TEXT[: TEXT.index("ROOT %t")], "main.1_spmd"),  # cut off
+        (TEXT[TEXT.index("  %p = ") :], "ENTRY"),
+        ("ENTRY %m () -> f32[] {\n  ROOT %a = f32[] copy(%a)\n}\n", "'a'"),
+        ("ENTRY %m () -> f32[] {\n  %a = f32[] copy(%b)\n  ROOT %b = f32[] copy(%a)\n}\n", "'b'"),
+        ("ENTRY %m () -> f32[] {\n  ROOT %a = f32[] call(), to_apply=%m\n}\n", "'m'"),
+        ("ENTRY %m () -> f32[] {\n  ROOT %a = f32[] call(), to_apply=%f\n}\n%f () -> f32[] {\n}\n", "'f'"),
+    ],
+)
+def test_a_text_that_is_no_schedule_says_where(text, word):
+    with pytest.raises(ValueError, match=word):
+        hlo.parse(text)
+
+
+def test_what_is_missing_is_named():
+    text = "ENTRY %m () -> f32[] {\n  ROOT %a = f32[] call(%x), to_apply=%f\n}\n"
+    module = hlo.parse(text)
+    for names, name in ((module.computations, "f"), (module.entry.by_name, "x"), (module.entry.parameters, 0)):
+        with pytest.raises(ValueError, match=repr(name)):
+            names[name]
