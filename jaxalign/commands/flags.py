@@ -22,11 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         usage = " ".join(self.format_usage().removeprefix("usage: ").split())
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        for flag in (arg.partition("=")[0] for arg in self._given if arg.startswith("--")):
-            near = difflib.get_close_matches(flag.replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
-            if near and flag not in known:
-                raise InputError(f"{flag}: there is no such flag", usage, f"--{near[0].lstrip('_')}")
+        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        for name in (arg[2:].partition("=")[0] for arg in self._given if arg.startswith("--")):
+            if name in known:
+                continue
+            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.7)
+            fix = f"--{near[0]}" if near else f"{self.prog} --help"
+            raise InputError(f"--{name}: there is no such flag", usage, fix)
         raise InputError(message, usage, f"{self.prog} --help")
 
 

@@ -104,7 +104,9 @@ def _files(source: Source) -> list[str] | None:
         return found
     found = sorted(f for f in found if supported(f) and os.path.basename(f) not in _METADATA)
     if not found:
-        raise InputError(f"{path}: no data files in it", f"files that end in {', '.join(SUFFIXES)}", f"ls {path}")
+        raise InputError(
+            f"{path}: no data files in it", f"files that end in {', '.join(SUFFIXES)}", config_line(source, path="FILE")
+        )
     splits: dict[str | None, list[str]] = {}
     for file in found:
         splits.setdefault(_split_of(os.path.relpath(file, root) if not is_url(path) else file[len(root) :]), []).append(

@@ -131,7 +131,7 @@ def check_target(target: str | Path) -> None:
     else:
         target = Path(target).expanduser().absolute()
         if target.exists() and not target.is_dir():
-            raise _taken(target, [target.name])
+            raise _taken(target, "is a file")
         there = [file.name for file in target.iterdir()] if target.is_dir() else []
         read = lambda name: (target / name).open("rb")  # noqa: E731
     weights = {name for name in there if _is_own_weights(name, read)}
@@ -140,14 +140,16 @@ def check_target(target: str | Path) -> None:
         with read(CARD) as card:
             own |= {CARD} if _CARD_MARK in card.read() else set()
     if foreign := sorted(set(there) - own):
-        raise _taken(target, foreign)
+        raise _taken(
+            target, f"holds {', '.join(foreign[:3])}{' and more' * bool(foreign[3:])}, not written by jaxalign"
+        )
 
 
-def _taken(target: str | Path, foreign: list[str]) -> InputError:
+def _taken(target: str | Path, found: str) -> InputError:
     return InputError(
-        f"{target} holds {', '.join(foreign[:3])}{' and more' if foreign[3:] else ''}, not written by jaxalign",
+        f"{target} {found}",
         "an empty or new directory, or an earlier export",
-        "another directory",
+        f"another directory, such as {os.fspath(target).rstrip('/')}-2",
     )
 
 

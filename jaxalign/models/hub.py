@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import os
@@ -55,7 +56,7 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
         raise InputError(
             f"no directory {path}",
             "a directory in Hugging Face form, or a hub id",
-            "--config.model.path=DIR" + (", or run the stage that writes it first" if made else ""),
+            f"--config.model.path={_near(path)}" + (", or run the stage that writes it first" if made else ""),
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -70,9 +71,17 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
         raise InputError(
             f"{path}{at}: no such directory here, and the hub did not give it ({reason})",
             "a directory in Hugging Face form, or a hub id that is in the cache or can be reached",
-            f"hf download {path}, or HF_TOKEN=... for a gated model, or --config.model.path=DIR",
+            f"hf download {path}, or HF_TOKEN=... for a gated model, or --config.model.path={_near(path)}",
         ) from error
     return Path(found)
+
+
+def _near(path: str | Path) -> str:
+    """The model beside a path that is not there whose name is most like its own; DIR where there is none."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/"))
+    models = [file.parent.name for file in Path(folder).expanduser().glob(f"*/{CONFIG}")]
+    near = difflib.get_close_matches(name, models, n=1)
+    return os.path.join(folder, near[0]) if near else "DIR"
 
 
 def _check_run(directory: Path, path: str | Path) -> None:

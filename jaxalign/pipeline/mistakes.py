@@ -28,10 +28,12 @@ _NONE = object()
 def nearest_field(config: ConfigDict, name: str) -> str:
     """The field that was most likely meant: by another program's name for it, else the most similar name.
 
-    A field of the same section counts as nearer than one of another.
+    A field of the same section counts as nearer than one of another, and one that begins with the same letter.
 
     >>> nearest_field(defaults("dpo"), "optimizer.learnin_rate"), nearest_field(defaults("sft"), "lr")
     ('optimizer.learning_rate', 'optimizer.learning_rate')
+    >>> nearest_field(defaults("dpo"), "bata")
+    'algorithm.beta'
     """
     names = list(leaves(config))
     section, _, tail = name.rpartition(".")
@@ -43,7 +45,7 @@ def nearest_field(config: ConfigDict, name: str) -> str:
 
     def likeness(other: str) -> float:
         there, _, its_tail = other.rpartition(".")
-        alike = difflib.SequenceMatcher(None, tail, its_tail).ratio()
+        alike = difflib.SequenceMatcher(None, tail, its_tail).ratio() + 0.1 * (tail[:1] == its_tail[:1])
         return alike + 0.25 * (there == section) + 0.1 * difflib.SequenceMatcher(None, name, other).ratio()
 
     return max(names, key=likeness, default="")

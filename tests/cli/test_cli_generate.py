@@ -57,6 +57,15 @@ def test_a_model_without_a_chat_template_is_asked_plainly(model, capsys):
     assert said.out.strip() == plain.strip()
 
 
+@pytest.mark.parametrize(
+    ("flag", "fix"), [("--data=x", "jaxalign generate --help"), ("--promt=x", "--prompt"), ("--top-k=1", "--top_k")]
+)
+def test_a_flag_that_is_not_there_is_told_before_what_is_missing(model, capsys, flag, fix):
+    assert main(["generate", "--model", str(model), flag]) == 2
+    told = capsys.readouterr().err
+    assert f"{flag.partition('=')[0]}: there is no such flag" in told and told.strip().endswith(f"fix:      {fix}")
+
+
 def test_longer_than_the_context_is_said(model, tmp_path, capsys):
     short = with_context(model, tmp_path / "short", 20)
     flags = ("--temperature", "0", "--max_new_tokens", "24")

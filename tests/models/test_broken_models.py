@@ -104,6 +104,15 @@ def test_stop_ids_that_are_none_are_named(checkpoint, value):
     assert stop_ids(checkpoint, Tokenizer()) == (2, 5)
 
 
+def test_a_misspelt_directory_is_offered_the_model_beside_it(checkpoint):
+    near = str(checkpoint)
+    with pytest.raises(InputError) as error:
+        locate(f"{near[:-2]}{near[-1]}{near[-2]}/")
+    assert error.value.fix == f"--config.model.path={near}"
+    with pytest.raises(InputError, match="path=DIR"):
+        locate(checkpoint.parent / "zzzz")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"])
 @pytest.mark.parametrize("target", ["/nowhere/blob", None], ids=["dangling", "loop"])
 def test_a_link_to_nothing_is_named(checkpoint, name, target):
