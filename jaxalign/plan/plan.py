@@ -66,6 +66,7 @@ def plan(
         tell = lambda text, name=name: say(_spelt(f"{name + ': ' if name else ''}{text}", _of(name)))  # noqa: E731
         try:
             one = _stage(c, devices, assumed, tell)
+            tell(_in_short(one))
             if search:
                 one["search"] = search_stage(c, devices, assumed, search, tell, one)
             if not one["fits"]:
@@ -102,6 +103,16 @@ def _stage(c: Any, devices: list[Any], assumed: Assumptions, tell: Callable[[str
             "run": run_of(Length(None, told=(error.problem,)), [], assumed.values, len(devices)),
             "programs": [],
         }
+
+
+def _in_short(stage: dict[str, Any]) -> str:
+    """What was found of a stage, told before a search goes on for long."""
+    if not stage["programs"]:
+        return f"does not fit: {stage['problem']}"
+    peak, pool = (max(p["memory"][which] for p in stage["programs"]) / 2**30 for which in ("peak", "pool"))
+    it = stage["iteration"]
+    fits = "fits" if stage["fits"] else "does not fit"
+    return f"{fits}: {peak:.1f} of {pool:.1f} GiB, {it['tokens_per_second']:,.0f} tokens/s, MFU {it['mfu']:.1%}"
 
 
 def plan_step(config: Any, topology: str) -> dict[str, Any]:

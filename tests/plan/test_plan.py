@@ -54,7 +54,8 @@ def planned(monkeypatch):
             return made(c, name not in too_large)
 
         monkeypatch.setattr(planning, "plan_stage", plan_stage)
-        found, _ = planning.plan(config, "gpu:h200:1x8x1")
+        plan.said = []
+        found, _ = planning.plan(config, "gpu:h200:1x8x1", say=plan.said.append)
         return json.loads(json.dumps(found))
 
     return plan
@@ -89,6 +90,7 @@ def test_flags_of_several_stages_have_their_names(planned, tmp_path):
     assert found["stages"]["first"]["losses"][0]["change"] == "--config.first.data.packing=True"
     assert found["stages"]["second"]["change"] == "--config.second.model.remat=full"
     assert found["together"]["seconds"]["total"] == pytest.approx(300.0)
+    assert planned.said[0].startswith("first: fits: 1.0 of 100.0 GiB") and "second: does not fit" in planned.said[1]
     page = as_text(found, assumptions(read_machines()["h200"]))
     assert "--config.second.data.packing=True" in page and "changes the optimisation" in page
     with pytest.raises(InputError, match="stage second") as error:
