@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import jax
 import pytest
@@ -119,6 +120,11 @@ def test_a_plan_of_every_program(algorithm, machine, shared, pairs, completions,
     if algorithm == "ppo":
         decoding = programs["decode"]["decoding"]
         assert 0.5 * (decoding["weights"] + decoding["cache"]) < decoding["bytes_per_token"]
+        if machine == GPU:  # two sums a layer, the embedding's, and of each row the likeliest token and its log-prob
+            summed = Counter()
+            for each in programs["decode"]["collectives"]:
+                summed[each["kind"], each["dtype"]] += each["count"]
+            assert summed == {("all-reduce", "bf16"): 2 * 6 + 1, ("all-reduce", "f32"): 2, ("all-gather", "s32"): 1}
     page = as_text(json.loads(json.dumps(found)), assumed)
     assert "largest losses" in page
     assert all(len(line) <= 120 for line in page.splitlines())
