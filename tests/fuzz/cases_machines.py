@@ -101,7 +101,7 @@ def _machines(rng):
             yield case(f"{field}=part", with_field(field, "2.5"), (field,))
     for field in ("pool", "efficiency"):
         yield case(f"{field}=2", with_field(field, "2.0"), (field,))
-    yield case("memory=1", with_field("memory", "1"), ("memory|fit",), late=True)
+    yield case("memory=1", with_field("memory", "1"), ("GiB",), late=True)
     for field in ("kinds", "flops", "memory", "bandwidth", "link", "network", "target"):
         text = "\n".join(line for line in lines if not line.startswith(f"{field} ="))
         yield case(f"without-{field}", text, (field,))
