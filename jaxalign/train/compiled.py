@@ -33,18 +33,28 @@ class Compiled:
     not after the first step, after a restore, or in the last batch.
     """
 
-    def __init__(self, function: Callable, name: str, *, donate: tuple[int, ...] = (), out_shardings: Any = None):
+    def __init__(
+        self,
+        function: Callable,
+        name: str,
+        *,
+        donate: tuple[int, ...] = (),
+        out_shardings: Any = None,
+        tokens: Callable[..., int] | None = None,
+    ):
         """
         Args:
           function: pure.
           name: how messages call it.
           donate: positions of the arguments whose memory the results take over.
           out_shardings: of all results; None leaves them to the compiler.
+          tokens: of the arguments, the tokens for `compiler_options`.
         """
         self.name, self.num_compiles, self.compile_seconds, self.memory = name, 0, 0.0, {}
         function.__name__ = name.replace(" ", "_")  # what profiles show
         kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
         self._jitted = jax.jit(function, donate_argnums=donate, **kwargs)
+        self._tokens = tokens or (lambda *args: 0)
         self._executables: dict[Any, Any] = {}
 
     def compile(self, *args: Any) -> Any:
@@ -54,7 +64,7 @@ class Compiled:
         if key not in self._executables:
             start = time.monotonic()
             with memory_errors(self.name):
-                executable = _compile(self._jitted.lower(*args))
+                executable = _compile(self._jitted.lower(*args), self._tokens(*args))
             self.num_compiles += 1
             self.compile_seconds += time.monotonic() - start
             needed = memory_of(executable)
@@ -71,8 +81,8 @@ class Compiled:
             return executable(*args)
 
 
-def _compile(lowered: Any) -> Any:
-    executable = without_unknown(lambda: lowered.compile(compiler_options=compiler_options(update=True)))
+def _compile(lowered: Any, tokens: int) -> Any:
+    executable = without_unknown(lambda: lowered.compile(compiler_options=compiler_options(update=True, tokens=tokens)))
     limit = device_limit()
     if limit and compiler_options() and memory_of(executable).get("total", 0) > limit:
         return lowered.compile()  # with less room in view the compiler may find a way

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxalign.errors import InputError, named
 from jaxalign.models.schedule import settled_remat
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
+from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
@@ -23,7 +24,7 @@ from jaxalign.train.lock import Lock
 from jaxalign.train.models import Roles, describe_start, per_source, revision_of
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir
-from jaxalign.types import TrainState
+from jaxalign.types import PolicyBatch, TrainState
 
 
 class Stage:
@@ -137,8 +138,12 @@ class Stage:
             with settled_remat(remat) if remat else contextlib.nullcontext():
                 return self._train_step(state, frozen, batch)
 
+        def tokens(state, frozen, batch):
+            rows = batch.batch.rows if isinstance(batch, PolicyBatch) else batch.rows
+            return rows.tokens.size // (batch_shards(self.mesh) * self.config.grad_accum_steps)
+
         out = (self.shardings, replicated(self.mesh))
-        return Compiled(train_step, "train step", donate=(0,), out_shardings=out)
+        return Compiled(train_step, "train step", donate=(0,), out_shardings=out, tokens=tokens)
 
     def _fresh(self, params) -> TrainState:
         """The state of step 0 with these parameters; under `eval_shape`, its shapes."""

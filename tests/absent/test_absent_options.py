@@ -38,3 +38,30 @@ def test_a_tpu_gathers_beside_its_products(machine):
     found = [c for c in account(compiled.as_text()).collectives if "all-gather" in (c.kind, c.piece_of) and c.loop]
     print(machine, [c.asynchronous for c in found])
     assert any(c.asynchronous for c in found)
+
+
+def test_a_tpu_multiplies_whole_where_tokens_are_many():
+    """Without the option, products with large weights that are split cut and put together what they multiply."""
+    tokens, width = 2**14, 4096
+    devices = machines.absent_devices("tpu:v5p:2x2x2")
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    weights = jax.ShapeDtypeStruct((LAYERS, width, width), jnp.bfloat16, sharding=split)
+    x = jax.ShapeDtypeStruct((len(devices), tokens, width), jnp.bfloat16, sharding=rows)
+
+    def layers(weights, x):
+        return jax.lax.scan(lambda x, w: (x + jax.nn.silu(x @ w), None), x, weights)[0]
+
+    moved = {}
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(layers, out_shardings=rows).lower(weights, x)
+        for count in (0, tokens):
+            given = options.compiler_options(update=True, tokens=count)
+            found = account(lowered.compile(compiler_options=given).as_text())
+            moved[count] = found.traffic_bytes + found.product_bytes
+            print(count, moved[count], sum(c.times for c in found.collectives if c.piece_of))
+    assert not any(c.piece_of for c in found.collectives)
+    assert moved[tokens] < 0.8 * moved[0]
+    heads = jax.sharding.Mesh(np.array(devices).reshape(1, 4, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(heads):  # there activations are gathered and summed as well
+        assert options.compiler_options(update=True, tokens=tokens) == options.compiler_options(update=True)

@@ -27,6 +27,12 @@ def test_a_tpu_gathers_beside_its_products(platform):
     assert found["xla_enable_async_all_gather"] == "true"
 
 
+def test_many_tokens_take_whole_products(platform):
+    platform("tpu")
+    few, many = (options.compiler_options(update=True, tokens=n).keys() for n in (2**13, 2**14))
+    assert many - few == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
+
+
 def test_a_cpus_are_for_updates(platform):
     assert options.compiler_options() == {}
     assert list(options.compiler_options(update=True)) == ["xla_cpu_copy_insertion_use_region_analysis"]
