@@ -54,7 +54,9 @@ AROUND_ATTENTION = "around attention"
 
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        _dots, jax.checkpoint_policies.save_only_these_names(SAVED)
+        # Rotated queries and keys in place of what they are made of: as many numbers, and nothing to rotate again.
+        _dots,
+        jax.checkpoint_policies.save_only_these_names(SAVED, AROUND_ATTENTION),
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED, AROUND_ATTENTION),
     "offload": _to_host,

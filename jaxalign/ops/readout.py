@@ -130,8 +130,7 @@ def _forward(taken, head, target, made, temperature, entropy, max_logits):
             e = jnp.exp(z - top[..., None])
             total = layout.sum_over_vocabulary(jnp.sum(e, axis=-1))
             lse = top + jnp.log(total)
-            hit = _hits(t, z.shape[-1], offset)
-            logprob = layout.sum_over_vocabulary(jnp.sum(jnp.where(hit, z, 0), axis=-1)) - lse
+            logprob = layout.sum_over_vocabulary(layout.of_target(z, t - offset)) - lse
             kept = (z,) if keep else ()
             if not entropy:
                 return None, (*kept, logprob, lse)
@@ -202,6 +201,7 @@ class _Layout:
         if taken_shape[0] % math.prod(sizes[a] for a in self.batch):
             sizes, self.batch = {}, ()
         self.split = bool(self.batch) or "tensor" in sizes
+        self.own = self.split or mesh.empty or mesh.size == 1  # whether a device sees its own part of arrays
         self.fsdp = "fsdp" if "fsdp" in sizes and head_shape[0] % sizes["fsdp"] == 0 else None
         self.tensor = "tensor" if "tensor" in sizes and head_shape[1] % sizes["tensor"] == 0 else None
         rows, self.length, _ = taken_shape
@@ -238,6 +238,17 @@ class _Layout:
         if self.fsdp:
             d_head = jax.lax.psum_scatter(d_head, self.fsdp, scatter_dimension=0, tiled=True)
         return jax.lax.psum(d_head, others) if others else d_head
+
+    def of_target(self, z, target):
+        """The number of `z` [B, M, V] at each target, 0 where that is of another shard.
+
+        A GPU would read all of `z` once more to compare; it gathers, where the array is a device's own.
+        """
+        width = z.shape[-1]
+        if platform() != "gpu" or not self.own:
+            return jnp.sum(jnp.where(_hits(target, width, 0), z, 0), axis=-1)
+        found = jnp.take_along_axis(z, target[..., None], axis=-1, mode="clip")[..., 0]
+        return jnp.where((target >= 0) & (target < width), found, 0)
 
     def vocabulary_offset(self, head):
         return jax.lax.axis_index(self.tensor) * head.shape[1] if self.tensor else 0

@@ -13,12 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign import config as configuration
 from jaxalign.ops.attention import attention
+from jaxalign.ops.readout import token_logprobs
 from jaxalign.parallel.mesh import AXES
 from jaxalign.plan import machines
 from jaxalign.plan.account import account
 from jaxalign.plan.plan import plan_step
 from jaxalign.train import compiled
 from jaxalign.train.arguments import step_arguments
+from jaxalign.types import Readouts
 
 MACHINES = ("gpu:h200:1x8x1", "tpu:v5p:2x2x2")
 L, M, D = 2, 4096, 1024  # layers, rows over all devices, width
@@ -83,7 +85,28 @@ def test_attention_kernels(machine, backend):
     assert found.unknown_kernels == ()
 
 
-@pytest.mark.parametrize("remat, machine", [("none", MACHINES[0]), ("full", MACHINES[0]), ("full", MACHINES[1])])
+def test_a_loss_reads_its_logits_twice():
+    """On a GPU: for their maximum, and for the sum of exponentials; not to find those of the targets."""
+    V = 32768
+    devices = np.array(machines.absent_devices(MACHINES[0])).reshape(1, 8, 1)
+    mesh = jax.sharding.Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    rows, parts = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P("fsdp", "tensor"))
+    hidden = jax.ShapeDtypeStruct((8, 256, 128), jnp.bfloat16, sharding=rows)
+    head = jax.ShapeDtypeStruct((128, V), jnp.bfloat16, sharding=parts)
+    index, seen = (jax.ShapeDtypeStruct((8, 256), dtype, sharding=rows) for dtype in (jnp.int32, bool))
+
+    def loss(hidden, head, target, mask):
+        return token_logprobs(hidden, head, Readouts(None, target, target, mask))[0]
+
+    with jax.set_mesh(mesh):
+        found = account(jax.jit(loss).lower(hidden, head, index, seen).compile().as_text())
+    assert 2 <= found.traffic_bytes / (4 * 256 * V) < 2.1
+    assert found.bytes_of("all-gather") == 2 * 128 * V
+
+
+@pytest.mark.parametrize(
+    "remat, machine", [("none", MACHINES[0]), ("dots", MACHINES[0]), ("full", MACHINES[0]), ("full", MACHINES[1])]
+)
 def test_a_train_step_multiplies_what_its_model_says(remat, machine, shared, tmp_path, monkeypatch):
     """Of each layer one product forward for two backward; `full` makes all but the last of them again."""
     data = tmp_path / "data.jsonl"
@@ -121,4 +144,6 @@ def test_a_train_step_multiplies_what_its_model_says(remat, machine, shared, tmp
     assert found.attention_flops == sum(2 * pairs * matmuls[what] * times for what, times in passes.items())
     if machine.startswith("gpu"):  # layers one by one: no residual is written into a stack, nor read from one
         assert f"bf16[{layers},{rows}," not in executables[0].as_text()
+    if remat == "dots":  # which keeps queries and keys as they are rotated
+        assert "rematted_computation/concatenate" not in executables[0].as_text()
     assert found.flops_outside("bf16") == 0

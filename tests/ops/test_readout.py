@@ -1,5 +1,6 @@
 """Readouts against the dense formula: values, gradients, memory, collectives."""
 
+import contextlib
 import re
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxalign.ops import readout
 from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.logits import Head
 from jaxalign.ops.readout import completion_sums, pairs, scalar_readout, token_logprobs
@@ -106,6 +108,19 @@ def test_sharded_equals_single_device(axes, x64):
         h = jax.device_put(hidden, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
         w = jax.device_put(head, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
         found = values_and_grads(fn, g)(h, w)
+    chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("axes", [None, (1, 4, 2)])
+def test_a_gpu_gathers_what_others_compare(axes, monkeypatch, x64):
+    """Targets in every shard of the vocabulary."""
+    hidden, head, readouts, g = case()
+    fn = lambda h, w: token_logprobs(h, w, readouts, entropy=True, max_logits=V * 4)  # noqa: E731
+    expected = values_and_grads(fn, g)(hidden, head)
+    monkeypatch.setattr(readout, "platform", lambda: "gpu")
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), axes, strict=True))) if axes else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        found = values_and_grads(fn, g)(hidden, head)
     chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
