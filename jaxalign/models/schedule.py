@@ -54,14 +54,19 @@ AROUND_ATTENTION = "around attention"
 
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        # Rotated queries and keys in place of what they are made of: as many numbers, and nothing to rotate again.
-        _dots,
-        jax.checkpoint_policies.save_only_these_names(SAVED, AROUND_ATTENTION),
+        _dots, jax.checkpoint_policies.save_only_these_names(SAVED)
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED, AROUND_ATTENTION),
     "offload": _to_host,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# Rotated queries and keys in place of what they are made of: as many numbers, and nothing to rotate again. A TPU may
+# pad arrays of few heads.
+_DOTS_ROTATED = jax.checkpoint_policies.save_from_both_policies(_dots, _POLICIES["attention"])
+
+
+def _policy(remat: str) -> Callable[..., Any]:
+    return _DOTS_ROTATED if remat == "dots" and platform() == "gpu" else _POLICIES[remat]
 
 
 _settled: contextvars.ContextVar[str | None] = contextvars.ContextVar("settled_remat", default=None)
@@ -116,7 +121,7 @@ def run_layers(
 
     if remat != "none":
         # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
+        body = jax.checkpoint(body, policy=_policy(remat), prevent_cse=False)
     x, _ = jax.lax.scan(body, x, (layers, given.numbers))
     return x if sources is None else take_sources(x, sources)
 
@@ -126,7 +131,7 @@ def _one_by_one(
 ) -> jax.Array:
     def run(own: Params, x: jax.Array, given: LayerInputs) -> jax.Array:
         body = lambda own, x: layer(own, x, given)[0]  # noqa: E731
-        return (body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat]))(own, x)
+        return (body if remat == "none" else jax.checkpoint(body, policy=_policy(remat)))(own, x)
 
     *others, (last, numbers) = _each(layers, given.numbers)
     if platform() == "cpu":
