@@ -29,6 +29,8 @@ _TPU: Options = {
 # take less time (predicted for an 8B model on 8 chips), though their gradients are then summed beside no other work.
 _MANY_TOKENS = 2**14
 _WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000}
+# Over a network a layer's gradients go out as each is made: joined, they wait for the last, and nothing hides them.
+_ONE_BY_ONE: Options = {"xla_gpu_collective_combine_threshold_count": 1}
 # Fewer copies of donated parameters and moments that an update reads twice.
 _CPU_UPDATE: Options = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
@@ -38,8 +40,8 @@ _unknown: set[str] = set()  # options that another version of the compiler refus
 def compiler_options(*, update: bool = False, tokens: int = 0) -> Options:
     """The options for the devices of the ambient mesh, which need not be there, else for the default device.
 
-    A GPU's is one number.  XLA computes again what it would otherwise keep as soon as temporary arrays take more than
-    95 % of what arguments and results leave of 80 % of the card; a larger pool is worth more where that grows with it.
+    On a GPU, XLA computes again what it would otherwise keep as soon as temporary arrays take more than 95 % of what
+    arguments and results leave of 80 % of the card; a larger pool is worth more where that grows with it.
 
     Args:
       update: whether the program is a training step, which takes over its state.
@@ -54,6 +56,9 @@ def compiler_options(*, update: bool = False, tokens: int = 0) -> Options:
     if platform == "gpu":
         share = pool_share(getattr(device, "device_kind", ""))
         found = {"xla_gpu_memory_limit_slop_factor": round(95 * share / _DEFAULT_SHARE)}
+        card = of_kind(getattr(device, "device_kind", ""))
+        if card is not None and mesh.size > card.domain:
+            found |= _ONE_BY_ONE
     return {name: value for name, value in found.items() if name not in _unknown}
 
 

@@ -65,3 +65,22 @@ def test_a_tpu_multiplies_whole_where_tokens_are_many():
     heads = jax.sharding.Mesh(np.array(devices).reshape(1, 4, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(heads):  # there activations are gathered and summed as well
         assert options.compiler_options(update=True, tokens=tokens) == options.compiler_options(update=True)
+
+
+@pytest.mark.parametrize("machine,joined", [("gpu:h200:1x1x8", True), ("gpu:h200:2x1x8", False)])
+def test_gradients_go_over_a_network_as_they_are_made(machine, joined):
+    devices = machines.absent_devices(machine)
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    layers = [jax.ShapeDtypeStruct((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((D, F), (F, D))]
+    x = jax.ShapeDtypeStruct((ROWS * len(devices), D), jnp.bfloat16, sharding=rows)
+
+    def loss(layers, x):
+        return forward(layers, x).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = options.jit(jax.grad(loss), out_shardings=[split, split]).lower(layers, x).compile()
+    found = account(compiled.as_text()).collectives
+    scatters = {(c.name, c.times) for c in found if c.kind == "reduce-scatter"}
+    print(machine, [(c.name, c.kind, c.times, c.bytes) for c in found])
+    assert sum(times for _, times in scatters) == (LAYERS if joined else 2 * LAYERS)
