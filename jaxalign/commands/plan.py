@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import os
 import re
@@ -34,6 +33,7 @@ jaxalign; reads config.json, the tokenizer and data that are files here, no weig
 All other flags are those of jaxalign train.
 """
 _OWN = ("on", "json", "assume", "machines")
+_NUMBERS = ("pool", "price", "steps")  # of --assume, often written as flags
 
 
 def plan(argv: list[str]) -> int:
@@ -68,10 +68,10 @@ def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -
     from jaxalign.plan.report import as_text
 
     machines = read_machines(own["machines"][0] if own["machines"] else None)
-    say = functools.partial(print, file=sys.stderr, flush=True)
+    spelt = lambda text: text.replace("--config.", "--") if named else text  # noqa: E731  as the command's own flags
+    say = lambda text: print(spelt(text), file=sys.stderr, flush=True)  # noqa: E731
     found, assumed = planned(config, own["on"][0], machines=machines, assume=own["assume"], search=search, say=say)
-    text = as_text(found, assumed)
-    print(text.replace("--config.", "--") if named else text)  # as the command's own flags are written
+    print(spelt(as_text(found, assumed)))
     if own["json"]:
         write_whole(Path(own["json"][0]).expanduser(), json.dumps(found, indent=1) + "\n")
     require_fit(found)
@@ -86,6 +86,9 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
         flag, equals, value = argv[i].partition("=")
         name = flag.removeprefix("--")
         if flag == "--search":
+            if not equals and argv[i + 1 : i + 2] and argv[i + 1].isascii() and argv[i + 1].isdecimal():
+                i += 1
+                equals, value = "=", argv[i]
             if equals and not re.fullmatch("[1-9][0-9]{0,2}|1000", value):
                 raise InputError(f"--search={value}", "how many programs to compile, at most", "--search=6")
             search = int(value) if equals else 6
@@ -96,6 +99,9 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
             if not value.strip() or value.startswith("--"):
                 raise InputError(f"--{name} without a value", "a value", f"--{name}=...")
             own[name].append(value)
+        elif flag.startswith("--") and name in _NUMBERS:
+            fix = f"--assume {name}={value or '...'}"
+            raise InputError(f"{flag}: there is no such flag", "--assume NAME=VALUE", fix)
         elif near := _meant(flag):
             known = ", ".join(f"--{each}" for each in (*_OWN, "search"))
             raise InputError(f"{flag}: there is no such flag", f"{known}, or one of training", f"{near}{equals}{value}")

@@ -13,18 +13,24 @@ from jaxalign.plan.programs import Program, programs
 from jaxalign.plan.runs import length_of, run_of
 from jaxalign.plan.stages import make_stage
 from jaxalign.train.best import rarely
-from jaxalign.train.stage import stage_warnings
+from jaxalign.train.stage import Stage, stage_warnings
 
 _SHOWN = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
 def plan_stage(
-    config: Any, devices: list[Any], assumed: Assumptions, say: Callable[[str], None], *, only: str = ""
+    config: Any,
+    devices: list[Any],
+    assumed: Assumptions,
+    say: Callable[[str], None],
+    made: tuple[Stage, list[str]] | None = None,
+    *,
+    only: str = "",
 ) -> dict[str, Any]:
-    """The plan of one stage; of one of its programs where `only` names it."""
+    """The plan of one stage, `made` by `make_stage` or made here; of one of its programs where `only` names it."""
     pool = int(assumed.machine.memory * assumed.values["pool"])
     with tempfile.TemporaryDirectory() as scratch:
-        stage, told = make_stage(config, devices, scratch, assumed.values)
+        stage, told = made or make_stage(config, devices, scratch, assumed.values)
         order = list(stage.mesh.devices.flat)
         found = []
         for program in programs(stage, limit=pool, say=say, only=only):

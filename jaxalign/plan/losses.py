@@ -62,7 +62,8 @@ def losses_of(
             kinds[c["kind"]] = kinds.get(c["kind"], 0.0) + c["exposed"]
         for kind, seconds in kinds.items():
             lost(p, f"{kind} that nothing hides", seconds, _collective(kind, p, config, mesh))
-        lost(p, f"gaps between {p['kernels']:,} kernels", time["gaps"], _gaps(p, config))
+        often = f", {p['times']:,.0f} times" if p["times"] > 1 else ""
+        lost(p, f"gaps between {p['kernels']:,} kernels{often}", time["gaps"], _gaps(p, config))
         if "decoding" not in p:  # which waits for the memory
             below = flops["model"] / top - flops["model"] / v["flops"]
             lost(p, f"products at {v['efficiency']:.0%} of the peak (assumed)", below, "")

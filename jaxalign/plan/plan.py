@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import __version__
@@ -14,7 +16,7 @@ from jaxalign.plan.predict import Assumptions, assumptions
 from jaxalign.plan.runs import Length, run_of, together
 from jaxalign.plan.search import AS_IS, nearest_that_fits
 from jaxalign.plan.search import search as search_stage
-from jaxalign.plan.stages import stage_configs
+from jaxalign.plan.stages import make_stage, stage_configs
 
 # Of the numbers in a plan's JSON, by the ends of their names.
 UNITS = {
@@ -61,21 +63,24 @@ def plan(
     configs = stage_configs(config)
     devices = absent_devices(topology, machines)
     found: dict[str, Any] = {}
-    for name, c in configs.items():
-        place, flags = f"stage {name}" if name else "", _of(name)
-        tell = lambda text, name=name: say(_spelt(f"{name + ': ' if name else ''}{text}", _of(name)))  # noqa: E731
-        try:
-            one = _stage(c, devices, assumed, tell)
-            tell(_in_short(one))
-            if search:
-                one["search"] = search_stage(c, devices, assumed, search, tell, one)
-            if not one["fits"]:
-                searched = [each["lines"] for each in one.get("search", {}).get("found", ())]
-                others = [lines for lines in searched if lines != AS_IS]  # of PPO another program may be too large
-                one["change"] = others[0] if others else nearest_that_fits(c, devices, assumed, one)
-        except InputError as error:
-            raise error.within(place, flags) from error
-        found[name or one["algorithm"]] = _renamed(one, flags)
+    with tempfile.TemporaryDirectory() as scratch:
+        # All are read before the first is compiled, which takes minutes: one that training would refuse ends them all.
+        made = {}
+        for name, c in configs.items():
+            with _errors_of(name):
+                made[name] = make_stage(c, devices, tempfile.mkdtemp(dir=scratch), assumed.values)
+        for name, c in configs.items():
+            tell = lambda text, name=name: say(_spelt(f"{name + ': ' if name else ''}{text}", _of(name)))  # noqa: E731
+            with _errors_of(name):
+                one = _stage(c, devices, assumed, tell, made.pop(name))
+                tell(_in_short(one))
+                if search:
+                    one["search"] = search_stage(c, devices, assumed, search, tell, one)
+                if not one["fits"]:
+                    searched = [each["lines"] for each in one.get("search", {}).get("found", ())]
+                    others = [lines for lines in searched if lines != AS_IS]  # of PPO another program may be too large
+                    one["change"] = others[0] if others else nearest_that_fits(c, devices, assumed, one)
+            found[name or one["algorithm"]] = _renamed(one, _of(name))
     runs = [stage["run"] for stage in found.values()]
     return {
         "version": __version__,
@@ -88,10 +93,21 @@ def plan(
     }, assumed
 
 
-def _stage(c: Any, devices: list[Any], assumed: Assumptions, tell: Callable[[str], None]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Errors of a stage, with its name and the flags of the whole configuration."""
+    try:
+        yield
+    except InputError as error:
+        raise error.within(f"stage {name}" if name else "", _of(name)) from error
+
+
+def _stage(
+    c: Any, devices: list[Any], assumed: Assumptions, tell: Callable[[str], None], made: tuple[Any, list[str]]
+) -> dict[str, Any]:
     """The plan of a stage; of one that the compiler itself cannot fit, that it does not fit."""
     try:
-        return plan_stage(c, devices, assumed, lambda text: tell(f"compiling {text}"))
+        return plan_stage(c, devices, assumed, lambda text: tell(f"compiling {text}"), made)
     except InputError as error:
         if "out of memory" not in error.problem:
             raise

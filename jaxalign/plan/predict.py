@@ -43,6 +43,7 @@ _OF_MACHINE = {
 }
 _SHARES = {"pool", "efficiency", "memory_efficiency", "link_efficiency", "readouts"}
 _MAY_BE_ZERO = ("launch", "latency", "steps", "price")
+_SUCH_AS = {"steps": 1000, "price": 2}  # in place of a default that says nothing
 
 
 class Assumptions(NamedTuple):
@@ -88,7 +89,7 @@ def assumptions(machine: Hardware, given: Sequence[str] = ()) -> Assumptions:
             raise InputError(
                 f"--assume {text}",
                 "a share above 0, at most 1" if name in _SHARES else "a positive number",
-                f"--assume {name}={values[name]:g}",
+                f"--assume {name}={values[name] or _SUCH_AS.get(name, 0):g}",
             )
         values[name] = number
     return Assumptions(machine, values)

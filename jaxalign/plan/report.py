@@ -38,7 +38,7 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
         f"{m['pool'] / _GIB:.1f} (--assume pool={pool:.2f}"
         + (": XLA_PYTHON_CLIENT_MEM_FRACTION)" if m["platform"] == "gpu" else ")")
     )
-    lines += ["", *_answer(found)]
+    lines += ["", *_answer(found, assumed.values["price"])]
     for name, stage in stages.items():
         if stage["programs"]:
             lines += ["", *_stage(name if len(stages) > 1 else "", stage, m)]
@@ -48,7 +48,7 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
     return "\n".join(lines)
 
 
-def _answer(found: dict[str, Any]) -> list[str]:
+def _answer(found: dict[str, Any], price: float) -> list[str]:
     """For each stage whether it fits, how fast it is, how long the whole run takes and what that costs."""
     m, stages, pool = found["machine"], found["stages"], f"{found['machine']['pool'] / _GIB:.1f}"
     priced = any(stage["run"]["price"] is not None for stage in stages.values())
@@ -61,7 +61,7 @@ def _answer(found: dict[str, Any]) -> list[str]:
         speed = [_seconds(it["seconds"]), f"{it['mfu']:.1%}", f"{it['tokens_per_second']:,.0f}"] if it else ["-"] * 3
         steps = f"{run['steps']:,}" if run["steps"] else "?"
         rows.append([name, "yes" if stage["fits"] else "NO", room, *speed, steps, *_cost(run)])
-        told += [f"{name}: {line}" for line in _run(stage, m["devices"])]
+        told += [f"{name}: {line}" for line in _run(stage, m["devices"], price)]
     if found.get("together"):
         rows.append(["together", *[""] * 6, *_cost(found["together"])])
     table = _table([row if priced else row[:-1] for row in rows], indent="  ")
@@ -80,12 +80,14 @@ def _timed(stage: dict[str, Any]) -> list[dict[str, Any]]:
     return [p for p in stage["programs"] if p["times"]]
 
 
-def _run(stage: dict[str, Any], devices: int) -> list[str]:
+def _run(stage: dict[str, Any], devices: int, price: float) -> list[str]:
     """What a run is made of, and what is not known of it."""
     run, told = stage["run"], list(stage["run"]["not_counted"])
     if stage.get("iteration") and run["seconds"] is None:
         seconds = 1000 * stage["iteration"]["seconds"]
-        told[0] += f"; 1,000 take {_duration(seconds)}, {_three(seconds * devices / 3600)} device-hours"
+        hours = seconds * devices / 3600
+        told[0] += f"; 1,000 take {_duration(seconds)}, {_three(hours)} device-hours"
+        told[0] += f", a price of {hours * price:,.2f}" if price else ""
     parts = []
     if run["seconds"] and run["evaluations"] and run["evaluation_batches"]:
         batches = f"{_counted(run['evaluations'], 'evaluation')} of {_counted(run['evaluation_batches'], 'batch')}"
@@ -268,7 +270,8 @@ def _assumed(found: dict[str, Any], assumed: Assumptions) -> list[str]:
     words = {line.partition("=")[0]: line for line in assumed.lines()}
     lines = ["assumed, of what weighs here (--assume NAME=VALUE changes one; measure these first):"]
     lines += [f"  {line}" for name, line in words.items() if name in lean]
-    rest = ", ".join(line.split()[0] for name, line in words.items() if name not in lean)
+    unknown = [name for name in ("steps", "price") if not assumed.values[name]]
+    rest = ", ".join(line.split()[0] for name, line in words.items() if name not in lean and name not in unknown)
     return lines + _wrapped(f"and, of little weight here: {rest}", "  ")
 
 

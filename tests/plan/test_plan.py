@@ -41,19 +41,25 @@ def made(c, fits=True):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Plans stages of which those named do not fit, or are refused by the compiler."""
+    """Plans stages of which those named do not fit, or are refused by the compiler, or are wrong."""
     devices = [types.SimpleNamespace(device_kind="NVIDIA H200", id=i) for i in range(8)]
     monkeypatch.setattr(planning, "absent_devices", lambda *_: devices)
     monkeypatch.setattr(planning, "nearest_that_fits", lambda *_: "--config.model.remat=full")
 
-    def plan(config, too_large=(), refused=()):
+    def plan(config, too_large=(), refused=(), wrong=()):
         def plan_stage(c, *_):
             name = c.algorithm.name
             if name in refused:
                 raise InputError("out of memory in the train step", "less", "--config.batch_size=1")
             return made(c, name not in too_large)
 
+        def make_stage(c, *_):
+            if c.algorithm.name in wrong:
+                raise InputError("batch_size is 7", "a multiple of 8", "--config.batch_size=8")
+            return None, []
+
         monkeypatch.setattr(planning, "plan_stage", plan_stage)
+        monkeypatch.setattr(planning, "make_stage", make_stage)
         plan.said = []
         found, _ = planning.plan(config, "gpu:h200:1x8x1", say=plan.said.append)
         return json.loads(json.dumps(found))
@@ -106,3 +112,10 @@ def test_what_the_compiler_refuses_is_one_stage_of_the_plan(planned, tmp_path):
     with pytest.raises(InputError, match="out of memory") as error:
         planning.require_fit(found)
     assert error.value.fix == "--config.first.model.remat=full"
+
+
+def test_what_is_wrong_with_the_last_stage_is_told_before_the_first_is_compiled(planned, tmp_path):
+    with pytest.raises(InputError, match="stage second") as error:
+        planned(both(tmp_path), wrong=("dpo",))
+    assert error.value.fix == "--config.second.batch_size=8"
+    assert planned.said == []

@@ -38,6 +38,7 @@ def test_its_own_flags_and_the_rest():
     assert own["assume"] == ["pool=0.9", "launch=0"]
     assert search == 3
     assert rest == ["dpo", "--model=m"]
+    assert _own_flags(["dpo", "--search", "3", "--model=m"])[1:] == (3, ["dpo", "--model=m"])
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_its_own_flags_and_the_rest():
         (["dpo", "--on=gpu:h200:1x8x1"], "jaxalign plan dpo --model DIR"),
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--serach=3"], "--search=3"),
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--asume", "pool=0.9"], "--assume"),
+        (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--price=2"], "--assume price=2"),
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--json=nowhere/x.json"], "--json"),
         (["ppo", "--model=m", "--on=gpu:h200:1x8x1", "--reward=nowhere.py:f"], "nowhere.py"),
     ],

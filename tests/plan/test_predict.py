@@ -150,6 +150,8 @@ def test_work_hides_a_collective_once():
         ("pool", "share"),
         ("launch=-1", "positive"),
         ("flops=nan", "positive"),
+        ("price=$2", "price=2"),
+        ("steps", "steps=1000"),
     ],
 )
 def test_an_assumption_that_cannot_be(text, word):

@@ -130,7 +130,10 @@ def test_the_answer_stands_on_top():
 def test_a_run_of_unknown_length_tells_what_a_thousand_steps_take():
     unknown = RUN | {"steps": None, "seconds": None, "device_hours": None, "price": None, "not_counted": ["unknown"]}
     text = page(sft=stage_of("sft", unknown))
-    assert "1,000 take 38.3 min, 5.11 device-hours" in text
+    assert "1,000 take 38.3 min, 5.11 device-hours" in text and "price=0" not in text
+    priced = assumptions(read_machines()["h200"], ["price=3"])
+    text = as_text({"machine": MACHINE, "stages": {"sft": stage_of("sft", unknown)}}, priced)
+    assert "5.11 device-hours, a price of 15.33" in " ".join(text.split())
     assert "?" in text.splitlines()[4]
 
 
