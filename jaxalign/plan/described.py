@@ -38,13 +38,14 @@ def plan_stage(
             found.append(_described(program, counted, assumed, order, pool, config.model.dtype))
         mesh = {axis: int(size) for axis, size in stage.mesh.shape.items()}
         tokens = float(found[0]["tokens"])
-        warnings = [*rarely(stage), *stage_warnings(stage)]
+        length = length_of(stage, int(assumed.values["steps"]))
+        warnings = [*(rarely(stage, length.steps) if length.steps else ()), *stage_warnings(stage)]
     c = stage.config
     iteration = _iteration(found, assumed, len(order), tokens, c)
     return {
         "algorithm": c.algorithm.name,
         "fits": all(p["fits"] for p in found),
-        "run": run_of(length_of(stage, int(assumed.values["steps"])), found, assumed.values, len(order)),
+        "run": run_of(length, found, assumed.values, len(order)),
         "mesh": mesh,
         "settings": {
             "batch_size": c.batch_size,

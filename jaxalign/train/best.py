@@ -81,13 +81,19 @@ def check_best_metric(stage: Stage) -> None:
         )
 
 
-def rarely(stage: Stage) -> list[str]:
-    """A warning where `eval.every` is larger than the run: only the last step is evaluated."""
+def rarely(stage: Stage, steps: int | None = None) -> list[str]:
+    """A warning where `eval.every` is larger than the run: only the last step is evaluated.
+
+    Args:
+      stage: of any algorithm.
+      steps: of the run; None: the stage's own.
+    """
     every, best = stage.config.eval.every, stage.config.checkpoint.best_metric
-    if stage.eval_dataset is None or every <= stage.num_steps:
+    steps = steps or stage.num_steps
+    if stage.eval_dataset is None or every <= steps:
         return []
     choice = f", and checkpoint.best_metric={best} has nothing to choose from" if best else ""
-    return [f"eval.every is {every:,} and the run has {stage.num_steps:,} steps: only its end is evaluated{choice}"]
+    return [f"eval.every is {every:,} and the run has {steps:,} steps: only its end is evaluated{choice}"]
 
 
 def eval_metrics(stage: Stage) -> list[str]:

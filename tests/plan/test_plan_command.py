@@ -120,6 +120,31 @@ def test_what_is_stood_for_is_said(model, tmp_path):
     assert any("owner/reward is not here" in text and str(model) in text for text in told)
 
 
+@pytest.mark.parametrize("steps, words", [(0, ()), (100, ("eval.every is 5,000", "100 steps")), (9000, ())])
+def test_a_run_of_unknown_length_is_not_said_to_be_short(steps, words, model, tmp_path, monkeypatch):
+    """Rows that stand for data make no epoch; only the steps that are assumed count."""
+    import types
+
+    import jax
+
+    from jaxalign.parallel.hardware import read_machines
+    from jaxalign.plan import described
+    from jaxalign.plan.predict import assumptions
+
+    c = defaults("sft")
+    c.model.path, c.data.sources, c.data.max_length, c.batch_size = str(model), ("owner/name",), 16, 64
+    c.data.eval_fraction, c.eval.every = 0.1, 5000
+    step = {"name": "train step", "times": 1.0, "tokens": 1, "fits": True, "seconds": {"total": 1.0}}
+    program = types.SimpleNamespace(text="", work=types.SimpleNamespace(share=1.0))
+    monkeypatch.setattr(described, "programs", lambda *_, **__: [program])
+    monkeypatch.setattr(described, "account", lambda *_, **__: None)
+    monkeypatch.setattr(described, "_described", lambda *_: step | {"flops": {"model": 1.0}})
+    monkeypatch.setattr(described, "losses_of", lambda *_: [])
+    assumed = assumptions(read_machines()["h200"], [f"steps={steps}"])
+    said = described.plan_stage(c, jax.devices()[:1], assumed, print)["warnings"]
+    assert [all(word in text for word in words) for text in said if "eval.every" in text] == [True] * bool(words)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_a_compiler_works(number, tmp_path):
     """At once, with a word and the signal's status; what was being written is gone."""
