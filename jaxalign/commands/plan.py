@@ -16,17 +16,17 @@ from jaxalign.registry import ALGORITHMS
 
 PLAN_HELP = """\
 jaxalign plan --config=FILE --on=MACHINE [--config.FIELD=VALUE ...]
-jaxalign plan ALGORITHM --model DIR --on=MACHINE [--data FILE] [--FIELD=VALUE ...]
+jaxalign plan ALGORITHM --model DIR_OR_HUB_ID --on=MACHINE [--data FILE] [--FIELD=VALUE ...]
 
 Compiles every program that the stages of a config run, for a machine that need not be there, and says what it needs of
 each device's memory, what it computes, moves and waits for, and how long it would take. Needs the extra plan of
 jaxalign; reads config.json, the tokenizer and data that are files here, no weights. See docs/planning.md.
 
-  --on=MACHINE             gpu:KIND:SLICESxHOSTSxGPUS  gpu:h200:1x8x1 (eight GPUs joined by NVLink), gpu:h100:2x1x8
-                           tpu:KIND:SHAPE[:SLICES]     tpu:v5p:2x2x2, tpu:v6e:2x4, tpu:v5e:4x4:2
+  --on=MACHINE             gpu:KIND:SLICESxHOSTSxGPUS  gpu:h200:1x8x1 (a node of eight), gpu:h100:2x1x8 (two nodes)
+                           tpu:KIND:SHAPE[:SLICES]     tpu:v5p:2x2x2 (8 chips, v5p-16), tpu:v6e:2x4, tpu:v5e:4x4:2
   --json=FILE              all of it as JSON
   --assume NAME=VALUE      changes a number that the prediction assumes; the page lists them. Repeat it for several
-                           price=2 (of a device for an hour), steps=5000 (of a run whose data are not here)
+                           price=2 (of one device for an hour), steps=5000 (of a run whose data are not here)
   --machines=FILE          a TOML file that adds machines, or changes their numbers
   --search[=N]             meshes, rematerialisation, accumulation and batches that fit, ranked; compiles N (default 6)
 

@@ -28,7 +28,7 @@ _ASSUMED: dict[str, tuple[float, str]] = {
     "float32_speed": (0.5, "speed of products of float32 against bfloat16"),
     "readouts": (1.0, "share of a row's tokens that are read out, where data are not here"),
     "steps": (0.0, "steps of a run, where data are not here and num_train_steps is not set; 0: not known"),
-    "price": (0.0, "of a device for an hour; 0: not known"),
+    "price": (0.0, "of one device for an hour; 0: not known"),
 }
 # Those of the machine, which a flag overrides by the same name.
 _OF_MACHINE = {

@@ -336,7 +336,8 @@ def nothing_fits(s: Sizes, devices: int, assumed: Assumptions) -> InputError:
         f"parameters, optimizer, gradients and frozen models take {held / devices / 2**30:.1f} GiB on each of "
         f"{devices} devices, whichever way they are split, and programs may use {pool / 2**30:.1f}",
         "what fits",
-        f"about {count} such devices, --config.optimizer.state_dtype=bfloat16, or --config.model.frozen_dtype=bfloat16",
+        f"about {count} such devices, or --config.optimizer.state_dtype=bfloat16"
+        + (", or --config.model.frozen_dtype=bfloat16" if s.frozen else ""),
     )
 
 

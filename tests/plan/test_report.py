@@ -195,7 +195,8 @@ def test_nothing_fits_says_how_many_devices_would():
     assert candidates(large, config(batch_size=64), 8, 1, ASSUMED) == []
     error = nothing_fits(large, 8, ASSUMED)
     assert isinstance(error, InputError)
-    assert "128 such devices" in error.fix
+    assert "128 such devices" in error.fix and "frozen_dtype" not in error.fix
+    assert "frozen_dtype" in nothing_fits(large._replace(frozen=800e9), 8, ASSUMED).fix
 
 
 def test_a_search_as_config_lines():
