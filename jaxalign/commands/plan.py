@@ -139,6 +139,12 @@ def _config(rest: list[str]) -> Any:
     others = [arg for arg in own if not arg.startswith("--config=")]
     if others and not others[0].startswith("-") and not files:
         raise no_algorithm(others[0], command="plan")
+    if len(files) == 1 and others and others[0].startswith("--"):
+        from jaxalign.pipeline.mistakes import no_flag
+
+        meant = no_flag(load_config(files[0], overrides), others, (*_OWN, "search"))
+        if "--help" not in meant.fix:
+            raise meant
     if others or len(files) != 1:
         raise InputError(
             f"argument {others[0]!r}" if others else f"{len(files)} config files",

@@ -46,6 +46,9 @@ def test_its_own_flags_and_the_rest():
     [
         (["dpo", "--model=m"], "--on=gpu"),
         (["--config=x.py", "--on=gpu:h200:8"], "gpu:KIND"),
+        (["--config=x.py", "--on=gpu:h200:1x8x1", "--batch_size=8"], "--config.batch_size=8"),
+        (["--config=x.py", "--on=gpu:h200:1x8x1", "--model=m"], "--config.model.path=m"),
+        (["--config=x.py", "--on=gpu:h200:1x8x1", "--zebra=m"], "jaxalign plan --help"),
         (["dpo", "--model=m", "--on="], "--on"),
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--search=none"], "--search=6"),
         (["dpo", "--model=m", "--on=gpu:h200:1x8x1", "--search=²"], "--search=6"),
