@@ -147,8 +147,8 @@ def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[st
             other = max(d["bytes_per_token"] - d["weights"] - d["cache"], 0)
             lines += _wrapped(
                 f"{p['name']}: a token of every row moves {d['bytes_per_token'] / _GB:.2f} GB of each device: weights "
-                f"{d['weights'] / _GB:.2f}, cache {d['cache'] / _GB:.2f} (all {d['columns']:,} columns, whoever stands "
-                f"in them), {other / _GB:.2f} that one kernel writes and the next one reads",
+                f"{d['weights'] / _GB:.2f}, cache {d['cache'] / _GB:.2f} (all {d['columns']:,} columns, used or not), "
+                f"{other / _GB:.2f} that one kernel writes and the next one reads",
                 "  ",
             )
     heavy = next((p for p in programs if p["name"] == "train step"), programs[0])
@@ -245,7 +245,8 @@ def _collectives(programs: list[dict[str, Any]]) -> list[str]:
             table.append([p["name"], c["kind"], c["dtype"], str(c["group"]), *cells, *times])
     if len(table) == 1:
         return ["  collectives: none that take time"]
-    lines = ["  collectives of one run, among so many devices; milliseconds:", *_table(table)]
+    head = "collectives of one run, milliseconds; GB: the larger of input and output on a device; alone: if nothing hid them:"
+    lines = [f"  {head}", *_table(table)]
     for p in programs:
         if p["resharding_bytes"] > 0.01 * _GB:
             lines.append(
@@ -268,7 +269,7 @@ def _assumed(found: dict[str, Any], assumed: Assumptions) -> list[str]:
     """The numbers that this prediction leans on, each with what it is; the others by their values."""
     lean = _leant_on(found, assumed)
     words = {line.partition("=")[0]: line for line in assumed.lines()}
-    lines = ["assumed, of what weighs here (--assume NAME=VALUE changes one; measure these first):"]
+    lines = ["assumed, what weighs most here (--assume NAME=VALUE changes one; measure these first):"]
     lines += [f"  {line}" for name, line in words.items() if name in lean]
     unknown = [name for name in ("steps", "price") if not assumed.values[name]]
     rest = ", ".join(line.split()[0] for name, line in words.items() if name not in lean and name not in unknown)
