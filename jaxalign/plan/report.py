@@ -245,7 +245,7 @@ def _collectives(programs: list[dict[str, Any]]) -> list[str]:
             table.append([p["name"], c["kind"], c["dtype"], str(c["group"]), *cells, *times])
     if len(table) == 1:
         return ["  collectives: none that take time"]
-    head = "collectives of one run, milliseconds; GB: the larger of input and output on a device; alone: if nothing hid them:"
+    head = "collectives of one run, milliseconds; GB: the larger of input and output; alone: if nothing hid them:"
     lines = [f"  {head}", *_table(table)]
     for p in programs:
         if p["resharding_bytes"] > 0.01 * _GB:
