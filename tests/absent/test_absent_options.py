@@ -67,8 +67,12 @@ def test_a_tpu_multiplies_whole_where_tokens_are_many():
         assert options.compiler_options(update=True, tokens=tokens) == options.compiler_options(update=True)
 
 
-@pytest.mark.parametrize("machine,joined", [("gpu:h200:1x1x8", True), ("gpu:h200:2x1x8", False)])
-def test_gradients_go_over_a_network_as_they_are_made(machine, joined):
+@pytest.mark.parametrize(
+    "machine,update,joined",
+    [("gpu:h200:1x1x8", False, True), ("gpu:h200:1x1x8", True, False), ("gpu:h200:2x1x8", False, False)],
+)
+def test_gradients_go_out_as_they_are_made(machine, update, joined):
+    """Over a network, and in a training step, where those that wait take memory."""
     devices = machines.absent_devices(machine)
     mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
@@ -79,7 +83,9 @@ def test_gradients_go_over_a_network_as_they_are_made(machine, joined):
         return forward(layers, x).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
-        compiled = options.jit(jax.grad(loss), out_shardings=[split, split]).lower(layers, x).compile()
+        given = options.compiler_options(update=update)
+        step = jax.jit(jax.grad(loss), out_shardings=[split, split]).lower(layers, x)
+        compiled = step.compile(compiler_options=given)
     found = account(compiled.as_text()).collectives
     scatters = {(c.name, c.times) for c in found if c.kind == "reduce-scatter"}
     print(machine, [(c.name, c.kind, c.times, c.bytes) for c in found])
