@@ -29,8 +29,8 @@ _TPU: Options = {
 # take less time (predicted for an 8B model on 8 chips), though their gradients are then summed beside no other work.
 _MANY_TOKENS = 2**14
 _WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000}
-# A layer's gradients go out as each is made.  Joined, they wait whole for the last: compiled for 8 H200, a step of an 8B
-# model with a row on each takes 28.0 GiB in place of 17.6; and over a network nothing hides them.
+# A layer's gradients go out as each is made.  Joined, they wait whole for the last: compiled for 8 H200, a step of an
+# 8B model with a row on each takes 28.0 GiB in place of 17.6; and over a network nothing hides them.
 _ONE_BY_ONE: Options = {"xla_gpu_collective_combine_threshold_count": 1}
 # Fewer copies of donated parameters and moments that an update reads twice.
 _CPU_UPDATE: Options = {"xla_cpu_copy_insertion_use_region_analysis": True}
