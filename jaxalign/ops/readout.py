@@ -95,15 +95,19 @@ def token_logprobs(
     Returns:
       (logprobs [B, M], entropy [B, M] or None) in nats, in at least float32, 0 where the mask is False.
     """
-    kernel, made = parts(head)
-    if hidden.ndim != 3 or kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
-        raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {kernel.shape}")
-    if max_logits is None:
-        max_logits = _MAX_LOGITS.get(platform(), _ACCELERATOR_MAX_LOGITS)
+    kernel, made, max_logits = _checked(hidden, head, max_logits)
     taken = _taken(hidden, readouts)
     logprobs, entropies = _logprobs(taken, kernel, readouts.target, made, float(temperature), entropy, max_logits)
     logprobs = jnp.where(readouts.mask, logprobs, 0)
     return logprobs, (jnp.where(readouts.mask, entropies, 0) if entropy else None)
+
+
+def _checked(hidden: jax.Array, head: jax.Array | Head, max_logits: int | None) -> tuple[jax.Array, Any, int]:
+    """The head's kernel and what is made of its logits, and how many of these a device may hold."""
+    kernel, made = parts(head)
+    if hidden.ndim != 3 or kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
+        raise ValueError(f"hidden is [B, T, D] and head [D, V]; got {hidden.shape} and {kernel.shape}")
+    return kernel, made, max_logits or _MAX_LOGITS.get(platform(), _ACCELERATOR_MAX_LOGITS)
 
 
 # The vocabulary work has its own derivative, for three reasons: the backward pass reuses the forward's logsumexp (and
@@ -126,21 +130,12 @@ def _forward(taken, head, target, made, temperature, entropy, max_logits):
         def chunk(_, inputs):
             h, t = inputs
             z = logits(h, Head(head, made)) / temperature
-            top = layout.max_over_vocabulary(jnp.max(z, axis=-1))
-            e = jnp.exp(z - top[..., None])
-            total = layout.sum_over_vocabulary(jnp.sum(e, axis=-1))
-            lse = top + jnp.log(total)
-            logprob = layout.sum_over_vocabulary(layout.of_target(z, t - offset)) - lse
-            kept = (z,) if keep else ()
-            if not entropy:
-                return None, (*kept, logprob, lse)
-            # H = lse - sum p z, with z measured from its maximum so that nothing large cancels
-            mean = layout.sum_over_vocabulary(jnp.sum(e * (z - top[..., None]), axis=-1)) / total
-            return None, (*kept, logprob, lse, jnp.log(total) - mean)
+            return None, (*((z,) if keep else ()), *layout.of_logits(z, t - offset, entropy))
 
         return _over_chunks(chunk, None, (taken, target), length)[1]
 
-    out = layout.run(local, "forward", 3 if entropy else 2, logits=keep)(taken, head, target)
+    outs = ("logits",) * keep + ("rows",) * (3 if entropy else 2)
+    out = layout.run(local, ("rows", "head", "rows"), outs)(taken, head, target)
     kept, (logprobs, lse, *entropies) = out[:keep], out[keep:]
     entropies = entropies[0] if entropy else None
     return (logprobs, entropies), (taken, head, target, lse, entropies, kept)
@@ -166,24 +161,96 @@ def _backward(made, temperature, entropy, max_logits, residuals, cotangents):
             if entropy:  # dH / dz_v = -p_v (log p_v + H)
                 value, g_entropy = of_entropy
                 d_z -= g_entropy[..., None] * p * (logp + value[..., None])
-            d_z = d_z / temperature
             if made is not None:
                 d_z = sloped(d_z, made.slope(z * temperature)) * made.scale
-            d_z = d_z.astype(h.dtype)  # matmuls in the compute dtype, accumulated in float32
-            d_h = layout.sum_over_vocabulary(_matmul(d_z, head, (((2,), (1,)), ((), ())))).astype(h.dtype)
-            return d_head + _matmul(h, d_z, (((0, 1), (0, 1)), ((), ()))), d_h
+            d_h, more = layout.of_products(d_z / temperature, h, head)
+            return d_head + more, d_h
 
         zeros = jnp.zeros(head.shape, at_least_float32(head).dtype)
         d_head, d_h = _over_chunks(chunk, zeros, (taken, *per_readout), layout.chunk_length(max_logits))
         return d_h, layout.scatter_head(d_head).astype(head.dtype)
 
-    d_taken, d_head = layout.run(local, "backward", len(per_readout), logits=bool(keep))(
-        taken, head, *kept, *per_readout
-    )
+    ins = ("rows", "head", *("logits",) * keep, *("rows",) * len(per_readout))
+    d_taken, d_head = layout.run(local, ins, ("rows", "head"))(taken, head, *kept, *per_readout)
     return d_taken, d_head, None
 
 
 _logprobs.defvjp(_forward, _backward)
+
+
+def weighted_logprobs(
+    hidden: jax.Array,
+    head: jax.Array | Head,
+    readouts: Readouts,
+    weights: jax.Array,
+    *,
+    entropy: bool = False,
+    max_logits: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The weighted sum of `token_logprobs`, for a loss that is no more than that: its gradient costs less.
+
+        S = sum_t w_t log p(target_t)
+
+    What S asks of a logit, w_t (1[target] - p), is known as soon as the logit is: gradients are made beside the values,
+    a chunk at a time, and the backward pass only scales them.  No logit is made again and the head is gathered once.
+
+    Args:
+      hidden, head, readouts, entropy, max_logits: as `token_logprobs` takes them.
+      weights: [B, M], of which no gradient is taken; only those whose mask is True count.
+
+    Returns:
+      (S, log-probs [B, M], entropy [B, M] or None), as `token_logprobs` gives them; S alone has a gradient.
+    """
+    kernel, made, max_logits = _checked(hidden, head, max_logits)
+    taken, weights = _taken(hidden, readouts), jnp.where(readouts.mask, weights, 0)
+    total, *per_readout = _weighted(taken, kernel, readouts.target, weights, made, entropy, max_logits)
+    logprobs, entropies = (
+        x if x is None else jax.lax.stop_gradient(jnp.where(readouts.mask, x, 0)) for x in per_readout
+    )
+    return total, logprobs, entropies
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _weighted(taken, head, target, weights, made, entropy, max_logits):
+    logprobs, entropies = _forward(taken, head, target, made, 1.0, entropy, max_logits)[0]
+    return _dot(weights, logprobs), logprobs, entropies
+
+
+def _weighted_forward(taken, head, target, weights, made, entropy, max_logits):
+    layout = _Layout(taken.shape, head.shape)
+
+    def local(taken, head, target, weights):
+        head = layout.gather_head(head)
+        offset = layout.vocabulary_offset(head)
+
+        def chunk(d_head, inputs):
+            h, t, w = inputs
+            z = logits(h, Head(head, made))
+            logprob, lse, *entropies = layout.of_logits(z, t - offset, entropy)
+            w = w[..., None].astype(z.dtype)
+            d_z = jnp.where(_hits(t, z.shape[-1], offset), w, 0) - w * jnp.exp(z - lse[..., None])
+            if made is not None:
+                d_z = sloped(d_z, made.slope(z)) * made.scale
+            d_h, more = layout.of_products(d_z, h, head)
+            return d_head + more, (d_h, logprob, *entropies)
+
+        zeros = jnp.zeros(head.shape, at_least_float32(head).dtype)
+        d_head, out = _over_chunks(chunk, zeros, (taken, target, weights), layout.chunk_length(max_logits))
+        return layout.scatter_head(d_head), *out
+
+    run = layout.run(local, ("rows", "head", "rows", "rows"), ("head", "rows", "rows") + ("rows",) * entropy)
+    d_head, d_taken, logprobs, *entropies = run(taken, head, target, weights)
+    found = _dot(weights, logprobs), logprobs, entropies[0] if entropy else None
+    return found, (d_taken, d_head, jnp.zeros((), head.dtype))
+
+
+def _weighted_backward(made, entropy, max_logits, residuals, cotangents):
+    d_taken, d_head, like = residuals
+    scale = cotangents[0]
+    return (scale * d_taken).astype(d_taken.dtype), (scale * d_head).astype(like.dtype), None, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 class _Layout:
@@ -215,19 +282,17 @@ class _Layout:
         count = math.ceil(self.length / max(1, max_logits // max(1, self.column)))
         return math.ceil(self.length / count)
 
-    def run(self, local, kind: str, count: int, *, logits: bool):
-        """`local` over the shards: forward gives `count` arrays [B, M], backward takes as many and gives gradients.
-
-        With `logits` an array [B, M, V] comes before them.
-        """
+    def run(self, local, ins: tuple[str, ...], outs: tuple[str, ...]):
+        """`local` over the shards, its arguments and results each "rows" [B, ...], "logits" [B, M, V] or "head"."""
         if not self.split:
             return local
-        rows, head = P(self.batch), P(self.fsdp, self.tensor)
-        readouts = (P(self.batch, None, self.tensor),) * logits + (rows,) * count
-        forward = kind == "forward"
-        ins = (rows, head, rows) if forward else (rows, head, *readouts)
-        outs = readouts if forward else (rows, head)
-        return jax.shard_map(local, in_specs=ins, out_specs=outs, check_vma=False)
+        named = {
+            "rows": P(self.batch),
+            "logits": P(self.batch, None, self.tensor),
+            "head": P(self.fsdp, self.tensor),
+        }
+        specs = [tuple(named[name] for name in names) for names in (ins, outs)]
+        return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
     def gather_head(self, head):
         return jax.lax.all_gather(head, self.fsdp, axis=0, tiled=True) if self.fsdp else head
@@ -238,6 +303,25 @@ class _Layout:
         if self.fsdp:
             d_head = jax.lax.psum_scatter(d_head, self.fsdp, scatter_dimension=0, tiled=True)
         return jax.lax.psum(d_head, others) if others else d_head
+
+    def of_logits(self, z, target, entropy):
+        """Log-probs of the targets, log-sum-exp, and entropies where they are asked for, of logits [B, M, V]."""
+        top = self.max_over_vocabulary(jnp.max(z, axis=-1))
+        e = jnp.exp(z - top[..., None])
+        total = self.sum_over_vocabulary(jnp.sum(e, axis=-1))
+        lse = top + jnp.log(total)
+        logprob = self.sum_over_vocabulary(self.of_target(z, target)) - lse
+        if not entropy:
+            return logprob, lse
+        # H = lse - sum p z, with z measured from its maximum so that nothing large cancels
+        mean = self.sum_over_vocabulary(jnp.sum(e * (z - top[..., None]), axis=-1)) / total
+        return logprob, lse, jnp.log(total) - mean
+
+    def of_products(self, d_z, h, head):
+        """The gradients of hidden states and of the head that those of the logits make."""
+        d_z = d_z.astype(h.dtype)  # matmuls in the compute dtype, accumulated in float32
+        d_h = self.sum_over_vocabulary(_matmul(d_z, head, (((2,), (1,)), ((), ())))).astype(h.dtype)
+        return d_h, _matmul(h, d_z, (((0, 1), (0, 1)), ((), ())))
 
     def of_target(self, z, target):
         """The number of `z` [B, M, V] at each target, 0 where that is of another shard.
@@ -258,6 +342,10 @@ class _Layout:
 
     def max_over_vocabulary(self, x):
         return jax.lax.pmax(x, self.tensor) if self.tensor else x
+
+
+def _dot(weights, logprobs):
+    return jnp.sum(jnp.where(weights != 0, weights * logprobs, 0))
 
 
 def _matmul(a, b, dims):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.losses_language import sft_loss
-from jaxalign.ops.readout import read_with_aux, token_logprobs
-from jaxalign.steps.objective import Objective, Sums, weighted_sum
+from jaxalign.ops.readout import read_with_aux, weighted_logprobs
+from jaxalign.steps.objective import Objective, Sums
 from jaxalign.types import Batch, Params
 
 
@@ -31,11 +31,13 @@ def sft_objective(
     def terms(params, frozen, extra, statistics, batch: Batch) -> Sums:
         del frozen, extra, statistics
         hidden, readouts, aux = read_with_aux(apply, params["policy"], batch.rows, batch.readouts)
-        logprobs, entropies = token_logprobs(hidden, head(params["policy"]), readouts, entropy=entropy)
         weights = readout_weights(batch)
+        total, logprobs, entropies = weighted_logprobs(
+            hidden, head(params["policy"]), readouts, weights, entropy=entropy
+        )
         found = sft_loss(logprobs, weights, entropy=entropies)
         counts = {"tokens": jnp.sum(weights != 0)}
-        return Sums({"policy": weighted_sum(found)}, found.metrics, counts, {"policy": aux})
+        return Sums({"policy": -total}, found.metrics, counts, {"policy": aux})  # the sum of what sft_loss gives
 
     return Objective(lambda batch: {"policy": jnp.sum(readout_weights(batch))}, terms)
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.ops import readout
 from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.logits import Head
-from jaxalign.ops.readout import completion_sums, pairs, scalar_readout, token_logprobs
+from jaxalign.ops.readout import completion_sums, pairs, scalar_readout, token_logprobs, weighted_logprobs
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.types import CHOSEN, REJECTED, SINGLE, Completions, Readouts
 
@@ -124,6 +124,32 @@ def test_a_gpu_gathers_what_others_compare(axes, monkeypatch, x64):
     chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [None, *MESHES, (1, 4, 2)])
+@pytest.mark.parametrize("max_logits", [2**27, V * 4], ids=["whole", "chunks"])
+@pytest.mark.parametrize("made", [None, Scores(0.3, 0.7)])
+def test_a_weighted_sum_is_that_of_the_logprobs(axes, max_logits, made, x64):
+    """Values and gradients, times a factor, as of a sum of `token_logprobs`; some weights are 0, some negative."""
+    hidden, head, readouts, (weights, _) = case()
+    weights = jnp.where(weights > 0.9, 0, weights)
+
+    def plain(h, w):
+        logprobs, entropy = token_logprobs(h, Head(w, made), readouts, entropy=True)
+        return -0.3 * jnp.sum(weights * logprobs), (logprobs, entropy)
+
+    def ours(h, w):
+        options = {"entropy": True, "max_logits": max_logits}
+        total, logprobs, entropy = weighted_logprobs(h, Head(w, made), readouts, weights, **options)
+        return -0.3 * total + jnp.sum(logprobs) - jnp.sum(jax.lax.stop_gradient(logprobs)), (logprobs, entropy)
+
+    expected = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, head)
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), axes, strict=True))) if axes else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        alone = jax.jit(ours)(hidden, head)
+        found = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, head)
+    chex.assert_trees_all_close(alone, expected[0], rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_dims_that_the_mesh_does_not_divide(x64):
     """23 tokens over 2, 15 dims over 2, 7 rows over 4: what does not divide stays whole."""
     hidden, head, readouts, g = case()
@@ -182,7 +208,8 @@ def sizes(jaxpr):
                 yield from sizes(inner)
 
 
-def test_trap_no_array_of_all_logits():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_trap_no_array_of_all_logits(weighted):
     """Neither [B, T, V] nor [B, M, V], forward or backward, in the program or in the compiler's temporaries."""
     rows, length, dim, vocabulary, m = 4, 256, 8, 4096, 256
     hidden = jax.ShapeDtypeStruct((rows, length, dim), jnp.float32)
@@ -191,11 +218,12 @@ def test_trap_no_array_of_all_logits():
     readouts = Readouts(index, index, index, jax.ShapeDtypeStruct((rows, m), jnp.bool_))
     budget = rows * 16 * vocabulary
 
-    def gradients(h, w, r):
-        return jax.grad(
-            lambda h, w: sum(map(jnp.sum, token_logprobs(h, w, r, entropy=True, max_logits=budget))), (0, 1)
-        )(h, w)
+    def loss(h, w, r):
+        if weighted:
+            return weighted_logprobs(h, w, r, jnp.ones((rows, m)), entropy=True, max_logits=budget)[0]
+        return sum(map(jnp.sum, token_logprobs(h, w, r, entropy=True, max_logits=budget)))
 
+    gradients = jax.grad(loss, (0, 1))
     assert max(sizes(jax.make_jaxpr(gradients)(hidden, head, readouts).jaxpr)) <= budget
     memory = jax.jit(gradients).lower(hidden, head, readouts).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * budget * 4 < rows * m * vocabulary * 4 / 3
