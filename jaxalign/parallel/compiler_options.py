@@ -57,8 +57,7 @@ def compiler_options(*, update: bool = False, tokens: int = 0) -> Options:
     if platform == "gpu":
         share = pool_share(getattr(device, "device_kind", ""))
         found = {"xla_gpu_memory_limit_slop_factor": round(95 * share / _DEFAULT_SHARE)}
-        card = of_kind(getattr(device, "device_kind", ""))
-        if (update and mesh.size > 1) or (card is not None and mesh.size > card.domain):
+        if update and mesh.size > 1:
             found |= _ONE_BY_ONE
     return {name: value for name, value in found.items() if name not in _unknown}
 

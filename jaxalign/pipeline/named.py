@@ -107,7 +107,9 @@ def _field(c: ConfigDict, name: str, text: str | None) -> str:
         raise InputError(f"--{name}: several fields end so", f"one of {options}", f"--{likely}={text or '...'}")
     if ends:
         return ends[0]
-    own = difflib.get_close_matches(name, [*_FLAGS, "reward", *_SWITCHES], n=1, cutoff=0.8)
+    flags = [*_FLAGS, "reward", *_SWITCHES]
+    turned = [flag for flag in flags if sorted(flag) == sorted(name)]  # letters in another order: --daat
+    own = turned or difflib.get_close_matches(name, flags, n=1, cutoff=0.8)
     if own:
         raise InputError(f"--{name}: there is no such flag", "one of this command's, or a field", f"--{own[0]}")
     raise no_field(c, name, f"--{name}: there is no such field", "true" if text is None else text)

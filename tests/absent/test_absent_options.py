@@ -69,10 +69,10 @@ def test_a_tpu_multiplies_whole_where_tokens_are_many():
 
 @pytest.mark.parametrize(
     "machine,update,joined",
-    [("gpu:h200:1x1x8", False, True), ("gpu:h200:1x1x8", True, False), ("gpu:h200:2x1x8", False, False)],
+    [("gpu:h200:1x1x8", False, True), ("gpu:h200:1x1x8", True, False), ("gpu:h200:2x1x8", True, False)],
 )
 def test_gradients_go_out_as_they_are_made(machine, update, joined):
-    """Over a network, and in a training step, where those that wait take memory."""
+    """In a training step, where those that wait take memory, and over a network are not hidden."""
     devices = machines.absent_devices(machine)
     mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))

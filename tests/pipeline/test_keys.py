@@ -50,3 +50,12 @@ def test_large_files_count_by_size_time_and_ends(tmp_path):
         file.seek(-1, 2)
         file.write(b"x")
     assert keys.file_digest(str(big)) != before
+
+
+@pytest.mark.parametrize("typed,meant", [("daat", "data"), ("bata", "algorithm.beta")])
+def test_letters_in_another_order_are_the_commands_own_flag(typed, meant):
+    from jaxalign.pipeline.named import named_config
+
+    with pytest.raises(InputError) as error:
+        named_config("dpo", ["--model=m", f"--{typed}=x"])
+    assert error.value.fix.startswith(f"--{meant}")
