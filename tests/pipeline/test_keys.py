@@ -58,4 +58,4 @@ def test_letters_in_another_order_are_the_commands_own_flag(typed, meant):
 
     with pytest.raises(InputError) as error:
         named_config("dpo", ["--model=m", f"--{typed}=x"])
-    assert error.value.fix.startswith(f"--{meant}")
+    assert meant in error.value.fix
