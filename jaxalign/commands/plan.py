@@ -24,9 +24,11 @@ jaxalign; reads config.json, the tokenizer and data that are files here, no weig
 
   --on=MACHINE             gpu:KIND:SLICESxHOSTSxGPUS  gpu:h200:1x8x1 (a node of eight), gpu:h100:2x1x8 (two nodes)
                            tpu:KIND:SHAPE[:SLICES]     tpu:v5p:2x2x2 (8 chips, v5p-16), tpu:v6e:2x4, tpu:v5e:4x4:2
+                           several with commas between: planned in turn, ranked at the end
   --json=FILE              all of it as JSON
   --assume NAME=VALUE      changes a number that the prediction assumes; the page lists them. Repeat it for several
-                           price=2 (of one device for an hour), steps=5000 (of a run whose data are not here)
+                           price=2 (of one device for an hour), steps=5000 (of a run whose data are not here);
+                           h100.price=2 for the machines of one kind
   --machines=FILE          a TOML file that adds machines, or changes their numbers
   --search[=N]             meshes, rematerialisation, accumulation and batches that fit, ranked; compiles N (default 6)
 
@@ -44,7 +46,8 @@ def plan(argv: list[str]) -> int:
     own, search, rest = _own_flags(argv)
     for flag in ("on", "json", "machines"):
         if len(own[flag]) > 1:
-            raise InputError(f"--{flag} {len(own[flag])} times", "one", f"--{flag}={own[flag][0]}")
+            fix = f"--{flag}={','.join(dict.fromkeys(own[flag])) if flag == 'on' else own[flag][0]}"
+            raise InputError(f"--{flag} {len(own[flag])} times", "one", fix)
     if not own["on"]:
         raise InputError("no --on", "the machine to plan for", "--on=gpu:h200:1x8x1, or --on=tpu:v5p:2x2x2")
     # Nothing is computed here, and a compiler's plugin must not look for its devices.
@@ -63,18 +66,26 @@ def plan(argv: list[str]) -> int:
 def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -> int:
     from jaxalign.disk import write_whole
     from jaxalign.parallel.hardware import read_machines
+    from jaxalign.plan.compare import compare, ranking_text, require_one, wanted
     from jaxalign.plan.plan import plan as planned
     from jaxalign.plan.plan import require_fit
     from jaxalign.plan.report import as_text
 
     machines = read_machines(own["machines"][0] if own["machines"] else None)
+    asked = wanted(own["on"][0], own["assume"], machines)
     spelt = lambda text: text.replace("--config.", "--") if named else text  # noqa: E731  as the command's own flags
     say = lambda text: print(spelt(text), file=sys.stderr, flush=True)  # noqa: E731
-    found, assumed = planned(config, own["on"][0], machines=machines, assume=own["assume"], search=search, say=say)
-    print(spelt(as_text(found, assumed)))
+    if len(asked) == 1:
+        topology, assume = asked[0]
+        found, assumed = planned(config, topology, machines=machines, assume=assume, search=search, say=say)
+        print(spelt(as_text(found, assumed)))
+    else:
+        show = lambda found, assumed: print(f"{spelt(as_text(found, assumed))}\n\n", flush=True)  # noqa: E731
+        found = compare(config, machines, asked, search=search, say=say, show=show)
+        print(spelt(ranking_text(found)))
     if own["json"]:
         write_whole(Path(own["json"][0]).expanduser(), json.dumps(found, indent=1) + "\n")
-    require_fit(found)
+    (require_fit if len(asked) == 1 else require_one)(found)
     return 0
 
 

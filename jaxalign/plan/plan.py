@@ -17,6 +17,8 @@ from jaxalign.plan.runs import Length, run_of, together
 from jaxalign.plan.search import AS_IS, nearest_that_fits
 from jaxalign.plan.search import search as search_stage
 from jaxalign.plan.stages import make_stage, stage_configs
+from jaxalign.plan.tables import gib
+from jaxalign.train.compiled import in_words
 
 # Of the numbers in a plan's JSON, by the ends of their names.
 UNITS = {
@@ -125,10 +127,10 @@ def _in_short(stage: dict[str, Any]) -> str:
     """What was found of a stage, told before a search goes on for long."""
     if not stage["programs"]:
         return f"does not fit: {stage['problem']}"
-    peak, pool = (max(p["memory"][which] for p in stage["programs"]) / 2**30 for which in ("peak", "pool"))
+    peak, pool = (gib(max(p["memory"][which] for p in stage["programs"])) for which in ("peak", "pool"))
     it = stage["iteration"]
     fits = "fits" if stage["fits"] else "does not fit"
-    return f"{fits}: {peak:.1f} of {pool:.1f} GiB, {it['tokens_per_second']:,.0f} tokens/s, MFU {it['mfu']:.1%}"
+    return f"{fits}: {peak} of {pool} GiB, {it['tokens_per_second']:,.0f} tokens/s, MFU {it['mfu']:.1%}"
 
 
 def plan_step(config: Any, topology: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def plan_step(config: Any, topology: str) -> dict[str, Any]:
     return plan_stage(config, absent_devices(topology), assumed, lambda text: None, only="train step")
 
 
-def require_fit(found: dict[str, Any]) -> None:
+def require_fit(found: Mapping[str, Any]) -> None:
     """Refuses a plan of which something does not fit, with the nearest that does.
 
     Args:
@@ -161,8 +163,8 @@ def require_fit(found: dict[str, Any]) -> None:
         program = max(stage["programs"], key=lambda p: p["memory"]["peak"])
         memory = program["memory"]
         raise InputError(
-            f"the {program['name']} needs {memory['peak'] / 2**30:.2f} GiB of each device",
-            f"at most the {memory['pool'] / 2**30:.2f} GiB that programs may use",
+            f"the {program['name']} needs {in_words(memory['peak'])} of each device",
+            f"at most the {in_words(memory['pool'])} that programs may use",
             stage["change"],
             (place,) * bool(place),
         )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from typing import Any
 
 from jaxalign.plan.predict import Assumptions
+from jaxalign.plan.tables import (
+    aligned,
+    counted,
+    duration,
+    gib,
+    milliseconds,
+    seconds_text,
+    speed,
+    three_digits,
+    wrapped,
+)
 from jaxalign.train.compiled import in_words
 
 _GB = 1e9
 _GIB = 2**30
-_WIDTH = 120  # of a line
 
 # Bytes by role, as columns: what a role is called, and what it is where its name does not say it.
 _ROLES = {
@@ -33,9 +41,9 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
     """
     m, stages = found["machine"], found["stages"]
     pool = m["pool"] / m["memory"]
-    lines = _wrapped(
+    lines = wrapped(
         f"{m['name']}: {m['devices']} x {m['kind']} of {m['memory'] / _GIB:.1f} GiB, of which programs may use "
-        f"{m['pool'] / _GIB:.1f} (--assume pool={pool:.2f}"
+        f"{gib(m['pool'])} (--assume pool={pool:.2g}"
         + (": XLA_PYTHON_CLIENT_MEM_FRACTION)" if m["platform"] == "gpu" else ")")
     )
     lines += ["", *_answer(found, assumed.values["price"])]
@@ -50,29 +58,28 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
 
 def _answer(found: dict[str, Any], price: float) -> list[str]:
     """For each stage whether it fits, how fast it is, how long the whole run takes and what that costs."""
-    m, stages, pool = found["machine"], found["stages"], f"{found['machine']['pool'] / _GIB:.1f}"
+    m, stages, pool = found["machine"], found["stages"], gib(found["machine"]["pool"])
     priced = any(stage["run"]["price"] is not None for stage in stages.values())
     rows = [["", "fits", "GiB a device", "a step", "MFU", "tokens/s", "steps", "the run", "device-hours", "price"]]
     told = []
     for name, stage in stages.items():
         peak = max((p["memory"]["peak"] for p in stage["programs"]), default=0)
-        it, run = stage.get("iteration"), stage["run"]
-        room = f"{peak / _GIB:.1f} of {pool}" if peak else f"above {pool}"
-        speed = [_seconds(it["seconds"]), f"{it['mfu']:.1%}", f"{it['tokens_per_second']:,.0f}"] if it else ["-"] * 3
+        run = stage["run"]
+        room = f"{gib(peak)} of {pool}" if peak else f"above {pool}"
         steps = f"{run['steps']:,}" if run["steps"] else "?"
-        rows.append([name, "yes" if stage["fits"] else "NO", room, *speed, steps, *_cost(run)])
+        rows.append([name, "yes" if stage["fits"] else "NO", room, *speed(stage.get("iteration")), steps, *_cost(run)])
         told += [f"{name}: {line}" for line in _run(stage, m["devices"], price)]
     if found.get("together"):
         rows.append(["together", *[""] * 6, *_cost(found["together"])])
-    table = _table([row if priced else row[:-1] for row in rows], indent="  ")
-    return [*table, *(line for one in told for line in _wrapped(one, "  "))]
+    table = aligned([row if priced else row[:-1] for row in rows], indent="  ")
+    return [*table, *(line for one in told for line in wrapped(one, "  "))]
 
 
 def _cost(run: dict[str, Any]) -> list[str]:
     if run["seconds"] is None:
         return ["?", "?", "?"]
     price = "" if run["price"] is None else f"{run['price']:,.2f}"
-    return [_duration(run["seconds"]["total"]), _three(run["device_hours"]), price]
+    return [duration(run["seconds"]["total"]), three_digits(run["device_hours"]), price]
 
 
 def _timed(stage: dict[str, Any]) -> list[dict[str, Any]]:
@@ -86,15 +93,15 @@ def _run(stage: dict[str, Any], devices: int, price: float) -> list[str]:
     if stage.get("iteration") and run["seconds"] is None:
         seconds = 1000 * stage["iteration"]["seconds"]
         hours = seconds * devices / 3600
-        told[0] += f"; 1,000 take {_duration(seconds)}, {_three(hours)} device-hours"
+        told[0] += f"; 1,000 take {duration(seconds)}, {three_digits(hours)} device-hours"
         told[0] += f", a price of {hours * price:,.2f}" if price else ""
     parts = []
     if run["seconds"] and run["evaluations"] and run["evaluation_batches"]:
-        batches = f"{_counted(run['evaluations'], 'evaluation')} of {_counted(run['evaluation_batches'], 'batch')}"
-        parts.append(f"{_duration(run['seconds']['evaluations'])} are {batches}")
+        batches = f"{counted(run['evaluations'], 'evaluation')} of {counted(run['evaluation_batches'], 'batch')}"
+        parts.append(f"{duration(run['seconds']['evaluations'])} are {batches}")
     if run["seconds"] and run["reference_batches"]:
-        batches = f"the reference's pass over {_counted(run['reference_batches'], 'batch')}"
-        parts.append(f"{_duration(run['seconds']['reference pass'])} are {batches}")
+        batches = f"the reference's pass over {counted(run['reference_batches'], 'batch')}"
+        parts.append(f"{duration(run['seconds']['reference pass'])} are {batches}")
     if parts:
         told.insert(0, f"of the run, {', '.join(parts)}")
     if len(timed := _timed(stage)) > 1:
@@ -110,9 +117,9 @@ def search_text(name: str, found: dict[str, Any], pool: int) -> str:
       found: as `jaxalign.plan.search.search` gives it.
       pool: bytes of a device that programs may use.
     """
-    lines = _wrapped(
+    lines = wrapped(
         f"{'stage ' + name + ': ' if name else ''}search: {found['estimated']} combinations are estimated to fit, "
-        f"{_counted(found['compiled'], 'train step')} compiled, {len(found['found'])} fit, the configured one counted; "
+        f"{counted(found['compiled'], 'train step')} compiled, {len(found['found'])} fit, the configured one counted; "
         "by predicted tokens/s:"
     )
     told = False
@@ -123,10 +130,10 @@ def search_text(name: str, found: dict[str, Any], pool: int) -> str:
             )
             told = True
         lines.append(
-            f"  {one['tokens_per_second']:>10,.0f} tokens/s  MFU {one['mfu']:.1%}  {one['peak'] / _GIB:.1f} of "
-            f"{pool / _GIB:.1f} GiB"
+            f"  {one['tokens_per_second']:>10,.0f} tokens/s  MFU {one['mfu']:.1%}  {gib(one['peak'])} of "
+            f"{gib(pool)} GiB"
         )
-        lines += _wrapped(one["lines"], "      ")
+        lines += wrapped(one["lines"], "      ")
     return "\n".join(lines)
 
 
@@ -136,16 +143,16 @@ def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[st
     rows = f"rows of {s['row_length']:,} tokens"
     if s.get("max_new_tokens"):
         rows = f"prompts of {s['row_length']:,} tokens, completions of {s['max_new_tokens']:,}"
-    lines = _wrapped(
+    lines = wrapped(
         f"{'stage ' + name + ': ' if name else ''}{stage['algorithm']}, mesh {axes}, batch_size {s['batch_size']}, "
         f"grad_accum_steps {s['grad_accum_steps']}, remat {s['remat']}, {rows}"
     )
-    lines += [line for told in stage["assumed"] for line in _wrapped(told, "  ")]
+    lines += [line for told in stage["assumed"] for line in wrapped(told, "  ")]
     lines += _memory(programs) + _time(programs, s.get("dtype", ""))
     for p in programs:
         if d := p.get("decoding"):
             other = max(d["bytes_per_token"] - d["weights"] - d["cache"], 0)
-            lines += _wrapped(
+            lines += wrapped(
                 f"{p['name']}: a token of every row moves {d['bytes_per_token'] / _GB:.2f} GB of each device: weights "
                 f"{d['weights'] / _GB:.2f}, cache {d['cache'] / _GB:.2f} (all {d['columns']:,} columns, used or not), "
                 f"{other / _GB:.2f} that one kernel writes and the next one reads",
@@ -154,7 +161,7 @@ def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[st
     heavy = next((p for p in programs if p["name"] == "train step"), programs[0])
     if heavy["traffic"]:
         lines.append(f"  traffic of the {heavy['name']}, most of it:")
-        lines += _table(
+        lines += aligned(
             [
                 [f"{k['bytes'] / _GB:.3g} GB", f"{k['count']:,} times", "/".join(k["kernel"].split("/")[-3:])[:80]]
                 for k in heavy["traffic"][:3]
@@ -167,12 +174,12 @@ def _losses(stage: dict[str, Any]) -> list[str]:
     lines = ["  largest losses of a step, against the model's FLOPs at the peak, and what to change:"]
     assumed = [one for one in stage["losses"] if "(assumed)" in one["what"]]
     for loss in [one for one in stage["losses"] if one not in assumed][:3]:
-        lines.append(f"    {_seconds(loss['seconds']):>8}  {loss['program']}: {loss['what']}")
+        lines.append(f"    {seconds_text(loss['seconds']):>8}  {loss['program']}: {loss['what']}")
         if loss["change"]:
             changes = "; this changes the optimisation" if loss.get("changes_optimisation") else ""
-            lines += _wrapped(loss["change"] + changes, " " * 14)
+            lines += wrapped(loss["change"] + changes, " " * 14)
     if assumed:
-        seconds = _seconds(sum(one["seconds"] for one in assumed))
+        seconds = seconds_text(sum(one["seconds"] for one in assumed))
         lines.append(f"    {seconds:>8}  of {assumed[0]['what']}")
     return lines
 
@@ -195,8 +202,8 @@ def _memory(programs: list[dict[str, Any]]) -> list[str]:
         table.append([p["name"], *cells, peak, "" if p["fits"] else "DOES NOT FIT"])
     words = "; ".join(_ROLES[name][1] for name in names if name in _ROLES)
     pool = programs[0]["memory"]["pool"] / _GIB
-    lines = [f"  GiB of each device while a program runs, of {pool:.2f} that programs may use:", *_table(table)]
-    lines += _wrapped(words, "    ")
+    lines = [f"  GiB of each device while a program runs, of {pool:.2f} that programs may use:", *aligned(table)]
+    lines += wrapped(words, "    ")
     worst = max(programs, key=lambda p: p["memory"]["peak"])
     arrays: dict[str, int] = {}
     for a in worst["largest"]:
@@ -204,7 +211,7 @@ def _memory(programs: list[dict[str, Any]]) -> list[str]:
         arrays[told] = arrays.get(told, 0) + 1
     if arrays:
         told = ", ".join(f"{n} x {array}" if n > 1 else array for array, n in list(arrays.items())[:3])
-        lines += _wrapped(f"largest arrays of the {worst['name']}: {told}", "    ")
+        lines += wrapped(f"largest arrays of the {worst['name']}: {told}", "    ")
     return lines
 
 
@@ -215,14 +222,20 @@ def _time(programs: list[dict[str, Any]], dtype: str) -> list[str]:
     for p in programs:
         f, t = p["flops"], p["seconds"]
         ratio = f"{f['products'] / f['model']:.2f}x" if f["model"] else "-"
-        cells = [_ms(t[name]) for name in ("products", "traffic", "collectives", "gaps", "total")]
+        cells = [milliseconds(t[name]) for name in ("products", "traffic", "collectives", "gaps", "total")]
         runs = "?" if p.get("runs") is None else f"{p['runs']:,.0f}"
-        counts = [f"{p['times']:,.0f}" if p["times"] else "-", runs, _three(f["products"] / 1e12), ratio]
+        counts = [f"{p['times']:,.0f}" if p["times"] else "-", runs, three_digits(f["products"] / 1e12), ratio]
         table.append(
-            [p["name"], *counts, _three(p["traffic_bytes"] / _GB), *cells, f"{p['mfu']:.1%}" if f["model"] else "-"]
+            [
+                p["name"],
+                *counts,
+                three_digits(p["traffic_bytes"] / _GB),
+                *cells,
+                f"{p['mfu']:.1%}" if f["model"] else "-",
+            ]
         )
-    lines = ["  one run of each program on each device, milliseconds:", *_table(table)]
-    lines += _wrapped(
+    lines = ["  one run of each program on each device, milliseconds:", *aligned(table)]
+    lines += wrapped(
         "per step, per run: how often it runs. of model: FLOPs of products against the model's own; more is padding "
         "and what is computed again. GB, traffic: what kernels that are no products move. exposed: collectives that no "
         "work hides",
@@ -240,13 +253,13 @@ def _collectives(programs: list[dict[str, Any]]) -> list[str]:
     for p in programs:
         for c in [c for c in p["collectives"] if c["seconds"] >= 0.002 * p["seconds"]["total"]][:6]:
             way = "async" if c["asynchronous"] else "sync"
-            cells = [f"{c['count']:,}", _three(c["bytes"] / _GB), _where(c["loop"]), way]
-            times = [_ms(c["seconds"]), _ms(c["exposed"])]
+            cells = [f"{c['count']:,}", three_digits(c["bytes"] / _GB), _where(c["loop"]), way]
+            times = [milliseconds(c["seconds"]), milliseconds(c["exposed"])]
             table.append([p["name"], c["kind"], c["dtype"], str(c["group"]), *cells, *times])
     if len(table) == 1:
         return ["  collectives: none that take time"]
     head = "collectives of one run, milliseconds; GB: the larger of input and output; alone: if nothing hid them:"
-    lines = [f"  {head}", *_table(table)]
+    lines = [f"  {head}", *aligned(table)]
     for p in programs:
         if p["resharding_bytes"] > 0.01 * _GB:
             lines.append(
@@ -273,7 +286,7 @@ def _assumed(found: dict[str, Any], assumed: Assumptions) -> list[str]:
     lines += [f"  {line}" for name, line in words.items() if name in lean]
     unknown = [name for name in ("steps", "price") if not assumed.values[name]]
     rest = ", ".join(line.split()[0] for name, line in words.items() if name not in lean and name not in unknown)
-    return lines + _wrapped(f"and, of little weight here: {rest}", "  ")
+    return lines + wrapped(f"and, of little weight here: {rest}", "  ")
 
 
 def _leant_on(found: dict[str, Any], assumed: Assumptions) -> set[str]:
@@ -298,76 +311,3 @@ def _leant_on(found: dict[str, Any], assumed: Assumptions) -> set[str]:
             }
             lean |= {name for names, share in shares.items() if share >= 0.02 for name in names.split()}
     return lean | {name for name in ("steps", "price") if v[name]}
-
-
-def _seconds(x: float) -> str:
-    """Seconds for people.
-
-    >>> _seconds(1.234), _seconds(0.0123), _seconds(2.5e-5), _seconds(0)
-    ('1.23 s', '12.3 ms', '0.025 ms', '0')
-    """
-    if not x:
-        return "0"
-    return f"{x:.2f} s" if x >= 1 else f"{x * 1e3:.1f} ms" if x >= 1e-3 else f"{x * 1e3:.3f} ms"
-
-
-def _counted(n: int, thing: str) -> str:
-    """A number of things.
-
-    >>> _counted(1, "batch"), _counted(1200, "batch"), _counted(2, "step")
-    ('1 batch', '1,200 batches', '2 steps')
-    """
-    return f"{n:,} {thing}{'' if n == 1 else 'es' if thing.endswith('ch') else 's'}"
-
-
-def _ms(x: float) -> str:
-    """Milliseconds, without their name.
-
-    >>> _ms(1.234), _ms(0.0123), _ms(2.5e-5), _ms(0)
-    ('1,234.0', '12.3', '0.03', '0')
-    """
-    return f"{x * 1e3:,.1f}" if x >= 1e-3 else f"{x * 1e3:.2f}" if x else "0"
-
-
-def _three(x: float) -> str:
-    """Three digits of a number, or all before its point.
-
-    >>> _three(1670.2), _three(53.44), _three(0.277), _three(2e-6), _three(0)
-    ('1,670', '53.4', '0.277', '<0.001', '0')
-    """
-    return f"{x:,.0f}" if x >= 1000 or not x else f"{x:.3g}" if x >= 1e-3 else "<0.001"
-
-
-def _duration(x: float) -> str:
-    """A long time for people.
-
-    >>> _duration(12.3), _duration(300), _duration(3 * 3600 + 720), _duration(200_000)
-    ('12.3 s', '5.0 min', '3 h 12 min', '2 d 8 h')
-    """
-    if x < 3600:
-        return f"{x / 60:.1f} min" if x >= 100 else _seconds(x) if x < 10 else f"{x:.1f} s"
-    minutes = round(x / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(x / 3600)
-    return f"{hours // 24} d {hours % 24} h"
-
-
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    """A sentence in lines; those behind the first stand further in."""
-    return textwrap.wrap(
-        text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
-
-
-def _table(rows: list[list[str]], indent: str = "    ") -> list[str]:
-    """Columns aligned: names to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    number = re.compile(r"[\d<?-]")
-    words = [not any(number.match(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
-    return [
-        indent
-        + "  ".join(x.ljust(w) if left else x.rjust(w) for x, w, left in zip(row, widths, words, strict=True)).rstrip()
-        for row in rows
-    ]

@@ -50,7 +50,7 @@ _TEXTS = {
     "none": "None",
     "number": "8",
     "emoji": "🦊",
-    "list": "gpu:h100:1x4x1,tpu:v5e:2x2",
+    "list": "gpu:h100:1x4x1,tpu:v5e",
 }
 
 
