@@ -25,6 +25,7 @@ jaxalign; reads config.json, the tokenizer and data that are files here, no weig
   --on=MACHINE             gpu:KIND:SLICESxHOSTSxGPUS  gpu:h200:1x8x1 (a node of eight), gpu:h100:2x1x8 (two nodes)
                            tpu:KIND:SHAPE[:SLICES]     tpu:v5p:2x2x2 (8 chips, v5p-16), tpu:v6e:2x4, tpu:v5e:4x4:2
                            several with commas between: planned in turn, ranked at the end
+  --details                memory, time, traffic and collectives of every program; all that is assumed
   --json=FILE              all of it as JSON
   --assume NAME=VALUE      changes a number that the prediction assumes; the page lists them. Repeat it for several
                            price=2 (of one device for an hour), steps=5000 (of a run whose data are not here);
@@ -35,6 +36,7 @@ jaxalign; reads config.json, the tokenizer and data that are files here, no weig
 All other flags are those of jaxalign train.
 """
 _OWN = ("on", "json", "assume", "machines")
+_FLAGS = (*_OWN, "search", "details")
 _NUMBERS = ("pool", "price", "steps")  # of --assume, often written as flags
 
 
@@ -75,12 +77,13 @@ def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -
     asked = wanted(own["on"][0], own["assume"], machines)
     spelt = lambda text: text.replace("--config.", "--") if named else text  # noqa: E731  as the command's own flags
     say = lambda text: print(spelt(text), file=sys.stderr, flush=True)  # noqa: E731
+    page = lambda found, assumed: spelt(as_text(found, assumed, details=bool(own["details"])))  # noqa: E731
     if len(asked) == 1:
         topology, assume = asked[0]
         found, assumed = planned(config, topology, machines=machines, assume=assume, search=search, say=say)
-        print(spelt(as_text(found, assumed)))
+        print(page(found, assumed))
     else:
-        show = lambda found, assumed: print(f"{spelt(as_text(found, assumed))}\n\n", flush=True)  # noqa: E731
+        show = lambda found, assumed: print(page(found, assumed), end="\n\n\n", flush=True)  # noqa: E731
         found = compare(config, machines, asked, search=search, say=say, show=show)
         print(spelt(ranking_text(found)))
     if own["json"]:
@@ -91,7 +94,7 @@ def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
     """This command's own flags, how many programs a search compiles (0: none), and the rest."""
-    own: dict[str, list[str]] = {flag: [] for flag in _OWN}
+    own: dict[str, list[str]] = {flag: [] for flag in (*_OWN, "details")}
     search, rest, i = 0, [], 0
     while i < len(argv):
         flag, equals, value = argv[i].partition("=")
@@ -113,8 +116,15 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, list[str]], int, list[str]]:
         elif flag.startswith("--") and name in _NUMBERS:
             fix = f"--assume {name}={value or '...'}"
             raise InputError(f"{flag}: there is no such flag", "--assume NAME=VALUE", fix)
+        elif flag == "--details":
+            if equals:
+                raise InputError(argv[i], "no value", "--details")
+            own["details"].append("")
+        elif flag in ("--dry_run", "--dry-run"):
+            fix = f"leave out {flag}; jaxalign train ... --dry_run counts for the devices that are here"
+            raise InputError(f"{flag}: a plan trains nothing", "jaxalign plan without it", fix)
         elif near := _meant(flag):
-            known = ", ".join(f"--{each}" for each in (*_OWN, "search"))
+            known = ", ".join(f"--{each}" for each in _FLAGS)
             raise InputError(f"{flag}: there is no such flag", f"{known}, or one of training", f"{near}{equals}{value}")
         else:
             rest.append(argv[i])
@@ -126,7 +136,7 @@ def _meant(flag: str) -> str:
     """This command's own flag that another is likely to mean; "" where that may be a field's."""
     if not flag.startswith("--") or "." in flag or flag in ("--config", "--model", "--data", "--out"):
         return ""
-    near = difflib.get_close_matches(flag.removeprefix("--").lower(), (*_OWN, "search"), n=1, cutoff=0.75)
+    near = difflib.get_close_matches(flag.removeprefix("--").lower(), _FLAGS, n=1, cutoff=0.75)
     return f"--{near[0]}" if near else ""
 
 
@@ -153,7 +163,7 @@ def _config(rest: list[str]) -> Any:
     if len(files) == 1 and others and others[0].startswith("--"):
         from jaxalign.pipeline.mistakes import no_flag
 
-        meant = no_flag(load_config(files[0], overrides), others, (*_OWN, "search"))
+        meant = no_flag(load_config(files[0], overrides), others, _FLAGS)
         if "--help" not in meant.fix:
             raise meant
     if others or len(files) != 1:

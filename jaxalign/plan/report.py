@@ -32,12 +32,13 @@ _ROLES = {
 }
 
 
-def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
-    """The page that `jaxalign plan` prints.
+def as_text(found: dict[str, Any], assumed: Assumptions, *, details: bool = False) -> str:
+    """The page that `jaxalign plan` prints: what fits and how fast it is, what does not fit, the largest losses.
 
     Args:
       found: as `jaxalign.plan.plan.plan` gives it.
       assumed: the numbers of the prediction.
+      details: memory, time, traffic and collectives of every program too, and what each assumed number is.
     """
     m, stages = found["machine"], found["stages"]
     pool = m["pool"] / m["memory"]
@@ -49,10 +50,10 @@ def as_text(found: dict[str, Any], assumed: Assumptions) -> str:
     lines += ["", *_answer(found, assumed.values["price"])]
     for name, stage in stages.items():
         if stage["programs"]:
-            lines += ["", *_stage(name if len(stages) > 1 else "", stage, m)]
+            lines += ["", *_stage(name if len(stages) > 1 else "", stage, details)]
         if "search" in stage:
             lines += ["", search_text(name if len(stages) > 1 else "", stage["search"], m["pool"])]
-    lines += ["", *_assumed(found, assumed)]
+    lines += ["", *_assumed(found, assumed, details)]
     return "\n".join(lines)
 
 
@@ -137,7 +138,7 @@ def search_text(name: str, found: dict[str, Any], pool: int) -> str:
     return "\n".join(lines)
 
 
-def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+def _stage(name: str, stage: dict[str, Any], details: bool) -> list[str]:
     s, programs = stage["settings"], stage["programs"]
     axes = " ".join(f"{axis}={size}" for axis, size in stage["mesh"].items())
     rows = f"rows of {s['row_length']:,} tokens"
@@ -148,6 +149,9 @@ def _stage(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[st
         f"grad_accum_steps {s['grad_accum_steps']}, remat {s['remat']}, {rows}"
     )
     lines += [line for told in stage["assumed"] for line in wrapped(told, "  ")]
+    if not details:
+        too_large = [p for p in programs if not p["fits"]]
+        return lines + (_memory(too_large) if too_large else []) + _losses(stage)
     lines += _memory(programs) + _time(programs, s.get("dtype", ""))
     for p in programs:
         if d := p.get("decoding"):
@@ -201,8 +205,8 @@ def _memory(programs: list[dict[str, Any]]) -> list[str]:
         peak = f"{p['memory']['peak'] / _GIB:.2f}"
         table.append([p["name"], *cells, peak, "" if p["fits"] else "DOES NOT FIT"])
     words = "; ".join(_ROLES[name][1] for name in names if name in _ROLES)
-    pool = programs[0]["memory"]["pool"] / _GIB
-    lines = [f"  GiB of each device while a program runs, of {pool:.2f} that programs may use:", *aligned(table)]
+    pool = in_words(programs[0]["memory"]["pool"])
+    lines = [f"  GiB of each device while a program runs, of {pool} that programs may use:", *aligned(table)]
     lines += wrapped(words, "    ")
     worst = max(programs, key=lambda p: p["memory"]["peak"])
     arrays: dict[str, int] = {}
@@ -278,15 +282,24 @@ def _where(loop: str) -> str:
     return f"{kind}loop" if loop else "once"
 
 
-def _assumed(found: dict[str, Any], assumed: Assumptions) -> list[str]:
-    """The numbers that this prediction leans on, each with what it is; the others by their values."""
+def _assumed(found: dict[str, Any], assumed: Assumptions, details: bool) -> list[str]:
+    """The numbers that this prediction leans on, with details each with what it is; the others by their values."""
     lean = _leant_on(found, assumed)
     words = {line.partition("=")[0]: line for line in assumed.lines()}
-    lines = ["assumed, what weighs most here (--assume NAME=VALUE changes one; measure these first):"]
-    lines += [f"  {line}" for name, line in words.items() if name in lean]
     unknown = [name for name in ("steps", "price") if not assumed.values[name]]
+    heavy = [line for name, line in words.items() if name in lean]
+    if not details:
+        most = ", ".join(line.split()[0] for line in heavy)
+        return wrapped(
+            f"assumed, what weighs most here: {most} (--details: what each is; memory, time, collectives and "
+            "traffic of every program)"
+        )
     rest = ", ".join(line.split()[0] for name, line in words.items() if name not in lean and name not in unknown)
-    return lines + wrapped(f"and, of little weight here: {rest}", "  ")
+    return [
+        "assumed, what weighs most here (--assume NAME=VALUE changes one; measure these first):",
+        *(f"  {line}" for line in heavy),
+        *wrapped(f"and, of little weight here: {rest}", "  "),
+    ]
 
 
 def _leant_on(found: dict[str, Any], assumed: Assumptions) -> set[str]:

@@ -101,12 +101,12 @@ MACHINE = {"name": "gpu:h200:1x8x1", "kind": "NVIDIA H200", "platform": "gpu", "
 MACHINE |= {"pool": 105 * GIB}
 
 
-def page(**stages):
-    return as_text({"machine": MACHINE, "stages": stages}, ASSUMED)
+def page(details=False, **stages):
+    return as_text({"machine": MACHINE, "stages": stages}, ASSUMED, details=details)
 
 
 def test_the_page():
-    text = page(rl=stage_of(), sft=stage_of("sft"))
+    text = page(True, rl=stage_of(), sft=stage_of("sft"))
     for part in (
         "8 x NVIDIA H200", "105.0", "XLA_PYTHON_CLIENT_MEM_FRACTION", "stage rl: ppo", "fsdp=8", "DOES NOT FIT",
         "full rows of 4,096", "2.00x", "21.6%", "async", "largest losses", "3.00 GB", "efficiency=0.5",
@@ -114,6 +114,31 @@ def test_the_page():
     ):  # fmt: skip
         assert part in text, part
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_without_details_the_answer_what_does_not_fit_losses_and_warnings():
+    text, whole = (page(details, rl=stage_of(), sft=stage_of("sft", fits=True)) for details in (False, True))
+    parts = (
+        "DOES NOT FIT",
+        "remat",
+        "the data fill only 8",
+        "full rows of 4,096",
+        "losses",
+        "efficiency=0.5",
+        "--details",
+    )
+    for part in parts:
+        assert part in text, part
+    assert "--details" in text
+    for part in ("collectives of one run", "traffic of the", "of model", "of little weight"):
+        assert part in whole and part not in text, part
+    assert text.count("decode") < whole.count("decode")
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_a_small_pool_is_not_shown_as_none():
+    text = as_text({"machine": MACHINE | {"pool": 2**20}, "stages": {"sft": stage_of("sft")}}, ASSUMED)
+    assert "may use 0.00098" in text and "of 0.00098" in text
 
 
 def test_the_answer_stands_on_top():
@@ -145,7 +170,7 @@ def test_a_stage_that_the_compiler_cannot_fit_is_one_line():
 
 
 def test_what_weighs_little_is_named_in_short():
-    lines = page(sft=stage_of("sft")).splitlines()
+    lines = page(True, sft=stage_of("sft")).splitlines()
     assert any(line.startswith("  link=") for line in lines)
     assert not any(line.startswith("  network=") for line in lines)
     assert any("of little weight" in line for line in lines)
