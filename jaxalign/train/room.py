@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -12,6 +13,7 @@ from jaxalign.parallel.processes import on_main
 from jaxalign.train.compiled import in_words
 from jaxalign.train.stage import Stage
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 _COMPRESSED = 0.7  # of its bytes a checkpoint takes at least: moments that are still 0 take nearly nothing
 
 
@@ -37,7 +39,10 @@ def _check(stage: Stage, saved: int) -> list[str]:
     if stage.directory.remote:
         return []
     path, keep = stage.directory.path, stage.config.checkpoint.keep
-    usage = shutil.disk_usage(os.fspath(path))
+    try:
+        usage = shutil.disk_usage(os.fspath(path))
+    except OSError as error:
+        return [_not_known(path, error)]
     one, export = _sizes(stage)
     most = one * max(1, _kept(stage) + 1 - saved) + export
     if not usage.total or usage.free >= most:
@@ -64,7 +69,7 @@ def against_saving(stage: Stage, saved: int) -> str:
 
     Args:
       stage: data, models and compiled steps.
-      saved: checkpoints that are there.
+      saved: checkpoints that are there, one that is being written among them.
 
     Returns:
       A sentence; "" where there is room, and for object stores, which are not asked.
@@ -72,15 +77,37 @@ def against_saving(stage: Stage, saved: int) -> str:
     if stage.directory.remote:
         return ""
     path, (one, export) = stage.directory.path, _sizes(stage)
-    usage, more = shutil.disk_usage(os.fspath(path)), max(_kept(stage) - saved, 0)
+    more = max(_kept(stage) - saved, 0)
     # Where no more are to stay, one of those that are there goes when this one is complete, and so at the end.
     needed = one * min(1 + more, 2) + export * (more > 1)
+    try:
+        usage, (rest, goes) = shutil.disk_usage(os.fspath(path)), _being_written(stage, saved, one)
+    except OSError as error:  # such as a mount that is gone for a while
+        return f"no checkpoint by time while {_not_known(path, error)}"
+    needed = rest + max(needed - goes, 0)
     if not usage.total or usage.free >= needed:
         return ""
     return (
         f"no checkpoint by time while {in_words(usage.free)} are free in {path}: with what is saved at the end "
         f"it takes up to {in_words(needed)} (df -h {path})"
     )
+
+
+def _being_written(stage: Stage, saved: int, one: int) -> tuple[int, int]:
+    """Bytes that the checkpoint which is being written will still take, and of those that go once it is complete."""
+    whole = begun = there = 0
+    with contextlib.suppress(FileNotFoundError):  # it became complete meanwhile, or there is none yet
+        for directory in os.scandir(stage.directory.checkpoints):
+            whole += directory.name.isdecimal()
+            if _UNFINISHED in directory.name:
+                begun += 1
+                files = (os.path.join(at, name) for at, _, names in os.walk(directory.path) for name in names)
+                there += sum(os.lstat(file).st_size for file in files)
+    return max(begun * one - there, 0), max(whole + begun - saved, 0) * one * bool(begun)
+
+
+def _not_known(path: object, error: OSError) -> str:
+    return f"the free room of {path} is not known: {error.strerror or error}"
 
 
 def _kept(stage: Stage) -> int:

@@ -1,5 +1,6 @@
 """A disk without room for a checkpoint is told before the first step."""
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -62,18 +63,49 @@ def test_no_checkpoint_by_time_takes_the_room_of_the_last(shared, tmp_path, monk
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
 
 
-@pytest.mark.parametrize("keep, saved, needed", [(1, 0, 2), (1, 1, 1), (3, 0, 2.5), (3, 2, 2), (3, 3, 1), (3, 9, 1)])
-def test_the_room_for_a_checkpoint_by_time(keep, saved, needed, tmp_path, monkeypatch):
+def a_stage(tmp_path, keep):
+    """A stage whose checkpoint takes a MiB, its export half of that."""
+    (tmp_path / "checkpoints").mkdir()
     params = {"policy": jax.ShapeDtypeStruct((MIB // 8,), "float32")}
-    stage = SimpleNamespace(
+    return SimpleNamespace(
         config=SimpleNamespace(checkpoint=SimpleNamespace(keep=keep, best_metric=None)),
-        directory=SimpleNamespace(path=tmp_path, remote=False),
+        directory=SimpleNamespace(path=tmp_path, checkpoints=tmp_path / "checkpoints", remote=False),
         like=SimpleNamespace(params=params, opt={"policy": jax.ShapeDtypeStruct((MIB // 8,), "float32")}),
         program=SimpleNamespace(exported="policy"),
     )
+
+
+@pytest.mark.parametrize("keep, saved, needed", [(1, 0, 2), (1, 1, 1), (3, 0, 2.5), (3, 2, 2), (3, 3, 1), (3, 9, 1)])
+def test_the_room_for_a_checkpoint_by_time(keep, saved, needed, tmp_path, monkeypatch):
+    stage = a_stage(tmp_path, keep)
     for short in (0, 1):
         monkeypatch.setattr(room.shutil, "disk_usage", lambda path, x=short: Usage(100 * MIB, 0, needed * MIB - x))
         assert bool(room.against_saving(stage, saved)) is bool(short)
+
+
+@pytest.mark.parametrize("keep, whole, needed", [(1, 0, 1.75), (1, 1, 0.75), (2, 2, 0.75), (3, 1, 2.75)])
+def test_a_checkpoint_that_is_being_written_is_not_there_yet(keep, whole, needed, tmp_path, monkeypatch):
+    """A quarter of it is; where all that are kept were there, one of them goes when it is complete."""
+    stage = a_stage(tmp_path, keep)
+    for step in range(whole):
+        (tmp_path / "checkpoints" / str(step)).mkdir()
+    half = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp" / "state"
+    half.mkdir(parents=True)
+    (half / "d").write_bytes(bytes(MIB // 4))
+    for short in (0, 1):
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda path, x=short: Usage(100 * MIB, 0, needed * MIB - x))
+        assert bool(room.against_saving(stage, min(whole + 1, keep))) is bool(short)
+
+
+def test_room_that_cannot_be_read_is_told_and_training_goes_on(shared, tmp_path, monkeypatch, capfd):
+    def gone(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(room.shutil, "disk_usage", gone)
+    fields = {"num_train_steps": 3, "checkpoint.every": 0, "checkpoint.every_minutes": 1e-6}
+    trainer.run(make_config(stories(shared, tmp_path / "run", "sft", **fields)), devices=jax.devices()[:1])
+    assert capfd.readouterr().err.count("Stale file handle") == 2  # before the first step, and when one was due
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
 
 
 def test_a_url_is_not_asked(monkeypatch):
