@@ -61,11 +61,11 @@ def plan(argv: list[str]) -> int:
         check_out(own["json"][0], "--json")
     from jaxalign.commands.stop import at_once
 
-    with tempfile.TemporaryDirectory(prefix="jaxalign-plan-") as scratch, at_once(scratch):
-        return _plan(_config(rest), own, search, named=bool(rest) and rest[0] in ALGORITHMS)
+    with tempfile.TemporaryDirectory(prefix="jaxalign-plan-") as scratch, at_once(scratch) as written:
+        return _plan(_config(rest), own, search, written, named=bool(rest) and rest[0] in ALGORITHMS)
 
 
-def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -> int:
+def _plan(config: Any, own: dict[str, list[str]], search: int, written: list[str], *, named: bool) -> int:
     from jaxalign.disk import write_whole
     from jaxalign.parallel.hardware import read_machines
     from jaxalign.plan.compare import compare, ranking_text, require_one, wanted
@@ -88,6 +88,7 @@ def _plan(config: Any, own: dict[str, list[str]], search: int, *, named: bool) -
         print(spelt(ranking_text(found)))
     if own["json"]:
         write_whole(Path(own["json"][0]).expanduser(), json.dumps(found, indent=1) + "\n")
+        written.append(own["json"][0])
     (require_fit if len(asked) == 1 else require_one)(found)
     return 0
 

@@ -15,7 +15,7 @@ _SECONDS = 0.2  # between two looks at whether the work is done
 
 
 @contextlib.contextmanager
-def at_once(scratch: str) -> Iterator[None]:
+def at_once(scratch: str) -> Iterator[list[str]]:
     """Ends the process at the first of these signals, though its main thread is in a compiler for minutes.
 
     Python's own handlers wait until the compiler comes back, and those that it installs print its stack. So the
@@ -23,17 +23,21 @@ def at_once(scratch: str) -> Iterator[None]:
 
     Args:
       scratch: where temporary files are put meanwhile; it is removed at such an end.
+
+    Yields:
+      A list for the names of files that are written, which are told at such an end.
     """
+    written: list[str] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield written
         return
     old, before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), tempfile.tempdir
     done = threading.Event()
-    waiting = threading.Thread(target=_wait, args=(scratch, done), daemon=True)
+    waiting = threading.Thread(target=_wait, args=(scratch, done, written), daemon=True)
     tempfile.tempdir = scratch
     waiting.start()
     try:
-        yield
+        yield written
     finally:
         done.set()
         waiting.join()
@@ -41,11 +45,12 @@ def at_once(scratch: str) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _wait(scratch: str, done: threading.Event) -> None:
+def _wait(scratch: str, done: threading.Event, written: list[str]) -> None:
     while not done.is_set():
         found = signal.sigtimedwait(_SIGNALS, _SECONDS)
         if found is not None:
             word = "interrupted" if found.si_signo == signal.SIGINT else "ended by SIGTERM"
-            os.write(2, f"\njaxalign plan: {word}; nothing was written\n".encode())
+            files = f"{' and '.join(written) or 'nothing'} was written"
+            os.write(2, f"\njaxalign plan: {word}; {files}\n".encode(errors="replace"))
             shutil.rmtree(scratch, ignore_errors=True)
             os._exit(128 + found.si_signo)

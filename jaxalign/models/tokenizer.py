@@ -53,6 +53,11 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
                 if (directory / name).is_file():
                     read_json(directory / name)
             reason = " ".join(str(error).split()) or type(error).__name__
+            if _of_config(directory, error):
+                expected = "a configuration that transformers takes"
+                raise InputError(
+                    f"{directory / CONFIG}: {reason[:400]}", expected, f"the checkpoint's own {CONFIG}"
+                ) from error
             raise InputError(
                 f"the tokenizer in {directory} cannot be read: {reason[:400]}",
                 "a whole tokenizer.json",
@@ -64,6 +69,17 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
     _check_settings(tokenizer, directory)
     tokenizer.pad_token_id = choose_pad(tokenizer)
     return tokenizer
+
+
+def _of_config(directory: Path, error: Exception) -> bool:
+    """Whether transformers says the same of the configuration, which it reads before the tokenizer."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as other:
+        return str(other) == str(error)
+    return False
 
 
 def _template(chat_template: str) -> str:

@@ -242,13 +242,17 @@ def search(
     s, slices = _sizes(config, devices, assumed)
     ranked = candidates(s, config, len(devices), slices, assumed, devices)
     now, found, compiled = _now(config, len(devices), planned), [], 0
-    too_much: dict[str, float] = {}  # by remat, the least estimate of what did not fit
+    # The least estimate of what did not fit, by mesh and remat. Estimates are off by a share that is a mesh's own: what
+    # one mesh cannot hold condemns another only where that is estimated to need `_SLACK` times as much.
+    too_much: dict[tuple[Any, ...], float] = {}
     others = any(one.batch != config.batch_size for one in ranked)
     shares = {True: most - most // 3 if others else most, False: most // 3}
     for one in _varied(ranked):
         same = one.batch == config.batch_size
         known = one[:6] == now[:6] and planned is not None
-        if one.memory >= too_much.get(one.remat, math.inf) or not (shares[same] or known):
+        elsewhere = min((b for key, b in too_much.items() if key[3] == one.remat), default=math.inf)
+        hopeless = one.memory >= min(too_much.get(one[:4], math.inf), _SLACK * elsewhere)
+        if hopeless or not (shares[same] or known):
             continue
         try:
             if known:
@@ -264,7 +268,7 @@ def search(
             if "out of memory" not in error.problem:
                 continue
         if step is None or not step["fits"]:
-            too_much[one.remat] = min(one.memory, too_much.get(one.remat, math.inf))
+            too_much[one[:4]] = min(one.memory, too_much.get(one[:4], math.inf))
             if step is not None and not known:
                 say(f"  does not fit: {step['memory']['peak'] / 2**30:.1f} GiB")
             continue

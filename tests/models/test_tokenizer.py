@@ -72,6 +72,20 @@ def test_stop_ids_of_every_source(shared, tmp_path):
     assert stop_ids({}, tokenizer) == ()
 
 
+def test_a_configuration_that_transformers_refuses_is_not_the_tokenizers_fault(shared, tmp_path):
+    source = shared / "models" / "stories3m-llama"
+    shutil.copyfile(source / "tokenizer.json", tmp_path / "tokenizer.json")
+    file = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(file | {"hidden_size": 193, "head_dim": 32}))
+    with pytest.raises(InputError, match="193") as error:
+        load_tokenizer(tmp_path)
+    assert "config.json" in error.value.found and "tokenizer" not in error.value.fix
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="the tokenizer in"):
+        load_tokenizer(tmp_path)
+
+
 def test_chat_template(shared, tmp_path):
     source = shared / "models" / "stories260k-llama"
     assert load_tokenizer(source).chat_template is None

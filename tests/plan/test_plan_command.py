@@ -153,16 +153,20 @@ def test_a_run_of_unknown_length_is_not_said_to_be_short(steps, words, model, tm
     assert [all(word in text for word in words) for text in said if "eval.every" in text] == [True] * bool(words)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_while_a_compiler_works(number, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "file", "word"),
+    [(signal.SIGINT, "", "nothing was written"), (signal.SIGTERM, "x.json", "x.json was written")],
+)
+def test_a_stop_while_a_compiler_works(number, file, word, tmp_path):
     """At once, with a word and the signal's status; what was being written is gone."""
     code = f"""
 import ctypes, pathlib, tempfile
 from jaxalign.commands.stop import at_once
 scratch = pathlib.Path({str(tmp_path / "scratch")!r})
 scratch.mkdir()
-with at_once(str(scratch)):
+with at_once(str(scratch)) as written:
     tempfile.mkdtemp()
+    written += {[file] if file else []}
     print("ready", flush=True)
     ctypes.CDLL(None).sleep(60)
 """
@@ -171,7 +175,7 @@ with at_once(str(scratch)):
     work.send_signal(number)
     _, error = work.communicate(timeout=50)
     assert work.returncode == 128 + number
-    assert "jaxalign plan" in error and "Traceback" not in error
+    assert "jaxalign plan" in error and word in error and "Traceback" not in error
     assert not (tmp_path / "scratch").exists()
 
 

@@ -298,6 +298,16 @@ def test_what_takes_more_than_what_did_not_fit_is_not_compiled(searched):
     assert any("does not fit" in text for text in told)
 
 
+def test_a_mesh_that_did_not_fit_does_not_speak_for_another_of_about_as_much(searched):
+    first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(batch=64, remat="dots", accumulation=1)
+    found = [
+        first._replace(data=data, fsdp=8 // data, tensor=1, memory=1e9 * m) for data, m in ((1, 40), (2, 44), (4, 50))
+    ]
+    result, compiled, _ = searched(found, 6, lambda c: c.mesh.data == 2)
+    assert len(compiled) == 2  # that of 50 is above 1.15 x 40
+    assert len(result["found"]) == 1 and "--config.mesh.data=2" in result["found"][0]["lines"]
+
+
 def test_what_is_configured_stands_among_what_was_found_and_is_not_compiled_again(searched):
     first = candidates(SIZES, config(batch_size=64), 8, 1, ASSUMED)[0]._replace(data=1, fsdp=8, tensor=1, batch=64)
     now = first._replace(remat=config().model.remat, accumulation=1)
