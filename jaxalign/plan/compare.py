@@ -197,10 +197,11 @@ def ranking(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _row(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
     stages = list(made.get("stages", {}).values())
+    peaks = [max((p["memory"]["peak"] for p in stage["programs"]), default=None) for stage in stages]
     row: dict[str, Any] = {
         "machine": name,
         "fits": _fits(made),
-        "peak": max((p["memory"]["peak"] for stage in stages for p in stage["programs"]), default=None),
+        "peak": max(peaks) if peaks and None not in peaks else None,  # None: the compiler itself found no room
         "pool": made["machine"]["pool"] if stages else None,
         "seconds": None,
         "mfu": None,
@@ -238,7 +239,8 @@ def ranking_text(found: Mapping[str, Any]) -> str:
     lines = [f"machines, by the {'time' if unpriced else 'price'} of {run}:" if fit else "machines: it fits none", ""]
     table = [["", "fits", "GiB a device", "a step", "MFU", "tokens/s", run, "device-hours", "price"]]
     for row in rows:
-        peak = "-" if row["peak"] is None else f"{gib(row['peak'])} of {gib(row['pool'])}"
+        peak = f"{gib(row['peak'])} of" if row["peak"] else "above"
+        peak = f"{peak} {gib(row['pool'])}" if row["pool"] else "-"
         cost = ["-"] * 3
         if row["run"]:
             price = row["run"]["price"]

@@ -21,9 +21,10 @@ def stage(seconds, steps, price):
     """A stage whose step takes so many seconds; above 9 it does not fit."""
     peak, hours = (200 if seconds > 9 else 60) * GIB, steps and steps * seconds * 8 / 3600
     run = {"steps": steps, "seconds": steps and {"total": steps * seconds}, "device_hours": hours}
-    return {
+    refused = {"problem": "out of memory", "expected": "less"} if seconds == 99 else {}
+    return refused | {
         "fits": seconds <= 9,
-        "programs": [{"name": "train step", "memory": {"peak": peak, "pool": 100 * GIB}}],
+        "programs": [{"name": "train step", "memory": {"peak": peak, "pool": 100 * GIB}}] * (seconds < 99),
         "iteration": {"seconds": seconds, "mfu": 0.5, "tokens_per_second": 8000 / seconds},
         "run": run | {"price": hours * price if hours and price else None},
         "change": "--config.model.remat=full",
@@ -105,6 +106,11 @@ def test_what_a_machine_does_not_suit_does_not_stop_the_others(planned):
     assert found["machines"][V5P]["fix"] == "--config.batch_size=8"
     text = " ".join(ranking_text(found).split())
     assert "needs 200.00 GiB" in text and "--config.model.remat=full" in text and "batch_size is 7" in text
+
+
+def test_what_the_compiler_itself_finds_no_room_for(planned):
+    text = ranking_text(planned({A100: 99.0, H100: 2.0}))
+    assert "above 100.0" in text and f"{A100}: out of memory; --config.model.remat=full" in text
 
 
 def test_none_does(planned):
