@@ -18,7 +18,8 @@ SINGLE = 2
 
 
 class CausalByIndex(NamedTuple):
-    """What rows promise: no token sees one that comes after it in the row."""
+    """What rows promise: no token sees one that comes after it in the row, and among those that it sees positions count
+    up with the index."""
 
 
 class CausalByPosition(NamedTuple):

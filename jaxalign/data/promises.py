@@ -27,6 +27,10 @@ def check_layout(rows: Rows) -> None:
     index = np.arange(length)
     if isinstance(rows.causal, CausalByIndex):
         _refuse(end > index + 1, rows, "and its rows promise CausalByIndex")
+        # How often positions have jumped up to each token: as often at the first that it sees as at itself.
+        jumps = np.cumsum(np.diff(positions - index, axis=1, prepend=positions[:, :1]) != 0, axis=1)
+        jumped = np.take_along_axis(jumps, start, axis=1) != jumps
+        _refuse(jumped, rows, "whose positions do not count up with the index, and its rows promise CausalByIndex")
     if isinstance(rows.causal, CausalByPosition):
         for b in range(len(start)):
             seen = (index >= start[b, :, None]) & (index < end[b, :, None]) & (index != index[:, None])

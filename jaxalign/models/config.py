@@ -32,7 +32,7 @@ class ModelConfig:
     norm_eps: float
     rope: Rope
     tied: bool  # the head is the embedding transposed
-    attention_bias: bool
+    attention_bias: bool  # of queries, keys and values, and of attention's output where `output_bias` is None
     mlp_bias: bool
     initializer_range: float
     head: str  # "lm": token logits; "score": one number a token
@@ -41,6 +41,10 @@ class ModelConfig:
     # What the backward pass keeps: "none": everything; "dots": matmul outputs; "offload": these, in the host's memory;
     # "full": layer inputs.
     remat: str
+    # What not every family has. None is the model without it: `identity.describe` leaves it out.
+    output_bias: bool | None = None  # of attention's output; None: as `attention_bias` says
+    qk_norm: str | None = None  # "head": queries and keys are normalised head by head before they turn
+    windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property
@@ -92,6 +96,7 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
       InputError: naming a field that changes the mathematics and is not honoured, or that is missing or wrong.
     """
     family = families.find(hf)
+    hf_fields.check_not_quantised(hf)
     hf_fields.check_known(hf, family.honoured, family.neutral)
     built = _built(hf, family)
     head = built if head is None else head

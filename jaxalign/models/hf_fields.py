@@ -40,6 +40,7 @@ _MOST: Mapping[str, int] = {
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
+    "sliding_window": 1 << 30,
     "max_position_embeddings": 1 << 40,
 }
 
@@ -71,22 +72,121 @@ def check_known(hf: Mapping[str, Any], honoured: frozenset[str], neutral: Mappin
         raise wrong(name, value, expected)
 
 
-def heads(hf: Mapping[str, Any]) -> tuple[int, int, int]:
+def check_not_quantised(hf: Mapping[str, Any]) -> None:
+    """Refuses weights that are held in fewer bits.
+
+    Raises:
+      InputError: naming the method.
+    """
+    if held := hf.get("quantization_config"):
+        method = held.get("quant_method", held) if isinstance(held, Mapping) else held
+        raise InputError(
+            f"quantization_config {shown(method)} in config.json",
+            "weights of 16 or 32 bits: jaxalign reads no quantised ones",
+            "--config.model.path=the 16-bit checkpoint that this one was made from; its card says which",
+        )
+
+
+def decoder(
+    hf: Mapping[str, Any], *, num_kv_heads: int | None = None, head_dim: int | None = None, norm_eps: float = 1e-6
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that every decoder with rotary positions and gated mlps has; no biases.
+
+    Args:
+      hf: the parsed `config.json`.
+      num_kv_heads: where the file does not say; None: as many as query heads.
+      head_dim: where the file does not say; None: what the hidden size gives each query head.
+      norm_eps: where the file does not say.
+
+    Raises:
+      InputError: naming a field that is missing or wrong.
+    """
+    num_heads, num_kv_heads, head_dim = heads(hf, num_kv_heads, head_dim)
+    return {
+        "vocab_size": integer(hf, "vocab_size"),
+        "num_layers": integer(hf, "num_hidden_layers"),
+        "embed_dim": integer(hf, "hidden_size"),
+        "mlp_dim": integer(hf, "intermediate_size"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": number("rms_norm_eps", hf.get("rms_norm_eps"), norm_eps),
+        "rope": rope(hf),
+        "tied": flag(hf, "tie_word_embeddings"),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": number("initializer_range", hf.get("initializer_range"), 0.02),
+    }
+
+
+# What `decoder` reads, and `windows`.
+_DECODER_NAMES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
+"""
+DECODER = frozenset(_DECODER_NAMES.split())
+WINDOWS = frozenset({"sliding_window", "layer_types"})
+# Fields that are no others' business, at the values that the one transformer has.
+NEUTRAL: Mapping[str, tuple] = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1, None)}
+
+
+def heads(hf: Mapping[str, Any], num_kv_heads: int | None = None, head_dim: int | None = None) -> tuple[int, int, int]:
     """Query heads, key heads and the size of each, of a family that turns pairs of a head's numbers by position.
+
+    Args:
+      hf: the parsed `config.json`.
+      num_kv_heads: where the file does not say, as `decoder` takes it; null there means as many as query heads.
+      head_dim: where the file does not say.
 
     Raises:
       InputError: sizes that do not go together.
     """
     num, embed = integer(hf, "num_attention_heads"), integer(hf, "hidden_size")
-    num_kv = integer(hf, "num_key_value_heads", num)
+    silent = "num_key_value_heads" not in hf and num_kv_heads is not None
+    num_kv = integer(hf, "num_key_value_heads", num_kv_heads if silent else num)
     if num % num_kv:
         raise wrong("num_key_value_heads", num_kv, f"a divisor of num_attention_heads {num}")
-    head_dim = integer(hf, "head_dim", embed // num)
-    if hf.get("head_dim") is None and embed % num:
+    own, head_dim = head_dim, integer(hf, "head_dim", head_dim or embed // num)
+    if hf.get("head_dim") is None and own is None and embed % num:
         raise wrong("hidden_size", embed, f"a multiple of num_attention_heads {num}, or a head_dim")
     if head_dim % 2:
         raise wrong("head_dim", head_dim, "an even number: rotary embeddings turn pairs")
     return num, num_kv, head_dim
+
+
+def windows(hf: Mapping[str, Any], window: int | None, first: int = 0) -> tuple[int | None, ...] | None:
+    """Each layer's window, by `layer_types`; None where no layer has one.
+
+    Args:
+      hf: the parsed `config.json`.
+      window: of the layers that have one; None: of none.
+      first: where there are no `layer_types`, the first layer that has it.
+
+    Raises:
+      InputError: types that are not one of each layer, or not known.
+    """
+    layers, types = integer(hf, "num_hidden_layers"), hf.get("layer_types")
+    if types is None:
+        types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {_FULL, _SLIDING}:
+        raise wrong("layer_types", types, f"{layers} of {_FULL!r} and {_SLIDING!r}")
+    if window is None and _SLIDING in types:
+        raise wrong("layer_types", types, f"{_FULL!r} alone, where sliding_window is not set or not used")
+    found = tuple(window if kind == _SLIDING else None for kind in types)
+    return found if any(found) else None
+
+
+def window_of(hf: Mapping[str, Any], default: int) -> int | None:
+    """`sliding_window`, how many positions back a token sees, its own among them; None where it is null.
+
+    Args:
+      hf: the parsed `config.json`.
+      default: where the file does not say.
+    """
+    return None if hf.get("sliding_window", default) is None else integer(hf, "sliding_window", default)
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def token_ids(hf: Mapping[str, Any], name: str, file: str = CONFIG) -> list[int]:
@@ -136,6 +236,14 @@ def integer(hf: Mapping[str, Any], name: str, default: int | None = None) -> int
         raise wrong(name, value, "a positive whole number")
     if value > _MOST.get(name, 1 << 40):
         raise wrong(name, value, f"at most {_MOST.get(name, 1 << 40):,}")
+    return value
+
+
+def whole_number(hf: Mapping[str, Any], name: str, default: int) -> int:
+    """A count, which may be 0."""
+    value = hf.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise wrong(name, value, "a whole number")
     return value
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,13 @@ def fingerprint(params: Params) -> str:
 def describe(config: ModelConfig) -> str:
     """A digest of what a model computes with given parameters: rope, norm epsilon, heads, dtype of the computation."""
     fields = dataclasses.asdict(config)
-    return digest({name: value for name, value in fields.items() if name not in _HOW})
+    return digest(_stated({name: value for name, value in fields.items() if name not in _HOW}))
+
+
+def _stated(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None: a field that came later leaves the digests of models without it as they were."""
+    stated = {name: value for name, value in fields.items() if value is not None}
+    return {name: _stated(value) if isinstance(value, dict) else value for name, value in stated.items()}
 
 
 def identify(directory: Path) -> str:

@@ -22,6 +22,7 @@ class LayerInputs(NamedTuple):
     seen: Seen | None = None  # keys and values of earlier tokens
     queries: jax.Array | None = None  # int32 [B, M], the query tokens, which have a result; None: all of them
     backend: str | None = None  # of attention, where one is asked for
+    window: int | None = None  # of every layer; windows that differ are `numbers`
 
     @property
     def causal(self) -> bool:

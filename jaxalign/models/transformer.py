@@ -17,6 +17,7 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries
 from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
+from jaxalign.models.windows import of_layers, visible_keys
 from jaxalign.ops.activation import swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.embedding import lookup
@@ -44,11 +45,11 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """A scaled root-mean-square norm of each token."""
+    """A scaled root-mean-square norm of each token, or of each head."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, size: int):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.dtype(config.param_dtype)))
+        self.scale = nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)))
 
     def __call__(self, x):
         return rms_norm(x, self.scale[...], self.eps)
@@ -68,21 +69,28 @@ class Attention(nnx.Module):
         self.query = Linear(config, (D,), (N, H), bias, rngs)
         self.key = Linear(config, (D,), (K, H), bias, rngs)
         self.value = Linear(config, (D,), (K, H), bias, rngs)
-        self.out = Linear(config, (N, H), (D,), bias, rngs)
+        self.out = Linear(config, (N, H), (D,), bias if config.output_bias is None else config.output_bias, rngs)
+        self.query_norm, self.key_norm = (Norm(config, H) if config.qk_norm == "head" else None for _ in range(2))
 
     def __call__(self, x, given: LayerInputs, queries: Queries):
         """The answers to the query tokens, and the keys and values of all tokens that they see: [B, K, S, H], with a
         cache as it holds them."""
-        q = _kept(constrain(rotate(self.query(queries.x), *queries.rotation), "batch", None, "tensor", None))
-        k = _kept(constrain(rotate(self.key(x), *given.rotation), "batch", None, "tensor", None))
+        q = self.query(queries.x)
+        q = q if self.query_norm is None else self.query_norm(q)
+        q = _kept(constrain(rotate(q, *queries.rotation), "batch", None, "tensor", None))
+        k = self.key(x)
+        k = k if self.key_norm is None else self.key_norm(k)
+        k = _kept(constrain(rotate(k, *given.rotation), "batch", None, "tensor", None))
         v = _kept(constrain(self.value(x), "batch", None, "tensor", None))
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if given.seen is not None:
             kept = extend(given.seen, *kept)
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in of_layer(given.seen, kept))
-        rows = queries.rows
-        backend = choose_backend(q.shape[1], k.shape[1], q.dtype, causal=given.causal, asked=given.backend)
-        out = attention(q, k, v, rows.attend_start, rows.attend_end, slots_BS=given.slots, backend=backend)
+        seen = visible_keys(given, queries.rows, k.shape[1])
+        backend = choose_backend(
+            *(q.shape[1], k.shape[1], q.dtype), causal=given.causal, asked=given.backend, window=seen.window is not None
+        )
+        out = attention(q, k, v, slots_BS=given.slots, backend=backend, **seen._asdict())
         return _kept(self.out(constrain(out, "batch", None, "tensor", None))), kept
 
 
@@ -107,9 +115,9 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs):
-        self.attention_norm = Norm(config)
+        self.attention_norm = Norm(config, config.embed_dim)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = Norm(config)
+        self.mlp_norm = Norm(config, config.embed_dim)
         self.mlp = Mlp(config, rngs)
 
     def __call__(self, x, given: LayerInputs):
@@ -147,7 +155,7 @@ class Ends(nnx.Module):
     def __init__(self, config: ModelConfig, rngs):
         D, V = config.embed_dim, config.vocab_size
         self.embed = Embed(config, rngs)
-        self.norm = Norm(config)
+        self.norm = Norm(config, D)
         if config.head == "score":
             # std 1 / sqrt(D + 1): scores start small beside the hidden state's unit scale (arXiv 2009.01325 app. C)
             scale = dataclasses.replace(config, initializer_range=(D + 1) ** -0.5)
@@ -217,7 +225,7 @@ class Model:
           numbers (none).
         """
         if cache is not None:
-            ends, x, given = self._enter(params, rows)
+            ends, x, given = self._enter(params, rows, num_keys=cache.keys[0].shape[-2])
             x, cache = run_cached(self._layer, params["layers"], x, given, cache)
             return ends.norm(x if sources is None else take_sources(x, sources)), cache, {}
 
@@ -247,12 +255,16 @@ class Model:
         """One layer, of its own parameters."""
         return nnx.merge(_graph(Block, self.config)[0], params)(x, given)
 
-    def _enter(self, params: Params, rows: Rows, slots: jax.Array | None = None) -> tuple[Any, jax.Array, LayerInputs]:
-        """What is not a layer, the tokens' vectors, and what every layer receives."""
+    def _enter(
+        self, params: Params, rows: Rows, slots: jax.Array | None = None, num_keys: int | None = None
+    ) -> tuple[Any, jax.Array, LayerInputs]:
+        """What is not a layer, the tokens' vectors, and what every layer receives; `num_keys`: of a cache."""
         c = self.config
         ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
         rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype))
-        return ends, ends.embed(rows.tokens), LayerInputs(rotation, rows, {}, slots, backend=self.attention)
+        window, numbers = of_layers(c.windows, rows.tokens.shape[1] if num_keys is None else num_keys)
+        given = LayerInputs(rotation, rows, numbers, slots, backend=self.attention, window=window)
+        return ends, ends.embed(rows.tokens), given
 
     def head(self, params: Params) -> jax.Array:
         """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed."""

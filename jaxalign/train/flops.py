@@ -20,14 +20,14 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(config: Any, length: float, *, passes: float = 3.0) -> float:
     """Model FLOPs of one token, without what is recomputed.
 
-        passes * (2 * matrix parameters + 4 * layers * heads * head dim * mean visible keys)
+        passes * (2 * matrix parameters + 4 * heads * head dim * sum over layers of mean visible keys)
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, which has passes = 3 (forward 1, backward 2) and the 6 N of
     Kaplan et al. 2020.  The token head counts as a matrix, the lookup of the embedding does not.
 
     Args:
       config: a ModelConfig.
-      length: tokens of a sequence; half of them are visible on average.
+      length: tokens of a sequence; half of them are visible on average, under a window W below it W - W^2 / (2 length).
       passes: 3 for a trained model; a live reference of the same size adds 1.
     """
     c = config
@@ -35,4 +35,6 @@ def flops_per_token(config: Any, length: float, *, passes: float = 3.0) -> float
     layer = attention + 3 * c.embed_dim * c.mlp_dim
     head = c.embed_dim * (1 if c.head == "score" else c.vocab_size)
     matrices = c.num_layers * layer + head
-    return passes * (2.0 * matrices + 4.0 * c.num_layers * c.num_heads * c.head_dim * length / 2)
+    nearest = [length if window is None else min(window, length) for window in c.windows or (None,) * c.num_layers]
+    visible = sum(near - near * near / (2 * length) for near in nearest) if length else 0.0
+    return passes * (2.0 * matrices + 4.0 * c.num_heads * c.head_dim * visible)

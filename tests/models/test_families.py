@@ -12,10 +12,12 @@ from jaxalign.errors import InputError
 from jaxalign.models import export, families, hf, weights
 from jaxalign.models.config import from_hf, read_config
 from jaxalign.models.families import llama
+from jaxalign.models.families.refused import REFUSED
 from jaxalign.models.hf_names import Names, Row, sizes
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
 from tests.models import tiny_models as tiny
+from tests.models.tiny_families import CASES
 
 _FUSED = {"q_proj.weight": "qkv", "k_proj.weight": "qkv", "v_proj.weight": "qkv"}
 _FUSED |= {"gate_proj.weight": "gate_up", "up_proj.weight": "gate_up"}
@@ -142,10 +144,79 @@ def _shapes(tree):
 
 
 def test_an_unknown_family_is_named_with_those_there_are(tmp_path):
-    tiny.write(tmp_path, tiny.hf_config(model_type="opt"), {})
+    tiny.write(tmp_path, tiny.hf_config(model_type="unheard_of"), {})
     with pytest.raises(InputError) as error:
         read_config(tmp_path, **tiny.SETTINGS)
-    assert "'opt'" in str(error.value) and all(repr(t) in str(error.value) for t in llama.FAMILY.model_types)
+    assert "'unheard_of'" in str(error.value) and all(repr(t) in str(error.value) for t in llama.FAMILY.model_types)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused_has_a_reason_and_a_nearest_that_loads(kind):
+    with pytest.raises(InputError) as error:
+        from_hf(tiny.hf_config(model_type=kind), **tiny.SETTINGS)
+    assert repr(kind) in str(error.value) and "model.path" in error.value.fix
+    assert not any(kind in family.model_types for family in families.FAMILIES)
+
+
+def test_quantised_weights_are_refused_by_their_method():
+    with pytest.raises(InputError, match="quantization_config 'gptq'"):
+        from_hf(tiny.hf_config(quantization_config={"quant_method": "gptq", "bits": 4}), **tiny.SETTINGS)
+
+
+def read(case, **changes):
+    fields = {k: v for k, v in (CASES[case] | changes).items() if v != "absent"}
+    return from_hf(fields, **tiny.SETTINGS)
+
+
+SLIDES, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    "case, changes, windows",
+    [
+        ("qwen2", {}, None),
+        ("qwen2_windows", {}, (None, 7, 7)),
+        ("qwen2_windows", {"max_window_layers": 0}, (7, 7, 7)),
+        ("qwen2_windows", {"max_window_layers": "absent"}, None),  # 28
+        ("qwen2_windows", {"sliding_window": None}, None),
+        ("qwen3_windows", {"sliding_window": "absent"}, (None, 4096, 4096)),
+        ("mistral", {"sliding_window": "absent"}, (4096, 4096, 4096)),
+        ("mistral", {"layer_types": [SLIDES] * 3}, (9, 9, 9)),
+        ("mistral_no_window", {"layer_types": [FULL] * 3}, None),
+        ("ministral", {}, (6, None, 6)),
+        ("ministral", {"layer_types": None}, (6, 6, 6)),
+        ("ministral", {"layer_types": "absent", "sliding_window": None}, None),
+    ],
+)
+def test_windows_of_config_json(case, changes, windows):
+    """What is absent is what transformers' class has there."""
+    assert read(case, **changes).windows == windows
+
+
+@pytest.mark.parametrize(
+    "case, field, value",
+    [
+        ("qwen2", "layer_types", [SLIDES] * 3),  # use_sliding_window is false
+        ("qwen2_windows", "layer_types", [SLIDES] * 2),
+        ("qwen2_windows", "layer_types", [SLIDES, FULL, "chunked_attention"]),
+        ("qwen2_windows", "sliding_window", 0),
+        ("qwen2_windows", "max_window_layers", -1),
+        ("qwen2_windows", "use_sliding_window", "yes"),
+        ("qwen2", "attention_bias", True),
+        ("mistral", "layer_types", [SLIDES, FULL, SLIDES]),
+        ("mistral", "use_qk_norm", True),
+        ("qwen3", "mlp_bias", True),
+    ],
+)
+def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
+    with pytest.raises(InputError, match=field):
+        read(case, **{field: value})
+
+
+def test_sizes_that_a_file_leaves_out():
+    assert read("qwen3", head_dim="absent").head_dim == 128
+    assert read("mistral", head_dim="absent", num_attention_heads=8, num_key_value_heads="absent").num_kv_heads == 8
+    assert read("mistral", num_key_value_heads=None).num_kv_heads == 4
 
 
 def test_parts_of_a_tensor_follow_each_other():

@@ -20,7 +20,7 @@ def read(head=None, **changes):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("model_type", "mistral"),
+        ("model_type", "mixtral"),
         ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
         ("sliding_window", 4096),

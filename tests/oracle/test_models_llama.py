@@ -42,8 +42,10 @@ def check_same(model, params, oracle, tokens):
     assert float(loss) == pytest.approx(their_loss, rel=1e-5)
     mine = to_names(model, grads)
     assert mine.keys() == their_grads.keys()
+    largest = max(np.linalg.norm(g) for g in their_grads.values())
     for name, theirs in their_grads.items():
-        assert np.linalg.norm(mine[name] - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+        size = np.linalg.norm(theirs)  # 0: a window of 1 leaves a query nothing to choose
+        assert np.linalg.norm(mine[name] - theirs) <= (1e-4 * size if size else 1e-7 * largest), name
     return their_loss, their_logits, their_grads
 
 

@@ -6,33 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import flag, heads, integer, number, rope
+from jaxalign.models.hf_fields import DECODER, NEUTRAL, decoder, flag
 from jaxalign.models.hf_names import Names, Row
 
-_HONOURED = """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias is_llama_config
-"""
 _LAYER = "model.layers.{layer}."
 
 
 def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    num_heads, num_kv_heads, head_dim = heads(hf)
-    return {
-        "vocab_size": integer(hf, "vocab_size"),
-        "num_layers": integer(hf, "num_hidden_layers"),
-        "embed_dim": integer(hf, "hidden_size"),
-        "mlp_dim": integer(hf, "intermediate_size"),
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "norm_eps": number("rms_norm_eps", hf.get("rms_norm_eps"), 1e-6),
-        "rope": rope(hf),
-        "tied": flag(hf, "tie_word_embeddings"),
-        "attention_bias": flag(hf, "attention_bias"),
-        "mlp_bias": flag(hf, "mlp_bias"),
-        "initializer_range": number("initializer_range", hf.get("initializer_range"), 0.02),
-    }
+    return decoder(hf) | {"attention_bias": flag(hf, "attention_bias"), "mlp_bias": flag(hf, "mlp_bias")}
 
 
 FAMILY = Family(
@@ -40,8 +21,8 @@ FAMILY = Family(
     model_types=("llama",),
     architectures={"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"},
     fields=_fields,
-    honoured=frozenset(_HONOURED.split()),
-    neutral={"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1, None)},
+    honoured=DECODER | {"attention_bias", "mlp_bias", "is_llama_config"},
+    neutral=NEUTRAL,
     names=Names(
         Row("model.embed_tokens.weight", "embed/embedding", "VD -> VD"),
         Row(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale", "D -> D"),

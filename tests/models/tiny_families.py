@@ -1,0 +1,49 @@
+"""A small `config.json` for each family, and for each thing that it may ask for; sizes as in `tiny_models`."""
+
+from tests.models import tiny_models as tiny
+
+_LLAMA_ONLY = ("attention_bias", "mlp_bias", "eos_token_id")
+
+
+def config(model_type: str, name: str, **changes) -> dict:
+    """Of a causal language model."""
+    fields = tiny.hf_config(model_type=model_type, architectures=[f"{name}ForCausalLM"])
+    return {k: v for k, v in fields.items() if k not in _LLAMA_ONLY} | changes
+
+
+_OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e6}  # as version 4 of transformers writes it
+_SOME = ["full_attention", "sliding_attention", "sliding_attention"]
+_OTHERS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CASES = {
+    "qwen2": config("qwen2", "Qwen2", sliding_window=8, use_sliding_window=False, max_window_layers=1, **_OLD_ROPE),
+    "qwen2_windows": config(
+        "qwen2",
+        "Qwen2",
+        sliding_window=7,
+        use_sliding_window=True,
+        max_window_layers=1,
+        tie_word_embeddings=False,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+    ),
+    "qwen3": config("qwen3", "Qwen3", tie_word_embeddings=False, **_OLD_ROPE),
+    "qwen3_windows": config(
+        "qwen3",
+        "Qwen3",
+        attention_bias=True,
+        sliding_window=5,
+        use_sliding_window=True,
+        layer_types=_SOME,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=12,
+    ),
+    "mistral": config("mistral", "Mistral", sliding_window=9, head_dim=12, tie_word_embeddings=False, **_OLD_ROPE),
+    "mistral_no_window": config("mistral", "Mistral", sliding_window=None, head_dim=None),
+    "mistral_window_1": config("mistral", "Mistral", sliding_window=1),
+    "mistral_window_of_the_row": config("mistral", "Mistral", sliding_window=40),
+    "ministral": config("ministral", "Ministral", sliding_window=6, layer_types=_OTHERS, tie_word_embeddings=False),
+    "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),
+}

@@ -1,0 +1,87 @@
+"""Every family against transformers' own class on torch, both ways; values are kept for the tests without torch."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxalign.models import hf
+from jaxalign.rollout.continuous import continue_prompts
+from jaxalign.rollout.sampling import Sampling
+from tests.models import tiny_models as tiny
+from tests.models.test_golden_models import FIXED_IDS, summary
+from tests.models.tiny_families import CASES
+from tests.oracle.test_models_llama import check_same, torch_model
+
+
+def written(directory, case, **changes):
+    """A checkpoint in shards that transformers wrote from numpy's weights, and its model."""
+    config = CASES[case] | changes
+    tiny.write(directory / "numpy", config, tiny.tensors(config))
+    oracle = torch_model(directory / "numpy")
+    assert type(oracle).__name__ == config["architectures"][0]
+    oracle.save_pretrained(directory / "torch", max_shard_size="20KB")
+    assert len(list((directory / "torch").glob("model-*.safetensors"))) > 2
+    return oracle
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(tmp_path, case):
+    oracle = written(tmp_path, case)
+    model, params = hf.load(tmp_path / "torch", **tiny.SETTINGS)
+    assert model == hf.load(tmp_path / "numpy", **tiny.SETTINGS)[0]  # both forms of config.json say the same
+    theirs = check_same(model, params, oracle, FIXED_IDS["tiny"])
+    tiny.golden(f"tiny_{case}", lambda: summary(*theirs))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_loads_and_generates_the_same(tmp_path, case):
+    """No key is missing or left over; logits are the same, and greedy text from a cache longer than the windows."""
+    written(tmp_path, case)
+    model, params = hf.load(tmp_path / "torch", **tiny.SETTINGS)
+    params["norm"]["scale"] = params["norm"]["scale"] * 1.25
+    hf.save(tmp_path / "out", model, params, source=tmp_path / "torch", max_bytes=20_000)
+    oracle, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert type(oracle).__name__ == CASES[case]["architectures"][0]
+    rows = tiny.causal(FIXED_IDS["tiny"])
+    mine = model.apply(params, rows)[0] @ model.head(params)
+    with torch.no_grad():
+        theirs = oracle(torch.tensor(np.asarray(rows.tokens)).long()).logits.numpy()
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
+
+    prompts = [np.asarray(rows.tokens[0, :n], np.int32) for n in (3, 14)]
+    done, _ = continue_prompts(
+        model, params, prompts, jax.random.key(0), num_slots=2, sampling=Sampling(0.0, 20), stop_ids=()
+    )
+    cached = CASES[case].get("sliding_window") != 1  # transformers' cache of such a layer keeps all keys
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "use_cache": cached}
+    for prompt, found in zip(prompts, done, strict=True):
+        text = oracle.eval().generate(torch.tensor(prompt)[None].long(), **options)[0].tolist()
+        assert found.ids == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("case", ["qwen2_windows", "qwen3_windows", "mistral", "ministral"])
+def test_reward_models_both_ways(tmp_path, case):
+    """transformers' sequence classifier scores the same here, and one of ours there."""
+    name = CASES[case]["architectures"][0].replace("CausalLM", "SequenceClassification")
+    config = CASES[case] | {"architectures": [name], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+    tiny.write(tmp_path / "theirs", config, tiny.tensors(config))
+    tokens = FIXED_IDS["tiny"]
+
+    def scores(directory):
+        oracle = torch_model(directory, transformers.AutoModelForSequenceClassification)
+        assert type(oracle).__name__ == name
+        with torch.no_grad():
+            return oracle(torch.tensor(tokens)).logits[:, 0].numpy()
+
+    model, params = hf.load(tmp_path / "theirs", **tiny.SETTINGS)
+    hidden = model.apply(params, tiny.causal(tokens))[0]
+    mine = (hidden @ model.score_kernel(params))[:, -1, 0]
+    np.testing.assert_allclose(mine, scores(tmp_path / "theirs"), rtol=0, atol=1e-4)
+    params["score"]["kernel"] = params["score"]["kernel"] * -2
+    hf.save(tmp_path / "mine", model, params)
+    np.testing.assert_allclose(-2 * mine, scores(tmp_path / "mine"), rtol=0, atol=2e-4)
