@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.models.hub import CONFIG
-from jaxalign.ops.rope import KINDS, Rope
+from jaxalign.ops.rope import KINDS, Rope, Yarn
 
 # Fields that say nothing of a forward pass: bookkeeping, token ids, generation defaults of old files.
 _BOOKKEEPING_NAMES = """
@@ -29,7 +30,9 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
 
 # Beyond these a number is a mistake: the shapes of such a model alone would take hours.
 _MOST: Mapping[str, int] = {
@@ -176,7 +179,7 @@ def windows(hf: Mapping[str, Any], window: int | None, first: int = 0) -> tuple[
     return found if any(found) else None
 
 
-def window_of(hf: Mapping[str, Any], default: int) -> int | None:
+def window_of(hf: Mapping[str, Any], default: int | None) -> int | None:
     """`sliding_window`, how many positions back a token sees, its own among them; None where it is null.
 
     Args:
@@ -280,7 +283,7 @@ def rope(hf: Mapping[str, Any]) -> Rope:
     fields.pop("rope_type", None), fields.pop("type", None)
     if kind not in KINDS:
         raise wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
-    if kind == "llama3" and fields.get("original_max_position_embeddings") is None:
+    if kind in ("llama3", "yarn") and fields.get("original_max_position_embeddings") is None:
         fields["original_max_position_embeddings"] = hf.get("max_position_embeddings")
     for name in _ROPE_FIELDS[kind]:
         number(f"rope_parameters.{name}", fields.get(name), None)
@@ -289,15 +292,38 @@ def rope(hf: Mapping[str, Any]) -> Rope:
             continue
         if kind == "default" and name in _ROPE_FIELDS["llama3"]:
             continue  # transformers ignores them for this type as well
+        if kind == "yarn" and name in _YARN_OPTIONS:
+            continue
         raise wrong(f"rope_parameters.{name}", value, f"no such field for rope_type {kind!r}")
     if kind == "default":
         return Rope(theta=theta)
     if kind == "linear":
         return Rope(kind, theta, float(fields["factor"]))
+    if kind == "yarn":
+        length = int(fields["original_max_position_embeddings"])
+        return Rope(kind, theta, float(fields["factor"]), original_length=length, yarn=_yarn(fields))
     low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
     if high <= low:
         raise wrong("rope_parameters.high_freq_factor", high, f"more than low_freq_factor {low:g}")
     return Rope(kind, theta, float(fields["factor"]), low, high, int(fields["original_max_position_embeddings"]))
+
+
+def _yarn(fields: Mapping[str, Any]) -> Yarn:
+    """Without an `attention_factor` it is made of `factor`, as transformers' `_compute_yarn_parameters` does."""
+    given = {name: fields[name] for name in _YARN_OPTIONS if fields.get(name) is not None}
+    truncate = given.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise wrong("rope_parameters.truncate", truncate, "true or false")
+    given = {name: number(f"rope_parameters.{name}", value, None) for name, value in given.items()}
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(fields["factor"]) + 1 if fields["factor"] > 1 else 1.0
+
+    factor = scale(1.0)
+    if "mscale" in given and "mscale_all_dim" in given:
+        factor = scale(given["mscale"]) / scale(given["mscale_all_dim"])
+    fast, slow = given.get("beta_fast", 32.0), given.get("beta_slow", 1.0)
+    return Yarn(fast, slow, truncate, given.get("attention_factor", factor))
 
 
 def _rope_type(fields: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from jaxalign.ops.embedding import lookup
 from jaxalign.ops.linear import linear
 from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.readout import take_sources
-from jaxalign.ops.rope import frequencies, rotate, rotations
+from jaxalign.ops.rope import frequencies, query_scale, rotate, rotations
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
@@ -65,6 +65,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.rope = config.rope
         bias = config.attention_bias
         self.query = Linear(config, (D,), (N, H), bias, rngs)
         self.key = Linear(config, (D,), (K, H), bias, rngs)
@@ -77,7 +78,11 @@ class Attention(nnx.Module):
         cache as it holds them."""
         q = self.query(queries.x)
         q = q if self.query_norm is None else self.query_norm(q)
-        q = _kept(constrain(rotate(q, *queries.rotation), "batch", None, "tensor", None))
+        q = rotate(q, *queries.rotation)
+        if self.rope.query_growth is not None:
+            scale = query_scale(queries.rows.positions, self.rope.query_growth, self.rope.original_length, q.dtype)
+            q = q * scale[..., None, None].astype(q.dtype)
+        q = _kept(constrain(q, "batch", None, "tensor", None))
         k = self.key(x)
         k = k if self.key_norm is None else self.key_norm(k)
         k = _kept(constrain(rotate(k, *given.rotation), "batch", None, "tensor", None))
@@ -261,7 +266,8 @@ class Model:
         """What is not a layer, the tokens' vectors, and what every layer receives; `num_keys`: of a cache."""
         c = self.config
         ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
-        rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype))
+        factor = 1.0 if c.rope.yarn is None else c.rope.yarn.attention_factor
+        rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype), factor)
         window, numbers = of_layers(c.windows, rows.tokens.shape[1] if num_keys is None else num_keys)
         given = LayerInputs(rotation, rows, numbers, slots, backend=self.attention, window=window)
         return ends, ends.embed(rows.tokens), given

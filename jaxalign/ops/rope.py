@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import chex
 import jax
@@ -15,11 +16,22 @@ from jaxalign.ops.precision import product_precision
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+    """What the type `yarn` adds: which frequencies are divided, and a factor of cosine and sine."""
+
+    beta_fast: float = 32.0  # turns within the original length from which a frequency is kept
+    beta_slow: float = 1.0  # turns up to which it is divided
+    truncate: bool = True  # whether the dims at these bounds are whole numbers
+    attention_factor: float = 1.0  # of cosine and sine
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """What a checkpoint's config says of its rotary embedding.
 
     `default` uses theta alone, `linear` divides all frequencies by `factor`, `llama3` divides those whose wavelength
-    is longer than `original_length / low_freq_factor` and blends up to `original_length / high_freq_factor`.
+    is longer than `original_length / low_freq_factor` and blends up to `original_length / high_freq_factor`, `yarn`
+    blends by how often a pair turns within `original_length`.
     """
 
     kind: str = "default"
@@ -28,15 +40,18 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    yarn: Yarn | None = None
+    query_growth: float | None = None  # queries times `1 + query_growth log(1 + floor(position / original_length))`
 
 
-KINDS = ("default", "linear", "llama3")
+KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position of each pair of head dims: `theta^(-2i/H)`, rescaled as the rope type says.
 
-    Source: RoFormer (arXiv 2104.09864) eq. 15; `llama3` after transformers `_compute_llama3_parameters`.
+    Source: RoFormer (arXiv 2104.09864) eq. 15; `llama3` after transformers `_compute_llama3_parameters`; YaRN (arXiv
+    2309.00071) section 3.2.
 
     Args:
       rope: the rope type and its numbers.
@@ -63,16 +78,44 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         )
         keep = np.clip(keep, 0.0, 1.0)
         return keep * freq + (1 - keep) * freq / rope.factor
+    if rope.kind == "yarn" and rope.yarn is not None:
+        # The dim whose pair turns so many times within the original length.
+        low, high = (
+            head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.yarn.beta_fast, rope.yarn.beta_slow)
+        )
+        if rope.yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high = high + 0.001 if low == high else high
+        keep = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+        return keep * freq + (1 - keep) * freq / rope.factor
     raise ValueError(f"rope type {rope.kind!r} is not one of {', '.join(KINDS)}")
 
 
-def rotations(positions: jax.Array, freq: np.ndarray, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def query_scale(positions: jax.Array, growth: float, original_length: int, dtype: Any) -> jax.Array:
+    """`1 + growth log(1 + floor(position / original_length))`, in at least float32 (Llama 4, Ministral 3).
+
+    Args:
+      positions: int [B, T].
+      growth: of the queries.
+      original_length: of the rope.
+      dtype: of the computation.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return 1 + growth * jnp.log1p((positions // original_length).astype(wide))
+
+
+def rotations(
+    positions: jax.Array, freq: np.ndarray, dtype: jnp.dtype, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of each token's angles, made once for all layers.
 
     Args:
       positions: int [B, T].
       freq: [H / 2], radians per position.
       dtype: of the computation; angles are in at least float32, since a position times a frequency needs the digits.
+      factor: of both.
 
     Returns:
       (cos, sin), each [B, T, H / 2] in at least float32.
@@ -80,7 +123,8 @@ def rotations(positions: jax.Array, freq: np.ndarray, dtype: jnp.dtype) -> tuple
     chex.assert_rank(positions, 2)
     dtype = jnp.promote_types(dtype, jnp.float32)
     angles = positions.astype(dtype)[..., None] * jnp.asarray(freq, dtype)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def computed_once(rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,6 @@ from jaxalign.errors import InputError
 from jaxalign.models import export, families, hf, weights
 from jaxalign.models.config import from_hf, read_config
 from jaxalign.models.families import llama
-from jaxalign.models.families.refused import REFUSED
 from jaxalign.models.hf_names import Names, Row, sizes
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
@@ -150,7 +149,7 @@ def test_an_unknown_family_is_named_with_those_there_are(tmp_path):
     assert "'unheard_of'" in str(error.value) and all(repr(t) in str(error.value) for t in llama.FAMILY.model_types)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", families.REFUSED)
 def test_what_is_refused_has_a_reason_and_a_nearest_that_loads(kind):
     with pytest.raises(InputError) as error:
         from_hf(tiny.hf_config(model_type=kind), **tiny.SETTINGS)

@@ -44,7 +44,9 @@ def read(head=None, **changes):
         ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
         ("rope_scaling", ["linear"]),
         ("rope_theta", 123.0),  # rope_parameters says otherwise
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "short_factor": [1.0]}),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}),
         ("rope_parameters", {"rope_type": "dynamic", "factor": 4.0}),
         ("rope_parameters", {"rope_type": "linear"}),
         ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}),

@@ -15,6 +15,9 @@ _OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e6}  # as version 4 of tran
 _SOME = ["full_attention", "sliding_attention", "sliding_attention"]
 _OTHERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_MINISTRAL3 = {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3}
+
 CASES = {
     "qwen2": config("qwen2", "Qwen2", sliding_window=8, use_sliding_window=False, max_window_layers=1, **_OLD_ROPE),
     "qwen2_windows": config(
@@ -45,5 +48,9 @@ CASES = {
     "mistral_window_1": config("mistral", "Mistral", sliding_window=1),
     "mistral_window_of_the_row": config("mistral", "Mistral", sliding_window=40),
     "ministral": config("ministral", "Ministral", sliding_window=6, layer_types=_OTHERS, tie_word_embeddings=False),
+    "qwen3_yarn": config("qwen3", "Qwen3", rope_parameters=None, rope_theta=100.0, rope_scaling=_YARN, head_dim=16),
+    "ministral3": config(
+        "ministral3", "Ministral3", rope_parameters=_YARN | _MINISTRAL3, head_dim=16, tie_word_embeddings=False
+    ),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),
 }

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.models.families import llama, ministral, mistral, qwen2, qwen3
-from jaxalign.models.families.refused import REFUSED
+from jaxalign.models.families import llama, ministral, ministral3, mistral, qwen2, qwen3
 from jaxalign.models.family import Family
 from jaxalign.models.hf_fields import shown
 
@@ -17,7 +16,34 @@ FAMILIES: list[Family] = [
     qwen3.FAMILY,
     mistral.FAMILY,
     ministral.FAMILY,
+    ministral3.FAMILY,
 ]
+
+_EXPERTS = "a mixture of experts, and jaxalign's layers are dense"
+_HYBRID = "layers of linear attention or a recurrence, and jaxalign's are softmax attention"
+_NORMS = "norms, caps or scales that jaxalign does not compute yet"
+_VISION = "a text model beside an encoder of images or sound, and jaxalign reads text models"
+_ALIBI = "positions as biases of the scores (ALiBi), and jaxalign's are rotary"
+_LAYOUT = "another layer than jaxalign's one transformer has yet"
+
+_QWEN = "a dense Qwen3 or Qwen2.5: --config.model.path=Qwen/Qwen3-8B"
+_MISTRAL = "a dense Mistral: --config.model.path=mistralai/Mistral-7B-v0.3"
+_LLAMA = "a Llama of its size: --config.model.path=meta-llama/Llama-3.2-3B"
+
+# Families that people have and that do not load, by `model_type`: the reason, and what to take instead.
+REFUSED: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("mixtral", "mistral4", "mistral_large4"), (_EXPERTS, _MISTRAL)),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), (_EXPERTS, _QWEN)),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), (_HYBRID, _QWEN)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (_VISION, _QWEN)),
+    **dict.fromkeys(("mistral3", "pixtral"), (_VISION, _MISTRAL)),
+    **dict.fromkeys(("gpt_oss", "llama4", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe"), (_EXPERTS, _LLAMA)),
+    **dict.fromkeys(("mamba", "mamba2", "jamba", "granitemoehybrid", "olmo_hybrid", "falcon_h1"), (_HYBRID, _LLAMA)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"), (_NORMS, _LLAMA)),
+    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
+    **dict.fromkeys(("bloom", "mpt"), (_ALIBI, _LLAMA)),
+    **dict.fromkeys(("phi", "phi3", "gpt2", "gpt_neox", "falcon", "olmo", "smollm3", "cohere"), (_LAYOUT, _LLAMA)),
+}
 
 
 def find(hf: Mapping[str, Any]) -> Family:
