@@ -151,6 +151,17 @@ def test_what_does_not_fit_says_what_would(shared, completions, capsys):
     assert "--grad_accum_steps=" in said.err or "--mesh.fsdp=4" in said.err
 
 
+def test_several_machines_one_of_which_does_not_do(shared, completions, capsys, tmp_path):
+    out, model = tmp_path / "plan.json", shared / "models" / "stories3m-llama"
+    flags = [f"--model={model}", f"--data={completions}", "--max_length=128", "--batch_size=64", f"--json={out}"]
+    assert main(["plan", "sft", *flags, "--on=gpu:l4:1x4x1,gpu:h100:1x4x1", "--assume=l4.pool=0.0024"]) == 0
+    found, lines = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
+    assert found["fits"] == {"gpu:l4:1x4x1": False, "gpu:h100:1x4x1": True}
+    assert [row["machine"] for row in found["ranking"]] == ["gpu:h100:1x4x1", "gpu:l4:1x4x1"]
+    assert found["machines"]["gpu:h100:1x4x1"]["stages"]["sft"]["iteration"]["mfu"] > 0
+    assert any(line.split()[:2] == ["gpu:l4:1x4x1", "NO"] for line in lines)
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_is_kept_for_the_backward_pass_goes_to_the_host(machine, shared, completions, tmp_path, monkeypatch):
     """Of 24 layers, since what is on its way to the host takes the room of a few layers."""
