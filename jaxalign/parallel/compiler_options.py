@@ -16,14 +16,20 @@ Options = dict[str, Any]
 
 _DEFAULT_SHARE = 0.75  # of a GPU's memory, which JAX's pool takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
 
-# A TPU gathers the weights of a layer while it multiplies by those of the last one.
+# A TPU gathers the weights of a layer while it multiplies by those of the last one. On a torus of three axes it would
+# sum zeros into place instead, which moves twice as much and hides behind nothing.
 _TPU: Options = {
     "xla_enable_async_all_gather": "true",
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
 }
+# SparseCores sum a layer's gradients while the next ones are made. Elsewhere than on these a compiler may know the
+# option and nobody has said that it runs.
+_SPARSE_CORES: Options = {"xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True}
+_WITH_SPARSE_CORES = ("TPU v6",)
 # Where weights are split but no heads, a TPU's compiler multiplies by them piece by piece as they come, and cuts, turns
 # and pads the activations for it: more than half of its traffic.  From so many tokens of a device on, whole products
 # take less time (predicted for an 8B model on 8 chips), though their gradients are then summed beside no other work.
@@ -54,6 +60,8 @@ def compiler_options(*, update: bool = False, tokens: int = 0) -> Options:
     found = {"tpu": _TPU, "cpu": _CPU_UPDATE if update else {}}.get(platform, {})
     if platform == "tpu" and tokens >= _MANY_TOKENS and mesh.shape.get("tensor", 1) == 1:
         found = found | _WHOLE_PRODUCTS
+    if platform == "tpu" and update and getattr(device, "device_kind", "").startswith(_WITH_SPARSE_CORES):
+        found = found | _SPARSE_CORES
     if platform == "gpu":
         share = pool_share(getattr(device, "device_kind", ""))
         found = {"xla_gpu_memory_limit_slop_factor": round(95 * share / _DEFAULT_SHARE)}

@@ -222,6 +222,8 @@ class _Reader:
             if chain and chain in self._chains:  # it goes on with what an earlier fusion has begun
                 part.collectives.clear()
             elif part.collectives and (chain or x.opcode.endswith("-start")):
+                if x.opcode == "call-start":  # beside the schedule, on another core
+                    part.collectives = [c._replace(asynchronous=True) for c in part.collectives]
                 started[chain or x.name] = (len(total.collectives), len(self._cut(total)))
                 self._chains |= {chain} - {""}
             total.add(part)

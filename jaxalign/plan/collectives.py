@@ -15,6 +15,7 @@ _WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
 _PIECES = {"ag": "all-gather", "rs": "reduce-scatter"}
 _TAKEN_THROUGH = ("collective-permute", "copy", "bitcast", "get-tuple-element")
 _CHAIN = re.compile(r"channel_id=(\d+)")
+_RINGS = re.compile(r'"phase_rings"')  # of a collective on a TPU's SparseCore
 _IS_SYNC = re.compile(r'"is_sync":true')
 # How JAX names the collectives that a program asks for by itself, inside `shard_map`.
 _ASKED = re.compile(r"/(all_gather|psum|psum_scatter|reduce_scatter|ppermute|all_to_all|pmax|pmin|pbroadcast)[^/]*$")
@@ -45,6 +46,7 @@ class Collective(NamedTuple):
     source: str = ""  # where what is moved is an argument of the program, or cast or cut out of one: its name
     name: str = ""
     read: int = 0  # of an all-reduce: bytes of the result that kernels read
+    rings: int = 0  # that it takes, each one way along one link; 0: as many as there are
 
     @property
     def between_flops(self) -> float:
@@ -119,6 +121,7 @@ def read(module: Module, computation: Computation, x: Instruction, sources: Sour
         source=sources.of(operand) if operand else "",
         name=x.name,
         read=_read(module, computation, x) if kind == "all-reduce" else 0,
+        rings=len(_RINGS.findall(at.attributes)),
     )
 
 

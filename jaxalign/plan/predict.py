@@ -172,7 +172,8 @@ def collective_seconds(collective: Collective, assumed: Assumptions, devices: Se
         return 0.0
     v = assumed.values
     found = min((link(group, assumed, devices) for group in collective.groups[:64]), key=lambda x: x.bandwidth)
-    return collective.moved / (found.bandwidth * v["link_efficiency"]) + v["latency"]
+    most = v["link"] * collective.rings if collective.rings else found.bandwidth
+    return collective.moved / (min(found.bandwidth, most) * v["link_efficiency"]) + v["latency"]
 
 
 def link(group: Sequence[int], assumed: Assumptions, devices: Sequence[Any]) -> Link:

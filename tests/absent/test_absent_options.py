@@ -40,6 +40,42 @@ def test_a_tpu_gathers_beside_its_products(machine):
     assert any(c.asynchronous for c in found)
 
 
+def test_a_torus_of_three_axes_gathers():
+    """Without the option each device's part is summed with zeros, twice the bytes, and nothing runs beside it."""
+    devices = machines.absent_devices("tpu:v5p:4x4x4")
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    layers = [jax.ShapeDtypeStruct((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((8192, F), (F, 8192))]
+    x = jax.ShapeDtypeStruct((ROWS * len(devices), 8192), jnp.bfloat16, sharding=rows)
+    with jax.set_mesh(mesh):
+        compiled = options.jit(forward).lower(layers, x).compile()
+    found = {c.kind for c in account(compiled.as_text()).collectives if c.loop}
+    print(found)
+    assert "all-gather" in found and "all-reduce" not in found
+
+
+def test_sparse_cores_sum_gradients():
+    """Of one layer while those of the next are made; elsewhere only a train step is compiled with the option."""
+    devices = machines.absent_devices("tpu:v6e:2x4")
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    layers = [jax.ShapeDtypeStruct((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((D, F), (F, D))]
+    x = jax.ShapeDtypeStruct((ROWS * len(devices), D), jnp.bfloat16, sharding=rows)
+
+    def loss(layers, x):
+        return forward(layers, x).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        given = options.compiler_options(update=True, tokens=2**14)
+        assert given.keys() > options.compiler_options(tokens=2**14).keys()
+        step = jax.jit(jax.grad(loss), out_shardings=[split, split]).lower(layers, x)
+        compiled = step.compile(compiler_options=given)
+    found = [c for c in account(compiled.as_text()).collectives if c.kind == "reduce-scatter"]
+    print([(c.name, c.asynchronous, c.rings, len(c.between), c.times) for c in found])
+    assert found and all(c.asynchronous and c.rings == 2 for c in found)
+    assert any(c.between_flops for c in found)
+
+
 def test_a_tpu_multiplies_whole_where_tokens_are_many():
     """Without the option, products with large weights that are split cut and put together what they multiply."""
     tokens, width = 2**14, 4096
