@@ -54,19 +54,16 @@ def make_train_step(
     """
     roles = tuple(sorted(optimizers))
 
-    def by_role(loss, params, frozen, batch):
-        """Gradients of `loss(parameters of one role, batch) -> (scalar, sums)`, in at least float32, and the sums."""
-
-        def of_trained(own, role):
-            return loss(joined({role: own}, frozen), batch)
-
+    def by_role(loss, params, frozen, batch, count=grad_accum_steps):
+        """Gradients of `loss(parameters of one role, rows) -> (scalar, sums)` over all micro-batches, and the sums."""
         grads, found = {}, Sums({})
         for role in roles:
             own = params[role]
             if grads:  # frees one model's activations before the next model's forward pass
                 own, grads = jax.lax.optimization_barrier((own, grads))
-            grad, sums = jax.grad(of_trained, has_aux=True)(own, role)
-            grads = grads | {role: jax.tree.map(at_least_float32, grad)}
+            of_trained = lambda own, micro, role=role: loss(joined({role: own}, frozen), micro)  # noqa: E731
+            grad, sums = _gradients(of_trained, own, batch, count)
+            grads = grads | {role: grad}
             found = Sums(*(there | new for there, new in zip(found, sums, strict=True)))
         return grads, found
 
@@ -79,7 +76,7 @@ def make_train_step(
             return scale * sum(means), sums
 
         if objective.items is None:
-            return _accumulate(lambda micro: by_role(loss, params, frozen, micro), batch, grad_accum_steps)
+            return by_role(loss, params, frozen, batch)
 
         def items(given, batch):
             return objective.items(given, frozen, extra, batch)
@@ -94,8 +91,7 @@ def make_train_step(
             products = jax.tree.map(lambda x, d: jnp.sum(x * d), found, {role: micro[1][role] for role in found})
             return sum(jax.tree.leaves(products)), Sums({})
 
-        both = batch, cotangents
-        return _accumulate(lambda micro: by_role(linear, params, frozen, micro)[0], both, grad_accum_steps), sums
+        return by_role(linear, params, frozen, (batch, cotangents))[0], sums
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Any):
         params = {role: state.params[role] for role in roles}
@@ -202,6 +198,29 @@ def _update(tx, grads, opt, params, mask):
         return jnp.where(mask, new.astype(old.dtype), old)
 
     return jax.tree.map(choose, new_params, params), jax.tree.map(choose, new_opt, opt)
+
+
+def _gradients(loss, own, batch, count):
+    """Gradients of `loss(own, rows) -> (scalar, sums)`, summed over micro-batches in at least float32, and the sums.
+
+    Those of layers are added up where the sum lies: there is no second copy, of one micro-batch.
+    """
+    if count == 1:
+        grad, sums = jax.grad(loss, has_aux=True)(own, batch)
+        return jax.tree.map(at_least_float32, grad), sums
+    wide = jax.tree.map(at_least_float32, own)
+    of_layers = jax.tree_util.tree_map_with_path(lambda path, _: path[:1] == (jax.tree_util.DictKey("layers"),), own)
+    total = jax.tree.map(lambda added, x: jax.new_ref(jnp.zeros_like(x)) if added else x, of_layers, wide)
+
+    def add(micro):
+        narrow = lambda wide: jax.tree.map(lambda x, like: x.astype(like.dtype), wide, own)  # noqa: E731
+        value, backward, sums = jax.vjp(lambda wide: loss(narrow(wide), micro), wide, has_aux=True)
+        (grads,) = backward.with_refs(total)(jnp.ones_like(value))
+        return jax.tree.map(lambda added, grad: () if added else grad, of_layers, grads), sums
+
+    grads, sums = _accumulate(add, batch, count)
+    choose = lambda added, ref, grad: jax.freeze(ref) if added else grad  # noqa: E731
+    return jax.tree.map(choose, of_layers, total, grads), sums
 
 
 def _accumulate(fn, batch, count):
