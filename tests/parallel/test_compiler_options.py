@@ -1,6 +1,7 @@
 """Compiler options: which platform gets which, what an unknown one does, and that calls keep jax.jit's ways."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,19 @@ def test_many_tokens_take_whole_products(platform):
     platform("tpu")
     few, many = (options.compiler_options(update=True, tokens=n).keys() for n in (2**13, 2**14))
     assert many - few == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
+
+
+def test_sparse_cores_take_whole_products_sooner(platform, monkeypatch):
+    platform("tpu")
+    v6e = types.SimpleNamespace(
+        abstract_device=types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite"), shape={}
+    )
+    few = options.compiler_options(update=True, tokens=2**13).keys()
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: v6e)
+    assert options.compiler_options(update=True, tokens=2**13).keys() - few == {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+    }
 
 
 def test_a_cpus_are_for_updates(platform):

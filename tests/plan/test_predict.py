@@ -77,6 +77,13 @@ def test_a_ring_moves_all_but_its_own_share():
     assert collective_seconds(gather(1e9, ((0,),)), assumed(), GPUS) == 0
 
 
+def test_a_sparse_core_takes_the_rings_that_it_has():
+    cube = [device(i, i % 2, i // 2 % 2, i // 4) for i in range(8)]
+    whole = gather(8e9, (tuple(range(8)),), kind="reduce-scatter")
+    three, two = (collective_seconds(c, assumed(TPU), cube) for c in (whole, whole._replace(rings=2)))
+    assert (three, two) == pytest.approx((7e9 / 270e9, 7e9 / 180e9))
+
+
 def test_the_links_of_a_torus():
     cube = [device(i, i % 2, i // 2 % 2, i // 4) for i in range(8)]
     assert link((0, 1), assumed(TPU), cube).bandwidth == pytest.approx(90e9)
