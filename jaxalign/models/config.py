@@ -43,7 +43,9 @@ class ModelConfig:
     remat: str
     # What not every family has. None is the model without it: `identity.describe` leaves it out.
     output_bias: bool | None = None  # of attention's output; None: as `attention_bias` says
-    qk_norm: str | None = None  # "head": queries and keys are normalised head by head before they turn
+    norms: str | None = None  # of a layer's attention and mlp: None: before each; "after": after each; "both"
+    # Queries and keys are normalised before they turn, "head": head by head; "projection": all heads together.
+    qk_norm: str | None = None
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 

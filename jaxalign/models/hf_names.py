@@ -99,10 +99,11 @@ class Names:
         if len(self._by_path) < len(rows) or sum(len(f.rows) for f in self._fused.values()) < len(rows):
             raise ValueError("two rows of one path, or parts of a tensor that do not follow each other")
 
-    def with_rows(self, *rows: Row, after: str) -> Names:
-        """The same table with more rows, which stand behind that of the path `after`."""
+    def with_rows(self, *rows: Row, after: str, without: tuple[str, ...] = ()) -> Names:
+        """The same table with more rows, which stand behind that of the path `after`, less those of some paths."""
         at = self.rows.index(self.row_of(after)) + 1
-        return Names(*self.rows[:at], *rows, *self.rows[at:], harmless=tuple(p.pattern for p in self._harmless))
+        first, last = ([r for r in part if r.path not in without] for part in (self.rows[:at], self.rows[at:]))
+        return Names(*first, *rows, *last, harmless=tuple(p.pattern for p in self._harmless))
 
     def row_of(self, path: str) -> Row:
         """The row of a parameter's path.

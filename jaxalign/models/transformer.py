@@ -45,14 +45,22 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """A scaled root-mean-square norm of each token, or of each head."""
+    """A scaled root-mean-square norm over the last dims of x: of each token, of each head, or of all heads together."""
 
-    def __init__(self, config: ModelConfig, size: int):
+    def __init__(self, config: ModelConfig, *sizes: int):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)))
+        self.scale = nnx.Param(jnp.ones(sizes, jnp.dtype(config.param_dtype)))
 
     def __call__(self, x):
-        return rms_norm(x, self.scale[...], self.eps)
+        scale = self.scale[...]
+        if scale.ndim == 1:
+            return rms_norm(x, scale, self.eps)
+        return rms_norm(x.reshape(*x.shape[: -scale.ndim], -1), scale.reshape(-1), self.eps).reshape(x.shape)
+
+
+def _normed(norm: Norm | None, x):
+    """The same, where the family has no norm there."""
+    return x if norm is None else norm(x)
 
 
 def _kept(x):
@@ -71,21 +79,19 @@ class Attention(nnx.Module):
         self.key = Linear(config, (D,), (K, H), bias, rngs)
         self.value = Linear(config, (D,), (K, H), bias, rngs)
         self.out = Linear(config, (N, H), (D,), bias if config.output_bias is None else config.output_bias, rngs)
-        self.query_norm, self.key_norm = (Norm(config, H) if config.qk_norm == "head" else None for _ in range(2))
+        sizes = {None: None, "head": ((H,), (H,)), "projection": ((N, H), (K, H))}[config.qk_norm]
+        self.query_norm, self.key_norm = (None, None) if sizes is None else (Norm(config, *size) for size in sizes)
 
     def __call__(self, x, given: LayerInputs, queries: Queries):
         """The answers to the query tokens, and the keys and values of all tokens that they see: [B, K, S, H], with a
         cache as it holds them."""
-        q = self.query(queries.x)
-        q = q if self.query_norm is None else self.query_norm(q)
-        q = rotate(q, *queries.rotation)
+        q = rotate(_normed(self.query_norm, self.query(queries.x)), *queries.rotation)
         if self.rope.query_growth is not None:
             scale = query_scale(queries.rows.positions, self.rope.query_growth, self.rope.original_length, q.dtype)
             q = q * scale[..., None, None].astype(q.dtype)
         q = _kept(constrain(q, "batch", None, "tensor", None))
-        k = self.key(x)
-        k = k if self.key_norm is None else self.key_norm(k)
-        k = _kept(constrain(rotate(k, *given.rotation), "batch", None, "tensor", None))
+        k = rotate(_normed(self.key_norm, self.key(x)), *given.rotation)
+        k = _kept(constrain(k, "batch", None, "tensor", None))
         v = _kept(constrain(self.value(x), "batch", None, "tensor", None))
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if given.seen is not None:
@@ -114,27 +120,32 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then mlp, each after a norm and added to its input.
+    """One layer: attention, then mlp, each added to its input; a norm stands before each, after it, or both.
 
     All tokens are seen; those that are query tokens have a result, [B, M, D].
     """
 
     def __init__(self, config: ModelConfig, rngs):
-        self.attention_norm = Norm(config, config.embed_dim)
+        before, after = config.norms != "after", config.norms is not None
+        norm = functools.partial(Norm, config, config.embed_dim)
+        self.attention_norm = norm() if before else None
         self.attention = Attention(config, rngs)
-        self.mlp_norm = Norm(config, config.embed_dim)
+        self.attention_out_norm = norm() if after else None
+        self.mlp_norm = norm() if before else None
         self.mlp = Mlp(config, rngs)
+        self.mlp_out_norm = norm() if after else None
 
     def __call__(self, x, given: LayerInputs):
-        seen_x = self.attention_norm(x)
+        seen_x = _normed(self.attention_norm, x)
         if given.queries is None:
             queries = Queries(seen_x, given.rotation, given.rows)
         else:
             x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, given.rotation, given.rows))
-            queries = Queries(self.attention_norm(x), *at)
+            queries = Queries(_normed(self.attention_norm, x), *at)
         attended, kept = self.attention(seen_x, given, queries)
-        x = constrain(x + attended, "batch", None, None)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), kept
+        x = constrain(x + _normed(self.attention_out_norm, attended), "batch", None, None)
+        made = _normed(self.mlp_out_norm, self.mlp(_normed(self.mlp_norm, x)))
+        return constrain(x + made, "batch", None, None), kept
 
 
 class Embed(nnx.Module):

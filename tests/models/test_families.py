@@ -212,6 +212,25 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
         read(case, **{field: value})
 
 
+@pytest.mark.parametrize("case", ["olmo2"])
+def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
+    """Of a family with parts of its own; float64."""
+    model = Model(from_hf(CASES[case], dtype="float64", param_dtype="float64", remat="none"))
+    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
+    forward = jax.jit(lambda rows, cache=None: model.apply(params, rows, cache)[:2])
+    first, second = np.random.default_rng(0).integers(0, 64, (2, 1, 17))
+    alone = forward(tiny.causal(second))[0]
+    rows = tiny.causal(np.concatenate([first, second], axis=1))
+    start = np.repeat([0, 17], 17)[None].astype(np.int32)
+    packed = rows._replace(positions=rows.positions - start, attend_start=start)
+    np.testing.assert_allclose(forward(packed)[0][:, 17:], alone, rtol=0, atol=1e-9)
+    cache, rows = tiny.empty_cache(model.config, 1, 17), tiny.causal(second)
+    for part in (slice(0, 12), *(slice(t, t + 1) for t in range(12, 17))):
+        found, cache = forward(jax.tree.map(lambda x, part=part: x[:, part], rows), cache)
+        np.testing.assert_allclose(found, alone[:, part], rtol=0, atol=1e-9)
+
+
 def test_sizes_that_a_file_leaves_out():
     assert read("qwen3", head_dim="absent").head_dim == 128
     assert read("mistral", head_dim="absent", num_attention_heads=8, num_key_value_heads="absent").num_kv_heads == 8

@@ -175,4 +175,5 @@ def test_fields_that_came_later_leave_descriptions_as_they_were():
     """A reference cache of a model without them is still found."""
     assert describe(tiny.model().config) == "9079f088b897e17969568be7a833d392"
     others = ({}, {"windows": (4, 4, 4)}, {"windows": (4, 4, None)}, {"qk_norm": "head"}, {"output_bias": True})
-    assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == 5
+    others += ({"norms": "after"}, {"norms": "both"}, {"qk_norm": "projection"})
+    assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == len(others)

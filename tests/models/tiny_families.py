@@ -52,5 +52,9 @@ CASES = {
     "ministral3": config(
         "ministral3", "Ministral3", rope_parameters=_YARN | _MINISTRAL3, head_dim=16, tie_word_embeddings=False
     ),
+    "olmo2": config("olmo2", "Olmo2", eos_token_id=2, tie_word_embeddings=False, **_OLD_ROPE),
+    "olmo2_biases": config(
+        "olmo2", "Olmo2", eos_token_id=2, attention_bias=True, num_attention_heads=5, num_key_value_heads=1, head_dim=10
+    ),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),
 }

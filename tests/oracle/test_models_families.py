@@ -64,7 +64,7 @@ def test_an_export_loads_and_generates_the_same(tmp_path, case):
         assert found.ids == text[len(prompt) :]
 
 
-@pytest.mark.parametrize("case", ["qwen2_windows", "qwen3_windows", "mistral", "ministral", "ministral3"])
+@pytest.mark.parametrize("case", ["qwen2_windows", "qwen3_windows", "mistral", "ministral", "ministral3", "olmo2"])
 def test_reward_models_both_ways(tmp_path, case):
     """transformers' sequence classifier scores the same here, and one of ours there."""
     name = CASES[case]["architectures"][0].replace("CausalLM", "SequenceClassification")
