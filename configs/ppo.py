@@ -12,9 +12,9 @@ your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=prompts.jsonl,
           --config.rewards.model=None --config.rewards.function=FILE.py:NAME
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
 memory    each device holds 25.3 GiB (float32 weights 7.2 and Adam 14.5 of policy and value, bfloat16 reference and
-          reward model 3.6); a step takes 52 GiB on an H100, the frozen 3.6 included (compiled by `jaxalign plan`,
-          not run there)
-time      about half an hour on 8 H100: 300 iterations of about 6 s, of which four updates take 0.87 s each (MFU 63 %),
+          reward model 3.6); a step takes 47 GiB on an H100 and 58 on a v5p chip, the frozen 3.6 included
+          (compiled for both by `jaxalign plan`, not run there)
+time      about half an hour on 8 H100: 300 iterations of 5.8 s, of which four updates take 0.87 s each (MFU 63 %),
           as `jaxalign plan` predicts where products reach 75 % of the peak
 numbers   not yet measured
 see       objective/scores up and objective/kl slowly with it; should the scores rise while completions grow alike

@@ -7,8 +7,8 @@ command   bash launch/gpu_node.sh --config=configs/reward.py
 first     bash launch/gpu_node.sh --config=configs/sft.py     # writes runs/llama3_8b/sft/export; or --config.model.path
 your own  --config.model.path=DIR_OR_HUB_ID --config.data.sources=pairs.jsonl
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
-memory    each device holds 10.5 GiB (float32 weights 3.5, Adam 7.0); a step takes 41 GiB on an H100 (compiled by
-          `jaxalign plan`, not run there)
+memory    each device holds 10.5 GiB (float32 weights 3.5, Adam 7.0); a step takes 41 GiB on an H100 and 36 on a
+          v5p chip (compiled for both by `jaxalign plan`, not run there)
 time      about 2 min on 8 H100 (0.30 s a step, MFU 59 %), and as much to load and compile: 44 k pairs of about 250
           tokens, the prompt once, as measured on the test split; as `jaxalign plan` predicts where products reach
           75 % of the peak
