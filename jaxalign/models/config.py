@@ -44,6 +44,12 @@ class ModelConfig:
     # What not every family has. None is the model without it: `identity.describe` leaves it out.
     output_bias: bool | None = None  # of attention's output; None: as `attention_bias` says
     norms: str | None = None  # of a layer's attention and mlp: None: before each; "after": after each; "both"
+    norm_offset: float | None = None  # norms multiply by it plus their scale, which stays as the checkpoint has it
+    activation: str | None = None  # of the mlp's gate; None: SiLU; "gelu_tanh": GELU, its approximation by tanh
+    embed_scale: float | None = None  # tokens' vectors times it, rounded to `dtype`; not the head's, where it is tied
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(H)
+    attention_softcap: float | None = None  # the largest score
+    logit_softcap: float | None = None  # the largest logit of the token head
     # Queries and keys are normalised before they turn, "head": head by head; "projection": all heads together.
     qk_norm: str | None = None
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them

@@ -258,9 +258,9 @@ def number(name: str, value: Any, default: float | None) -> float:
     return float(value)
 
 
-def flag(hf: Mapping[str, Any], name: str) -> bool:
-    """True or false; false where the field is missing or null."""
-    value = hf.get(name)
+def flag(hf: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false; false where the field is null, `default` where it is missing."""
+    value = hf.get(name, default)
     if value not in (True, False, None):
         raise wrong(name, value, "true or false")
     return bool(value)

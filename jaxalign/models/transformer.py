@@ -18,11 +18,14 @@ from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries
 from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
 from jaxalign.models.windows import of_layers, visible_keys
-from jaxalign.ops.activation import swiglu
+from jaxalign.ops.activation import geglu, swiglu
 from jaxalign.ops.attention import attention, choose_backend
+from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.embedding import lookup
 from jaxalign.ops.linear import linear
+from jaxalign.ops.logits import Head
 from jaxalign.ops.norm import rms_norm
+from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.readout import take_sources
 from jaxalign.ops.rope import frequencies, query_scale, rotate, rotations
 from jaxalign.parallel.sharding import constrain
@@ -49,10 +52,13 @@ class Norm(nnx.Module):
 
     def __init__(self, config: ModelConfig, *sizes: int):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(sizes, jnp.dtype(config.param_dtype)))
+        self.offset = config.norm_offset
+        first = jnp.ones if self.offset is None else jnp.zeros
+        self.scale = nnx.Param(first(sizes, jnp.dtype(config.param_dtype)))
 
     def __call__(self, x):
         scale = self.scale[...]
+        scale = scale if self.offset is None else self.offset + at_least_float32(scale)
         if scale.ndim == 1:
             return rms_norm(x, scale, self.eps)
         return rms_norm(x.reshape(*x.shape[: -scale.ndim], -1), scale.reshape(-1), self.eps).reshape(x.shape)
@@ -74,6 +80,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.rope = config.rope
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
         bias = config.attention_bias
         self.query = Linear(config, (D,), (N, H), bias, rngs)
         self.key = Linear(config, (D,), (K, H), bias, rngs)
@@ -99,24 +106,30 @@ class Attention(nnx.Module):
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in of_layer(given.seen, kept))
         seen = visible_keys(given, queries.rows, k.shape[1])
         backend = choose_backend(
-            *(q.shape[1], k.shape[1], q.dtype), causal=given.causal, asked=given.backend, window=seen.window is not None
+            *(q.shape[1], k.shape[1], q.dtype),
+            causal=given.causal,
+            asked=given.backend,
+            softcap=self.softcap is not None,
+            window=seen.window is not None,
         )
-        out = attention(q, k, v, slots_BS=given.slots, backend=backend, **seen._asdict())
+        of_scores: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
+        out = attention(q, k, v, slots_BS=given.slots, backend=backend, **of_scores, **seen._asdict())
         return _kept(self.out(constrain(out, "batch", None, "tensor", None))), kept
 
 
 class Mlp(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202 eq. 6)."""
+    """`down(act(gate(x)) * up(x))`, act SiLU or GELU (SwiGLU and GEGLU, arXiv 2002.05202 eq. 6)."""
 
     def __init__(self, config: ModelConfig, rngs):
         D, F = config.embed_dim, config.mlp_dim
         bias = config.mlp_bias
+        self.gated = {None: swiglu, "gelu_tanh": geglu}[config.activation]
         self.gate = Linear(config, (D,), (F,), bias, rngs)
         self.up = Linear(config, (D,), (F,), bias, rngs)
         self.down = Linear(config, (F,), (D,), bias, rngs)
 
     def __call__(self, x):
-        return self.down(constrain(swiglu(self.gate(x), self.up(x)), "batch", None, "tensor"))
+        return self.down(constrain(self.gated(self.gate(x), self.up(x)), "batch", None, "tensor"))
 
 
 class Block(nnx.Module):
@@ -149,10 +162,11 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token vectors, row v of `embedding` for token v."""
+    """Token vectors, row v of `embedding` for token v, times a factor where the family has one."""
 
     def __init__(self, config: ModelConfig, rngs):
         self.dtype = config.dtype
+        self.factor = config.embed_scale
         shape = (config.vocab_size, config.embed_dim)
         dtype = jnp.dtype(config.param_dtype)
         self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
@@ -162,6 +176,7 @@ class Embed(nnx.Module):
             x = jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0)
         else:
             x = lookup(self.embedding[...], tokens, self.dtype)
+        x = x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)  # rounded as the family's own code does
         return constrain(x, "batch", None, None)
 
 
@@ -208,7 +223,9 @@ class Model:
         return own(_graph(Ends, c)[1]) | {"layers": own(_graph(Block, c)[1], c.num_layers)}
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters: kernels normal(0, initializer_range), norms 1, biases 0. Pure, so jit it into shards.
+        """Fresh parameters: kernels normal(0, initializer_range), norms 1 with their offset, biases 0.
+
+        Pure, so jit it into shards.
 
         Args:
           key: a jax random key.
@@ -283,12 +300,16 @@ class Model:
         given = LayerInputs(rotation, rows, numbers, slots, backend=self.attention, window=window)
         return ends, ends.embed(rows.tokens), given
 
-    def head(self, params: Params) -> jax.Array:
-        """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed."""
+    def head(self, params: Params) -> jax.Array | Head:
+        """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed.
+
+        Where logits are capped, a `Head`, which `ops.logits.logits` and the readouts take in its place.
+        """
         if self.config.head != "lm":
             raise ValueError("a model with a scalar head has no token head")
         kernel = params["embed"]["embedding"].T if self.config.tied else params["lm_head"]["kernel"]
-        return kernel.astype(self.config.dtype)
+        kernel, cap = kernel.astype(self.config.dtype), self.config.logit_softcap
+        return kernel if cap is None else Head(kernel, Scores(1.0, cap))
 
     def score_kernel(self, params: Params) -> jax.Array:
         """The matrix [D, 1] from hidden states to a score or value, in the parameters' dtype."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+
+from jaxalign.ops.precision import at_least_float32
 
 
 @jax.custom_vjp
@@ -23,3 +26,27 @@ def _backward(saved, d_y):
 
 
 swiglu.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def geglu(gate, up):
+    """`gelu(gate) * up`, the GELU by tanh (arXiv 1606.08415, section 2), in at least float32, rounded once."""
+    return (_gelu(at_least_float32(gate)) * at_least_float32(up)).astype(gate.dtype)
+
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _geglu_forward(gate, up):
+    return geglu(gate, up), (gate, up)
+
+
+def _geglu_backward(saved, d_y):
+    gate, up = saved
+    wide, d_y = at_least_float32(gate), at_least_float32(d_y)
+    gelu, slope = jax.jvp(_gelu, (wide,), (jnp.ones_like(wide),))
+    return (d_y * at_least_float32(up) * slope).astype(gate.dtype), (d_y * gelu).astype(up.dtype)
+
+
+geglu.defvjp(_geglu_forward, _geglu_backward)

@@ -183,7 +183,7 @@ def _measured(config: Any, mesh: jax.sharding.Mesh, scratch: str) -> dict[str, A
     return result
 
 
-def _each(stage: Any, role: Any, measure: Callable[..., jax.Array], head: Callable[[Any], jax.Array]) -> Each:
+def _each(stage: Any, role: Any, measure: Callable[..., jax.Array], head: Callable[[Any], Any]) -> Each:
     """What a model gives to each completion or pair of the stage's data, in the order of the batches."""
     pairs = "pair" in stage.dataset.reads.forms
 

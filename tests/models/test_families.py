@@ -184,6 +184,9 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ("mistral_no_window", {"layer_types": [FULL] * 3}, None),
         ("ministral", {}, (6, None, 6)),
         ("ministral", {"layer_types": None}, (6, 6, 6)),
+        ("gemma2", {}, (6, None, 6)),
+        ("gemma2", {"sliding_window": None}, None),
+        ("gemma2_uncapped", {"sliding_window": "absent"}, (4096, None, 4096)),
         ("ministral", {"layer_types": "absent", "sliding_window": None}, None),
     ],
 )
@@ -205,6 +208,9 @@ def test_windows_of_config_json(case, changes, windows):
         ("mistral", "layer_types", [SLIDES, FULL, SLIDES]),
         ("mistral", "use_qk_norm", True),
         ("qwen3", "mlp_bias", True),
+        ("gemma", "hidden_act", "relu"),
+        ("gemma2", "use_bidirectional_attention", True),
+        ("gemma2", "final_logit_softcapping", -1),
     ],
 )
 def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
@@ -212,7 +218,7 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
         read(case, **{field: value})
 
 
-@pytest.mark.parametrize("case", ["olmo2"])
+@pytest.mark.parametrize("case", ["olmo2", "gemma", "gemma2"])
 def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
     model = Model(from_hf(CASES[case], dtype="float64", param_dtype="float64", remat="none"))
@@ -233,6 +239,8 @@ def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
 
 def test_sizes_that_a_file_leaves_out():
     assert read("qwen3", head_dim="absent").head_dim == 128
+    assert read("gemma", head_dim="absent", tie_word_embeddings="absent").tied
+    assert read("gemma2", **{name: "absent" for name in CASES["gemma2"] if "softcapping" in name}).logit_softcap == 30
     assert read("mistral", head_dim="absent", num_attention_heads=8, num_key_value_heads="absent").num_kv_heads == 8
     assert read("mistral", num_key_value_heads=None).num_kv_heads == 4
 

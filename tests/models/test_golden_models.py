@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.models import hf
+from jaxalign.ops.logits import logits
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
 
@@ -22,13 +23,13 @@ def loss_and_grads(model, params, tokens):
     rows = tiny.causal(tokens)
 
     def loss(params):
-        logits = model.apply(params, rows)[0] @ model.head(params)
-        logprobs = jax.nn.log_softmax(logits[:, :-1])
+        z = logits(model.apply(params, rows)[0], model.head(params))
+        logprobs = jax.nn.log_softmax(z[:, :-1])
         targets = jnp.asarray(rows.tokens)[:, 1:, None]
-        return -jnp.take_along_axis(logprobs, targets, axis=-1).mean(), logits
+        return -jnp.take_along_axis(logprobs, targets, axis=-1).mean(), z
 
-    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return value, np.asarray(logits), grads
+    (value, z), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return value, np.asarray(z), grads
 
 
 def projection(array: np.ndarray, name: str) -> float:

@@ -175,5 +175,7 @@ def test_fields_that_came_later_leave_descriptions_as_they_were():
     """A reference cache of a model without them is still found."""
     assert describe(tiny.model().config) == "9079f088b897e17969568be7a833d392"
     others = ({}, {"windows": (4, 4, 4)}, {"windows": (4, 4, None)}, {"qk_norm": "head"}, {"output_bias": True})
-    others += ({"norms": "after"}, {"norms": "both"}, {"qk_norm": "projection"})
+    others += ({"norms": "after"}, {"norms": "both"}, {"qk_norm": "projection"}, {"norm_offset": 1.0})
+    others += ({"activation": "gelu_tanh"}, {"embed_scale": 2.0}, {"attention_scale": 2.0})
+    others += ({"attention_softcap": 2.0}, {"logit_softcap": 2.0})
     assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == len(others)

@@ -11,6 +11,7 @@ def config(model_type: str, name: str, **changes) -> dict:
     return {k: v for k, v in fields.items() if k not in _LLAMA_ONLY} | changes
 
 
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e6}  # as version 4 of transformers writes it
 _SOME = ["full_attention", "sliding_attention", "sliding_attention"]
 _OTHERS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -55,6 +56,30 @@ CASES = {
     "olmo2": config("olmo2", "Olmo2", eos_token_id=2, tie_word_embeddings=False, **_OLD_ROPE),
     "olmo2_biases": config(
         "olmo2", "Olmo2", eos_token_id=2, attention_bias=True, num_attention_heads=5, num_key_value_heads=1, head_dim=10
+    ),
+    "gemma": config("gemma", "Gemma", eos_token_id=2, hidden_act="gelu", head_dim=12, num_key_value_heads=1),
+    "gemma2": config(
+        "gemma2",
+        "Gemma2",
+        eos_token_id=2,
+        **_GELU,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+        sliding_window=6,
+        head_dim=12,
+    ),
+    "gemma2_uncapped": config(
+        "gemma2",
+        "Gemma2",
+        eos_token_id=2,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        layer_types=_OTHERS,
+        sliding_window=5,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        **_GELU,
     ),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),
 }

@@ -83,7 +83,8 @@ def tensors(hf: dict, head: str | None = None, seed: int = 0) -> dict[str, np.nd
                 shape = row.shape(hf_names.sizes(config))
                 value = rng.normal(size=shape).astype(np.float32)
                 scale = 0.02 if row.path.endswith("embedding") else 0.3
-                out[row.named((layer,))] = 1 + 0.1 * value if "norm" in row.path else scale * value
+                one = 1 - (config.norm_offset or 0)
+                out[row.named((layer,))] = one + 0.1 * value if "norm" in row.path else scale * value
     return out
 
 

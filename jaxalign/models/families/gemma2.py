@@ -1,0 +1,53 @@
+"""Gemma 2 (arXiv 2408.00118): Gemma with capped scores and logits, norms on both sides, a window every other layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.models.families import gemma, llama
+from jaxalign.models.hf_fields import WINDOWS, integer, number, window_of, windows
+from jaxalign.models.hf_names import Row
+
+# Of transformers' Gemma2Config, where a file does not say.
+NUM_KV_HEADS, WINDOW = 4, 4096
+_SCALAR, _SCORES, _LOGITS = "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"
+_UNREAD = frozenset({"cache_implementation", "sliding_window_size"})  # of old files; nothing reads them
+_LAYER = "model.layers.{layer}."
+
+
+def _cap(hf: Mapping[str, Any], name: str, default: float) -> float | None:
+    """None where it is null."""
+    return None if hf.get(name, default) is None else number(name, hf.get(name), default)
+
+
+def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    fields, window, types = gemma.common(hf, NUM_KV_HEADS), window_of(hf, WINDOW), hf.get("layer_types")
+    if types is None and window is not None:
+        layers = range(integer(hf, "num_hidden_layers"))
+        types = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
+    return fields | {
+        "windows": windows(dict(hf) | {"layer_types": types}, window),
+        "norms": "both",
+        "attention_scale": number(_SCALAR, hf.get(_SCALAR), 256) ** -0.5,
+        "attention_softcap": _cap(hf, _SCORES, 50.0),
+        "logit_softcap": _cap(hf, _LOGITS, 30.0),
+    }
+
+
+FAMILY = dataclasses.replace(
+    gemma.FAMILY,
+    name="Gemma 2",
+    model_types=("gemma2",),
+    architectures={"lm": "Gemma2ForCausalLM", "score": "Gemma2ForSequenceClassification"},
+    fields=_fields,
+    honoured=gemma.FAMILY.honoured | WINDOWS | _UNREAD | {_SCALAR, _SCORES, _LOGITS},
+    names=llama.FAMILY.names.with_rows(
+        Row(_LAYER + "post_attention_layernorm.weight", "layers/attention_out_norm/scale", "D -> D"),
+        Row(_LAYER + "pre_feedforward_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
+        Row(_LAYER + "post_feedforward_layernorm.weight", "layers/mlp_out_norm/scale", "D -> D"),
+        after="layers/attention/out/bias",
+        without=("layers/mlp_norm/scale",),
+    ),
+)
