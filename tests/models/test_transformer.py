@@ -9,6 +9,7 @@ import pytest
 
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Block, Model
+from jaxalign.ops.logits import logits
 from jaxalign.types import Rows
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
@@ -33,7 +34,7 @@ def loss_and_grads(model, params, rows, weights):
 
     def loss(params):
         hidden = model.apply(params, rows)[0]
-        return jnp.sum(jax.nn.log_softmax(hidden @ model.head(params))[..., 7] * weights)
+        return jnp.sum(jax.nn.log_softmax(logits(hidden, model.head(params)))[..., 7] * weights)
 
     return jax.value_and_grad(loss)(params)
 
@@ -202,7 +203,7 @@ def test_decode_equals_the_full_forward():
     np.testing.assert_allclose(jnp.concatenate(parts, 1)[real], full[real], rtol=0, atol=1e-6 * abs(full).max())
 
 
-@pytest.mark.parametrize("case", [None, "qwen3_windows"])
+@pytest.mark.parametrize("case", [None, "qwen3_windows", "olmo2_biases", "gemma2"])
 def test_sharded_equals_single(case, x64):
     """Eight devices, every axis in use; two key heads over two tensor shards, and five query heads of one; float64."""
     from jaxalign.parallel.mesh import make_mesh
