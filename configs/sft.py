@@ -7,7 +7,7 @@ command   bash launch/gpu_node.sh --config=configs/sft.py
                --config.workdir=gs://BUCKET/llama3_8b/sft
 first     HF_TOKEN of an account that has accepted the licence of Llama 3.1; the same command with --dry_run
 hardware  one node of 8 H100-80GB, or a TPU slice v5p-16: 8 chips of 95 GiB on 2 hosts
-memory    each device holds 11.2 GiB (float32 weights 3.7, Adam 7.5); a step takes 70 GiB on an H100 and 81 on
+memory    each device holds 11.2 GiB (float32 weights 3.7, Adam 7.5); a step takes 70 GiB on an H100 and 74 on
           a v5p chip, gradients and activations included (compiled for both by `jaxalign plan`, not run there)
 time      about 45 min on 8 H100 (2.64 s a step, MFU 60 %), 80 min on v5p-16 (4.78 s, 72 %): 250 M tokens, as
           `jaxalign plan` predicts where products reach 75 and 90 % of the peak
