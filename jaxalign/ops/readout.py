@@ -6,18 +6,17 @@ The vocabulary-sized work happens here and only for readouts, in chunks, so that
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxalign.ops.attention_scores import sloped
 from jaxalign.ops.logits import Head, logits, parts
 from jaxalign.ops.platform import platform
-from jaxalign.ops.precision import at_least_float32, product_precision
+from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops.vocabulary import VocabularyShards, hits, over_chunks
 from jaxalign.types import CHOSEN, REJECTED, Completions, Params, Readouts, Rows
 
 # Logits a device holds at one time, in numbers, enough for matmuls at full speed: 64 MiB of float32 on a CPU, half a
@@ -119,23 +118,23 @@ def _logprobs(taken, head, target, made, temperature, entropy, max_logits):
 
 
 def _forward(taken, head, target, made, temperature, entropy, max_logits):
-    layout = _Layout(taken.shape, head.shape)
-    length = layout.chunk_length(max_logits)
+    shards = VocabularyShards(taken.shape, head.shape)
+    length = shards.chunk_length(max_logits)
     keep = length >= taken.shape[1]
 
     def local(taken, head, target):
-        head = layout.gather_head(head)
-        offset = layout.vocabulary_offset(head)
+        head = shards.gather_head(head)
+        offset = shards.vocabulary_offset(head)
 
         def chunk(_, inputs):
             h, t = inputs
             z = logits(h, Head(head, made)) / temperature
-            return None, (*((z,) if keep else ()), *layout.of_logits(z, t - offset, entropy))
+            return None, (*((z,) if keep else ()), *shards.of_logits(z, t - offset, entropy))
 
-        return _over_chunks(chunk, None, (taken, target), length)[1]
+        return over_chunks(chunk, None, (taken, target), length)[1]
 
     outs = ("logits",) * keep + ("rows",) * (3 if entropy else 2)
-    out = layout.run(local, ("rows", "head", "rows"), outs)(taken, head, target)
+    out = shards.run(local, ("rows", "head", "rows"), outs)(taken, head, target)
     kept, (logprobs, lse, *entropies) = out[:keep], out[keep:]
     entropies = entropies[0] if entropy else None
     return (logprobs, entropies), (taken, head, target, lse, entropies, kept)
@@ -144,34 +143,34 @@ def _forward(taken, head, target, made, temperature, entropy, max_logits):
 def _backward(made, temperature, entropy, max_logits, residuals, cotangents):
     taken, head, target, lse, entropies, kept = residuals
     keep = len(kept)
-    layout = _Layout(taken.shape, head.shape)
+    shards = VocabularyShards(taken.shape, head.shape)
     per_readout = (target, lse, cotangents[0]) + ((entropies, cotangents[1]) if entropy else ())
 
     def local(taken, head_shard, *per_readout):
         kept, per_readout = per_readout[:keep], per_readout[keep:]
-        head = layout.gather_head(head_shard)
-        offset = layout.vocabulary_offset(head)
+        head = shards.gather_head(head_shard)
+        offset = shards.vocabulary_offset(head)
 
         def chunk(d_head, inputs):
             h, t, lse, g, *of_entropy = inputs
             z = kept[0] if keep else logits(h, Head(head, made)) / temperature
             logp = z - lse[..., None]
             p = jnp.exp(logp)
-            d_z = jnp.where(_hits(t, p.shape[-1], offset), g[..., None], 0) - g[..., None] * p
+            d_z = jnp.where(hits(t, p.shape[-1], offset), g[..., None], 0) - g[..., None] * p
             if entropy:  # dH / dz_v = -p_v (log p_v + H)
                 value, g_entropy = of_entropy
                 d_z -= g_entropy[..., None] * p * (logp + value[..., None])
             if made is not None:
                 d_z = sloped(d_z, made.slope(z * temperature)) * made.scale
-            d_h, more = layout.of_products(d_z / temperature, h, head)
+            d_h, more = shards.of_products(d_z / temperature, h, head)
             return d_head + more, d_h
 
         zeros = jnp.zeros(head.shape, at_least_float32(head).dtype)
-        d_head, d_h = _over_chunks(chunk, zeros, (taken, *per_readout), layout.chunk_length(max_logits))
-        return d_h, layout.scatter_head(d_head).astype(head.dtype)
+        d_head, d_h = over_chunks(chunk, zeros, (taken, *per_readout), shards.chunk_length(max_logits))
+        return d_h, shards.scatter_head(d_head).astype(head.dtype)
 
     ins = ("rows", "head", *("logits",) * keep, *("rows",) * len(per_readout))
-    d_taken, d_head = layout.run(local, ins, ("rows", "head"))(taken, head, *kept, *per_readout)
+    d_taken, d_head = shards.run(local, ins, ("rows", "head"))(taken, head, *kept, *per_readout)
     return d_taken, d_head, None
 
 
@@ -217,28 +216,28 @@ def _weighted(taken, head, target, weights, made, entropy, max_logits):
 
 
 def _weighted_forward(taken, head, target, weights, made, entropy, max_logits):
-    layout = _Layout(taken.shape, head.shape)
+    shards = VocabularyShards(taken.shape, head.shape)
 
     def local(taken, head, target, weights):
-        head = layout.gather_head(head)
-        offset = layout.vocabulary_offset(head)
+        head = shards.gather_head(head)
+        offset = shards.vocabulary_offset(head)
 
         def chunk(d_head, inputs):
             h, t, w = inputs
             z = logits(h, Head(head, made))
-            logprob, lse, *entropies = layout.of_logits(z, t - offset, entropy)
+            logprob, lse, *entropies = shards.of_logits(z, t - offset, entropy)
             w = w[..., None].astype(z.dtype)
-            d_z = jnp.where(_hits(t, z.shape[-1], offset), w, 0) - w * jnp.exp(z - lse[..., None])
+            d_z = jnp.where(hits(t, z.shape[-1], offset), w, 0) - w * jnp.exp(z - lse[..., None])
             if made is not None:
                 d_z = sloped(d_z, made.slope(z)) * made.scale
-            d_h, more = layout.of_products(d_z, h, head)
+            d_h, more = shards.of_products(d_z, h, head)
             return d_head + more, (d_h, logprob, *entropies)
 
         zeros = jnp.zeros(head.shape, at_least_float32(head).dtype)
-        d_head, out = _over_chunks(chunk, zeros, (taken, target, weights), layout.chunk_length(max_logits))
-        return layout.scatter_head(d_head), *out
+        d_head, out = over_chunks(chunk, zeros, (taken, target, weights), shards.chunk_length(max_logits))
+        return shards.scatter_head(d_head), *out
 
-    run = layout.run(local, ("rows", "head", "rows", "rows"), ("head", "rows", "rows") + ("rows",) * entropy)
+    run = shards.run(local, ("rows", "head", "rows", "rows"), ("head", "rows", "rows") + ("rows",) * entropy)
     d_head, d_taken, logprobs, *entropies = run(taken, head, target, weights)
     found = _dot(weights, logprobs), logprobs, entropies[0] if entropy else None
     return found, (d_taken, d_head, jnp.zeros((), head.dtype))
@@ -253,128 +252,8 @@ def _weighted_backward(made, entropy, max_logits, residuals, cotangents):
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
-class _Layout:
-    """How the vocabulary work is split over the ambient mesh, and the collectives that this takes.
-
-    Rows are split over `data` and `fsdp`, the head arrives as [D / fsdp, V / tensor].  A dim that its axis does not
-    divide stays whole; without a mesh, or where the rows do not divide, everything is left to the compiler.
-    """
-
-    def __init__(self, taken_shape: tuple[int, ...], head_shape: tuple[int, ...]):
-        mesh = jax.sharding.get_abstract_mesh()
-        manual = any(t == jax.sharding.AxisType.Manual for t in mesh.axis_types)
-        sizes = {} if mesh.empty or manual else {a: n for a, n in mesh.shape.items() if n > 1}
-        self.batch = tuple(a for a in ("data", "fsdp") if a in sizes)
-        if taken_shape[0] % math.prod(sizes[a] for a in self.batch):
-            sizes, self.batch = {}, ()
-        self.split = bool(self.batch) or "tensor" in sizes
-        self.own = self.split or mesh.empty or mesh.size == 1  # whether a device sees its own part of arrays
-        self.fsdp = "fsdp" if "fsdp" in sizes and head_shape[0] % sizes["fsdp"] == 0 else None
-        self.tensor = "tensor" if "tensor" in sizes and head_shape[1] % sizes["tensor"] == 0 else None
-        rows, self.length, _ = taken_shape
-        # Of a row of readouts, the logits that a device holds.
-        self.column = rows // math.prod(sizes[a] for a in self.batch) * head_shape[1] // sizes.get(self.tensor, 1)
-
-    def chunk_length(self, max_logits: int) -> int:
-        """Equal chunks of M, as long as the logits of a chunk allow on a device."""
-        if not self.length:
-            return 0
-        count = math.ceil(self.length / max(1, max_logits // max(1, self.column)))
-        return math.ceil(self.length / count)
-
-    def run(self, local, ins: tuple[str, ...], outs: tuple[str, ...]):
-        """`local` over the shards, its arguments and results each "rows" [B, ...], "logits" [B, M, V] or "head"."""
-        if not self.split:
-            return local
-        named = {
-            "rows": P(self.batch),
-            "logits": P(self.batch, None, self.tensor),
-            "head": P(self.fsdp, self.tensor),
-        }
-        specs = [tuple(named[name] for name in names) for names in (ins, outs)]
-        return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)
-
-    def gather_head(self, head):
-        return jax.lax.all_gather(head, self.fsdp, axis=0, tiled=True) if self.fsdp else head
-
-    def scatter_head(self, d_head):
-        """The transpose of `gather_head`, summed over the rows' shards."""
-        others = tuple(a for a in self.batch if a != self.fsdp)
-        if self.fsdp:
-            d_head = jax.lax.psum_scatter(d_head, self.fsdp, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(d_head, others) if others else d_head
-
-    def of_logits(self, z, target, entropy):
-        """Log-probs of the targets, log-sum-exp, and entropies where they are asked for, of logits [B, M, V]."""
-        top = self.max_over_vocabulary(jnp.max(z, axis=-1))
-        e = jnp.exp(z - top[..., None])
-        total = self.sum_over_vocabulary(jnp.sum(e, axis=-1))
-        lse = top + jnp.log(total)
-        logprob = self.sum_over_vocabulary(self.of_target(z, target)) - lse
-        if not entropy:
-            return logprob, lse
-        # H = lse - sum p z, with z measured from its maximum so that nothing large cancels
-        mean = self.sum_over_vocabulary(jnp.sum(e * (z - top[..., None]), axis=-1)) / total
-        return logprob, lse, jnp.log(total) - mean
-
-    def of_products(self, d_z, h, head):
-        """The gradients of hidden states and of the head that those of the logits make."""
-        d_z = d_z.astype(h.dtype)  # matmuls in the compute dtype, accumulated in float32
-        d_h = self.sum_over_vocabulary(_matmul(d_z, head, (((2,), (1,)), ((), ())))).astype(h.dtype)
-        return d_h, _matmul(h, d_z, (((0, 1), (0, 1)), ((), ())))
-
-    def of_target(self, z, target):
-        """The number of `z` [B, M, V] at each target, 0 where that is of another shard.
-
-        A GPU would read all of `z` once more to compare; it gathers, where the array is a device's own.
-        """
-        width = z.shape[-1]
-        if platform() != "gpu" or not self.own:
-            return jnp.sum(jnp.where(_hits(target, width, 0), z, 0), axis=-1)
-        found = jnp.take_along_axis(z, target[..., None], axis=-1, mode="clip")[..., 0]
-        return jnp.where((target >= 0) & (target < width), found, 0)
-
-    def vocabulary_offset(self, head):
-        return jax.lax.axis_index(self.tensor) * head.shape[1] if self.tensor else 0
-
-    def sum_over_vocabulary(self, x):
-        return jax.lax.psum(x, self.tensor) if self.tensor else x
-
-    def max_over_vocabulary(self, x):
-        return jax.lax.pmax(x, self.tensor) if self.tensor else x
-
-
 def _dot(weights, logprobs):
     return jnp.sum(jnp.where(weights != 0, weights * logprobs, 0))
-
-
-def _matmul(a, b, dims):
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.dot_general(a, b, dims, precision=product_precision(a.dtype), preferred_element_type=wide)
-
-
-def _hits(target, width, offset):
-    """Where the vocabulary index is the target's: a comparison, which unlike a gather stays within a shard."""
-    return jax.lax.broadcasted_iota(jnp.int32, (*target.shape, width), 2) + offset == target[..., None]
-
-
-def _over_chunks(fn, carry, arrays, length):
-    """`fn(carry, chunk of arrays) -> (carry, outputs)` along dim 1 of the arrays; one call where one chunk will do."""
-    m = arrays[0].shape[1]
-    if length >= m:
-        return fn(carry, arrays)
-    count = math.ceil(m / length)
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, count * length - m)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, length, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], count * length, *x.shape[3:])[:, :m]
-
-    carry, outputs = jax.lax.scan(fn, carry, jax.tree.map(cut, arrays))
-    return carry, jax.tree.map(join, outputs)
 
 
 def scalar_readout(hidden: jax.Array, kernel: jax.Array, readouts: Readouts) -> jax.Array:

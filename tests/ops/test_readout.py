@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.ops import readout
+from jaxalign.ops import vocabulary
 from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.logits import Head
 from jaxalign.ops.readout import completion_sums, pairs, scalar_readout, token_logprobs, weighted_logprobs
@@ -117,7 +117,7 @@ def test_a_gpu_gathers_what_others_compare(axes, monkeypatch, x64):
     hidden, head, readouts, g = case()
     fn = lambda h, w: token_logprobs(h, w, readouts, entropy=True, max_logits=V * 4)  # noqa: E731
     expected = values_and_grads(fn, g)(hidden, head)
-    monkeypatch.setattr(readout, "platform", lambda: "gpu")
+    monkeypatch.setattr(vocabulary, "platform", lambda: "gpu")
     mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), axes, strict=True))) if axes else None
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         found = values_and_grads(fn, g)(hidden, head)
@@ -154,10 +154,10 @@ def test_dims_that_the_mesh_does_not_divide(x64):
     """23 tokens over 2, 15 dims over 2, 7 rows over 4: what does not divide stays whole."""
     hidden, head, readouts, g = case()
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    for rows, dim, vocabulary in ((8, 15, 24), (8, 16, 23), (7, 15, 23)):
-        h, w = hidden[:rows, :, :dim], head[:dim, :vocabulary]
+    for rows, dim, width in ((8, 15, 24), (8, 16, 23), (7, 15, 23)):
+        h, w = hidden[:rows, :, :dim], head[:dim, :width]
         r = jax.tree.map(lambda x, n=rows: x[:n], readouts)
-        r = r._replace(target=r.target % vocabulary)
+        r = r._replace(target=r.target % width)
         fn = lambda h, w, r=r: token_logprobs(h, w, r, entropy=True)  # noqa: E731
         expected = values_and_grads(fn, g[:, :rows])(h, w)
         with jax.set_mesh(mesh):
