@@ -33,7 +33,7 @@ _WITH_SPARSE_CORES = ("TPU v6",)
 # Where weights are split but no heads, a TPU's compiler multiplies by them piece by piece as they come, and cuts, turns
 # and pads the activations for it: more than half of its traffic.  From so many tokens of a device on, whole products
 # take less time (predicted for an 8B model on 8 chips), though their gradients are then summed beside no other work;
-# from half as many on where SparseCores sum them.
+# where SparseCores sum them, from an eighth of that on.
 _MANY_TOKENS = 2**14
 _WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000}
 # A layer's gradients go out as each is made.  Joined, they wait whole for the last: compiled for 8 H200, a step of an
@@ -63,7 +63,7 @@ def compiler_options(*, update: bool = False, tokens: int = 0) -> Options:
         sparse = getattr(device, "device_kind", "").startswith(_WITH_SPARSE_CORES)
         if update and sparse:
             found = found | _SPARSE_CORES
-        if tokens >= (_MANY_TOKENS // 2 if sparse else _MANY_TOKENS) and mesh.shape.get("tensor", 1) == 1:
+        if tokens >= (_MANY_TOKENS // 8 if sparse else _MANY_TOKENS) and mesh.shape.get("tensor", 1) == 1:
             found = found | _WHOLE_PRODUCTS
     if platform == "gpu":
         share = pool_share(getattr(device, "device_kind", ""))

@@ -54,7 +54,7 @@ def make_train_step(
     """
     roles = tuple(sorted(optimizers))
 
-    def by_role(loss, params, frozen, batch, count=grad_accum_steps):
+    def by_role(loss, params, frozen, batch):
         """Gradients of `loss(parameters of one role, rows) -> (scalar, sums)` over all micro-batches, and the sums."""
         grads, found = {}, Sums({})
         for role in roles:
@@ -62,7 +62,7 @@ def make_train_step(
             if grads:  # frees one model's activations before the next model's forward pass
                 own, grads = jax.lax.optimization_barrier((own, grads))
             of_trained = lambda own, micro, role=role: loss(joined({role: own}, frozen), micro)  # noqa: E731
-            grad, sums = _gradients(of_trained, own, batch, count)
+            grad, sums = _gradients(of_trained, own, batch, grad_accum_steps)
             grads = grads | {role: grad}
             found = Sums(*(there | new for there, new in zip(found, sums, strict=True)))
         return grads, found

@@ -39,9 +39,9 @@ def test_sparse_cores_take_whole_products_sooner(platform, monkeypatch):
     v6e = types.SimpleNamespace(
         abstract_device=types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite"), shape={}
     )
-    few = options.compiler_options(update=True, tokens=2**13).keys()
+    few = options.compiler_options(update=True, tokens=2**11).keys()
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: v6e)
-    assert options.compiler_options(update=True, tokens=2**13).keys() - few == {
+    assert options.compiler_options(update=True, tokens=2**11).keys() - few == {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib",
         "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
     }
