@@ -123,13 +123,14 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs):
         D, F = config.embed_dim, config.mlp_dim
         bias = config.mlp_bias
-        self.gated = {None: swiglu, "gelu_tanh": geglu}[config.activation]
+        self.activation = config.activation
         self.gate = Linear(config, (D,), (F,), bias, rngs)
         self.up = Linear(config, (D,), (F,), bias, rngs)
         self.down = Linear(config, (F,), (D,), bias, rngs)
 
     def __call__(self, x):
-        return self.down(constrain(self.gated(self.gate(x), self.up(x)), "batch", None, "tensor"))
+        gated = {None: swiglu, "gelu_tanh": geglu}[self.activation]
+        return self.down(constrain(gated(self.gate(x), self.up(x)), "batch", None, "tensor"))
 
 
 class Block(nnx.Module):
