@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
@@ -157,20 +157,22 @@ def heads(hf: Mapping[str, Any], num_kv_heads: int | None = None, head_dim: int 
     return num, num_kv, head_dim
 
 
-def windows(hf: Mapping[str, Any], window: int | None, first: int = 0) -> tuple[int | None, ...] | None:
+def windows(
+    hf: Mapping[str, Any], window: int | None, slides: Callable[[int], bool] = lambda layer: True
+) -> tuple[int | None, ...] | None:
     """Each layer's window, by `layer_types`; None where no layer has one.
 
     Args:
       hf: the parsed `config.json`.
       window: of the layers that have one; None: of none.
-      first: where there are no `layer_types`, the first layer that has it.
+      slides: where there are no `layer_types`, which layers have it.
 
     Raises:
       InputError: types that are not one of each layer, or not known.
     """
     layers, types = integer(hf, "num_hidden_layers"), hf.get("layer_types")
     if types is None:
-        types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
+        types = [_FULL if window is None or not slides(i) else _SLIDING for i in range(layers)]
     if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {_FULL, _SLIDING}:
         raise wrong("layer_types", types, f"{layers} of {_FULL!r} and {_SLIDING!r}")
     if window is None and _SLIDING in types:

@@ -85,7 +85,8 @@ def _of_all(names: Sequence[str], name: str) -> Iterator[None]:
         if not error.fix.startswith("--on="):
             raise
         mended = error.fix.removeprefix("--on=")
-        fix = f"--on={','.join(mended if each == name else each for each in names)}"
+        each_once = dict.fromkeys(mended if each == name else each for each in names)
+        fix = f"--on={','.join(each_once)}"
         raise InputError(error.problem, error.expected, fix, error.places) from None
 
 

@@ -14,6 +14,14 @@ from jaxalign.plan.account import account
 LAYERS, D, F, ROWS = 8, 1024, 4096, 2048
 
 
+def on_fsdp(machine):
+    """Devices that are not there, their mesh, and how stacked weights and rows are split over it."""
+    devices = machines.absent_devices(machine)
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    return devices, mesh, split, rows
+
+
 def forward(layers, x):
     """Layers whose weights are split over the devices, gathered in the loop."""
 
@@ -24,11 +32,13 @@ def forward(layers, x):
     return jax.lax.scan(body, x, layers)[0]
 
 
+def loss(layers, x):
+    return forward(layers, x).astype(jnp.float32).sum()
+
+
 @pytest.mark.parametrize("machine", ["tpu:v5p:2x2x1", "tpu:v6e:2x2"])
 def test_a_tpu_gathers_beside_its_products(machine):
-    devices = machines.absent_devices(machine)
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    devices, mesh, split, rows = on_fsdp(machine)
     shape = jax.ShapeDtypeStruct
     layers = [shape((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((D, F), (F, D))]
     x = shape((ROWS * len(devices), D), jnp.bfloat16, sharding=rows)
@@ -42,9 +52,7 @@ def test_a_tpu_gathers_beside_its_products(machine):
 
 def test_a_torus_of_three_axes_gathers():
     """Without the option each device's part is summed with zeros, twice the bytes, and nothing runs beside it."""
-    devices = machines.absent_devices("tpu:v5p:4x4x4")
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    devices, mesh, split, rows = on_fsdp("tpu:v5p:4x4x4")
     layers = [jax.ShapeDtypeStruct((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((8192, F), (F, 8192))]
     x = jax.ShapeDtypeStruct((ROWS * len(devices), 8192), jnp.bfloat16, sharding=rows)
     with jax.set_mesh(mesh):
@@ -56,14 +64,9 @@ def test_a_torus_of_three_axes_gathers():
 
 def test_sparse_cores_sum_gradients():
     """Of one layer while those of the next are made; elsewhere only a train step is compiled with the option."""
-    devices = machines.absent_devices("tpu:v6e:2x4")
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    devices, mesh, split, rows = on_fsdp("tpu:v6e:2x4")
     layers = [jax.ShapeDtypeStruct((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((D, F), (F, D))]
     x = jax.ShapeDtypeStruct((ROWS * len(devices), D), jnp.bfloat16, sharding=rows)
-
-    def loss(layers, x):
-        return forward(layers, x).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         given = options.compiler_options(update=True, tokens=2**14)
@@ -79,9 +82,7 @@ def test_sparse_cores_sum_gradients():
 def test_a_tpu_multiplies_whole_where_tokens_are_many():
     """Without the option, products with large weights that are split cut and put together what they multiply."""
     tokens, width = 2**14, 4096
-    devices = machines.absent_devices("tpu:v5p:2x2x2")
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    devices, mesh, split, rows = on_fsdp("tpu:v5p:2x2x2")
     weights = jax.ShapeDtypeStruct((LAYERS, width, width), jnp.bfloat16, sharding=split)
     x = jax.ShapeDtypeStruct((len(devices), tokens, width), jnp.bfloat16, sharding=rows)
 
@@ -109,14 +110,9 @@ def test_a_tpu_multiplies_whole_where_tokens_are_many():
 )
 def test_gradients_go_out_as_they_are_made(machine, update, joined):
     """In a training step, where those that wait take memory, and over a network are not hidden."""
-    devices = machines.absent_devices(machine)
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    split, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp"), ("fsdp",)))
+    devices, mesh, split, rows = on_fsdp(machine)
     layers = [jax.ShapeDtypeStruct((LAYERS, *dims), jnp.bfloat16, sharding=split) for dims in ((D, F), (F, D))]
     x = jax.ShapeDtypeStruct((ROWS * len(devices), D), jnp.bfloat16, sharding=rows)
-
-    def loss(layers, x):
-        return forward(layers, x).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         given = options.compiler_options(update=update)

@@ -170,3 +170,9 @@ def test_the_command(seconds, status, planned, shared, tmp_path, capsys, monkeyp
     said = capsys.readouterr()
     assert "--model.remat=full" in said.out and (status == 0 or A100 in said.err)
     assert json.loads(out.read_text()) == found
+
+
+def test_what_mends_a_machines_name_is_no_machine_named_twice():
+    with pytest.raises(InputError) as caught:
+        wanted("gpu:h101:1x8x1,gpu:h100:1x8x1", [], read_machines())
+    assert caught.value.fix == "--on=gpu:h100:1x8x1"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.families import gemma, llama
-from jaxalign.models.hf_fields import WINDOWS, integer, number, window_of, windows
+from jaxalign.models.hf_fields import WINDOWS, number, window_of, windows
 from jaxalign.models.hf_names import Row
 
 # Of transformers' Gemma2Config, where a file does not say.
@@ -23,12 +23,8 @@ def _cap(hf: Mapping[str, Any], name: str, default: float) -> float | None:
 
 
 def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    fields, window, types = gemma.common(hf, NUM_KV_HEADS), window_of(hf, WINDOW), hf.get("layer_types")
-    if types is None and window is not None:
-        layers = range(integer(hf, "num_hidden_layers"))
-        types = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
-    return fields | {
-        "windows": windows(dict(hf) | {"layer_types": types}, window),
+    return gemma.common(hf, NUM_KV_HEADS) | {
+        "windows": windows(hf, window_of(hf, WINDOW), lambda layer: layer % 2 == 0),
         "norms": "both",
         "attention_scale": number(_SCALAR, hf.get(_SCALAR), 256) ** -0.5,
         "attention_softcap": _cap(hf, _SCORES, 50.0),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.families import mistral
-from jaxalign.models.hf_fields import decoder, number, window_of, windows, wrong
+from jaxalign.models.hf_fields import decoder, number, wrong
 
 _GROWTH = "llama_4_scaling_beta"
 _UNREAD = "max_position_embeddings"  # stands among the rope's fields too, where nothing reads it
@@ -28,11 +28,8 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
     if fields["rope"].kind != "yarn":
         raise wrong("rope_parameters", stated, "rope_type 'yarn', which this family has")
-    window = window_of(hf, None)
-    found = windows(hf, window)
-    if set(found or (None,)) != {window}:
-        raise wrong("layer_types", hf["layer_types"], "the same for all layers; others are model_type 'ministral'")
-    return fields | {"rope": dataclasses.replace(fields["rope"], query_growth=growth), "windows": found}
+    rotary = dataclasses.replace(fields["rope"], query_growth=growth)
+    return fields | {"rope": rotary, "windows": mistral.one_window(hf, None)}
 
 
 FAMILY = dataclasses.replace(

@@ -13,12 +13,22 @@ from jaxalign.models.hf_fields import DECODER, NEUTRAL, WINDOWS, decoder, window
 NUM_KV_HEADS, WINDOW = 8, 4096
 
 
-def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    window = window_of(hf, WINDOW)
+def one_window(hf: Mapping[str, Any], default: int | None) -> tuple[int | None, ...] | None:
+    """The window of all layers; other `layer_types` are refused: transformers' class does not read them.
+
+    Args:
+      hf: the parsed `config.json`.
+      default: where the file does not say.
+    """
+    window = window_of(hf, default)
     found = windows(hf, window)
-    if set(found or (None,)) != {window}:  # transformers' class does not read them
+    if set(found or (None,)) != {window}:
         raise wrong("layer_types", hf["layer_types"], "the same for all layers; others are model_type 'ministral'")
-    return decoder(hf, num_kv_heads=NUM_KV_HEADS) | {"windows": found}
+    return found
+
+
+def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return decoder(hf, num_kv_heads=NUM_KV_HEADS) | {"windows": one_window(hf, WINDOW)}
 
 
 FAMILY = Family(

@@ -17,7 +17,8 @@ HONOURED = DECODER | WINDOWS | {"use_sliding_window", "max_window_layers"}
 def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...] | None:
     """The windows of the layers from `max_window_layers` on, or by `layer_types`, where they are in use."""
     window = window_of(hf, WINDOW) if flag(hf, "use_sliding_window") else None
-    return windows(hf, window, whole_number(hf, "max_window_layers", FIRST))
+    first = whole_number(hf, "max_window_layers", FIRST)
+    return windows(hf, window, lambda layer: layer >= first)
 
 
 def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
