@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.models import families, hf_fields
+from jaxalign.models import families, hf_fields, hf_values
 from jaxalign.models.family import Family
 from jaxalign.models.hub import CONFIG, read_json
 from jaxalign.ops.rope import Rope
@@ -112,12 +112,12 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
     _one_of("remat", remat, REMAT)
     labels = hf.get("id2label")
     if not isinstance(labels, (Mapping, type(None))):
-        raise hf_fields.wrong("id2label", labels, "an object of names by number, or no such field")
+        raise hf_values.wrong("id2label", labels, "an object of names by number, or no such field")
     if "max_position_embeddings" in hf:
-        hf_fields.integer(hf, "max_position_embeddings")
-    ends, vocabulary = hf_fields.token_ids(hf, "eos_token_id"), hf_fields.integer(hf, "vocab_size")
+        hf_values.integer(hf, "max_position_embeddings")
+    ends, vocabulary = hf_values.token_ids(hf, "eos_token_id"), hf_values.integer(hf, "vocab_size")
     if any(i >= vocabulary for i in ends):
-        raise hf_fields.wrong("eos_token_id", hf["eos_token_id"], f"an id of the vocabulary, below {vocabulary}")
+        raise hf_values.wrong("eos_token_id", hf["eos_token_id"], f"an id of the vocabulary, below {vocabulary}")
     if built == "score" and labels is not None and len(labels) != 1:
         raise InputError(
             f"id2label with {len(labels)} labels in config.json",
@@ -142,7 +142,7 @@ def _built(hf: Mapping[str, Any], family: Family) -> str:
         if isinstance(named, list) and named[0] == architecture:
             return head
     raise InputError(
-        f"architectures {hf_fields.shown(named)} in config.json",
+        f"architectures {hf_values.shown(named)} in config.json",
         " or ".join(family.architectures.values()),
         "--config.model.path=such a checkpoint",
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.models.hub import CONFIG
-from jaxalign.ops.rope import KINDS, Rope, Yarn
+from jaxalign.models.hf_rope import rope
+from jaxalign.models.hf_values import flag, integer, number, shown, wrong
 
 # Fields that say nothing of a forward pass: bookkeeping, token ids, generation defaults of old files.
 _BOOKKEEPING_NAMES = """
@@ -25,27 +23,6 @@ _BOOKKEEPING_NAMES = """
     use_bfloat16 use_cache use_return_dict
 """  # pretraining_tp splits matmuls into parts that are summed: the same mathematics
 _BOOKKEEPING = frozenset(_BOOKKEEPING_NAMES.split())
-
-_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-_YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
-
-# Beyond these a number is a mistake: the shapes of such a model alone would take hours.
-_MOST: Mapping[str, int] = {
-    "vocab_size": 1 << 28,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 24,
-    "num_hidden_layers": 1 << 12,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "sliding_window": 1 << 30,
-    "max_position_embeddings": 1 << 40,
-}
 
 
 def check_known(hf: Mapping[str, Any], honoured: frozenset[str], neutral: Mapping[str, tuple]) -> None:
@@ -192,141 +169,3 @@ def window_of(hf: Mapping[str, Any], default: int | None) -> int | None:
 
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-def token_ids(hf: Mapping[str, Any], name: str, file: str = CONFIG) -> list[int]:
-    """The ids in a field that holds one, several, or null.
-
-    Raises:
-      InputError: something else is there.
-    """
-    value = hf.get(name)
-    found = value if isinstance(value, list) else [value]
-    ids = [i for i in found if i is not None]
-    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise InputError(
-            f"{name} is {shown(value)} in {file}",
-            "a token id, a list of them, or null",
-            f"the checkpoint's own {file}",
-        )
-    return [i for i in ids if i >= 0]  # files of old say -1 for none
-
-
-def wrong(name: str, value: Any, expected: str) -> InputError:
-    """What is said of a field's value."""
-    required = name in _MOST
-    return InputError(
-        f"{name} is {shown(value)} in config.json",
-        expected,
-        "the checkpoint's own config.json"
-        if required
-        else f"another checkpoint, or config.json without {name} if it is wrong",
-    )
-
-
-def shown(value: Any) -> str:
-    """A value as it is written, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        text = f"a number of {value.bit_length()} bits"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def integer(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A size, from 1 to what is no mistake; `default` where the field is missing or null."""
-    value = hf.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise wrong(name, value, "a positive whole number")
-    if value > _MOST.get(name, 1 << 40):
-        raise wrong(name, value, f"at most {_MOST.get(name, 1 << 40):,}")
-    return value
-
-
-def whole_number(hf: Mapping[str, Any], name: str, default: int) -> int:
-    """A count, which may be 0."""
-    value = hf.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise wrong(name, value, "a whole number")
-    return value
-
-
-def number(name: str, value: Any, default: float | None) -> float:
-    """A positive number."""
-    value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise wrong(name, value, "a positive number")
-    return float(value)
-
-
-def flag(hf: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """True or false; false where the field is null, `default` where it is missing."""
-    value = hf.get(name, default)
-    if value not in (True, False, None):
-        raise wrong(name, value, "true or false")
-    return bool(value)
-
-
-def rope(hf: Mapping[str, Any]) -> Rope:
-    """The rotary embedding, from either form of config."""
-    new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
-    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if not isinstance(value, (Mapping, type(None))):
-            raise wrong(name, value, "an object with a rope_type, or null")
-    if new and old and _rope_type(new) != _rope_type(old):
-        raise wrong("rope_scaling", old, f"the same as rope_parameters {shown(new)}")
-    fields = dict(new or old or {})
-    theta = fields.pop("rope_theta", None)
-    theta = number("rope_theta", hf.get("rope_theta") if theta is None else theta, 10_000.0)
-    if hf.get("rope_theta") is not None and hf["rope_theta"] != theta:
-        raise wrong("rope_theta", hf["rope_theta"], f"the same as in rope_parameters, {theta:g}")
-    kind = _rope_type(fields)
-    fields.pop("rope_type", None), fields.pop("type", None)
-    if kind not in KINDS:
-        raise wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
-    if kind in ("llama3", "yarn") and fields.get("original_max_position_embeddings") is None:
-        fields["original_max_position_embeddings"] = hf.get("max_position_embeddings")
-    for name in _ROPE_FIELDS[kind]:
-        number(f"rope_parameters.{name}", fields.get(name), None)
-    for name, value in fields.items():
-        if name in _ROPE_FIELDS[kind] or value is None or (name == "partial_rotary_factor" and value == 1):
-            continue
-        if kind == "default" and name in _ROPE_FIELDS["llama3"]:
-            continue  # transformers ignores them for this type as well
-        if kind == "yarn" and name in _YARN_OPTIONS:
-            continue
-        raise wrong(f"rope_parameters.{name}", value, f"no such field for rope_type {kind!r}")
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "linear":
-        return Rope(kind, theta, float(fields["factor"]))
-    if kind == "yarn":
-        length = int(fields["original_max_position_embeddings"])
-        return Rope(kind, theta, float(fields["factor"]), original_length=length, yarn=_yarn(fields))
-    low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
-    if high <= low:
-        raise wrong("rope_parameters.high_freq_factor", high, f"more than low_freq_factor {low:g}")
-    return Rope(kind, theta, float(fields["factor"]), low, high, int(fields["original_max_position_embeddings"]))
-
-
-def _yarn(fields: Mapping[str, Any]) -> Yarn:
-    """Without an `attention_factor` it is made of `factor`, as transformers' `_compute_yarn_parameters` does."""
-    given = {name: fields[name] for name in _YARN_OPTIONS if fields.get(name) is not None}
-    truncate = given.pop("truncate", True)
-    if not isinstance(truncate, bool):
-        raise wrong("rope_parameters.truncate", truncate, "true or false")
-    given = {name: number(f"rope_parameters.{name}", value, None) for name, value in given.items()}
-
-    def scale(mscale: float) -> float:
-        return 0.1 * mscale * math.log(fields["factor"]) + 1 if fields["factor"] > 1 else 1.0
-
-    factor = scale(1.0)
-    if "mscale" in given and "mscale_all_dim" in given:
-        factor = scale(given["mscale"]) / scale(given["mscale_all_dim"])
-    fast, slow = given.get("beta_fast", 32.0), given.get("beta_slow", 1.0)
-    return Yarn(fast, slow, truncate, given.get("attention_factor", factor))
-
-
-def _rope_type(fields: Mapping[str, Any]) -> str:
-    return str(fields.get("rope_type") or fields.get("type") or "default")

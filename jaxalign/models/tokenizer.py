@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.models.hf_fields import token_ids
+from jaxalign.models.hf_values import token_ids
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
 
 # What transformers reads of a tokenizer.

@@ -8,7 +8,7 @@ from typing import Any
 from jaxalign.errors import InputError
 from jaxalign.models.families import gemma, gemma2, llama, ministral, ministral3, mistral, olmo2, qwen2, qwen3
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import shown
+from jaxalign.models.hf_values import shown
 
 FAMILIES: list[Family] = [
     llama.FAMILY,

@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxalign.models.families import llama
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import DECODER, decoder, flag
+from jaxalign.models.hf_fields import DECODER, decoder
+from jaxalign.models.hf_values import flag
 
 # Of transformers' GemmaConfig, where a file does not say.
 NUM_KV_HEADS, HEAD_DIM = 16, 256

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.families import gemma, llama
-from jaxalign.models.hf_fields import WINDOWS, number, window_of, windows
+from jaxalign.models.hf_fields import WINDOWS, window_of, windows
 from jaxalign.models.hf_names import Row
+from jaxalign.models.hf_values import number
 
 # Of transformers' Gemma2Config, where a file does not say.
 NUM_KV_HEADS, WINDOW = 4, 4096

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import DECODER, NEUTRAL, decoder, flag
+from jaxalign.models.hf_fields import DECODER, NEUTRAL, decoder
 from jaxalign.models.hf_names import Names, Row
+from jaxalign.models.hf_values import flag
 
 _LAYER = "model.layers.{layer}."
 

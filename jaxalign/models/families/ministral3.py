@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.families import mistral
-from jaxalign.models.hf_fields import decoder, number, wrong
+from jaxalign.models.hf_fields import decoder
+from jaxalign.models.hf_values import number, wrong
 
 _GROWTH = "llama_4_scaling_beta"
 _UNREAD = "max_position_embeddings"  # stands among the rope's fields too, where nothing reads it

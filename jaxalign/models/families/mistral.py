@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxalign.models.families import llama
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import DECODER, NEUTRAL, WINDOWS, decoder, window_of, windows, wrong
+from jaxalign.models.hf_fields import DECODER, NEUTRAL, WINDOWS, decoder, window_of, windows
+from jaxalign.models.hf_values import wrong
 
 # Of transformers' MistralConfig, where a file does not say.
 NUM_KV_HEADS, WINDOW = 8, 4096

@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxalign.models.families import llama
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import DECODER, NEUTRAL, decoder, flag
+from jaxalign.models.hf_fields import DECODER, NEUTRAL, decoder
 from jaxalign.models.hf_names import Row
+from jaxalign.models.hf_values import flag
 
 _LAYER = "model.layers.{layer}."
 

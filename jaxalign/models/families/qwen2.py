@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxalign.models.families import llama
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import DECODER, NEUTRAL, WINDOWS, decoder, flag, whole_number, window_of, windows
+from jaxalign.models.hf_fields import DECODER, NEUTRAL, WINDOWS, decoder, window_of, windows
+from jaxalign.models.hf_values import flag, whole_number
 
 # Of transformers' Qwen2Config and Qwen3Config, where a file does not say.
 NUM_KV_HEADS, WINDOW, FIRST = 32, 4096, 28

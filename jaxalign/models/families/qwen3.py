@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxalign.models.families import llama, qwen2
 from jaxalign.models.family import Family
-from jaxalign.models.hf_fields import NEUTRAL, decoder, flag
+from jaxalign.models.hf_fields import NEUTRAL, decoder
 from jaxalign.models.hf_names import Row
+from jaxalign.models.hf_values import flag
 
 
 def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""The rotary embedding of a Hugging Face `config.json`, from either form of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.models.hf_values import number, shown, wrong
+from jaxalign.ops.rope import KINDS, Rope, Yarn
+
+_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+
+
+def rope(hf: Mapping[str, Any]) -> Rope:
+    """The rotary embedding, from either form of config."""
+    new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, (Mapping, type(None))):
+            raise wrong(name, value, "an object with a rope_type, or null")
+    if new and old and _rope_type(new) != _rope_type(old):
+        raise wrong("rope_scaling", old, f"the same as rope_parameters {shown(new)}")
+    fields = dict(new or old or {})
+    theta = fields.pop("rope_theta", None)
+    theta = number("rope_theta", hf.get("rope_theta") if theta is None else theta, 10_000.0)
+    if hf.get("rope_theta") is not None and hf["rope_theta"] != theta:
+        raise wrong("rope_theta", hf["rope_theta"], f"the same as in rope_parameters, {theta:g}")
+    kind = _rope_type(fields)
+    fields.pop("rope_type", None), fields.pop("type", None)
+    if kind not in KINDS:
+        raise wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
+    if kind in ("llama3", "yarn") and fields.get("original_max_position_embeddings") is None:
+        fields["original_max_position_embeddings"] = hf.get("max_position_embeddings")
+    for name in _ROPE_FIELDS[kind]:
+        number(f"rope_parameters.{name}", fields.get(name), None)
+    for name, value in fields.items():
+        if name in _ROPE_FIELDS[kind] or value is None or (name == "partial_rotary_factor" and value == 1):
+            continue
+        if kind == "default" and name in _ROPE_FIELDS["llama3"]:
+            continue  # transformers ignores them for this type as well
+        if kind == "yarn" and name in _YARN_OPTIONS:
+            continue
+        raise wrong(f"rope_parameters.{name}", value, f"no such field for rope_type {kind!r}")
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(kind, theta, float(fields["factor"]))
+    if kind == "yarn":
+        length = int(fields["original_max_position_embeddings"])
+        return Rope(kind, theta, float(fields["factor"]), original_length=length, yarn=_yarn(fields))
+    low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
+    if high <= low:
+        raise wrong("rope_parameters.high_freq_factor", high, f"more than low_freq_factor {low:g}")
+    return Rope(kind, theta, float(fields["factor"]), low, high, int(fields["original_max_position_embeddings"]))
+
+
+def _yarn(fields: Mapping[str, Any]) -> Yarn:
+    """Without an `attention_factor` it is made of `factor`, as transformers' `_compute_yarn_parameters` does."""
+    given = {name: fields[name] for name in _YARN_OPTIONS if fields.get(name) is not None}
+    truncate = given.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise wrong("rope_parameters.truncate", truncate, "true or false")
+    given = {name: number(f"rope_parameters.{name}", value, None) for name, value in given.items()}
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(fields["factor"]) + 1 if fields["factor"] > 1 else 1.0
+
+    factor = scale(1.0)
+    if "mscale" in given and "mscale_all_dim" in given:
+        factor = scale(given["mscale"]) / scale(given["mscale_all_dim"])
+    fast, slow = given.get("beta_fast", 32.0), given.get("beta_slow", 1.0)
+    return Yarn(fast, slow, truncate, given.get("attention_factor", factor))
+
+
+def _rope_type(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("rope_type") or fields.get("type") or "default")
