@@ -30,7 +30,7 @@ class ModelConfig:
     num_kv_heads: int  # K
     head_dim: int  # H
     norm_eps: float
-    rope: Rope
+    rope: Rope  # of all layers, where there are no `ropes`
     tied: bool  # the head is the embedding transposed
     attention_bias: bool  # of queries, keys and values, and of attention's output where `output_bias` is None
     mlp_bias: bool
@@ -52,6 +52,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # the largest logit of the token head
     # Queries and keys are normalised before they turn, "head": head by head; "projection": all heads together.
     qk_norm: str | None = None
+    ropes: tuple[Rope | None, ...] | None = None  # of each layer, where they differ; None in it: nothing turns
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 

@@ -10,12 +10,13 @@ from jaxalign.models.cache import Seen
 from jaxalign.types import CausalByIndex, Rows
 
 KeysValues = tuple[jax.Array, jax.Array]  # of a layer, [B, K, S, H] each
+Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of each token's angles, [B, T, H / 2]
 
 
 class LayerInputs(NamedTuple):
     """What every layer receives; `seen` and `numbers` are its own, the rest is the same for all."""
 
-    rotation: tuple[jax.Array, jax.Array]  # cosine and sine of each token's angles, [B, T, H / 2]
+    rotations: tuple[Rotation | None, ...]  # of which `ropes.of_layer` is the layer's own
     rows: Rows  # [B, T]
     numbers: dict[str, jax.Array]  # the layer's own, such as a window; of all layers [L], which ride in the scan
     slots: jax.Array | None = None  # int32 [B, S], how intervals count each token; None: in their order
@@ -38,5 +39,5 @@ class Queries(NamedTuple):
     """The query tokens of a layer."""
 
     x: jax.Array  # [B, M, D], after the norm
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: Rotation | None  # of the query tokens; None: they do not turn
     rows: Rows  # [B, M]; the intervals are of the keys

@@ -135,7 +135,8 @@ def _one_by_one(
 
     *others, (last, numbers) = _each(layers, given.numbers)
     if platform() == "cpu":
-        given = given._replace(rotation=computed_once(given.rotation))
+        kept = tuple(None if rotation is None else computed_once(rotation) for rotation in given.rotations)
+        given = given._replace(rotations=kept)
     for own, own_numbers in others:
         x = run(own, x, given.of_layer(own_numbers))
     # What the last layer makes of a token is seen by no other: only those that are read go through it.

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.models import ropes, windows
 from jaxalign.models.cache import Cache, extend, of_layer
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries
+from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries, Rotation
 from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
-from jaxalign.models.windows import of_layers, visible_keys
 from jaxalign.ops.activation import geglu, swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_scores import Scores
@@ -27,7 +27,7 @@ from jaxalign.ops.logits import Head
 from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.readout import take_sources
-from jaxalign.ops.rope import frequencies, query_scale, rotate, rotations
+from jaxalign.ops.rope import query_scale, rotate
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
@@ -69,6 +69,11 @@ def _normed(norm: Norm | None, x):
     return x if norm is None else norm(x)
 
 
+def _turned(x, rotation: Rotation | None):
+    """Queries or keys by their positions; the same, in a layer where they do not turn."""
+    return x if rotation is None else rotate(x, *rotation)
+
+
 def _kept(x):
     """The same, by the name under which a rematerialisation policy may keep it."""
     return checkpoint_name(x, AROUND_ATTENTION)
@@ -89,22 +94,22 @@ class Attention(nnx.Module):
         sizes = {None: None, "head": ((H,), (H,)), "projection": ((N, H), (K, H))}[config.qk_norm]
         self.query_norm, self.key_norm = (None, None) if sizes is None else (Norm(config, *size) for size in sizes)
 
-    def __call__(self, x, given: LayerInputs, queries: Queries):
+    def __call__(self, x, rotation: Rotation | None, given: LayerInputs, queries: Queries):
         """The answers to the query tokens, and the keys and values of all tokens that they see: [B, K, S, H], with a
         cache as it holds them."""
-        q = rotate(_normed(self.query_norm, self.query(queries.x)), *queries.rotation)
+        q = _turned(_normed(self.query_norm, self.query(queries.x)), queries.rotation)
         if self.rope.query_growth is not None:
             scale = query_scale(queries.rows.positions, self.rope.query_growth, self.rope.original_length, q.dtype)
             q = q * scale[..., None, None].astype(q.dtype)
         q = _kept(constrain(q, "batch", None, "tensor", None))
-        k = rotate(_normed(self.key_norm, self.key(x)), *given.rotation)
+        k = _turned(_normed(self.key_norm, self.key(x)), rotation)
         k = _kept(constrain(k, "batch", None, "tensor", None))
         v = _kept(constrain(self.value(x), "batch", None, "tensor", None))
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if given.seen is not None:
             kept = extend(given.seen, *kept)
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in of_layer(given.seen, kept))
-        seen = visible_keys(given, queries.rows, k.shape[1])
+        seen = windows.visible_keys(given, queries.rows, k.shape[1])
         backend = choose_backend(
             *(q.shape[1], k.shape[1], q.dtype),
             causal=given.causal,
@@ -150,13 +155,13 @@ class Block(nnx.Module):
         self.mlp_out_norm = norm() if after else None
 
     def __call__(self, x, given: LayerInputs):
-        seen_x = _normed(self.attention_norm, x)
+        seen_x, rotation = _normed(self.attention_norm, x), ropes.of_layer(given)
         if given.queries is None:
-            queries = Queries(seen_x, given.rotation, given.rows)
+            queries = Queries(seen_x, rotation, given.rows)
         else:
-            x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, given.rotation, given.rows))
+            x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, rotation, given.rows))
             queries = Queries(_normed(self.attention_norm, x), *at)
-        attended, kept = self.attention(seen_x, given, queries)
+        attended, kept = self.attention(seen_x, rotation, given, queries)
         x = constrain(x + _normed(self.attention_out_norm, attended), "batch", None, None)
         made = _normed(self.mlp_out_norm, self.mlp(_normed(self.mlp_norm, x)))
         return constrain(x + made, "batch", None, None), kept
@@ -295,10 +300,9 @@ class Model:
         """What is not a layer, the tokens' vectors, and what every layer receives; `num_keys`: of a cache."""
         c = self.config
         ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
-        factor = 1.0 if c.rope.yarn is None else c.rope.yarn.attention_factor
-        rotation = rotations(rows.positions, frequencies(c.rope, c.head_dim), jnp.dtype(c.dtype), factor)
-        window, numbers = of_layers(c.windows, rows.tokens.shape[1] if num_keys is None else num_keys)
-        given = LayerInputs(rotation, rows, numbers, slots, backend=self.attention, window=window)
+        rotations, turns = ropes.of_layers(c.ropes or (c.rope,), rows.positions, c.head_dim, c.dtype)
+        window, widths = windows.of_layers(c.windows, rows.tokens.shape[1] if num_keys is None else num_keys)
+        given = LayerInputs(rotations, rows, turns | widths, slots, backend=self.attention, window=window)
         return ends, ends.embed(rows.tokens), given
 
     def head(self, params: Params) -> jax.Array | Head:

@@ -1,0 +1,60 @@
+"""Rotary embeddings: one for all layers, or a few of which each layer has one or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.models.layer_inputs import LayerInputs, Rotation
+from jaxalign.ops.rope import Rope, frequencies, rotations
+
+_NUMBER = "rotation"  # in `LayerInputs.numbers`, counts `LayerInputs.rotations`
+
+
+def of_layers(
+    ropes: tuple[Rope | None, ...], positions: jax.Array, head_dim: int, dtype: Any
+) -> tuple[tuple[Rotation | None, ...], dict[str, Any]]:
+    """The rotations that there are, and the number of each layer's.
+
+    All are made once, before the layers: a layer that made its own would compute sines, and again in the backward pass.
+
+    Args:
+      ropes: of each layer, None for a layer whose queries and keys do not turn; or the one of all layers.
+      positions: int32 [B, T].
+      head_dim: H.
+      dtype: of the computation.
+
+    Returns:
+      `LayerInputs.rotations` and `LayerInputs.numbers`.
+    """
+    kinds = tuple(dict.fromkeys(ropes))
+    made = tuple(None if rope is None else _made(rope, positions, head_dim, dtype) for rope in kinds)
+    numbers = np.array([kinds.index(rope) for rope in ropes], np.int32)
+    return made, {_NUMBER: numbers} if len(kinds) > 1 else {}
+
+
+def _made(rope: Rope, positions: jax.Array, head_dim: int, dtype: Any) -> Rotation:
+    factor = 1.0 if rope.yarn is None else rope.yarn.attention_factor
+    return rotations(positions, frequencies(rope, head_dim), jnp.dtype(dtype), factor)
+
+
+def of_layer(given: LayerInputs) -> Rotation | None:
+    """The rotation of a layer; None where its queries and keys do not turn.
+
+    A layer that runs by itself knows its number, and there is nothing to pick. In a loop the number is an array: cosine
+    and sine are selected by it, which joins the rotation's own loop and reads B T H numbers for each kind, beside
+    B T (N + K) H that are turned; no rotation is one of cosine 1 and sine 0.
+
+    Args:
+      given: what the layer receives, with its own numbers.
+    """
+    number = given.numbers.get(_NUMBER, np.int32(0))
+    if isinstance(number, np.integer):
+        return given.rotations[int(number)]
+    there = next(rotation for rotation in given.rotations if rotation is not None)
+    still = jnp.ones_like(there[0]), jnp.zeros_like(there[1])
+    cos, sin = zip(*(still if rotation is None else rotation for rotation in given.rotations), strict=True)
+    return jax.lax.select_n(number, *cos), jax.lax.select_n(number, *sin)
