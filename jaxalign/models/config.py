@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.models import families, hf_fields, hf_values
+from jaxalign.models.adapter import Adapter
 from jaxalign.models.family import Family
 from jaxalign.models.hub import CONFIG, read_json
 from jaxalign.ops.rope import Rope
@@ -54,6 +55,7 @@ class ModelConfig:
     qk_norm: str | None = None
     ropes: tuple[Rope | None, ...] | None = None  # of each layer, where they differ; None in it: nothing turns
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
+    adapter: Adapter | None = None  # that is trained beside the kernels
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property

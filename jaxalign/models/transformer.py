@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models import ropes, windows
+from jaxalign.models.adapter import base, fresh, has_adapter
 from jaxalign.models.cache import Cache, extend, of_layer
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries, Rotation
@@ -24,26 +25,45 @@ from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.embedding import lookup
 from jaxalign.ops.linear import linear
 from jaxalign.ops.logits import Head
+from jaxalign.ops.low_rank import LowRank, adapted
 from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.readout import take_sources
 from jaxalign.ops.rope import query_scale, rotate
+from jaxalign.ops.trees import join
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
 
 
 class Linear(nnx.Module):
-    """`y = x kernel + bias` over the last dims of x, in the compute dtype; the kernel is [*inputs, *outputs]."""
+    """`y = x kernel + bias` over the last dims of x, in the compute dtype; the kernel is [*inputs, *outputs].
 
-    def __init__(self, config: ModelConfig, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, rngs):
+    Where the model's adapter names its path it holds an update of the kernel beside it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, rngs
+    ):
         self.contracted = len(inputs)
         self.dtype = config.dtype
         dtype = jnp.dtype(config.param_dtype)
         self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), (*inputs, *outputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        update = None if config.adapter is None else config.adapter.update(path)
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32)))  # noqa: E731
+        self.lora_a = None if update is None else zeros(*inputs, update.rank)
+        self.lora_b = None if update is None else zeros(update.rank, *outputs)
+        self.magnitude = zeros(*outputs) if update is not None and config.adapter.dora else None
+        self.scale = 1.0 if update is None or update.scale is None else update.scale
 
     def __call__(self, x):
-        y = linear(x, self.kernel[...].astype(self.dtype), self.contracted)
+        kernel = self.kernel[...].astype(self.dtype)
+        if self.lora_a is None:
+            y = linear(x, kernel, self.contracted)
+        else:
+            magnitude = None if self.magnitude is None else self.magnitude[...]
+            update = LowRank(self.lora_a[...], self.lora_b[...] * self.scale, magnitude)
+            y = adapted(x, kernel, update, self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -87,10 +107,11 @@ class Attention(nnx.Module):
         self.rope = config.rope
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         bias = config.attention_bias
-        self.query = Linear(config, (D,), (N, H), bias, rngs)
-        self.key = Linear(config, (D,), (K, H), bias, rngs)
-        self.value = Linear(config, (D,), (K, H), bias, rngs)
-        self.out = Linear(config, (N, H), (D,), bias if config.output_bias is None else config.output_bias, rngs)
+        self.query = Linear(config, "attention/query", (D,), (N, H), bias, rngs)
+        self.key = Linear(config, "attention/key", (D,), (K, H), bias, rngs)
+        self.value = Linear(config, "attention/value", (D,), (K, H), bias, rngs)
+        bias = bias if config.output_bias is None else config.output_bias
+        self.out = Linear(config, "attention/out", (N, H), (D,), bias, rngs)
         sizes = {None: None, "head": ((H,), (H,)), "projection": ((N, H), (K, H))}[config.qk_norm]
         self.query_norm, self.key_norm = (None, None) if sizes is None else (Norm(config, *size) for size in sizes)
 
@@ -129,9 +150,9 @@ class Mlp(nnx.Module):
         D, F = config.embed_dim, config.mlp_dim
         bias = config.mlp_bias
         self.activation = config.activation
-        self.gate = Linear(config, (D,), (F,), bias, rngs)
-        self.up = Linear(config, (D,), (F,), bias, rngs)
-        self.down = Linear(config, (F,), (D,), bias, rngs)
+        self.gate = Linear(config, "mlp/gate", (D,), (F,), bias, rngs)
+        self.up = Linear(config, "mlp/up", (D,), (F,), bias, rngs)
+        self.down = Linear(config, "mlp/down", (F,), (D,), bias, rngs)
 
     def __call__(self, x):
         gated = {None: swiglu, "gelu_tanh": geglu}[self.activation]
@@ -196,9 +217,9 @@ class Ends(nnx.Module):
         if config.head == "score":
             # std 1 / sqrt(D + 1): scores start small beside the hidden state's unit scale (arXiv 2009.01325 app. C)
             scale = dataclasses.replace(config, initializer_range=(D + 1) ** -0.5)
-            self.score = Linear(scale, (D,), (1,), False, rngs)
+            self.score = Linear(scale, "score", (D,), (1,), False, rngs)
         elif not config.tied:
-            self.lm_head = Linear(config, (D,), (V,), False, rngs)
+            self.lm_head = Linear(config, "lm_head", (D,), (V,), False, rngs)
 
 
 @functools.lru_cache(maxsize=64)
@@ -240,7 +261,14 @@ class Model:
         params = _init(Ends, self.config, ends)
         keys = jax.random.split(layers, self.config.num_layers)
         params["layers"] = jax.vmap(lambda k: _init(Block, self.config, k))(keys)
+        if self.config.adapter is not None:
+            params = join(base(params), self.init_adapter(key, params["layers"]))
         return params
+
+    def init_adapter(self, key: jax.Array, kernels: Params) -> Params:
+        """The parameters of a fresh adapter, which changes nothing yet; arguments as `adapter.fresh` takes them."""
+        assert self.config.adapter is not None
+        return fresh(self.config.adapter, self.abstract(), key, kernels)
 
     def apply(
         self,
@@ -291,8 +319,14 @@ class Model:
         return ends.norm(x), keys, values
 
     def _layer(self, params: Params, x: jax.Array, given: LayerInputs) -> tuple[jax.Array, KeysValues]:
-        """One layer, of its own parameters."""
-        return nnx.merge(_graph(Block, self.config)[0], params)(x, given)
+        """One layer, of its own parameters; without those of an adapter it is the base model's."""
+        config = self.config
+        if config.adapter is not None:
+            if has_adapter(params):
+                params = config.adapter.scaled(params, given.numbers)
+            else:
+                config = dataclasses.replace(config, adapter=None)
+        return nnx.merge(_graph(Block, config)[0], params)(x, given)
 
     def _enter(
         self, params: Params, rows: Rows, slots: jax.Array | None = None, num_keys: int | None = None
@@ -302,7 +336,8 @@ class Model:
         ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
         rotations, turns = ropes.of_layers(c.ropes or (c.rope,), rows.positions, c.head_dim, c.dtype)
         window, widths = windows.of_layers(c.windows, rows.tokens.shape[1] if num_keys is None else num_keys)
-        given = LayerInputs(rotations, rows, turns | widths, slots, backend=self.attention, window=window)
+        numbers = turns | widths | (c.adapter.numbers() if c.adapter else {})
+        given = LayerInputs(rotations, rows, numbers, slots, backend=self.attention, window=window)
         return ends, ends.embed(rows.tokens), given
 
     def head(self, params: Params) -> jax.Array | Head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -10,13 +11,14 @@ from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
 
 
-def linear(x, kernel, contracted: int):
+def linear(x, kernel, contracted: int, *, kept: bool = True):
     """Contracts the last `contracted` dims of `x` with the first ones of `kernel`.
 
     Args:
       x: [..., *in].
       kernel: [*in, *out], of the same dtype.
       contracted: number of dims of `in`.
+      kept: whether a rematerialisation policy that keeps products keeps this one.
 
     Returns:
       [..., *out], of the dtype of `x`.
@@ -24,11 +26,11 @@ def linear(x, kernel, contracted: int):
     # As a matrix: in the derivative the compiler would copy a kernel of more dims, transposed, before its product.
     lead, out = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inputs = math.prod(kernel.shape[:contracted])
-    return _linear(x.reshape(*lead, inputs), kernel.reshape(inputs, -1)).reshape(*lead, *out)
+    return _linear(x.reshape(*lead, inputs), kernel.reshape(inputs, -1), kept).reshape(*lead, *out)
 
 
-@jax.custom_vjp
-def _linear(x, kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x, kernel, kept):
     """`x kernel`, [..., I] and [I, O].
 
     The kernel's gradient sums over all tokens, so one of its operands must be read across its rows, and the compiler
@@ -36,15 +38,20 @@ def _linear(x, kernel):
     output: in an mlp the widest array of the layer, recomputed and transposed element by element, at twice the time
     of the matmuls themselves on a CPU.  Here it is the narrower of the two.
     """
-    return _forward(x, kernel)[0]
+    return _forward(x, kernel, kept)[0]
 
 
-def _forward(x, kernel):
+def _forward(x, kernel, kept):
     # The matmul itself: a rematerialisation policy that saves dots does not look into a call of `_linear`.
-    return _product(x, kernel, (x.ndim - 1,), (0,)), (x, kernel)
+    if kept:
+        return _product(x, kernel, (x.ndim - 1,), (0,)), (x, kernel)
+    # With a batch dim, of size 1, since these policies save products without one.
+    dims = (((x.ndim,), (1,)), ((0,), (0,)))
+    y = jax.lax.dot_general(x[None], kernel[None], dims, precision=product_precision(x.dtype))
+    return y[0], (x, kernel)
 
 
-def _backward(saved, d_y):
+def _backward(kept, saved, d_y):
     x, kernel = saved
     inputs, outputs = kernel.shape
     tokens = tuple(range(x.ndim - 1))
