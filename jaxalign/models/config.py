@@ -118,9 +118,6 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
         raise hf_values.wrong("id2label", labels, "an object of names by number, or no such field")
     if "max_position_embeddings" in hf:
         hf_values.integer(hf, "max_position_embeddings")
-    ends, vocabulary = hf_values.token_ids(hf, "eos_token_id"), hf_values.integer(hf, "vocab_size")
-    if any(i >= vocabulary for i in ends):
-        raise hf_values.wrong("eos_token_id", hf["eos_token_id"], f"an id of the vocabulary, below {vocabulary}")
     if built == "score" and labels is not None and len(labels) != 1:
         raise InputError(
             f"id2label with {len(labels)} labels in config.json",
@@ -128,6 +125,9 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
             "--config.model.path=a checkpoint with num_labels 1",
         )
     fields = family.fields(hf) | {"head": head, "dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    if any(i >= fields["vocab_size"] for i in hf_values.token_ids(hf, "eos_token_id")):
+        expected = f"an id of the vocabulary, below {fields['vocab_size']}"
+        raise hf_values.wrong("eos_token_id", hf["eos_token_id"], expected)
     config = ModelConfig(**fields, hf_config=json.dumps(dict(hf)))
     if (count := _count(config)) > _MOST_NUMBERS:
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.models.hf_rope import rope
-from jaxalign.models.hf_values import flag, integer, number, shown, wrong
+from jaxalign.models.hf_values import FULL, SLIDING, flag, integer, number, shown, wrong
 
 # Fields that say nothing of a forward pass: bookkeeping, token ids, generation defaults of old files.
 _BOOKKEEPING_NAMES = """
@@ -147,15 +147,25 @@ def windows(
     Raises:
       InputError: types that are not one of each layer, or not known.
     """
+    types = layer_types(hf, lambda layer: window is not None and slides(layer))
+    if window is None and SLIDING in types:
+        raise wrong("layer_types", types, f"{FULL!r} alone, where sliding_window is not set or not used")
+    found = tuple(window if kind == SLIDING else None for kind in types)
+    return found if any(found) else None
+
+
+def layer_types(hf: Mapping[str, Any], slides: Callable[[int], bool]) -> list[str]:
+    """`layer_types`, or where there are none, `SLIDING` for those that `slides` says.
+
+    Raises:
+      InputError: types that are not one of each layer, or not known.
+    """
     layers, types = integer(hf, "num_hidden_layers"), hf.get("layer_types")
     if types is None:
-        types = [_FULL if window is None or not slides(i) else _SLIDING for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {_FULL, _SLIDING}:
-        raise wrong("layer_types", types, f"{layers} of {_FULL!r} and {_SLIDING!r}")
-    if window is None and _SLIDING in types:
-        raise wrong("layer_types", types, f"{_FULL!r} alone, where sliding_window is not set or not used")
-    found = tuple(window if kind == _SLIDING else None for kind in types)
-    return found if any(found) else None
+        return [SLIDING if slides(i) else FULL for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {FULL, SLIDING}:
+        raise wrong("layer_types", types, f"{layers} of {FULL!r} and {SLIDING!r}")
+    return types
 
 
 def window_of(hf: Mapping[str, Any], default: int | None) -> int | None:
@@ -166,6 +176,3 @@ def window_of(hf: Mapping[str, Any], default: int | None) -> int | None:
       default: where the file does not say.
     """
     return None if hf.get("sliding_window", default) is None else integer(hf, "sliding_window", default)
-
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.models.hf_values import number, shown, wrong
+from jaxalign.models.hf_values import FULL, SLIDING, number, shown, wrong
 from jaxalign.ops.rope import KINDS, Rope, Yarn
 
 _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -15,11 +15,39 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+LOCAL_THETA = "rope_local_base_freq"
 _YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
 
 
-def rope(hf: Mapping[str, Any]) -> Rope:
-    """The rotary embedding, from either form of config."""
+def ropes_by_type(hf: Mapping[str, Any], theta: float, sliding_theta: float) -> dict[str, Rope]:
+    """The rotary embeddings of families whose layers have one by their type.
+
+    `rope_parameters` holds both, as transformers 5 writes it; in older files `rope_theta` and `rope_scaling` are those
+    of layers that see everything, and layers with a window have `rope_local_base_freq` and are never scaled.
+
+    Args:
+      hf: the parsed `config.json`.
+      theta: where the file does not say.
+      sliding_theta: of layers with a window, where the file does not say.
+
+    Raises:
+      InputError: naming a field that is wrong or not honoured.
+    """
+    both = hf.get("rope_parameters")
+    both = {FULL: None, SLIDING: None} if both is None else both
+    if not isinstance(both, Mapping) or set(both) - {FULL, SLIDING}:
+        raise wrong("rope_parameters", both, f"an object with those of {FULL!r} and of {SLIDING!r}")
+    if hf.get(LOCAL_THETA) is not None:
+        number(LOCAL_THETA, hf[LOCAL_THETA], None)
+    local = {"rope_parameters": both.get(SLIDING), "rope_scaling": None, "rope_theta": hf.get(LOCAL_THETA)}
+    return {
+        FULL: rope({**hf, "rope_parameters": both.get(FULL)}, theta),
+        SLIDING: rope({**hf, **local}, sliding_theta),
+    }
+
+
+def rope(hf: Mapping[str, Any], default_theta: float = 10_000.0) -> Rope:
+    """The one rotary embedding, from either form of config; `default_theta` where the file does not say."""
     new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
     for name, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, (Mapping, type(None))):
@@ -28,7 +56,7 @@ def rope(hf: Mapping[str, Any]) -> Rope:
         raise wrong("rope_scaling", old, f"the same as rope_parameters {shown(new)}")
     fields = dict(new or old or {})
     theta = fields.pop("rope_theta", None)
-    theta = number("rope_theta", hf.get("rope_theta") if theta is None else theta, 10_000.0)
+    theta = number("rope_theta", hf.get("rope_theta") if theta is None else theta, default_theta)
     if hf.get("rope_theta") is not None and hf["rope_theta"] != theta:
         raise wrong("rope_theta", hf["rope_theta"], f"the same as in rope_parameters, {theta:g}")
     kind = _rope_type(fields)

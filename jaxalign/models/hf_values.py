@@ -22,6 +22,8 @@ _MOST: Mapping[str, int] = {
     "max_position_embeddings": 1 << 40,
 }
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # `layer_types`
+
 
 def token_ids(hf: Mapping[str, Any], name: str, file: str = CONFIG) -> list[int]:
     """The ids in a field that holds one, several, or null.

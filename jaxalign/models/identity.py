@@ -44,8 +44,13 @@ def describe(config: ModelConfig) -> str:
 
 def _stated(fields: dict[str, Any]) -> dict[str, Any]:
     """Without what is None: a field that came later leaves the digests of models without it as they were."""
-    stated = {name: value for name, value in fields.items() if value is not None}
-    return {name: _stated(value) if isinstance(value, dict) else value for name, value in stated.items()}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [of(each) for each in value]
+        return _stated(value) if isinstance(value, dict) else value
+
+    return {name: of(value) for name, value in fields.items() if value is not None}
 
 
 def identify(directory: Path) -> str:

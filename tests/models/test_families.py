@@ -15,6 +15,7 @@ from jaxalign.models.families import llama
 from jaxalign.models.hf_names import Names, Row, sizes
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
+from jaxalign.ops.rope import Rope
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
 
@@ -188,6 +189,10 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ("gemma2", {"sliding_window": None}, None),
         ("gemma2_uncapped", {"sliding_window": "absent"}, (4096, None, 4096)),
         ("ministral", {"layer_types": "absent", "sliding_window": None}, None),
+        ("gemma3", {}, (6, 6, None)),
+        ("gemma3", {"sliding_window_pattern": 2}, (6, None, 6)),
+        ("gemma3", {"sliding_window_pattern": "absent"}, (6, 6, 6)),
+        ("gemma3", {"layer_types": [FULL] * 3, "sliding_window": None}, None),
     ],
 )
 def test_windows_of_config_json(case, changes, windows):
@@ -211,6 +216,11 @@ def test_windows_of_config_json(case, changes, windows):
         ("gemma", "hidden_act", "relu"),
         ("gemma2", "use_bidirectional_attention", True),
         ("gemma2", "final_logit_softcapping", -1),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
+        ("gemma3", "rope_local_base_freq", "1e4"),
+        ("gemma3", "sliding_window_pattern", 0),
+        ("gemma3", "sliding_window", None),
     ],
 )
 def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
@@ -237,11 +247,23 @@ def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
         np.testing.assert_allclose(found, alone[:, part], rtol=0, atol=1e-9)
 
 
+def test_layers_turn_by_their_type():
+    """What is absent is what transformers' class has there; a window's layers are not scaled with the others."""
+    local, scaled = Rope(theta=5.0), Rope("linear", 50.0, 2.0)
+    assert read("gemma3").ropes == (local, local, scaled)
+    gone = dict.fromkeys(("rope_theta", "rope_scaling", "rope_local_base_freq"), "absent")
+    assert read("gemma3", **gone).ropes == (Rope(theta=1e4), Rope(theta=1e4), Rope(theta=1e6))
+    types = {"full_attention": None, "sliding_attention": {"rope_type": "default"}}
+    assert read("gemma3", **gone, rope_parameters=types).ropes == (Rope(theta=1e4), Rope(theta=1e4), Rope(theta=1e6))
+    assert read("gemma3_by_type").ropes == (Rope(theta=70.0), *[Rope("linear", 8.0, 3.0)] * 2)
+
+
 def test_sizes_that_a_file_leaves_out():
     assert read("qwen3", head_dim="absent").head_dim == 128
     assert read("gemma", head_dim="absent", tie_word_embeddings="absent").tied
     assert read("gemma2", **{name: "absent" for name in CASES["gemma2"] if "softcapping" in name}).logit_softcap == 30
     assert read("mistral", head_dim="absent", num_attention_heads=8, num_key_value_heads="absent").num_kv_heads == 8
+    assert read("gemma3", **dict.fromkeys(("head_dim", "vocab_size"), "absent")).vocab_size == 262_208
     assert read("mistral", num_key_value_heads=None).num_kv_heads == 4
 
 

@@ -1,4 +1,4 @@
-"""Windows of layers: what rows promise, how layers run and which backend attends change nothing."""
+"""Windows and ropes of layers: what rows promise, how layers run and which backend attends change nothing."""
 
 import dataclasses
 import functools
@@ -16,15 +16,17 @@ from jaxalign.models.cache import Cache
 from jaxalign.models.identity import describe
 from jaxalign.models.schedule import split_layers
 from jaxalign.models.transformer import Model
+from jaxalign.ops.rope import Rope
 from jaxalign.train.flops import flops_per_token
 from jaxalign.types import CausalByIndex, CausalByPosition, Rows
 from tests.models import tiny_models as tiny
 
 WINDOWS = {"one": (5, 5, 5), "some": (None, 5, 1), "all": (7, 3, 12)}
+ROPES = {"some": (Rope(theta=50.0), Rope("linear", 9.0, 2.0), Rope(theta=50.0)), "all": (Rope(theta=9.0), None, None)}
 
 
-def model_of(windows, attention=None, **changes) -> Model:
-    return Model(dataclasses.replace(tiny.model(**WIDE | changes).config, windows=windows), attention)
+def model_of(windows, attention=None, ropes=None, **changes) -> Model:
+    return Model(dataclasses.replace(tiny.model(**WIDE | changes).config, windows=windows, ropes=ropes), attention)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,7 +67,7 @@ def pair_of(prompt: int, chosen: int, rejected: int, causal=()) -> tuple[Rows, l
 def test_a_pair_around_its_prompt_equals_two_rows(windows, sizes, causal, x64):
     """Attention plain, short, and of rows sorted by position; some tokens are read; values and gradients."""
     rows, sequences, places = pair_of(*sizes, causal)
-    model = model_of(WINDOWS[windows])
+    model = model_of(WINDOWS[windows], ropes=ROPES.get(windows))
     params, rng = params_of(model), np.random.default_rng(1)
     read = [rng.choice(len(s), 10, replace=False) for s in sequences]
     weights = rng.normal(size=(2, 1, 10, 32))
@@ -78,11 +80,13 @@ def test_a_pair_around_its_prompt_equals_two_rows(windows, sizes, causal, x64):
     assert_close(grads, jax.tree.map(jnp.add, *(g for g, _ in alone)))
 
 
-@pytest.mark.parametrize("windows, lengths", [("one", (11, 4, 17)), ("some", (60, 9, 61)), ("some", (400, 200))])
+@pytest.mark.parametrize(
+    "windows, lengths", [("one", (11, 4, 17)), ("some", (60, 9, 61)), ("some", (400, 200)), ("all", (31, 50))]
+)
 def test_packed_rows_equal_each_alone(windows, lengths, x64):
     """With the promise, where windows move the starts, and without it; plain, short, causal and blocked; scanned with
     rematerialisation and one by one."""
-    windows = WINDOWS[windows]
+    windows, ropes = WINDOWS[windows], ROPES.get(windows)
     T, rng = sum(lengths), np.random.default_rng(2)
     tokens = rng.integers(0, 64, (1, T))
     first = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
@@ -93,21 +97,21 @@ def test_packed_rows_equal_each_alone(windows, lengths, x64):
     weights = rng.normal(size=(1, sources.size, 32))
     found = []
     for remat, causal in (("none", CausalByIndex()), ("full", ())):
-        model = model_of(windows, remat=remat)
+        model = model_of(windows, ropes=ropes, remat=remat)
         found.append(values(model, params_of(model), rows._replace(causal=causal), sources, weights))
     assert_close(*found)
-    model = model_of(windows)
+    model = model_of(windows, ropes=ropes)
     for begin, length in zip(np.cumsum([0, *lengths[:-1]]), lengths, strict=True):
         inside = np.flatnonzero((sources[0] >= begin) & (sources[0] < begin + length))
         alone = forward(model, params_of(model), tiny.causal(tokens[:, begin : begin + length]))[0]
         assert_close(found[0][1][:, inside], alone[:, sources[0, inside] - begin])
 
 
-@pytest.mark.parametrize("windows, arrays", [("one", 3), ("some", 3), ("some", 1)])
+@pytest.mark.parametrize("windows, arrays", [("one", 3), ("some", 3), ("some", 1), ("all", 3), ("all", 1)])
 def test_decoding_equals_the_full_forward(windows, arrays, x64, monkeypatch):
     """Ragged prompts padded on the left, a prefill, then token by token; with a cache for each layer and a deep one."""
     monkeypatch.setattr(schedule, "_A_TURN", 1)
-    model = model_of(WINDOWS[windows])
+    model = model_of(WINDOWS[windows], ropes=ROPES.get(windows))
     params, c = params_of(model), model.config
     B, P, R, S = 3, 9, 12, 24
     tokens = np.random.default_rng(0).integers(3, 64, (B, P + R)).astype(np.int32)
@@ -152,6 +156,16 @@ def test_windows_as_long_as_the_row_cost_nothing():
     assert program((30, 4096, None)) == program(None) != program((29, 4096, None))
 
 
+def test_one_rope_for_every_layer_costs_nothing():
+    rows, model = tiny.causal(np.zeros((2, 30), np.int32)), tiny.model()
+
+    def program(ropes):
+        other = Model(dataclasses.replace(model.config, ropes=ropes))
+        return jax.jit(lambda p: other.prefill(p, rows)).lower(model.abstract()).as_text()
+
+    assert program((model.config.rope,) * 3) == program(None) != program((model.config.rope, None, None))
+
+
 def test_a_promise_of_positions_is_checked():
     rows = tiny.causal(np.zeros((1, 6), np.int32), pad_left=2, pad_right=1)._replace(causal=CausalByIndex())
     check_layout(rows)
@@ -177,5 +191,5 @@ def test_fields_that_came_later_leave_descriptions_as_they_were():
     others = ({}, {"windows": (4, 4, 4)}, {"windows": (4, 4, None)}, {"qk_norm": "head"}, {"output_bias": True})
     others += ({"norms": "after"}, {"norms": "both"}, {"qk_norm": "projection"}, {"norm_offset": 1.0})
     others += ({"activation": "gelu_tanh"}, {"embed_scale": 2.0}, {"attention_scale": 2.0})
-    others += ({"attention_softcap": 2.0}, {"logit_softcap": 2.0})
+    others += ({"attention_softcap": 2.0}, {"logit_softcap": 2.0}, {"ropes": ROPES["some"]}, {"ropes": ROPES["all"]})
     assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == len(others)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from jaxalign.models import hf
+from jaxalign.models import families, hf
 from jaxalign.ops.logits import logits
 from jaxalign.rollout.continuous import continue_prompts
 from jaxalign.rollout.sampling import Sampling
@@ -66,11 +66,12 @@ def test_an_export_loads_and_generates_the_same(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen2_windows", "qwen3_windows", "mistral", "ministral", "ministral3", "olmo2", "gemma", "gemma2"]
+    "case",
+    ["qwen2_windows", "qwen3_windows", "mistral", "ministral", "ministral3", "olmo2", "gemma", "gemma2", "gemma3"],
 )
 def test_reward_models_both_ways(tmp_path, case):
     """transformers' sequence classifier scores the same here, and one of ours there."""
-    name = CASES[case]["architectures"][0].replace("CausalLM", "SequenceClassification")
+    name = families.find(CASES[case]).architectures["score"]
     config = CASES[case] | {"architectures": [name], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
     tiny.write(tmp_path / "theirs", config, tiny.tensors(config))
     tokens = FIXED_IDS["tiny"]

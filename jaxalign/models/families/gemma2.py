@@ -13,12 +13,12 @@ from jaxalign.models.hf_values import number
 
 # Of transformers' Gemma2Config, where a file does not say.
 NUM_KV_HEADS, WINDOW = 4, 4096
-_SCALAR, _SCORES, _LOGITS = "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"
+SCALAR, SCORES, LOGITS = "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"
 _UNREAD = frozenset({"cache_implementation", "sliding_window_size"})  # of old files; nothing reads them
 _LAYER = "model.layers.{layer}."
 
 
-def _cap(hf: Mapping[str, Any], name: str, default: float) -> float | None:
+def cap(hf: Mapping[str, Any], name: str, default: float | None) -> float | None:
     """None where it is null."""
     return None if hf.get(name, default) is None else number(name, hf.get(name), default)
 
@@ -27,9 +27,9 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     return gemma.common(hf, NUM_KV_HEADS) | {
         "windows": windows(hf, window_of(hf, WINDOW), lambda layer: layer % 2 == 0),
         "norms": "both",
-        "attention_scale": number(_SCALAR, hf.get(_SCALAR), 256) ** -0.5,
-        "attention_softcap": _cap(hf, _SCORES, 50.0),
-        "logit_softcap": _cap(hf, _LOGITS, 30.0),
+        "attention_scale": number(SCALAR, hf.get(SCALAR), 256) ** -0.5,
+        "attention_softcap": cap(hf, SCORES, 50.0),
+        "logit_softcap": cap(hf, LOGITS, 30.0),
     }
 
 
@@ -39,7 +39,7 @@ FAMILY = dataclasses.replace(
     model_types=("gemma2",),
     architectures={"lm": "Gemma2ForCausalLM", "score": "Gemma2ForSequenceClassification"},
     fields=_fields,
-    honoured=gemma.FAMILY.honoured | WINDOWS | _UNREAD | {_SCALAR, _SCORES, _LOGITS},
+    honoured=gemma.FAMILY.honoured | WINDOWS | _UNREAD | {SCALAR, SCORES, LOGITS},
     names=llama.FAMILY.names.with_rows(
         Row(_LAYER + "post_attention_layernorm.weight", "layers/attention_out_norm/scale", "D -> D"),
         Row(_LAYER + "pre_feedforward_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
