@@ -68,7 +68,12 @@ def check_not_quantised(hf: Mapping[str, Any]) -> None:
 
 
 def decoder(
-    hf: Mapping[str, Any], *, num_kv_heads: int | None = None, head_dim: int | None = None, norm_eps: float = 1e-6
+    hf: Mapping[str, Any],
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+    rope_theta: float = 10_000.0,
 ) -> dict[str, Any]:
     """The fields of `ModelConfig` that every decoder with rotary positions and gated mlps has; no biases.
 
@@ -77,6 +82,7 @@ def decoder(
       num_kv_heads: where the file does not say; None: as many as query heads.
       head_dim: where the file does not say; None: what the hidden size gives each query head.
       norm_eps: where the file does not say.
+      rope_theta: where the file does not say.
 
     Raises:
       InputError: naming a field that is missing or wrong.
@@ -91,7 +97,7 @@ def decoder(
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "norm_eps": number("rms_norm_eps", hf.get("rms_norm_eps"), norm_eps),
-        "rope": rope(hf),
+        "rope": rope(hf, rope_theta),
         "tied": flag(hf, "tie_word_embeddings"),
         "attention_bias": False,
         "mlp_bias": False,

@@ -189,6 +189,11 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ("gemma2", {"sliding_window": None}, None),
         ("gemma2_uncapped", {"sliding_window": "absent"}, (4096, None, 4096)),
         ("ministral", {"layer_types": "absent", "sliding_window": None}, None),
+        ("olmo3", {}, (None, 6, 6)),
+        ("olmo3_by_type", {}, (5, 5, 5, None)),
+        ("smollm3", {"sliding_window": 7}, None),
+        ("smollm3_windows", {}, (None, 6, None)),
+        ("smollm3_windows", {"sliding_window": None}, None),
         ("gemma3", {}, (6, 6, None)),
         ("gemma3", {"sliding_window_pattern": 2}, (6, None, 6)),
         ("gemma3", {"sliding_window_pattern": "absent"}, (6, 6, 6)),
@@ -216,6 +221,12 @@ def test_windows_of_config_json(case, changes, windows):
         ("gemma", "hidden_act", "relu"),
         ("gemma2", "use_bidirectional_attention", True),
         ("gemma2", "final_logit_softcapping", -1),
+        ("olmo3", "rope_theta", 1e6),
+        ("olmo3", "rope_local_base_freq", 1e4),
+        ("smollm3", "no_rope_layers", [1, 0]),
+        ("smollm3", "no_rope_layers", [1, 0, 2]),
+        ("smollm3", "no_rope_layer_interval", 0),
+        ("smollm3", "layer_types", [SLIDES] * 3),  # use_sliding_window is false
         ("gemma3", "attn_logit_softcapping", 50.0),
         ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
         ("gemma3", "rope_local_base_freq", "1e4"),
@@ -228,7 +239,7 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
         read(case, **{field: value})
 
 
-@pytest.mark.parametrize("case", ["olmo2", "gemma", "gemma2"])
+@pytest.mark.parametrize("case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows"])
 def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
     model = Model(from_hf(CASES[case], dtype="float64", param_dtype="float64", remat="none"))
@@ -255,6 +266,12 @@ def test_layers_turn_by_their_type():
     assert read("gemma3", **gone).ropes == (Rope(theta=1e4), Rope(theta=1e4), Rope(theta=1e6))
     types = {"full_attention": None, "sliding_attention": {"rope_type": "default"}}
     assert read("gemma3", **gone, rope_parameters=types).ropes == (Rope(theta=1e4), Rope(theta=1e4), Rope(theta=1e6))
+    assert {rope.kind for rope in read("olmo3").ropes[1:]} == {"default"} != read("olmo3").ropes[0].kind == "yarn"
+    assert [rope.theta for rope in read("olmo3_by_type").ropes] == [30.0, 30.0, 30.0, 100.0]
+    assert read("olmo3", rope_theta="absent", rope_scaling=None).ropes == (Rope(theta=5e5),) * 3
+    assert read("smollm3").ropes == (Rope(theta=100.0), None, Rope(theta=100.0))
+    assert read("smollm3", no_rope_layers="absent", rope_theta="absent").ropes == (Rope(theta=2e6),) * 3
+    assert read("smollm3", no_rope_layers="absent", num_hidden_layers=8).ropes[3::4] == (None, None)
     assert read("gemma3_by_type").ropes == (Rope(theta=70.0), *[Rope("linear", 8.0, 3.0)] * 2)
 
 

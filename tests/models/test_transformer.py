@@ -203,7 +203,7 @@ def test_decode_equals_the_full_forward():
     np.testing.assert_allclose(jnp.concatenate(parts, 1)[real], full[real], rtol=0, atol=1e-6 * abs(full).max())
 
 
-@pytest.mark.parametrize("case", [None, "qwen3_windows", "olmo2_biases", "gemma2", "gemma3_by_type"])
+@pytest.mark.parametrize("case", [None, "qwen3_windows", "olmo2_biases", "gemma2", "gemma3_by_type", "smollm3"])
 def test_sharded_equals_single(case, x64):
     """Eight devices, every axis in use; two key heads over two tensor shards, and five query heads of one; float64."""
     from jaxalign.parallel.mesh import make_mesh

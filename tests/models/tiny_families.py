@@ -17,6 +17,7 @@ _SOME = ["full_attention", "sliding_attention", "sliding_attention"]
 _OTHERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN_ALONE = {name: value for name, value in _YARN.items() if name != "rope_theta"}
 _MINISTRAL3 = {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3}
 
 CASES = {
@@ -56,6 +57,47 @@ CASES = {
     "olmo2": config("olmo2", "Olmo2", eos_token_id=2, tie_word_embeddings=False, **_OLD_ROPE),
     "olmo2_biases": config(
         "olmo2", "Olmo2", eos_token_id=2, attention_bias=True, num_attention_heads=5, num_key_value_heads=1, head_dim=10
+    ),
+    "olmo3": config(
+        "olmo3",
+        "Olmo3",
+        eos_token_id=2,
+        sliding_window=6,
+        layer_types=_SOME,
+        rope_parameters=None,
+        rope_theta=5e5,
+        rope_scaling=_YARN_ALONE | {"attention_factor": 1.2},
+        head_dim=16,
+        tie_word_embeddings=False,
+    ),
+    "olmo3_by_type": config(
+        "olmo3",
+        "Olmo3",
+        eos_token_id=2,
+        attention_bias=True,
+        sliding_window=5,
+        rope_parameters={"full_attention": _YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}},
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+    ),
+    "smollm3": config(
+        "smollm3",
+        "SmolLM3",
+        eos_token_id=2,
+        mlp_bias=True,  # a key's bias where nothing turns has a gradient of 0
+        no_rope_layers=[1, 0, 1, 1],
+        rope_parameters=None,
+        rope_theta=100.0,
+    ),
+    "smollm3_windows": config(
+        "smollm3",
+        "SmolLM3",
+        eos_token_id=2,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=6,
+        rope_parameters=_YARN,
+        tie_word_embeddings=False,
     ),
     "gemma": config("gemma", "Gemma", eos_token_id=2, hidden_act="gelu", head_dim=12, num_key_value_heads=1),
     "gemma2": config(

@@ -67,7 +67,19 @@ def test_an_export_loads_and_generates_the_same(tmp_path, case):
 
 @pytest.mark.parametrize(
     "case",
-    ["qwen2_windows", "qwen3_windows", "mistral", "ministral", "ministral3", "olmo2", "gemma", "gemma2", "gemma3"],
+    [
+        "qwen2_windows",
+        "qwen3_windows",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "olmo2",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "olmo3",
+        "smollm3",
+    ],
 )
 def test_reward_models_both_ways(tmp_path, case):
     """transformers' sequence classifier scores the same here, and one of ours there."""

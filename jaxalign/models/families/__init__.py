@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
-from jaxalign.models.families import gemma, gemma2, gemma3, llama, ministral, ministral3, mistral, olmo2, qwen2, qwen3
+from jaxalign.models.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from jaxalign.models.family import Family
 from jaxalign.models.hf_values import shown
 
@@ -18,6 +31,8 @@ FAMILIES: list[Family] = [
     ministral.FAMILY,
     ministral3.FAMILY,
     olmo2.FAMILY,
+    olmo3.FAMILY,
+    smollm3.FAMILY,
     gemma.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
@@ -43,10 +58,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("mistral3", "pixtral"), (_VISION, _MISTRAL)),
     **dict.fromkeys(("gpt_oss", "llama4", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe"), (_EXPERTS, _LLAMA)),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "granitemoehybrid", "olmo_hybrid", "falcon_h1"), (_HYBRID, _LLAMA)),
-    **dict.fromkeys(("olmo3", "granite"), (_NORMS, _LLAMA)),
+    **dict.fromkeys(("granite",), (_NORMS, _LLAMA)),
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
     **dict.fromkeys(("bloom", "mpt"), (_ALIBI, _LLAMA)),
-    **dict.fromkeys(("phi", "phi3", "gpt2", "gpt_neox", "falcon", "olmo", "smollm3", "cohere"), (_LAYOUT, _LLAMA)),
+    **dict.fromkeys(("phi", "phi3", "gpt2", "gpt_neox", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
 }
 
 

@@ -14,7 +14,8 @@ from jaxalign.models.hf_values import flag
 _LAYER = "model.layers.{layer}."
 
 
-def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def common(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of OLMo 2, and of those after it."""
     return decoder(hf, norm_eps=1e-5) | {
         "attention_bias": flag(hf, "attention_bias"),
         "norms": "after",
@@ -26,7 +27,7 @@ FAMILY = Family(
     name="OLMo 2",
     model_types=("olmo2",),
     architectures={"lm": "Olmo2ForCausalLM", "score": "Olmo2ForSequenceClassification"},
-    fields=_fields,
+    fields=common,
     honoured=DECODER | {"attention_bias"},
     neutral=NEUTRAL,
     names=llama.FAMILY.names.with_rows(
