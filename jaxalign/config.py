@@ -89,6 +89,8 @@ def _common() -> ConfigDict:
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
                 "remat": "full",  # kept for the backward pass: all, matmul outputs (on the host), attention, inputs
                 "attention": none(str),  # the backend; default: what suits the platform
+                # tokens of the longest sequence, for rope types dynamic and longrope alone; default: data.max_length
+                "rope_length": none(int),
             },
             "data": {
                 # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset, streaming

@@ -30,6 +30,7 @@ def load(
     key: jax.Array | None = None,
     shardings: Any = None,
     revision: str | None = None,
+    rope_length: int | None = None,
 ) -> tuple[Model, Params]:
     """Reads a Hugging Face checkpoint as a model and its parameters.
 
@@ -42,6 +43,8 @@ def load(
       key: of a new scalar head; None: the checkpoint must have one.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       revision: of a hub id.
+      rope_length: of the longest sequence, for the rope types dynamic and longrope; None: `Model.for_length` states it,
+        or none is longer than what the model was first trained on.
 
     Returns:
       The model, whose `apply(params, rows)` gives hidden states, and its parameters, a nested dict of arrays.
@@ -59,6 +62,7 @@ def load(
         key=key,
         shardings=shardings,
         revision=revision,
+        rope_length=rope_length,
     )
 
 

@@ -16,7 +16,12 @@ TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 # Fields whose value may also be a function of the user's own, "module:function" or "file.py:function".
 FUNCTIONS = ("algorithm.loss", "algorithm.estimator", "optimizer.name", "optimizer.schedule")
 # Fields that earlier versions did not have, each with the value at which runs of those versions resume.
-ADDED = {"algorithm.estimator": "gae", "checkpoint.patience": None, "checkpoint.every_minutes": 30.0}
+ADDED = {
+    "algorithm.estimator": "gae",
+    "checkpoint.patience": None,
+    "checkpoint.every_minutes": 30.0,
+    "model.rope_length": None,
+}
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although the reward changed
@@ -55,6 +60,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("profile", 0, _MANY),
     ("num_train_steps", 1, _MANY),
     ("num_epochs", 1, _MANY),
+    ("model.rope_length", 2, _TOKENS),
     ("data.max_length", 2, _TOKENS),
     ("data.max_prompt_length", 1, _TOKENS),
     ("data.max_completion_length", 1, _TOKENS),

@@ -100,6 +100,13 @@ def check_lengths(c: Any, usual: Any, max_length: int) -> list[str]:
                 "room for the other part",
                 f"--config.data.{field}={max_length // 2}",
             )
+    turned = c.model.get("rope_length")  # a run of an earlier version has no such field
+    if turned is not None and turned < max_length:
+        raise InputError(
+            f"model.rope_length is {turned:,}, data.max_length {max_length:,}",
+            "the length of the longest sequence, or more",
+            f"--config.model.rope_length={max_length}",
+        )
     asked = c.rollout.max_new_tokens if "rollout" in c else 0
     if ALGORITHMS[c.algorithm.name].reads.readout == "none" and asked >= max_length:  # what is sampled is trained on
         raise InputError(

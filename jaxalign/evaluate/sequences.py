@@ -51,7 +51,7 @@ def completion_logprobs(
     Raises:
       ValueError: a prompt without tokens.
     """
-    sums = [0.0] * len(sequences)
+    sums, model = [0.0] * len(sequences), _for_all(model, sequences)
     for numbers, rows, readouts in _batches(sequences, mesh, whole=True):
         with jax.set_mesh(mesh):
             logprobs = np.asarray(_logprobs(model, params, *put_batch((rows, readouts), mesh)), np.float64)
@@ -75,13 +75,18 @@ def final_scores(model: Model, params: Params, sequences: Sequence[Tokens], mesh
     Raises:
       ValueError: a prompt without tokens.
     """
-    scores = [0.0] * len(sequences)
+    scores, model = [0.0] * len(sequences), _for_all(model, sequences)
     for numbers, rows, readouts in _batches(sequences, mesh, whole=False):
         with jax.set_mesh(mesh):
             values = np.asarray(_scores(model, params, *put_batch((rows, readouts), mesh)), np.float64)
         for number, row in zip(numbers, values, strict=False):
             scores[number] = float(row[0])
     return scores
+
+
+def _for_all(model: Model, sequences: Sequence[Tokens]) -> Model:
+    """The model for the longest of all sequences, so that none depends on what is in a batch with it."""
+    return model.for_length(max((len(s.prompt) + len(s.completion) for s in sequences), default=0))
 
 
 @functools.partial(jit, static_argnames="model")

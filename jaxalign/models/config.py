@@ -63,6 +63,17 @@ class ModelConfig:
         """The original `config.json`, every field of it."""
         return json.loads(self.hf_config)
 
+    def for_length(self, longest: int) -> ModelConfig:
+        """The same model for sequences of up to this length, where a rope type depends on it and states none."""
+        ropes = self.ropes and tuple(rope and rope.for_length(longest) for rope in self.ropes)
+        found = dataclasses.replace(self, rope=self.rope.for_length(longest), ropes=ropes)
+        return self if found == self else found
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest sequence that the model was made for; None where its file does not say."""
+        return self.hf.get("max_position_embeddings")
+
     @property
     def family(self) -> Family:
         """What Hugging Face calls this model's fields and tensors."""
@@ -77,7 +88,7 @@ def read_config(directory: Path, **settings: Any) -> ModelConfig:
 
     Args:
       directory: on this host, see `hub.locate`.
-      settings: `dtype`, `param_dtype`, `remat` and `head`, as `from_hf` takes them.
+      settings: `dtype`, `param_dtype`, `remat`, `head` and `rope_length`, as `from_hf` takes them.
 
     Raises:
       InputError: naming the file, and the field that is missing or wrong.
@@ -90,7 +101,15 @@ def read_config(directory: Path, **settings: Any) -> ModelConfig:
         raise InputError(problem, error.expected, error.fix, error.places) from error
 
 
-def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, head: str | None = None) -> ModelConfig:
+def from_hf(
+    hf: Mapping[str, Any],
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    head: str | None = None,
+    rope_length: int | None = None,
+) -> ModelConfig:
     """Reads a Hugging Face config of a family in `families`.
 
     Args:
@@ -99,6 +118,7 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
       param_dtype: of the parameters.
       remat: what the backward pass recomputes, one of `REMAT`.
       head: "lm", "score", or None for what `architectures` names.
+      rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
 
     Returns:
       The model's description.
@@ -135,7 +155,7 @@ def from_hf(hf: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str, 
             f"at most {_MOST_NUMBERS:.0e}",
             "the checkpoint's own config.json",
         )
-    return config
+    return config if rope_length is None else config.for_length(rope_length)
 
 
 def _built(hf: Mapping[str, Any], family: Family) -> str:

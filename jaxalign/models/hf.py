@@ -38,6 +38,7 @@ def load(
     remat: str,
     revision: str | None = None,
     head: str | None = None,
+    rope_length: int | None = None,
     shardings: Shardings = None,
     key: jax.Array | None = None,
 ) -> tuple[Model, Params]:
@@ -51,6 +52,7 @@ def load(
       revision: of a hub id.
       head: "lm", "score", or None for what the checkpoint is. "score" on a causal language model drops its token head
         and starts a scalar one.
+      rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       key: of a new scalar head; None: the checkpoint must have one.
 
@@ -61,7 +63,8 @@ def load(
       InputError: a config field that is not honoured, a key that is unknown, missing, twice or of another shape.
     """
     directory = locate(path, revision)
-    config = read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
+    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    config = read_config(directory, head=head, rope_length=rope_length, **settings)
     model = Model(config)
     params: Params = {}
     for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings):
@@ -149,6 +152,7 @@ def from_scratch(
     key: jax.Array,
     revision: str | None = None,
     head: str | None = None,
+    rope_length: int | None = None,
     shardings: Shardings = None,
 ) -> tuple[Model, Params]:
     """Starts a model from its `config.json` alone: kernels normal(0, initializer_range), norms 1, biases 0.
@@ -156,7 +160,8 @@ def from_scratch(
     Args and returns are `load`'s; each parameter is made on the devices that hold it.
     """
     directory = locate(path, revision, weights=False)
-    config = read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat, head=head)
+    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    config = read_config(directory, head=head, rope_length=rope_length, **settings)
     model = Model(config)
     out: Params = {}
     for leaf_path, _, sharding in _leaves(model.abstract(), shardings):

@@ -74,6 +74,7 @@ def decoder(
     head_dim: int | None = None,
     norm_eps: float = 1e-6,
     rope_theta: float = 10_000.0,
+    turned: float = 1.0,
 ) -> dict[str, Any]:
     """The fields of `ModelConfig` that every decoder with rotary positions and gated mlps has; no biases.
 
@@ -83,6 +84,7 @@ def decoder(
       head_dim: where the file does not say; None: what the hidden size gives each query head.
       norm_eps: where the file does not say.
       rope_theta: where the file does not say.
+      turned: the share of a head's dims that turns by position.
 
     Raises:
       InputError: naming a field that is missing or wrong.
@@ -97,7 +99,7 @@ def decoder(
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "norm_eps": number("rms_norm_eps", hf.get("rms_norm_eps"), norm_eps),
-        "rope": rope(hf, rope_theta),
+        "rope": rope(hf, head_dim, turned=turned, default_theta=rope_theta),
         "tied": flag(hf, "tie_word_embeddings"),
         "attention_bias": False,
         "mlp_bias": False,

@@ -100,9 +100,12 @@ class Names:
             raise ValueError("two rows of one path, or parts of a tensor that do not follow each other")
 
     def with_rows(self, *rows: Row, after: str, without: tuple[str, ...] = ()) -> Names:
-        """The same table with more rows, which stand behind that of the path `after`, less those of some paths."""
-        at = self.rows.index(self.row_of(after)) + 1
-        first, last = ([r for r in part if r.path not in without] for part in (self.rows[:at], self.rows[at:]))
+        """The same table with more rows, which stand behind that of the path `after`.
+
+        Rows of the same paths go, and those of the paths `without`.
+        """
+        at, gone = self.rows.index(self.row_of(after)) + 1, {*without, *(row.path for row in rows)}
+        first, last = ([r for r in part if r.path not in gone] for part in (self.rows[:at], self.rows[at:]))
         return Names(*first, *rows, *last, harmless=tuple(p.pattern for p in self._harmless))
 
     def row_of(self, path: str) -> Row:

@@ -15,7 +15,7 @@ _NUMBER = "rotation"  # in `LayerInputs.numbers`, counts `LayerInputs.rotations`
 
 
 def of_layers(
-    ropes: tuple[Rope | None, ...], positions: jax.Array, head_dim: int, dtype: Any
+    ropes: tuple[Rope | None, ...], positions: jax.Array, num_keys: int, head_dim: int, dtype: Any
 ) -> tuple[tuple[Rotation | None, ...], dict[str, Any]]:
     """The rotations that there are, and the number of each layer's.
 
@@ -24,12 +24,21 @@ def of_layers(
     Args:
       ropes: of each layer, None for a layer whose queries and keys do not turn; or the one of all layers.
       positions: int32 [B, T].
+      num_keys: S.
       head_dim: H.
       dtype: of the computation.
 
     Returns:
       `LayerInputs.rotations` and `LayerInputs.numbers`.
+
+    Raises:
+      ValueError: frequencies depend on the longest sequence, and none is stated.
     """
+    if unstated := next((rope for rope in ropes if rope is not None and not rope.reads(num_keys)), None):
+        raise ValueError(
+            f"rope type {unstated.kind!r} turns by the longest sequence, which is not stated for rows of {num_keys} "
+            f"tokens, more than {unstated.original_length}: model.for_length(longest)"
+        )
     kinds = tuple(dict.fromkeys(ropes))
     made = tuple(None if rope is None else _made(rope, positions, head_dim, dtype) for rope in kinds)
     numbers = np.array([kinds.index(rope) for rope in ropes], np.int32)
@@ -37,8 +46,7 @@ def of_layers(
 
 
 def _made(rope: Rope, positions: jax.Array, head_dim: int, dtype: Any) -> Rotation:
-    factor = 1.0 if rope.yarn is None else rope.yarn.attention_factor
-    return rotations(positions, frequencies(rope, head_dim), jnp.dtype(dtype), factor)
+    return rotations(positions, frequencies(rope, head_dim), jnp.dtype(dtype), rope.attention_factor)
 
 
 def of_layer(given: LayerInputs) -> Rotation | None:

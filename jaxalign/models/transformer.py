@@ -304,6 +304,11 @@ class Model:
         run = by_position(stack) if pays(rows, c.num_heads, c.dtype, self.attention) else stack
         return run(rows, None, sources), None, {}
 
+    def for_length(self, longest: int) -> Model:
+        """The same model for sequences of up to this length, where its rope type depends on it and states none."""
+        config = self.config.for_length(longest)
+        return self if config is self.config else dataclasses.replace(self, config=config)
+
     def prefill(self, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states as `apply` gives them, and what a cache needs to continue these rows.
 
@@ -334,8 +339,9 @@ class Model:
         """What is not a layer, the tokens' vectors, and what every layer receives; `num_keys`: of a cache."""
         c = self.config
         ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
-        rotations, turns = ropes.of_layers(c.ropes or (c.rope,), rows.positions, c.head_dim, c.dtype)
-        window, widths = windows.of_layers(c.windows, rows.tokens.shape[1] if num_keys is None else num_keys)
+        num_keys = rows.tokens.shape[1] if num_keys is None else num_keys
+        rotations, turns = ropes.of_layers(c.ropes or (c.rope,), rows.positions, num_keys, c.head_dim, c.dtype)
+        window, widths = windows.of_layers(c.windows, num_keys)
         numbers = turns | widths | (c.adapter.numbers() if c.adapter else {})
         given = LayerInputs(rotations, rows, numbers, slots, backend=self.attention, window=window)
         return ends, ends.embed(rows.tokens), given

@@ -26,12 +26,23 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongRope:
+    """What the type `longrope` adds: what each pair's frequency is divided by, and a factor of cosine and sine."""
+
+    short: tuple[float, ...]  # where the longest sequence is within the original length
+    long: tuple[float, ...]  # where it is longer
+    attention_factor: float = 1.0  # of cosine and sine
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """What a checkpoint's config says of its rotary embedding.
 
     `default` uses theta alone, `linear` divides all frequencies by `factor`, `llama3` divides those whose wavelength
     is longer than `original_length / low_freq_factor` and blends up to `original_length / high_freq_factor`, `yarn`
-    blends by how often a pair turns within `original_length`.
+    blends by how often a pair turns within `original_length`. Two depend on the longest sequence that is to be read,
+    `length`: `dynamic` raises theta where it is beyond `original_length`, `longrope` then takes other divisors. It is
+    stated, never a batch's own, so that a sequence has the same numbers whatever is read beside it.
     """
 
     kind: str = "default"
@@ -41,31 +52,53 @@ class Rope:
     high_freq_factor: float = 4.0
     original_length: int = 8192
     yarn: Yarn | None = None
+    longrope: LongRope | None = None
+    length: int | None = None  # of the longest sequence, for `dynamic` and `longrope`; None: within the original length
+    dims: int | None = None  # how many of a head's dims turn, the first ones; None: all
     query_growth: float | None = None  # queries times `1 + query_growth log(1 + floor(position / original_length))`
 
+    @property
+    def attention_factor(self) -> float:
+        """Of cosine and sine."""
+        more = self.yarn or self.longrope
+        return 1.0 if more is None else more.attention_factor
 
-KINDS = ("default", "linear", "llama3", "yarn")
+    def reads(self, longest: int) -> bool:
+        """Whether sequences of this length have their frequencies: false where `length` must be stated first."""
+        return self.kind not in BY_LENGTH or self.length is not None or longest <= self.original_length
+
+    def for_length(self, longest: int) -> Rope:
+        """The same for sequences of up to this length, where frequencies depend on it and none is stated."""
+        if self.kind not in BY_LENGTH or self.length is not None:
+            return self
+        return dataclasses.replace(self, length=max(longest, self.original_length))
+
+
+KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+BY_LENGTH = ("dynamic", "longrope")  # whose frequencies depend on the longest sequence
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of head dims: `theta^(-2i/H)`, rescaled as the rope type says.
+    """Radians per position of each pair of head dims that turns: `theta^(-2i/H)`, rescaled as the rope type says.
 
-    Source: RoFormer (arXiv 2104.09864) eq. 15; `llama3` after transformers `_compute_llama3_parameters`; YaRN (arXiv
-    2309.00071) section 3.2.
+    Source: RoFormer (arXiv 2104.09864) eq. 15; YaRN (arXiv 2309.00071) section 3.2; `llama3`, `dynamic` and `longrope`
+    (arXiv 2402.13753) after transformers' `modeling_rope_utils`.
 
     Args:
       rope: the rope type and its numbers.
       head_dim: H, even.
 
     Returns:
-      float64 [H / 2], for the caller to round once, to the precision of the angles.
+      float64 [H / 2], of the dims that turn, for the caller to round once, to the precision of the angles.
 
     >>> frequencies(Rope(theta=100.0), 4).tolist()
     [1.0, 0.1]
     >>> frequencies(Rope("linear", theta=100.0, factor=2.0), 4).tolist()
     [0.5, 0.05]
     """
-    freq = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    head_dim = head_dim if rope.dims is None else rope.dims
+    pairs = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    freq = rope.theta**-pairs
     if rope.kind == "default":
         return freq
     if rope.kind == "linear":
@@ -90,6 +123,13 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         high = high + 0.001 if low == high else high
         keep = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
         return keep * freq + (1 - keep) * freq / rope.factor
+    if rope.kind == "dynamic":
+        longest = max(rope.length or 0, rope.original_length)
+        growth = rope.factor * longest / rope.original_length - (rope.factor - 1)
+        return (rope.theta * growth ** (head_dim / (head_dim - 2))) ** -pairs
+    if rope.kind == "longrope" and rope.longrope is not None:
+        beyond = rope.length is not None and rope.length > rope.original_length
+        return freq / np.array(rope.longrope.long if beyond else rope.longrope.short)
     raise ValueError(f"rope type {rope.kind!r} is not one of {', '.join(KINDS)}")
 
 
@@ -139,12 +179,13 @@ def computed_once(rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax
 
 
 def rotate(x_BTNH: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Array:
-    """Rotates each pair (i, i + H/2) of head dims by its angle, in the precision of `cos`; the halves convention.
+    """Rotates each pair (i, i + F) of the first 2 F head dims by its angle, in the precision of `cos`; the halves
+    convention.
 
     Args:
       x_BTNH: queries or keys [B, T, N, H].
-      cos_BTF: [B, T, H / 2].
-      sin_BTF: [B, T, H / 2].
+      cos_BTF: [B, T, F], F mostly H / 2.
+      sin_BTF: [B, T, F].
 
     Returns:
       [B, T, N, H], dtype of `x_BTNH`.
@@ -153,9 +194,11 @@ def rotate(x_BTNH: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Arr
     if platform() == "tpu":
         return _rotate_lanes(x_BTNH, cos_BTF, sin_BTF)
     cos, sin = cos_BTF[:, :, None, :], sin_BTF[:, :, None, :]
-    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
-    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return out.astype(x_BTNH.dtype)
+    turned = 2 * cos.shape[-1]
+    x, rest = (x_BTNH, []) if turned == x_BTNH.shape[-1] else (x_BTNH[..., :turned], [x_BTNH[..., turned:]])
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([out, *rest], axis=-1) if rest else out
 
 
 @jax.custom_vjp
@@ -163,17 +206,20 @@ def _rotate_lanes(x_BTNH, cos_BTF, sin_BTF):
     """`rotate` without arrays of half of the head dims, which a TPU keeps in float32 in twice their room.
 
     `x cos + (x P) sin`, where P is the exchange of the two halves with the sign of the first: the product has one term
-    each and is exact.
+    each and is exact. Dims that do not turn have cosine 1 and sine 0.
     """
-    H = x_BTNH.shape[-1]
-    half = np.eye(H // 2)
+    half = np.eye(cos_BTF.shape[-1])
     zero = np.zeros_like(half)
-    exchange = jnp.asarray(np.block([[zero, half], [-half, zero]]), x_BTNH.dtype)
+    rest = x_BTNH.shape[-1] - 2 * len(half)
+    exchange = jnp.asarray(np.pad(np.block([[zero, half], [-half, zero]]), (0, rest)), x_BTNH.dtype)
     # With a batch dim, of size 1, since rematerialisation policies save products without one.
     exchanged = jax.lax.dot_general(
         x_BTNH[None], exchange[None], (((4,), (1,)), ((0,), (0,))), precision=product_precision(x_BTNH.dtype)
     )[0]
     cos, sin = (jnp.concatenate([y, y], axis=-1)[:, :, None, :] for y in (cos_BTF, sin_BTF))
+    if rest:
+        keep = ((0, 0), (0, 0), (0, 0), (0, rest))
+        cos, sin = jnp.pad(cos, keep, constant_values=1), jnp.pad(sin, keep)
     return (x_BTNH.astype(cos.dtype) * cos + exchanged.astype(cos.dtype) * sin).astype(x_BTNH.dtype)
 
 

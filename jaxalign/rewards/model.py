@@ -139,11 +139,12 @@ class ModelScorer:
         ]
         filled = sequences + [np.zeros(1, np.int32)] * (rows - len(sequences))
         batch, last = padded_rows(filled)
+        model = self.model.for_length(int(last.max()) + 1)  # in a run its longest sequence is stated
         if self.mesh is None:
-            scores = np.asarray(score_rows(self.model, params, batch, last))
+            scores = np.asarray(score_rows(model, params, batch, last))
         else:
             with jax.set_mesh(self.mesh):
-                scores = local_rows(score_rows(self.model, params, *put_batch((batch, last), self.mesh)))
+                scores = local_rows(score_rows(model, params, *put_batch((batch, last), self.mesh)))
         return scores[: len(sequences)]
 
     def tokens(self, prompt: Any, completion: str, finished: bool, columns: Mapping[str, Any] = _NONE) -> np.ndarray:

@@ -130,8 +130,9 @@ class Generator:
         Returns:
           Completions in the order of the prompts, those of one prompt after each other.
         """
+        longest = max((len(prompt) for prompt in prompts), default=0) + self._sampling.max_new_tokens
         found, self.stats = continue_prompts(
-            self.model,
+            self.model.for_length(longest),
             self.params,
             [np.asarray(p, np.int32) for p in prompts],
             jax.random.key(seed),

@@ -15,9 +15,10 @@ from jaxalign.config import check_lengths, max_length
 from jaxalign.errors import InputError, named
 from jaxalign.models import hf
 from jaxalign.models.config import ModelConfig, read_config
-from jaxalign.models.hub import CONFIG, locate, read_json
+from jaxalign.models.hub import locate
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
+from jaxalign.ops.rope import BY_LENGTH
 from jaxalign.ops.trees import joined
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.sharding import param_shardings
@@ -92,6 +93,7 @@ class Roles:
             "param_dtype": param_dtype,
             "remat": c.remat if learning_rate else "none",
             "head": head,
+            "rope_length": c.rope_length or self.config.data.max_length,
             "revision": revision,
         }
         key, field = jax.random.key(self.config.seed), self._field(path)
@@ -170,13 +172,11 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
       InputError: no model at one of the paths, or lengths that leave no room for each other.
     """
     c = config.copy_and_resolve_references()
-    positions = {}
+    models, usual = {}, {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
     for field, path in model_fields(c).items():
         with named(field):
-            file = read_json(locate(path, revision_of(path, c), weights=False) / CONFIG)
-        limit = file.get("max_position_embeddings")
-        if isinstance(limit, int) and limit > 0:
-            positions[path] = limit
+            models[path] = read_config(locate(path, revision_of(path, c), weights=False), **usual)
+    positions = {path: model.context for path, model in models.items() if model.context is not None}
     shortest = min(positions, key=lambda path: positions[path], default=None)
     limit = None if shortest is None else positions[shortest]
     longest = max_length(c, limit)
@@ -186,6 +186,9 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
             f"data.max_length is {longest:,}, and {shortest} was made for {limit:,} tokens: what it reads beyond them "
             f"is like nothing that it has seen (--config.data.max_length={limit})"
         )
+    if c.model.get("rope_length") is not None and not any(model.rope.kind in BY_LENGTH for model in models.values()):
+        kinds = ", ".join(sorted({model.rope.kind for model in models.values()}))
+        told.append(f"model.rope_length has no effect: it is for rope types {' and '.join(BY_LENGTH)}, not {kinds}")
     told += check_lengths(c, limit)
     with c.unlocked():
         c.data.max_length = longest

@@ -123,6 +123,9 @@ def test_few_shapes(policy, mesh):
             traced.append(rows.tokens.shape)
             return policy[0].apply(params, rows, cache, **options)
 
+        def for_length(self, longest):
+            return self
+
     completion_logprobs(Traced(), policy[1], ragged(500, seed=1), mesh)
     assert len(traced) == 3  # widths 32, 64 and 128
 

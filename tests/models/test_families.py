@@ -239,10 +239,10 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
         read(case, **{field: value})
 
 
-@pytest.mark.parametrize("case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows"])
+@pytest.mark.parametrize("case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long"])
 def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
-    model = Model(from_hf(CASES[case], dtype="float64", param_dtype="float64", remat="none"))
+    model = Model(from_hf(CASES[case], **tiny.SETTINGS | {"dtype": "float64", "param_dtype": "float64"}))
     params = jax.jit(model.init)(jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
     forward = jax.jit(lambda rows, cache=None: model.apply(params, rows, cache)[:2])
@@ -273,6 +273,48 @@ def test_layers_turn_by_their_type():
     assert read("smollm3", no_rope_layers="absent", rope_theta="absent").ropes == (Rope(theta=2e6),) * 3
     assert read("smollm3", no_rope_layers="absent", num_hidden_layers=8).ropes[3::4] == (None, None)
     assert read("gemma3_by_type").ropes == (Rope(theta=70.0), *[Rope("linear", 8.0, 3.0)] * 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_trip_is_bitwise(tmp_path, case):
+    """In the file's own dtype; another number of shards."""
+    tensors = {name: value.astype("bfloat16") for name, value in tiny.tensors(CASES[case]).items()}
+    tiny.write(tmp_path / "in", CASES[case], tensors, "bfloat16", max_bytes=10_000)
+    model, params = hf.load(tmp_path / "in", **tiny.SETTINGS | {"param_dtype": "bfloat16"})
+    hf.save(tmp_path / "out", model, params)
+    found = {name: tensor.read() for name, tensor in list_tensors(tmp_path / "out").items()}
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    "case, name", [("phi3", "layers.1.self_attn.qkv_proj.weight"), ("phi3", "mlp.gate_up_proj.weight")]
+)
+def test_a_part_that_a_fused_tensor_lacks_is_an_error_that_names_it(tmp_path, case, name):
+    tensors = tiny.tensors(CASES[case])
+    whole = next(known for known in tensors if known.endswith(name))
+    for change, words in (({}, f"no {whole}"), ({whole: tensors[whole][:-8]}, f"{whole} of shape")):
+        tiny.write(tmp_path / words[:2], CASES[case], {k: v for k, v in tensors.items() if k != whole} | change)
+        with pytest.raises(InputError) as error:
+            hf.load(tmp_path / words[:2], **tiny.SETTINGS)
+        assert words in str(error.value)
+
+
+def test_the_rope_of_first_files():
+    """Phi-3 of 128k tokens: another name of the type, the original length outside; 4,096 where no file says it."""
+    changes = {"rope_parameters": None, "rope_theta": 1e4, "max_position_embeddings": 131072, "head_dim": None}
+    scaling = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for kind in ("su", "yarn", "longrope"):
+        rope = read("phi3", rope_scaling=scaling | {"type": kind}, **changes).rope
+        assert (rope.kind, rope.original_length, rope.length) == ("longrope", 4096, 4096)
+        assert rope.attention_factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+    assert read("phi3", rope_scaling=None, **changes).rope.kind == "default"
+    read("phi3", full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, embd_pdrop=0.0)  # Phi-4-mini's own
+    with pytest.raises(InputError, match="partial_rotary_factor"):
+        read("phi3", partial_rotary_factor=0.4)  # 3 of 8 dims
+    with pytest.raises(InputError, match="resid_pdrop"):
+        read("phi3", resid_pdrop=0.1)
 
 
 def test_sizes_that_a_file_leaves_out():

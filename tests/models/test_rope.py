@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from jaxalign.models.config import from_hf
+from jaxalign.models.identity import describe
+from jaxalign.models.transformer import Model
 from jaxalign.ops import rope
 from jaxalign.ops.rope import Rope, frequencies, rotate, rotations
-from tests.models.tiny_models import SETTINGS, golden, hf_config
+from tests.models.tiny_models import SETTINGS, causal, golden, hf_config
 
 LLAMA_31 = {
     "rope_type": "llama3",
@@ -18,12 +20,27 @@ LLAMA_31 = {
     "original_max_position_embeddings": 8192,
 }
 LLAMA_32 = LLAMA_31 | {"factor": 32.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 39,
+}
+# For sequences of up to `SETTINGS["rope_length"]`, 40.
 # name -> config fields, in the older and the newer form; the golden file has transformers' own frequencies
 CASES = {
     "default": {"rope_theta": 10000.0, "rope_parameters": None},
     "default_new": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "linear": {"rope_theta": 10000.0, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama31": {"rope_theta": 500000.0, "rope_parameters": None, "rope_scaling": LLAMA_31, "head_dim": 128},
+    "dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+        "max_position_embeddings": 16,
+    },
+    "longrope": {"rope_parameters": LONG, "head_dim": 8},
+    "longrope_within": {"rope_parameters": LONG | {"original_max_position_embeddings": 40}, "head_dim": 8},
     "llama32": {"rope_parameters": LLAMA_32 | {"rope_theta": 500000.0}, "head_dim": 64},
 }
 
@@ -69,6 +86,35 @@ def test_products_depend_on_distance_alone(x64):
     assert product(7, 3) != pytest.approx(product(7, 4), abs=1e-3)
 
 
+def test_dims_that_do_not_turn_stay_as_they_are(x64):
+    """Of eight dims four turn, as a head of four would."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 8)))
+    freq = frequencies(Rope(dims=4), 8)
+    np.testing.assert_array_equal(freq, frequencies(Rope(), 4))
+    rotation = rotations(jnp.array([[5, 70, 900]]), freq, jnp.float64)
+    found = rotate(x, *rotation)
+    np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(found[..., :4], rotate(x[..., :4], *rotation))
+
+
+def test_the_longest_sequence_is_stated_or_asked_for():
+    """`dynamic` and `longrope`: beyond the original length nothing is computed from a length that nobody gave."""
+    unstated = SETTINGS | {"rope_length": None}
+    model = Model(from_hf(hf_config(**CASES["dynamic"]), **unstated))
+    with pytest.raises(ValueError, match="for_length"):
+        jax.eval_shape(model.apply, model.abstract(), causal(np.zeros((1, 17))))
+    jax.eval_shape(model.apply, model.abstract(), causal(np.zeros((1, 16))))
+    stated = model.for_length(17)
+    assert stated.config.rope.length == 17 and stated.for_length(400) is stated
+    jax.eval_shape(stated.apply, model.abstract(), causal(np.zeros((1, 32))))
+    short = model.for_length(5).config
+    np.testing.assert_array_equal(frequencies(short.rope, 8), frequencies(Rope(), 8))
+    jax.eval_shape(Model(short).apply, model.abstract(), causal(np.zeros((1, 32))))  # padding is no sequence
+    plain = Model(from_hf(hf_config(), **SETTINGS))
+    assert plain.for_length(10_000) is plain and plain.config.rope.length is None
+    assert describe(stated.config) != describe(short)
+
+
 def test_narrow_inputs_are_turned_in_float32():
     """In bfloat16 position 1,000 itself would already be rounded."""
     freq = frequencies(Rope(), 8)
@@ -78,12 +124,14 @@ def test_narrow_inputs_are_turned_in_float32():
     assert rotate(jnp.ones((1, 1, 1, 8), jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dims", [None, 6])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_a_tpus_form_is_the_same(dtype, monkeypatch, x64):
+def test_a_tpus_form_is_the_same(dtype, dims, monkeypatch, x64):
     """Values and gradients to rounding: the exchange of halves by a product moves numbers and adds nothing."""
     rng = np.random.default_rng(0)
     x, d_y = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), dtype) for _ in range(2))
-    rotation = rope.rotations(jnp.asarray(rng.integers(0, 1000, (2, 5))), rope.frequencies(rope.Rope(), 8), x.dtype)
+    freq = rope.frequencies(rope.Rope(dims=dims), 8)
+    rotation = rope.rotations(jnp.asarray(rng.integers(0, 1000, (2, 5))), freq, x.dtype)
 
     def both():
         y, back = jax.vjp(lambda x: rope.rotate(x, *rotation), x)

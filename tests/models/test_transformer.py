@@ -203,14 +203,16 @@ def test_decode_equals_the_full_forward():
     np.testing.assert_allclose(jnp.concatenate(parts, 1)[real], full[real], rtol=0, atol=1e-6 * abs(full).max())
 
 
-@pytest.mark.parametrize("case", [None, "qwen3_windows", "olmo2_biases", "gemma2", "gemma3_by_type", "smollm3"])
+@pytest.mark.parametrize(
+    "case", [None, "qwen3_windows", "olmo2_biases", "gemma2", "gemma3_by_type", "smollm3", "phi3_short"]
+)
 def test_sharded_equals_single(case, x64):
     """Eight devices, every axis in use; two key heads over two tensor shards, and five query heads of one; float64."""
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings, put_batch
 
     model = tiny.model(remat="full", tie_word_embeddings=False, **WIDE)
-    model = model if case is None else Model(from_hf(CASES[case], remat="full", **WIDE))
+    model = model if case is None else Model(from_hf(CASES[case], remat="full", rope_length=100, **WIDE))
     params = params_of(model)
     rows = tiny.causal(np.random.default_rng(0).integers(0, 64, (8, 100)))
     weights = np.random.default_rng(1).normal(size=(8, 100))

@@ -20,6 +20,10 @@ _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_
 _YARN_ALONE = {name: value for name, value in _YARN.items() if name != "rope_theta"}
 _MINISTRAL3 = {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3}
 
+_LONG = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.2, 4.0, 9.0]}
+_SHORT = {"short_factor": [1.1, 2.0], "long_factor": [1.0, 1.0], "attention_factor": 1.3}
+_NTK = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
+
 CASES = {
     "qwen2": config("qwen2", "Qwen2", sliding_window=8, use_sliding_window=False, max_window_layers=1, **_OLD_ROPE),
     "qwen2_windows": config(
@@ -153,5 +157,27 @@ CASES = {
         },
         tie_word_embeddings=False,
     ),
+    "phi3": config("phi3", "Phi3", eos_token_id=2, sliding_window=7, **_OLD_ROPE),
+    # Whatever is read is longer than the original length: transformers never changes over to the long factors.
+    "phi3_long": config(
+        "phi3",
+        "Phi3",
+        eos_token_id=2,
+        rope_parameters=None,
+        rope_theta=100.0,
+        rope_scaling={"type": "longrope"} | _LONG,
+        original_max_position_embeddings=2,
+        max_position_embeddings=4,
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=False,
+    ),
+    "phi3_short": config(
+        "phi3",
+        "Phi3",
+        eos_token_id=2,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.5, **_SHORT},
+        original_max_position_embeddings=64,
+    ),
+    "llama_dynamic": config("llama", "Llama", rope_parameters=_NTK, max_position_embeddings=32),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),
 }

@@ -14,7 +14,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.types import Rows
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-SETTINGS = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
+SETTINGS = {"dtype": "float32", "param_dtype": "float32", "remat": "none", "rope_length": 40}
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -78,9 +78,9 @@ def tensors(hf: dict, head: str | None = None, seed: int = 0) -> dict[str, np.nd
     shapes = {"/".join(k.key for k in p): x.shape for p, x in _flat(Model(config).abstract())}
     out = {}
     for row in config.family.names.rows:
-        if row.path in shapes:
+        if row.path in shapes and row == (fused := config.family.names.fused_of(row)).rows[0]:
             for layer in range(config.num_layers if row.stacked else 1):
-                shape = row.shape(hf_names.sizes(config))
+                shape = fused.shape(hf_names.sizes(config))
                 value = rng.normal(size=shape).astype(np.float32)
                 scale = 0.02 if row.path.endswith("embedding") else 0.3
                 one = 1 - (config.norm_offset or 0)
@@ -93,8 +93,8 @@ def by_name(config: ModelConfig, tree) -> dict[str, np.ndarray]:
     names, sizes, out = config.family.names, hf_names.sizes(config), {}
     leaves = {"/".join(k.key for k in p): np.asarray(x) for p, x in _flat(tree)}
     for fused, index in names.in_order({path: x.shape for path, x in leaves.items()}):
-        (row,) = fused.rows
-        out[row.named(index)] = row.to_theirs(leaves[row.path][index], sizes)
+        parts = [row.to_theirs(leaves[row.path][index], sizes) for row in fused.rows]
+        out[fused.rows[0].named(index)] = np.concatenate(parts, axis=fused.rows[0].along)
     return out
 
 

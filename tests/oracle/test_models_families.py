@@ -36,7 +36,8 @@ def test_logits_and_gradients(tmp_path, case):
     tiny.golden(f"tiny_{case}", lambda: summary(*theirs))
 
 
-@pytest.mark.parametrize("case", CASES)
+# Text that grows has other frequencies at each length there, and cached keys keep those that they were turned by.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "llama_dynamic"])
 def test_an_export_loads_and_generates_the_same(tmp_path, case):
     """No key is missing or left over; logits are the same, and greedy text from a cache longer than the windows."""
     written(tmp_path, case)
@@ -79,6 +80,7 @@ def test_an_export_loads_and_generates_the_same(tmp_path, case):
         "gemma3",
         "olmo3",
         "smollm3",
+        "phi3_long",
     ],
 )
 def test_reward_models_both_ways(tmp_path, case):

@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxalign.models import hf
 from jaxalign.models.transformer import Model
+from jaxalign.ops.rope import BY_LENGTH
 from tests.models import tiny_models as tiny
 from tests.models.test_golden_models import FIXED_IDS, SHARED_MODELS, loss_and_grads, summary
 from tests.models.test_rope import CASES
@@ -79,7 +80,8 @@ def test_rope_frequencies():
             config = transformers.LlamaConfig(**fields)
             kind = config.rope_parameters["rope_type"]
             default = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.compute_default_rope_parameters
-            out[case] = (default if kind == "default" else ROPE_INIT_FUNCTIONS[kind])(config)[0].numpy()
+            longest = {"seq_len": tiny.SETTINGS["rope_length"]} if kind in BY_LENGTH else {}
+            out[case] = (default if kind == "default" else ROPE_INIT_FUNCTIONS[kind])(config, **longest)[0].numpy()
         return out
 
     live, stored = make(), tiny.golden("rope", make)

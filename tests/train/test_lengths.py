@@ -12,15 +12,17 @@ from jaxalign.ops.precision import require_dtypes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train.models import Roles, fit_length
 from jaxalign.train.stage import more_stops
+from tests.models import tiny_models as tiny
 
 
 @pytest.fixture
 def model(tmp_path):
     """A directory whose config.json says for how many tokens a model was made."""
 
-    def make(name, positions):
+    def make(name, positions, **more):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+        file = tiny.hf_config(max_position_embeddings=positions, **more)
+        (tmp_path / name / "config.json").write_text(json.dumps(file))
         return str(tmp_path / name)
 
     return make
@@ -45,6 +47,32 @@ def test_the_least_of_all_models_that_read_a_sequence_counts(model):
     c.data.max_length = 400
     (said,) = fit_length(c)[1]
     assert c.rewards.model in said
+
+
+NTK = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize("asked, length", [(None, 300), (700, 700)])
+def test_every_model_of_a_run_turns_by_its_longest_sequence(model, asked, length):
+    c = defaults("ppo")
+    c.model.path, c.rewards.model = (model(name, 300, rope_parameters=NTK) for name in "mr")
+    c.model.rope_length = asked
+    c, told = fit_length(c)
+    assert not told
+    roles = Roles(c, make_mesh({"data": 8}))
+    for role in (roles.policy(1e-6), roles.reference(), roles.scorer(c.model.path, 1e-6)):
+        assert role.model.config.rope.length == length
+        assert role.model.for_length(10_000) is role.model
+
+
+def test_a_rope_length_that_cannot_be_or_says_nothing(model):
+    c = defaults("sft")
+    c.model.path, c.model.rope_length = model("m", 300), 200
+    with pytest.raises(InputError, match=r"model\.rope_length is 200, data\.max_length 300"):
+        fit_length(c)
+    c.model.rope_length = 900
+    (said,) = fit_length(c)[1]
+    assert "rope_length has no effect" in said and "default" in said
 
 
 @pytest.mark.parametrize(

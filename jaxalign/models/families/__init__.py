@@ -16,6 +16,7 @@ from jaxalign.models.families import (
     mistral,
     olmo2,
     olmo3,
+    phi3,
     qwen2,
     qwen3,
     smollm3,
@@ -36,6 +37,7 @@ FAMILIES: list[Family] = [
     gemma.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    phi3.FAMILY,
 ]
 
 _EXPERTS = "a mixture of experts, and jaxalign's layers are dense"
@@ -61,7 +63,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("granite",), (_NORMS, _LLAMA)),
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
     **dict.fromkeys(("bloom", "mpt"), (_ALIBI, _LLAMA)),
-    **dict.fromkeys(("phi", "phi3", "gpt2", "gpt_neox", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
+    **dict.fromkeys(("phi", "gpt2", "gpt_neox", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
 }
 
 

@@ -45,6 +45,5 @@ FAMILY = dataclasses.replace(
         Row(_LAYER + "pre_feedforward_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
         Row(_LAYER + "post_feedforward_layernorm.weight", "layers/mlp_out_norm/scale", "D -> D"),
         after="layers/attention/out/bias",
-        without=("layers/mlp_norm/scale",),
     ),
 )

@@ -23,9 +23,9 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     hf = {**_DEFAULTS, **hf}
     pattern = integer(hf, _EVERY, _PATTERN)
     types = layer_types(hf, lambda layer: (layer + 1) % pattern != 0)
-    by_type = ropes_by_type(hf, _THETA, _SLIDING_THETA)
-    one_rope = {**hf, "rope_parameters": None, "rope_scaling": None}
-    return gemma.common(one_rope, _NUM_KV_HEADS) | {
+    fields = gemma.common({**hf, "rope_parameters": None, "rope_scaling": None}, _NUM_KV_HEADS)
+    by_type = ropes_by_type(hf, fields["head_dim"], _THETA, _SLIDING_THETA)
+    return fields | {
         "rope": by_type[FULL],
         "ropes": tuple(by_type[kind] for kind in types),
         "windows": windows({**hf, "layer_types": types}, window_of(hf, _WINDOW)),

@@ -21,8 +21,9 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         # Version 4 of transformers takes it for all layers, version 5 for those without a window.
         raise wrong("rope_theta", theta, f"{_THETA:g}, or rope_parameters, which say it of each layer type")
     types = layer_types(hf, lambda layer: (layer + 1) % _PATTERN != 0)
-    by_type = ropes_by_type(hf, _THETA, _THETA)
-    return olmo2.common({**hf, "rope_parameters": None, "rope_scaling": None}) | {
+    fields = olmo2.common({**hf, "rope_parameters": None, "rope_scaling": None})
+    by_type = ropes_by_type(hf, fields["head_dim"], _THETA, _THETA)
+    return fields | {
         "rope": by_type[FULL],
         "ropes": tuple(by_type[kind] for kind in types),
         "windows": windows({**hf, "layer_types": types}, window_of(hf, _WINDOW)),
