@@ -15,7 +15,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, config_dict
@@ -23,23 +23,24 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 from jaxalign import relations
 from jaxalign.errors import InputError
 from jaxalign.functions import is_name
-from jaxalign.ranges import CHOICES, FUNCTIONS, REQUIRED, bounds, misfit, shown
+from jaxalign.ranges import ADAPTER_RATE, CHOICES, FUNCTIONS, REQUIRED, bounds, misfit, shown
 from jaxalign.registry import ALGORITHMS
 
 
-def defaults(algorithm: str) -> ConfigDict:
+def defaults(algorithm: str, *, adapter: int = 0) -> ConfigDict:
     """The default configuration of one training stage.
 
     Args:
       algorithm: one of `ALGORITHMS`.
+      adapter: the rank of an adapter that is trained in place of the model; its learning rates are ten times as large.
 
     Returns:
       A locked ConfigDict; required fields are None until set.
 
     >>> defaults("dpo").algorithm.beta
     0.1
-    >>> defaults("ppo").optimizer.learning_rate
-    1e-06
+    >>> defaults("ppo").optimizer.learning_rate, defaults("ppo", adapter=16).optimizer.learning_rate
+    (1e-06, 1e-05)
     """
     if algorithm not in ALGORITHMS:
         raise InputError(
@@ -57,7 +58,21 @@ def defaults(algorithm: str) -> ConfigDict:
     for name in entry.without:
         section, field = name.split(".")
         del c[section][field]
+    c.adapter.rank = adapter
+    suit_adapter(c)
     return c.lock()
+
+
+def suit_adapter(config: ConfigDict, given: Collection[str] = ()) -> None:
+    """Raises the defaults of learning rates to those of an adapter, where one is trained.
+
+    Args:
+      config: one stage's configuration, its learning rates the algorithm's defaults but for those given.
+      given: fields that were given.
+    """
+    for field in config.optimizer if config.adapter.rank else ():
+        if field.endswith("learning_rate") and f"optimizer.{field}" not in given:
+            config.optimizer[field] = float(f"{ADAPTER_RATE * config.optimizer[field]:g}")
 
 
 def _common() -> ConfigDict:
@@ -84,6 +99,9 @@ def _common() -> ConfigDict:
                 "tokenizer": none(str),  # a directory or hub id; default: that of model.path
                 "chat_template": none(str),  # a file or a template; default: the tokenizer's own
                 "from_scratch": False,  # initialise from config.json alone
+                # which parameters are trained, patterns of their paths: lm_head, layers/mlp; (): all, or with an
+                # adapter that alone; a scalar head always is
+                "train": (),
                 "dtype": "float32",  # of the computation
                 "param_dtype": "float32",  # of the trained weights
                 "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
@@ -91,6 +109,16 @@ def _common() -> ConfigDict:
                 "attention": none(str),  # the backend; default: what suits the platform
                 # tokens of the longest sequence, for rope types dynamic and longrope alone; default: data.max_length
                 "rope_length": none(int),
+            },
+            "adapter": {  # low-rank updates that are trained beside frozen kernels: LoRA
+                "rank": 0,  # of the updates; 0: none, the kernels themselves are trained
+                "alpha": 32.0,  # an update is scaled by alpha / rank
+                # linears by patterns of the ends of their names, q_proj, layers.(30|31).*; all-linear: all of a layer's
+                "targets": ("all-linear",),
+                "rank_pattern": (),  # pairs of a pattern and another rank
+                "alpha_pattern": (),  # pairs of a pattern and another alpha
+                "rslora": False,  # scaled by alpha / sqrt(rank)
+                "dora": False,  # magnitudes of the kernels' columns are trained too
             },
             "data": {
                 # paths, hub ids or dicts: path, split, name, revision, weight, columns, preset, streaming
@@ -128,6 +156,8 @@ def _common() -> ConfigDict:
                 "eps": 1e-8,  # added to the denominator
                 "weight_decay": 0.0,  # decoupled, scaled by the learning rate
                 "decay_mask": "matrices",  # which weights decay: matrices alone, or all
+                # pairs of a pattern of parameters' paths and a factor of their learning rate: (("lora_b", 16.0),)
+                "rate_factors": (),
                 "max_grad_norm": 1.0,  # gradients are clipped to this norm, by role; 0: no clipping
                 "state_dtype": none(str),  # of the optimizer's moments: bfloat16, int8; default: model.param_dtype
             },
@@ -282,13 +312,20 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
         check_lengths(config)
         + relations.without_effect(config, defaults(name))
         + [
-            f"{field} is {get(config, field):g}; guides for {name} give "
+            f"{field} is {get(config, field):g}; guides for {name}{' with an adapter' * (low != usual)} give "
             + (f"{low:g}" if low == high else f"{low:g} to {high:g}")
-            for field, low, high in ALGORITHMS[name].guides
+            for field, usual, low, high in _guides(config)
             if not low <= (get(config, field) or 0) <= high
             and not (field == "num_epochs" and config.num_train_steps is not None)
         ]
     )
+
+
+def _guides(config: ConfigDict) -> Iterator[tuple[str, float, float, float]]:
+    """What practitioners' guides give: the field, the least of whole models, the least and the greatest."""
+    for field, low, high in ALGORITHMS[config.algorithm.name].guides:
+        factor = ADAPTER_RATE if config.adapter.rank and field.endswith("learning_rate") else 1
+        yield field, low, factor * low, factor * high
 
 
 def check_lengths(config: ConfigDict, positions: int | None = None) -> list[str]:

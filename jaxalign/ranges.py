@@ -16,12 +16,22 @@ TRAIN_ON_ROLES = ("assistant", "user", "tool", "system")
 # Fields whose value may also be a function of the user's own, "module:function" or "file.py:function".
 FUNCTIONS = ("algorithm.loss", "algorithm.estimator", "optimizer.name", "optimizer.schedule")
 # Fields that earlier versions did not have, each with the value at which runs of those versions resume.
-ADDED = {
+ADDED: dict[str, Any] = {
     "algorithm.estimator": "gae",
     "checkpoint.patience": None,
     "checkpoint.every_minutes": 30.0,
     "model.rope_length": None,
+    "model.train": [],
+    "adapter.rank": 0,
+    "adapter.alpha": 32.0,
+    "adapter.targets": ["all-linear"],
+    "adapter.rank_pattern": [],
+    "adapter.alpha_pattern": [],
+    "adapter.rslora": False,
+    "adapter.dora": False,
+    "optimizer.rate_factors": [],
 }
+ADAPTER_RATE = 10  # learning rates of adapters over those of whole models, as guides give them
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although the reward changed
@@ -61,6 +71,8 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("num_train_steps", 1, _MANY),
     ("num_epochs", 1, _MANY),
     ("model.rope_length", 2, _TOKENS),
+    ("adapter.rank", 0, 1 << 14),
+    ("adapter.alpha", 1e-6, _BIG),
     ("data.max_length", 2, _TOKENS),
     ("data.max_prompt_length", 1, _TOKENS),
     ("data.max_completion_length", 1, _TOKENS),

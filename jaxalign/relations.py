@@ -31,11 +31,13 @@ def check(c: Any, inputs: bool) -> None:
     if c.model.param_dtype == "bfloat16":
         low = min(c.optimizer.learning_rate, c.optimizer.get("value_learning_rate", 1.0))
         if low < 1e-4:
+            frozen = " --config.model.frozen_dtype=bfloat16" * bool(c.adapter.rank)
             raise InputError(
                 f"bfloat16 weights at a learning rate of {low:g}",
                 "float32 weights below 1e-4: at 5e-7 one percent of bfloat16 weights move in a step",
-                "--config.model.param_dtype=float32 (the computation may stay in bfloat16)",
+                f"--config.model.param_dtype=float32{frozen} (the computation may stay in bfloat16)",
             )
+    _check_adapter(c)
     if c.optimizer.weight_decay and is_name(c.optimizer.name):
         raise InputError(
             f"optimizer.weight_decay is {c.optimizer.weight_decay:g} with an optimizer of your own",
@@ -135,6 +137,47 @@ def _check_evaluated(c: Any) -> None:
         )
 
 
+def _check_adapter(c: Any) -> None:
+    """Patterns, and pairs of them and numbers; whether a pattern matches is checked when the model is known."""
+    pairs = (("adapter.rank_pattern", 8, 1), ("adapter.alpha_pattern", 16.0, 1e-6), ("optimizer.rate_factors", 16.0, 0))
+    for field, example, least in pairs:
+        section, leaf = field.split(".")
+        for item in c[section][leaf]:
+            whole = isinstance(example, int)
+            if not isinstance(item, (tuple, list)) or len(item) != 2 or not _is_pattern(item[0]):
+                raise InputError(
+                    f"{field} holds {shown(item)}",
+                    "pairs of a pattern and a number",
+                    f"--config.{field}='((\"q_proj\", {example}),)'",
+                )
+            if expected := misfit(item[1], least, 1 << 14 if whole else 1e6, whole=whole):
+                raise InputError(
+                    f"{field} gives {item[0]!r} {shown(item[1])}",
+                    expected,
+                    f"--config.{field}='((\"{item[0]}\", {example}),)'",
+                )
+    for field in ("adapter.targets", "model.train"):
+        section, leaf = field.split(".")
+        given = c[section][leaf]
+        if field == "adapter.targets" and not given and c.adapter.rank:
+            raise InputError(
+                "adapter.targets is empty", "patterns, or all-linear", "--config.adapter.targets=all-linear"
+            )
+        for pattern in given:
+            if not _is_pattern(pattern):
+                raise InputError(f"{field} holds {shown(pattern)}", "patterns of names", f"--config.{field}=None")
+    if c.optimizer.rate_factors and (c.optimizer.name == "schedule_free" or is_name(c.optimizer.name)):
+        raise InputError(
+            f"optimizer.rate_factors with optimizer.name={c.optimizer.name}",
+            "an optimizer whose updates are scaled by the learning rate last",
+            "--config.optimizer.name=adamw, or --config.optimizer.rate_factors=None",
+        )
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _check_schedule_free(c: Any) -> None:
     """What schedule-free's average x, which is computed from the weights y and the state's z, does not go with."""
     o, dtype = c.optimizer, c.model.param_dtype
@@ -229,7 +272,15 @@ _READ_WHERE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("data.max_skipped", lambda c: c.data.on_error == "skip", "data.on_error=skip"),
     ("data.row_length", *_where(lambda algorithm: algorithm.reads.readout != "none")),
     ("data.packing", *_where(lambda algorithm: algorithm.reads.readout != "none")),
-    ("model.frozen_dtype", *_where(lambda algorithm: algorithm.frozen)),
+    (
+        "model.frozen_dtype",
+        lambda c: ALGORITHMS[c.algorithm.name].frozen or c.adapter.rank or c.model.train,
+        f"{_where(lambda algorithm: algorithm.frozen)[1]}, adapters and model.train",
+    ),
+    *(
+        (f"adapter.{field}", lambda c: c.adapter.rank, "a positive adapter.rank")
+        for field in ("alpha", "targets", "rank_pattern", "alpha_pattern", "rslora", "dora")
+    ),
     ("algorithm.kl_horizon", lambda c: c.algorithm.kl_target is not None, "an algorithm.kl_target"),
     ("logging.num_samples", lambda c: c.logging.samples_every, "a positive logging.samples_every"),
 )

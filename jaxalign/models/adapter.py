@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -66,6 +66,27 @@ class Adapter:
                 own = _at(layer, path)
                 layer = _put(layer, path, own | {"lora_b": own["lora_b"] * numbers[_number(path)]})
         return layer
+
+    def merged(self, layers: Params, some: Callable[[Any], Any] = lambda x: x, dtype: Any = None) -> Params:
+        """Stacked layers with the adapter multiplied into their kernels, in at least float32; the base model's.
+
+        Args:
+          layers: [N, ...], all or some; without parameters of an adapter they stay as they are.
+          some: from what all layers have, [L], to those that are given.
+          dtype: of the merged kernels; None: as they were.
+        """
+
+        def one(kernel, a, b, magnitude, scale):
+            return merged(kernel, LowRank(a, at_least_float32(b) * scale, magnitude)).astype(dtype or kernel.dtype)
+
+        for path, update in self.updates:
+            own = _at(layers, path)
+            if "lora_a" in own:
+                scales = some(jnp.asarray(update.scales, jnp.float32))
+                parts = (own["kernel"], own["lora_a"], own["lora_b"], own.get("magnitude"), scales)
+                whole = {name: x for name, x in own.items() if name not in LEAVES} | {"kernel": jax.vmap(one)(*parts)}
+                layers = _put(layers, path, whole)
+        return layers
 
 
 def _number(path: str) -> str:
@@ -202,37 +223,6 @@ def fresh(adapter: Adapter, abstract: Params, key: jax.Array, kernels: Params) -
     for path, update in adapter.updates:
         made = _put(made, path, one(path, _at(abstract["layers"], path), update))
     return {"layers": made}
-
-
-def merge(adapter: Adapter, layers: Params, dtype: Any = None) -> Params:
-    """Stacked layers, or some of them, with the adapter multiplied into their kernels; it has no parameters left.
-
-    Args:
-      adapter: of the model.
-      layers: of all layers [L, ...].
-      dtype: of the merged kernels; None: as they were.
-    """
-    for path, update in adapter.updates:
-        layers = _put(layers, path, merged_linear(_at(layers, path), np.array(update.scales, np.float32), dtype))
-    return layers
-
-
-def merged_linear(own: Params, scales: Any, dtype: Any = None) -> Params:
-    """A linear's parameters, its adapter merged into the kernel.
-
-    Args:
-      own: of all layers [L, ...].
-      scales: [L].
-      dtype: of the kernel; None: as it was.
-    """
-    if "lora_a" not in own:
-        return own
-
-    def one(kernel, a, b, magnitude, scale):
-        return merged(kernel, LowRank(a, at_least_float32(b) * scale, magnitude)).astype(dtype or kernel.dtype)
-
-    parts = (own["kernel"], own["lora_a"], own["lora_b"], own.get("magnitude"), jnp.asarray(scales))
-    return {n: x for n, x in own.items() if n not in LEAVES} | {"kernel": jax.vmap(one)(*parts)}
 
 
 def _at(tree: Params, path: str) -> Params:

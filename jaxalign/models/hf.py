@@ -22,12 +22,14 @@ from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import locate
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
+from jaxalign.ops.trees import split
 from jaxalign.types import Params
 
 _EMBEDDING, _HEAD, _SCORE = "embed/embedding", "lm_head/kernel", "score/kernel"
 _READERS = min(8, os.cpu_count() or 1)  # layers copied at once: transposing them is what loading waits for
 
 Shardings = Callable[[Params], Any] | None
+Wanted = Callable[[str], bool] | None
 
 
 def load(
@@ -41,6 +43,7 @@ def load(
     rope_length: int | None = None,
     shardings: Shardings = None,
     key: jax.Array | None = None,
+    wanted: Wanted = None,
 ) -> tuple[Model, Params]:
     """Reads a checkpoint.
 
@@ -55,6 +58,7 @@ def load(
       rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       key: of a new scalar head; None: the checkpoint must have one.
+      wanted: which parameters, by path; None: all.
 
     Returns:
       The model and its parameters.
@@ -67,7 +71,7 @@ def load(
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
     model = Model(config)
     params: Params = {}
-    for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings):
+    for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings, wanted):
         if array is None and key is None:
             raise _no_head(directory, config)
         if array is None:
@@ -77,7 +81,7 @@ def load(
 
 
 def read_leaves(
-    directory: Path, config: ModelConfig, abstract: Params, shardings: Shardings = None
+    directory: Path, config: ModelConfig, abstract: Params, shardings: Shardings = None, wanted: Wanted = None
 ) -> Iterator[tuple[str, Sharding, jax.Array | None]]:
     """Reads a tree of parameters, one array at a time.
 
@@ -86,15 +90,18 @@ def read_leaves(
       config: of the model, whose family names the tensors.
       abstract: shapes and dtypes.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
+      wanted: which parameters, by path; None: all.
 
     Yields:
-      path, sharding and array of each parameter; None for a scalar head that the checkpoint lacks.
+      path, sharding and array of each of them; None for a scalar head that the checkpoint lacks.
 
     Raises:
       InputError: as `load` does.
     """
     sources, names = match(config, abstract, list_tensors(directory)), config.family.names
     for leaf_path, leaf, sharding in _leaves(abstract, shardings):
+        if wanted is not None and not wanted(leaf_path):
+            continue
         row, found = names.row_of(leaf_path), sources.get(leaf_path)
         array = None if found is None else _read_leaf(row, names.fused_of(row), found, sizes(config), leaf, sharding)
         yield leaf_path, sharding, array
@@ -154,6 +161,7 @@ def from_scratch(
     head: str | None = None,
     rope_length: int | None = None,
     shardings: Shardings = None,
+    wanted: Wanted = None,
 ) -> tuple[Model, Params]:
     """Starts a model from its `config.json` alone: kernels normal(0, initializer_range), norms 1, biases 0.
 
@@ -163,10 +171,12 @@ def from_scratch(
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
     model = Model(config)
+    chosen = wanted or (lambda leaf_path: True)
     out: Params = {}
     for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
-        _put(out, leaf_path, sharding)
-    return model, jax.jit(model.init, out_shardings=out)(key)
+        if chosen(leaf_path):
+            _put(out, leaf_path, sharding)
+    return model, jax.jit(lambda key: split(model.init(key), chosen)[0], out_shardings=out)(key)
 
 
 def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) -> dict[str, dict[Index, Tensor]]:

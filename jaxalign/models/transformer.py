@@ -270,6 +270,11 @@ class Model:
         assert self.config.adapter is not None
         return fresh(self.config.adapter, self.abstract(), key, kernels)
 
+    def normed_kernels(self) -> set[str]:
+        """The paths of the kernels that a fresh adapter takes norms of: with DoRA those that it updates."""
+        adapter = self.config.adapter
+        return {f"layers/{path}/kernel" for path, _ in adapter.updates} if adapter and adapter.dora else set()
+
     def apply(
         self,
         params: Params,
@@ -362,3 +367,18 @@ class Model:
         if self.config.head != "score":
             raise ValueError("a model with a token head has no scalar head")
         return params["score"]["kernel"]
+
+
+def without_adapter(model: Model, params: Params) -> tuple[Model, Params]:
+    """The same function of rows as a model without an adapter: it is merged into the kernels.
+
+    Args:
+      model: with an adapter, or with none.
+      params: of it.
+    """
+    adapter = model.config.adapter
+    if adapter is None:
+        return model, params
+    merge = jax.jit(adapter.merged)
+    plain = dataclasses.replace(model, config=dataclasses.replace(model.config, adapter=None))
+    return plain, params | {"layers": merge(params["layers"])}

@@ -41,7 +41,9 @@ def adapted(x, kernel, update: LowRank, contracted: int):
     y = linear(x, kernel, contracted) + linear(narrow, update.b.astype(x.dtype), 1, kept=False)
     if update.magnitude is None:
         return y
-    norm = jax.lax.stop_gradient(column_norms(kernel, update.a, update.b))
+    # Behind a barrier: fused into what reads it, it would be another number in another program, and a reference with
+    # the same parameters would have other log-probs.
+    norm = jax.lax.optimization_barrier(jax.lax.stop_gradient(column_norms(kernel, update.a, update.b)))
     return y * (at_least_float32(update.magnitude) / norm).astype(y.dtype)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxalign.types import Params
 
@@ -23,7 +25,7 @@ def join(trained: Params, frozen: Params, *, like: Params | None = None) -> Para
     """
     whole = _join(trained, frozen, "")
     if like is not None:
-        found, wanted = _paths(whole), _paths(like)
+        found, wanted = by_path(whole).keys(), by_path(like).keys()
         for path in sorted(found ^ wanted):
             where = "in neither tree" if path in wanted else "no parameter of the model"
             raise ValueError(f"{path} is {where}, trained or frozen")
@@ -48,6 +50,39 @@ def joined(params: Mapping[str, Params], frozen: Mapping[str, Params]) -> dict[s
     return {role: join(own, frozen[role]) if role in frozen else own for role, own in params.items()}
 
 
+def path_pattern(pattern: str) -> re.Pattern:
+    """A regular expression of whole names of a path: "mlp", "layers/.*norm".
+
+    >>> [bool(path_pattern("mlp").search(path)) for path in ("layers/mlp/up/kernel", "layers/mlp_norm/scale")]
+    [True, False]
+    """
+    return re.compile(rf"(?:^|/)(?:{pattern})(?:/|$)")
+
+
+def by_path(tree: Params, at: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their paths.
+
+    >>> by_path({"q": {"kernel": 1}, "norm": 3})
+    {'q/kernel': 1, 'norm': 3}
+    """
+    found: dict[str, Any] = {}
+    for name, own in tree.items():
+        found |= by_path(own, f"{at}{name}/") if isinstance(own, dict) else {at + name: own}
+    return found
+
+
+def from_paths(leaves: Mapping[str, Any]) -> Params:
+    """The tree of `by_path`."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
 def _join(trained, frozen, at: str):
     if not (isinstance(trained, dict) and isinstance(frozen, dict)):
         raise ValueError(f"{at.removesuffix('/')} is both trained and frozen")
@@ -66,9 +101,3 @@ def _kept(tree, keep, at: str):
         elif keep(at + name):
             found[name] = own
     return found
-
-
-def _paths(tree, at: str = "") -> set[str]:
-    if not isinstance(tree, dict):
-        return {at.removesuffix("/")}
-    return {path for name, own in tree.items() for path in _paths(own, f"{at}{name}/")}

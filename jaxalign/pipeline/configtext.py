@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import defaults, get, leaves, stages, to_dict
+from jaxalign.config import defaults, get, leaves, stages, suit_adapter, to_dict
 from jaxalign.errors import InputError
 from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS
@@ -86,8 +86,16 @@ def _stage(file: Path, tree: Mapping[str, Any], prefix: str = "") -> ConfigDict:
             f"edit {file}: algorithm: {{name: dpo}}",
         )
     c = defaults(name)
-    _set(file, c, {key: value for key, value in tree.items() if not (key == "algorithm" and isinstance(value, str))})
+    given = {key: value for key, value in tree.items() if not (key == "algorithm" and isinstance(value, str))}
+    _set(file, c, given)
+    suit_adapter(c, set(_dotted(given)))
     return c
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names that a file sets."""
+    for key, value in tree.items():
+        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else (f"{prefix}{key}",)
 
 
 def _set(file: Path, c: ConfigDict, tree: Mapping[str, Any], prefix: str = "") -> None:

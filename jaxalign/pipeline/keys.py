@@ -54,12 +54,13 @@ def keys_of(config: ConfigDict, inputs: Mapping[str, str], filled: tuple[str, ..
       filled: the fields that these inputs filled; their keys stand for them, wherever the workdir is.
     """
     tree = to_dict(config)
-    for field in (*_NOT_IN_KEY, *(f for f, value in ADDED.items() if get(config, f) == value)):
+    for field in (*_NOT_IN_KEY, *(f for f, value in ADDED.items() if get(tree, f) == value)):
         *parents, leaf = field.split(".")
         node = tree
         for parent in parents:
             node = node.get(parent, {})
         node.pop(leaf, None)
+    tree = {name: value for name, value in tree.items() if value != {}}  # a section of later versions, left at defaults
     files: dict[str, str | None] = {}
     for field in INPUTS:
         if field in filled:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxalign.config import defaults, get, leaves
+from jaxalign.config import defaults, get, leaves, suit_adapter
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
 from jaxalign.pipeline.mistakes import columns_meant, no_columns, no_field, takers
@@ -60,6 +60,7 @@ def named_config(
         field = _reward_field(c, text or "") if flag == "reward" else _FLAGS.get(flag) or _field(c, flag, text)
         override(c, field, text, extend=field in seen)
         seen.add(field)
+    suit_adapter(c, seen)
     if columns:
         raise no_columns(c, "data.sources", columns, "columns by a flag of their own")
     with c.unlocked():

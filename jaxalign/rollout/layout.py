@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import InputError
+from jaxalign.models.adapter import base
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.compiler_options import jit
@@ -203,7 +204,7 @@ def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> dict[str, int
     c, tensor = model.config, mesh.shape["tensor"]
     item = jnp.dtype(c.dtype).itemsize
     weights = 0
-    for path, x in jax.tree_util.tree_flatten_with_path(model.abstract())[0]:
+    for path, x in jax.tree_util.tree_flatten_with_path(base(model.abstract()))[0]:
         weights += (
             item * math.prod(x.shape) // (tensor if "tensor" in param_spec(path_name(path), x.shape, mesh) else 1)
         )
@@ -265,14 +266,18 @@ def lay_out_ends(model: Model, ends: Params, *, mesh: Mesh | None) -> Params:
 
 @functools.partial(jit, static_argnames=("model", "arrays", "mesh"))
 def lay_out_layer(model: Model, layers: Params, number: Array, *, arrays: int, mesh: Mesh | None) -> Params:
-    """What `split_layers` gives of one number."""
+    """What `split_layers` gives of one number; an adapter is merged into its kernels."""
 
     def cut(x):
-        every = x.reshape(-1, arrays, *x.shape[1:])
-        own = jax.lax.dynamic_index_in_dim(every, number, axis=1, keepdims=False)
-        return own.squeeze(0) if len(own) == 1 else own
+        return jax.lax.dynamic_index_in_dim(x.reshape(-1, arrays, *x.shape[1:]), number, axis=1, keepdims=False)
 
-    return jax.tree_util.tree_map_with_path(functools.partial(_place, model, mesh, cut), layers)
+    def alone(x):
+        return x.squeeze(0) if len(x) == 1 else x
+
+    own = jax.tree.map(cut, layers)
+    if model.config.adapter is not None:
+        own = model.config.adapter.merged(own, cut, model.config.dtype)
+    return jax.tree_util.tree_map_with_path(functools.partial(_place, model, mesh, alone), own)
 
 
 def _place(model: Model, mesh: Mesh | None, cut: Callable[[Array], Array], path: Any, x: Array) -> Array:

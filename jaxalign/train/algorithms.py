@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
 from jaxalign.functions import is_name
+from jaxalign.models.adapter import base
+from jaxalign.ops.trees import by_path
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
 from jaxalign.steps.policy import policy_objective, stop_on_kl
@@ -72,7 +74,21 @@ def build(config: Any, roles: Roles, context: Context) -> Program:
       roles: makes the models' parts, read onto the mesh.
       context: what else there is.
     """
-    return BUILDERS[config.algorithm.name](config, roles, context)
+    program = BUILDERS[config.algorithm.name](config, roles, context)
+    rests = {name: role.rest for name, role in program.trained.items() if role.rest is not None}
+    # First, so that they lie on the devices, whoever shares them.
+    return program._replace(frozen=rests | program.frozen, passes=program.passes - _frozen_share(program))
+
+
+def _frozen_share(program: Program) -> float:
+    """The share of kernels that are not trained: a backward pass makes no gradients of them."""
+    kernels = [0, 0]
+    for role in program.trained.values():
+        held = by_path(role.abstract())
+        for path, leaf in by_path(base(role.model.abstract())).items():
+            if path.endswith("kernel"):
+                kernels[path in held] += leaf.size
+    return kernels[0] / sum(kernels)
 
 
 def _sft(config, roles, context) -> Program:
@@ -198,7 +214,7 @@ def check_tokens(path: str, tokenizer: Any, revision: str | None = None) -> None
 
 
 def _shapes(role: Role) -> Any:
-    return jax.tree.map(lambda x: x.shape, role.model.abstract())
+    return jax.tree.map(lambda x: x.shape, base(role.model.abstract()))
 
 
 def _ppo(config, roles, context) -> Program:

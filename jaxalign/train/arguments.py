@@ -8,7 +8,7 @@ import jax
 
 from jaxalign.parallel.sharding import batch_part, batch_sharding, param_shardings
 from jaxalign.train.checkpoints import abstract
-from jaxalign.train.models import per_source
+from jaxalign.train.models import Role, shared
 from jaxalign.train.stage import Stage
 from jaxalign.types import Batch, Params
 
@@ -21,11 +21,11 @@ def step_arguments(stage: Stage) -> tuple[Any, dict[str, Params], Any]:
 def frozen_parameters(stage: Stage) -> dict[str, Params]:
     """By role, on the devices; those of one source are the same objects, as the arrays are."""
 
-    def whole(role: Any) -> Params:
-        tree = role.model.abstract()
+    def shapes(name: str, role: Role) -> Params:
+        tree = role.abstract()
         return abstract(tree, param_shardings(stage.mesh, tree))
 
-    return per_source(stage.program.frozen, whole)
+    return shared(stage.program.frozen, shapes)
 
 
 def batch_of(stage: Stage, dataset: Any) -> Batch:

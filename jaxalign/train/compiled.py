@@ -22,7 +22,8 @@ ADVICE = (
     "--config.grad_accum_steps=2 (or more: rows at a time), --config.model.remat=full, "
     "--config.data.max_length or --config.data.row_length smaller, --config.batch_size smaller, "
     "--config.mesh.fsdp=-1 with more devices, --config.optimizer.name=adafactor, "
-    "--config.optimizer.state_dtype=bfloat16, --config.model.frozen_dtype=bfloat16"
+    "--config.optimizer.state_dtype=bfloat16, --config.model.frozen_dtype=bfloat16, "
+    "--config.adapter.rank=16 (LoRA: the model itself stays frozen; ten times the learning rate)"
 )
 
 
@@ -156,7 +157,7 @@ def out_of_memory(name: str, memory: dict[str, int], limit: int | None, detail: 
     >>> print(out_of_memory("train step", {"arguments": 2**30, "results": 0, "temporary": 2**31, "total": 3 * 2**30}, 2**31))
     found:    out of memory in the train step: it needs 3,221,225,472 bytes (3.00 GiB) on each device (arguments 1.00 GiB, results 0.00 GiB, temporary 2.00 GiB)
     expected: at most the 2,147,483,648 bytes (2.00 GiB) there
-    fix:      --config.grad_accum_steps=2 (or more: rows at a time), --config.model.remat=full, --config.data.max_length or --config.data.row_length smaller, --config.batch_size smaller, --config.mesh.fsdp=-1 with more devices, --config.optimizer.name=adafactor, --config.optimizer.state_dtype=bfloat16, --config.model.frozen_dtype=bfloat16
+    fix:      --config.grad_accum_steps=2 (or more: rows at a time), --config.model.remat=full, --config.data.max_length or --config.data.row_length smaller, --config.batch_size smaller, --config.mesh.fsdp=-1 with more devices, --config.optimizer.name=adafactor, --config.optimizer.state_dtype=bfloat16, --config.model.frozen_dtype=bfloat16, --config.adapter.rank=16 (LoRA: the model itself stays frozen; ten times the learning rate)
     """  # noqa: E501  a doctest
     found = f"out of memory in the {name}"
     if memory:

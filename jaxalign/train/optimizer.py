@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import optax
 from jaxalign.functions import is_name
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.stochastic_rounding import rounding_bits
+from jaxalign.ops.trees import path_pattern
+from jaxalign.parallel.sharding import path_name
 from jaxalign.steps.step import global_norm
 from jaxalign.train.muon import scale_by_muon
 from jaxalign.train.named_functions import own_optimizer, own_schedule
@@ -108,7 +110,31 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     else:
         raise ValueError(cfg.name)
     parts += [*decay, optax.scale_by_schedule(lambda count: -schedule(count))]
+    if cfg.rate_factors:
+        parts.append(scale_by_path(cfg.rate_factors))
     return kept_in(optax.chain(*parts), cfg.state_dtype)
+
+
+def scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Updates times the factor of the first pattern that their path matches; others stay as they are.
+
+    With ("lora_b", 16.0) that is LoRA+ (arXiv 2402.12354, section 4.2).
+
+    Args:
+      factors: pairs of a regular expression of whole names of a path and a factor.
+    """
+    rules = [(path_pattern(pattern), factor) for pattern, factor in factors]
+
+    def update(updates, state, params=None):
+        del params
+
+        def one(path, x):
+            name = path_name(path)
+            return x * next((factor for pattern, factor in rules if pattern.search(name)), 1.0)
+
+        return jax.tree_util.tree_map_with_path(one, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -200,7 +226,7 @@ def decay_mask(params: Params) -> Any:
     >>> decay_mask({"norm": {"scale": 0}, "lm_head": {"kernel": 0, "bias": 0}, "embed": {"embedding": 0}})
     {'embed': {'embedding': True}, 'lm_head': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", "magnitude"), params)
 
 
 def updates_made(opt_state: Any) -> jax.Array:

@@ -21,7 +21,7 @@ from jaxalign.train import algorithms
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.lock import Lock
-from jaxalign.train.models import Roles, describe_start, per_source, revision_of
+from jaxalign.train.models import Role, Roles, describe_start, revision_of, shared
 from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir
 from jaxalign.types import PolicyBatch, TrainState
@@ -162,7 +162,7 @@ class Stage:
 
     def start(self) -> TrainState:
         """The state of step 0 on the mesh."""
-        params = {name: role.part(role.load()) for name, role in self.program.trained.items()}
+        params = {name: role.load() for name, role in self.program.trained.items()}
         opt = {
             role: jax.jit(tx.init, out_shardings=self.shardings.opt[role])(params[role])
             for role, tx in self.optimizers.items()
@@ -174,9 +174,15 @@ class Stage:
         return TrainState(zero(), params, opt, extra, zero())
 
     def frozen(self) -> dict[str, Any]:
-        """The frozen parameters on the mesh, in host memory with `algorithm.offload`; each source is loaded once."""
-        kind = HOST if self.offload else DEVICE
-        return per_source(self.program.frozen, lambda role: in_memory(role.load(), kind))
+        """The frozen parameters on the mesh, each source loaded once.
+
+        With `algorithm.offload` in host memory, but for the rest of models that are trained in part.
+        """
+
+        def read(name: str, role: Role) -> Any:
+            return in_memory(role.load(), HOST if self.offload and name not in self.program.trained else DEVICE)
+
+        return shared(self.program.frozen, read)
 
     def write_report(self) -> None:
         """Writes `data_report.json`: what was read, used and dropped."""

@@ -13,6 +13,7 @@ import jax
 from jaxalign import config as configuration
 from jaxalign.config import Validated, get, validated
 from jaxalign.errors import InputError
+from jaxalign.models.transformer import without_adapter
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
@@ -231,12 +232,13 @@ def _export(
     best = checkpoints.best()
     if c.checkpoint.best_metric and best != step:
         state, step = checkpoints.restore(best, stage.like)[0], best
+    model, params = without_adapter(stage.program.trained[role].model, joined(evaluated(state).params, frozen)[role])
     target = os.fspath(stage.directory.export)
     source = locate(c.model.path, c.model.revision, weights=False)
     hf.save(
         target,
-        stage.program.trained[role].model,
-        joined(evaluated(state).params, frozen)[role],
+        model,
+        params,
         source=source,
         tokenizer=tokenizer_of_export(c.model, source, stage.tokenizer),
         card=model_card(stage.directory, configuration.to_dict(c), step, inputs),

@@ -46,7 +46,7 @@ def test_merged_equals_beside_and_a_tree_without_it_is_the_base(rules):
     base = Model(dataclasses.replace(model.config, adapter=None))
     whole = hidden(model, params)
     assert np.abs(whole - hidden(model, adapters.base(params))).max() > 0.1
-    one = params | {"layers": adapters.merge(model.config.adapter, params["layers"])}
+    one = params | {"layers": model.config.adapter.merged(params["layers"])}
     np.testing.assert_allclose(hidden(base, one), whole, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(hidden(model, adapters.base(params)), hidden(base, adapters.base(params)))
     if rules.dora:  # its norms are those of the kernels but for rounding

@@ -8,7 +8,6 @@ import pytest
 from run_child import make_config, stories
 from safetensors.numpy import load_file
 
-from jaxalign.ops.trees import split
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import algorithms, trainer
@@ -31,8 +30,8 @@ def in_part(monkeypatch):
     def divided(*given):
         program = build(*given)
         policy = program.trained["policy"]
-        trained = policy._replace(part=lambda tree: split(tree, attention)[0])
-        rest = policy._replace(part=lambda tree: split(tree, attention)[1])
+        trained = policy._replace(holds=attention)
+        rest = policy._replace(holds=lambda path: not attention(path))
         return program._replace(trained=program.trained | {"policy": trained}, frozen=program.frozen | {"policy": rest})
 
     monkeypatch.setattr(algorithms, "build", divided)
@@ -80,7 +79,7 @@ def test_a_run_that_trains_attention_alone(algorithm, shared, tmp_path, in_part)
 def test_frozen_roles_of_one_source_are_loaded_once(shared, tmp_path):
     stage = alone(stories(shared, tmp_path / "run", "dpo"))
     ref, reads = stage.program.frozen["ref"], []
-    counted = ref._replace(load=lambda: reads.append(1) or ref.load())
+    counted = ref._replace(read=lambda wanted: reads.append(1) or ref.read(wanted))
     other = counted._replace(source=(*ref.source[:2], "bfloat16", *ref.source[3:]))
     stage.program = stage.program._replace(frozen={"ref": counted, "base": counted, "half": other})
     frozen = stage.frozen()
