@@ -264,6 +264,7 @@ def families() -> str:
     lines = ["| family | `model_type` | architectures |", "|---|---|---|"]
     for family in FAMILIES:
         kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
+        kinds += "".join(f"; the text part of `{kind}`" for kind in family.inside)
         lines.append(f"| {family.name} | {kinds} | {', '.join(f'`{a}`' for a in family.architectures.values())} |")
     return "\n".join(lines)
 

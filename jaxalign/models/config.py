@@ -13,6 +13,7 @@ from jaxalign.models import families, hf_fields, hf_values
 from jaxalign.models.adapter import Adapter
 from jaxalign.models.family import Family
 from jaxalign.models.hub import CONFIG, read_json
+from jaxalign.models.text_part import text_fields
 from jaxalign.ops.rope import Rope
 
 HEADS = ("lm", "score")
@@ -113,7 +114,8 @@ def from_hf(
     """Reads a Hugging Face config of a family in `families`.
 
     Args:
-      hf: the parsed `config.json`, of transformers 5 (`rope_parameters`) or older (`rope_theta`, `rope_scaling`).
+      hf: the parsed `config.json`, of transformers 5 (`rope_parameters`) or older (`rope_theta`, `rope_scaling`); with
+        a `text_config`, of which the text model is read.
       dtype: of the computation.
       param_dtype: of the parameters.
       remat: what the backward pass recomputes, one of `REMAT`.
@@ -126,6 +128,7 @@ def from_hf(
     Raises:
       InputError: naming a field that changes the mathematics and is not honoured, or that is missing or wrong.
     """
+    hf = text_fields(hf)
     family = families.find(hf)
     hf_fields.check_not_quantised(hf)
     hf_fields.check_known(hf, family.honoured, family.neutral)

@@ -20,3 +20,5 @@ class Family:
     honoured: frozenset[str]  # the fields of config.json that `fields` reads, and those that change nothing
     neutral: Mapping[str, tuple]  # values at which a field that is not honoured changes nothing
     names: Names  # of its tensors
+    # Checkpoints with an encoder of images whose text part it may be: their class, by their `model_type`.
+    inside: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -20,6 +20,7 @@ from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
 from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import locate
+from jaxalign.models.text_part import text_tensors
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
 from jaxalign.ops.trees import split
@@ -195,7 +196,7 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
       InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
     """
     names, dims = config.family.names, sizes(config)
-    tensors = _tied_under_its_own_name(config, tensors)
+    tensors = _tied_under_its_own_name(config, text_tensors(tensors))
     counts = {
         leaf_path: leaf.shape[: names.row_of(leaf_path).stacked] for leaf_path, leaf, _ in _leaves(abstract, None)
     }

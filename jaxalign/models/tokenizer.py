@@ -10,6 +10,7 @@ from typing import Any
 from jaxalign.errors import InputError
 from jaxalign.models.hf_values import token_ids
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
+from jaxalign.models.text_part import text_fields
 
 # What transformers reads of a tokenizer.
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
@@ -209,5 +210,6 @@ def stop_ids(source: str | Path | Mapping[str, Any], tokenizer: Any, revision: s
     directory = locate(source, revision, weights=False)
     for file in (GENERATION_CONFIG, CONFIG):
         if (directory / file).is_file():
-            found |= set(token_ids(read_json(directory / file), "eos_token_id", str(directory / file)))
+            fields = text_fields(read_json(directory / file))
+            found |= set(token_ids(fields, "eos_token_id", str(directory / file)))
     return tuple(sorted(found))

@@ -18,6 +18,7 @@ from jaxalign.data.files import is_url
 from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
+from jaxalign.models.text_part import text_fields
 from jaxalign.parallel.mesh import make_mesh, mesh_shape
 from jaxalign.plan.assumed import NO_DATA, AssumedData, absent
 from jaxalign.train.minibatches import check_rows
@@ -163,7 +164,7 @@ def _scorer_like(c: Any, scratch: str) -> str:
         for name in (GENERATION_CONFIG, *TOKENIZER_FILES):  # the policy's own: its rows can be scored as they lie
             if (tokens / name).exists():
                 shutil.copy(tokens / name, target / name)
-        file = read_json(source / CONFIG)
+        file = text_fields(read_json(source / CONFIG))
         file["architectures"] = [families.find(file).architectures["score"]]
         (target / CONFIG).write_text(json.dumps(file | {"id2label": {"0": "score"}, "label2id": {"score": 0}}))
     return str(target)

@@ -181,3 +181,34 @@ CASES = {
     "llama_dynamic": config("llama", "Llama", rope_parameters=_NTK, max_position_embeddings=32),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),
 }
+
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 8, "patch_size": 4}
+_UNSAID = ("architectures", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "dtype")
+
+
+def with_images(case: str, model_type: str, name: str, vision: str, **changes) -> dict:
+    """Of a checkpoint with an encoder of images; its text model says what only it can say."""
+    text = {field: value for field, value in CASES[case].items() if field not in _UNSAID}
+    return {
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": model_type,
+        "text_config": text,
+        "vision_config": {"model_type": vision} | _VISION,
+        "image_token_index": 63,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        **{field: CASES[case][field] for field in _UNSAID[1:] if field in CASES[case]},
+    } | changes
+
+
+_GEMMA3_IMAGES = {"mm_tokens_per_image": 4, "boi_token_index": 62, "eoi_token_index": 61}
+WITH_IMAGES = {
+    "gemma3": with_images("gemma3", "gemma3", "Gemma3", "siglip_vision_model", **_GEMMA3_IMAGES),
+    "ministral3": with_images("ministral3", "mistral3", "Mistral3", "pixtral", spatial_merge_size=2),
+    "mistral_no_window": with_images("mistral_no_window", "mistral3", "Mistral3", "pixtral"),
+}
+# The text model's tensors in a checkpoint as files have been since the first, and as transformers 5 names its modules.
+FORMS = {
+    "old": lambda name: f"language_model.{name}",
+    "new": lambda name: name if name.startswith("lm_head") else name.replace("model.", "model.language_model.", 1),
+}

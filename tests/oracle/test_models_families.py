@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -12,7 +13,7 @@ from jaxalign.rollout.continuous import continue_prompts
 from jaxalign.rollout.sampling import Sampling
 from tests.models import tiny_models as tiny
 from tests.models.test_golden_models import FIXED_IDS, summary
-from tests.models.tiny_families import CASES
+from tests.models.tiny_families import CASES, FORMS, WITH_IMAGES
 from tests.oracle.test_models_llama import check_same, torch_model
 
 
@@ -103,3 +104,46 @@ def test_reward_models_both_ways(tmp_path, case):
     params["score"]["kernel"] = params["score"]["kernel"] * -2
     hf.save(tmp_path / "mine", model, params)
     np.testing.assert_allclose(-2 * mine, scores(tmp_path / "mine"), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", WITH_IMAGES)
+def test_the_text_part_beside_an_encoder_of_images(tmp_path, case, form):
+    """A checkpoint that transformers wrote gives its logits for text; an export is a text model there."""
+    config = transformers.AutoConfig.for_model(**WITH_IMAGES[case])
+    torch.manual_seed(0)
+    oracle = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for value in oracle.parameters():
+            value += 0.1 * torch.randn(value.shape)
+    oracle.save_pretrained(tmp_path / "images", max_shard_size="20KB" if form == "old" else "1GB")
+    if form == "new":
+        safetensors.torch.save_file(
+            {
+                k: v.contiguous()
+                for k, v in oracle.state_dict().items()
+                if not (k == "lm_head.weight" and _tied(oracle))
+            },
+            tmp_path / "images" / "model.safetensors",
+            {"format": "pt"},
+        )
+    found = list(hf.list_tensors(tmp_path / "images"))
+    assert {FORMS[form]("model.norm.weight"), FORMS[form]("model.embed_tokens.weight")} <= set(found)
+    assert any("vision_tower" in name for name in found) and any("multi_modal_projector" in name for name in found)
+    model, params = hf.load(tmp_path / "images", **tiny.SETTINGS)
+    rows = tiny.causal(FIXED_IDS["tiny"] % 60)
+    tokens = torch.tensor(np.asarray(rows.tokens)).long()
+    hf.save(tmp_path / "out", model, params, source=tmp_path / "images")
+    text, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert type(text).__name__ == CASES[case]["architectures"][0]
+    mine = logits(model.apply(params, rows)[0], model.head(params))
+    for theirs in (oracle, text):
+        with torch.no_grad():
+            np.testing.assert_allclose(mine, theirs(tokens).logits.numpy(), rtol=0, atol=1e-4)
+
+
+def _tied(model):
+    return model.lm_head.weight is model.get_input_embeddings().weight

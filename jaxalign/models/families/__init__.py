@@ -57,11 +57,11 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("qwen2_moe", "qwen3_moe"), (_EXPERTS, _QWEN)),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), (_HYBRID, _QWEN)),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (_VISION, _QWEN)),
-    **dict.fromkeys(("mistral3", "pixtral"), (_VISION, _MISTRAL)),
+    **dict.fromkeys(("pixtral",), (_VISION, _MISTRAL)),
     **dict.fromkeys(("gpt_oss", "llama4", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe"), (_EXPERTS, _LLAMA)),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "granitemoehybrid", "olmo_hybrid", "falcon_h1"), (_HYBRID, _LLAMA)),
     **dict.fromkeys(("granite",), (_NORMS, _LLAMA)),
-    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
+    **dict.fromkeys(("gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
     **dict.fromkeys(("bloom", "mpt"), (_ALIBI, _LLAMA)),
     **dict.fromkeys(("phi", "gpt2", "gpt_neox", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
 }
@@ -77,7 +77,8 @@ def find(hf: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if kind in family.model_types:
             return family
-    supported = ", ".join(repr(known) for family in FAMILIES for known in family.model_types)
+    kinds = dict.fromkeys(known for family in FAMILIES for known in (*family.model_types, *family.inside))
+    supported = ", ".join(map(repr, kinds))
     reason, nearest = REFUSED.get(str(kind), ("", "--config.model.path=such a checkpoint"))
     found = f"model_type {shown(kind)} in config.json"
     raise InputError(f"{found}: {reason}" if reason else found, f"one of {supported}", nearest)

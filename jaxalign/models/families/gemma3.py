@@ -48,4 +48,5 @@ FAMILY = dataclasses.replace(
         Row("model.layers.{layer}.self_attn.k_norm.weight", "layers/attention/key_norm/scale", "H -> H"),
         after="layers/attention/out/bias",
     ),
+    inside={"gemma3": "Gemma3ForConditionalGeneration"},
 )

@@ -1,4 +1,4 @@
-"""Ministral 3, its text model alone: yarn, and queries that grow with the position."""
+"""Ministral 3, its text model: yarn, and queries that grow with the position."""
 
 from __future__ import annotations
 

@@ -40,4 +40,5 @@ FAMILY = Family(
     honoured=DECODER | WINDOWS,
     neutral=NEUTRAL,
     names=llama.FAMILY.names,
+    inside={"mistral3": "Mistral3ForConditionalGeneration"},
 )
