@@ -265,7 +265,8 @@ def families() -> str:
     for family in FAMILIES:
         kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
         kinds += "".join(f"; the text part of `{kind}`" for kind in family.inside)
-        lines.append(f"| {family.name} | {kinds} | {', '.join(f'`{a}`' for a in family.architectures.values())} |")
+        named = (f"`{a}`{' (here alone)' * (head in family.only_here)}" for head, a in family.architectures.items())
+        lines.append(f"| {family.name} | {kinds} | {', '.join(named)} |")
     return "\n".join(lines)
 
 

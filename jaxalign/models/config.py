@@ -50,7 +50,9 @@ class ModelConfig:
     activation: str | None = None  # of the mlp's gate; None: SiLU; "gelu_tanh": GELU, its approximation by tanh
     embed_scale: float | None = None  # tokens' vectors times it, rounded to `dtype`; not the head's, where it is tied
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(H)
+    residual_scale: float | None = None  # of what attention and mlp add to a layer's input
     attention_softcap: float | None = None  # the largest score
+    logit_scale: float | None = None  # of the token head's logits
     logit_softcap: float | None = None  # the largest logit of the token head
     # Queries and keys are normalised before they turn, "head": head by head; "projection": all heads together.
     qk_norm: str | None = None

@@ -20,6 +20,7 @@ from jaxalign.data.files import is_url
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
 from jaxalign.models import store
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
 from jaxalign.models.transformer import Model
@@ -113,6 +114,15 @@ def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> di
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config["pad_token_id"] = pad_token_id
     return config
+
+
+def only_here(config: ModelConfig) -> str:
+    """What to say of an export that transformers has no class for; "" where it has one."""
+    family = config.family
+    if config.head not in family.only_here:
+        return ""
+    kind = {"lm": "causal language model", "score": "sequence classifier"}[config.head]
+    return f"transformers has no {kind} of {family.name}: jaxalign alone loads this export"
 
 
 def check_target(target: str | Path) -> None:

@@ -22,3 +22,4 @@ class Family:
     names: Names  # of its tensors
     # Checkpoints with an encoder of images whose text part it may be: their class, by their `model_type`.
     inside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    only_here: frozenset[str] = frozenset()  # heads for which transformers has no class: jaxalign alone loads an export

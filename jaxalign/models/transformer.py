@@ -174,6 +174,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm() if before else None
         self.mlp = Mlp(config, rngs)
         self.mlp_out_norm = norm() if after else None
+        self.scale = config.residual_scale
 
     def __call__(self, x, given: LayerInputs):
         seen_x, rotation = _normed(self.attention_norm, x), ropes.of_layer(given)
@@ -183,9 +184,13 @@ class Block(nnx.Module):
             x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, rotation, given.rows))
             queries = Queries(_normed(self.attention_norm, x), *at)
         attended, kept = self.attention(seen_x, rotation, given, queries)
-        x = constrain(x + _normed(self.attention_out_norm, attended), "batch", None, None)
-        made = _normed(self.mlp_out_norm, self.mlp(_normed(self.mlp_norm, x)))
+        x = constrain(x + self._scaled(_normed(self.attention_out_norm, attended)), "batch", None, None)
+        made = self._scaled(_normed(self.mlp_out_norm, self.mlp(_normed(self.mlp_norm, x))))
         return constrain(x + made, "batch", None, None), kept
+
+    def _scaled(self, x):
+        """What is added, by the family's factor."""
+        return x if self.scale is None else (at_least_float32(x) * self.scale).astype(x.dtype)
 
 
 class Embed(nnx.Module):
@@ -354,13 +359,13 @@ class Model:
     def head(self, params: Params) -> jax.Array | Head:
         """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed.
 
-        Where logits are capped, a `Head`, which `ops.logits.logits` and the readouts take in its place.
+        Where logits are scaled or capped, a `Head`, which `ops.logits.logits` and the readouts take in its place.
         """
         if self.config.head != "lm":
             raise ValueError("a model with a scalar head has no token head")
         kernel = params["embed"]["embedding"].T if self.config.tied else params["lm_head"]["kernel"]
-        kernel, cap = kernel.astype(self.config.dtype), self.config.logit_softcap
-        return kernel if cap is None else Head(kernel, Scores(1.0, cap))
+        kernel, scale, cap = kernel.astype(self.config.dtype), self.config.logit_scale, self.config.logit_softcap
+        return kernel if scale is None and cap is None else Head(kernel, Scores(scale or 1.0, cap))
 
     def score_kernel(self, params: Params) -> jax.Array:
         """The matrix [D, 1] from hidden states to a score or value, in the parameters' dtype."""

@@ -43,7 +43,7 @@ def export(
     import jax
 
     from jaxalign.models.config import read_config
-    from jaxalign.models.export import check_target, save
+    from jaxalign.models.export import check_target, only_here, save
     from jaxalign.models.hub import CONFIG, locate
     from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
     from jaxalign.models.transformer import Model
@@ -87,7 +87,8 @@ def export(
     if "opt" in found:
         z = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found["opt"]))
         params = average(params, z, config["optimizer"]["b1"])
-    card = model_card(RunDir(os.fspath(run)), config, step, read_meta(run / "checkpoints" / str(step)).get("inputs"))
+    inputs = read_meta(run / "checkpoints" / str(step)).get("inputs")
+    card = model_card(RunDir(os.fspath(run)), config, step, inputs, only_here(description))
     kept = tokenizer_of_export(given, directory, tokenizer)
     return save(out, model, params, source=directory, tokenizer=kept, dtype=dtype, card=card)
 

@@ -30,7 +30,9 @@ _FIGURES = (
 )  # fmt: skip
 
 
-def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mapping[str, str] | None = None) -> str:
+def model_card(
+    run: RunDir, config: Mapping[str, Any], step: int, inputs: Mapping[str, str] | None = None, note: str = ""
+) -> str:
     """The text of an export's `README.md`, with front matter that the hub reads; the same run gives the same text.
 
     Args:
@@ -38,10 +40,11 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
       config: of the run, as plain dicts.
       step: of the checkpoint that is exported.
       inputs: digests of what the run was made of, as its checkpoints keep them.
+      note: a sentence on who loads the export, where it is not transformers.
     """
     name, base = config["algorithm"]["name"], config["model"]["path"]
     entry, sources = ALGORITHMS[name], _sources(config)
-    front: dict[str, Any] = {"library_name": "transformers"}
+    front: dict[str, Any] = {"library_name": "jaxalign" if note else "transformers"}
     if _on_hub(base):
         front["base_model"] = base
     if hub := [path for path in sources if _on_hub(path)]:
@@ -56,6 +59,7 @@ def model_card(run: RunDir, config: Mapping[str, Any], step: int, inputs: Mappin
         f"---\n{_yaml(front)}---",
         f"# {title}",
         f"`{base}`{revision}{scratch} after {step:,} steps of {method}, made with jaxalign {__version__}.",
+        *([f"{note}."] if note else []),
         "## Data",
         _data(run, sources),
     ]

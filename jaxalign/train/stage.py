@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
+from jaxalign.models.export import only_here
 from jaxalign.models.schedule import settled_remat
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards
@@ -201,6 +202,8 @@ def stage_warnings(stage: Stage) -> list[str]:
     """Warnings about a stage as a whole, before its first step: its length, its mesh, its data."""
     c = stage.config
     found = [*unsplit(stage.mesh, stage.like.params)]
+    if note := only_here(stage.program.trained[stage.program.exported].model.config):
+        found.append(note)
     if stage.num_steps * stage.program.updates == 1:
         rows = min(c.batch_size, stage.dataset.num_rows)
         longer = "num_epochs=10" if c.num_train_steps is None else "num_train_steps=100"

@@ -226,6 +226,7 @@ def _export(
 ) -> str:
     """Exports the best checkpoint where there is a metric, else the last, in Hugging Face format."""
     from jaxalign.models import hf
+    from jaxalign.models.export import only_here
     from jaxalign.models.hub import locate
 
     c, role = stage.config, stage.program.exported
@@ -241,7 +242,7 @@ def _export(
         params,
         source=source,
         tokenizer=tokenizer_of_export(c.model, source, stage.tokenizer),
-        card=model_card(stage.directory, configuration.to_dict(c), step, inputs),
+        card=model_card(stage.directory, configuration.to_dict(c), step, inputs, only_here(model.config)),
     )
     return target
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxalign.errors import InputError
 from jaxalign.models import export, families, hf, weights
 from jaxalign.models.config import from_hf, read_config
+from jaxalign.models.export import only_here
 from jaxalign.models.families import llama
 from jaxalign.models.hf_names import Names, Row, sizes
 from jaxalign.models.transformer import Model
@@ -239,7 +240,9 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
         read(case, **{field: value})
 
 
-@pytest.mark.parametrize("case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long"])
+@pytest.mark.parametrize(
+    "case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long", "granite"]
+)
 def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
     model = Model(from_hf(CASES[case], **tiny.SETTINGS | {"dtype": "float64", "param_dtype": "float64"}))
@@ -317,9 +320,25 @@ def test_the_rope_of_first_files():
         read("phi3", resid_pdrop=0.1)
 
 
+def test_a_reward_model_that_transformers_has_no_class_for(tmp_path):
+    """It is saved and loaded here, and whoever saves one is told."""
+    config = CASES["granite"] | {"architectures": ["GraniteForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    tiny.write(tmp_path / "in", config, tiny.tensors(config))
+    model, params = hf.load(tmp_path / "in", **tiny.SETTINGS)
+    assert model.config.head == "score"
+    assert "transformers has no sequence classifier of Granite" in only_here(model.config)
+    assert not only_here(read("granite")) and not only_here(read("phi3"))
+    hf.save(tmp_path / "out", model, params)
+    again, found = hf.load(tmp_path / "out", **tiny.SETTINGS)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 def test_sizes_that_a_file_leaves_out():
     assert read("qwen3", head_dim="absent").head_dim == 128
     assert read("gemma", head_dim="absent", tie_word_embeddings="absent").tied
+    plain = read("granite_biases", attention_multiplier="absent")
+    assert (plain.attention_scale, plain.embed_scale, plain.residual_scale, plain.logit_scale) == (1, 1, 1, 1)
     assert read("gemma2", **{name: "absent" for name in CASES["gemma2"] if "softcapping" in name}).logit_softcap == 30
     assert read("mistral", head_dim="absent", num_attention_heads=8, num_key_value_heads="absent").num_kv_heads == 8
     assert read("gemma3", **dict.fromkeys(("head_dim", "vocab_size"), "absent")).vocab_size == 262_208

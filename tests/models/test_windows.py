@@ -191,5 +191,6 @@ def test_fields_that_came_later_leave_descriptions_as_they_were():
     others = ({}, {"windows": (4, 4, 4)}, {"windows": (4, 4, None)}, {"qk_norm": "head"}, {"output_bias": True})
     others += ({"norms": "after"}, {"norms": "both"}, {"qk_norm": "projection"}, {"norm_offset": 1.0})
     others += ({"activation": "gelu_tanh"}, {"embed_scale": 2.0}, {"attention_scale": 2.0})
+    others += ({"residual_scale": 2.0}, {"logit_scale": 2.0})
     others += ({"attention_softcap": 2.0}, {"logit_softcap": 2.0}, {"ropes": ROPES["some"]}, {"ropes": ROPES["all"]})
     assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == len(others)

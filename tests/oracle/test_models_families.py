@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 from jaxalign.models import families, hf
 from jaxalign.ops.logits import logits
@@ -147,3 +148,13 @@ def test_the_text_part_beside_an_encoder_of_images(tmp_path, case, form):
 
 def _tied(model):
     return model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_the_classes_that_transformers_has(family):
+    """Those of a family's table are the ones that it makes of such a file, but for what the table calls its own."""
+    kinds = {"lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    kinds["score"] = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    for kind in family.model_types:
+        for head, names in kinds.items():
+            assert names.get(kind) == (None if head in family.only_here else family.architectures[head])

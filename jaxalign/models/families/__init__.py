@@ -10,6 +10,7 @@ from jaxalign.models.families import (
     gemma,
     gemma2,
     gemma3,
+    granite,
     llama,
     ministral,
     ministral3,
@@ -38,11 +39,11 @@ FAMILIES: list[Family] = [
     gemma2.FAMILY,
     gemma3.FAMILY,
     phi3.FAMILY,
+    granite.FAMILY,
 ]
 
 _EXPERTS = "a mixture of experts, and jaxalign's layers are dense"
 _HYBRID = "layers of linear attention or a recurrence, and jaxalign's are softmax attention"
-_NORMS = "norms, caps or scales that jaxalign does not compute yet"
 _VISION = "a text model beside an encoder of images or sound, and jaxalign reads text models"
 _ALIBI = "positions as biases of the scores (ALiBi), and jaxalign's are rotary"
 _LAYOUT = "another layer than jaxalign's one transformer has yet"
@@ -60,7 +61,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("pixtral",), (_VISION, _MISTRAL)),
     **dict.fromkeys(("gpt_oss", "llama4", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe"), (_EXPERTS, _LLAMA)),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "granitemoehybrid", "olmo_hybrid", "falcon_h1"), (_HYBRID, _LLAMA)),
-    **dict.fromkeys(("granite",), (_NORMS, _LLAMA)),
     **dict.fromkeys(("gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
     **dict.fromkeys(("bloom", "mpt"), (_ALIBI, _LLAMA)),
     **dict.fromkeys(("phi", "gpt2", "gpt_neox", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
