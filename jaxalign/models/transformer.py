@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -16,77 +15,22 @@ from jaxalign.models import ropes, windows
 from jaxalign.models.adapter import base, fresh, has_adapter
 from jaxalign.models.cache import Cache, extend, of_layer
 from jaxalign.models.config import ModelConfig
+from jaxalign.models.embed import Embed
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs, Queries, Rotation
+from jaxalign.models.linear import Linear
+from jaxalign.models.mlp import Mlp
+from jaxalign.models.norm import Norm, normed
 from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
-from jaxalign.ops.activation import geglu, swiglu
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_scores import Scores
-from jaxalign.ops.embedding import lookup
-from jaxalign.ops.linear import linear
 from jaxalign.ops.logits import Head
-from jaxalign.ops.low_rank import LowRank, adapted
-from jaxalign.ops.norm import rms_norm
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.readout import take_sources
 from jaxalign.ops.rope import query_scale, rotate
 from jaxalign.ops.trees import join
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Params, Rows
-
-
-class Linear(nnx.Module):
-    """`y = x kernel + bias` over the last dims of x, in the compute dtype; the kernel is [*inputs, *outputs].
-
-    Where the model's adapter names its path it holds an update of the kernel beside it.
-    """
-
-    def __init__(
-        self, config: ModelConfig, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, rngs
-    ):
-        self.contracted = len(inputs)
-        self.dtype = config.dtype
-        dtype = jnp.dtype(config.param_dtype)
-        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), (*inputs, *outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
-        update = None if config.adapter is None else config.adapter.update(path)
-        zeros = lambda *shape: nnx.Param(jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32)))  # noqa: E731
-        self.lora_a = None if update is None else zeros(*inputs, update.rank)
-        self.lora_b = None if update is None else zeros(update.rank, *outputs)
-        self.magnitude = zeros(*outputs) if update is not None and config.adapter.dora else None
-        self.scale = 1.0 if update is None or update.scale is None else update.scale
-
-    def __call__(self, x):
-        kernel = self.kernel[...].astype(self.dtype)
-        if self.lora_a is None:
-            y = linear(x, kernel, self.contracted)
-        else:
-            magnitude = None if self.magnitude is None else self.magnitude[...]
-            update = LowRank(self.lora_a[...], self.lora_b[...] * self.scale, magnitude)
-            y = adapted(x, kernel, update, self.contracted)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-
-class Norm(nnx.Module):
-    """A scaled root-mean-square norm over the last dims of x: of each token, of each head, or of all heads together."""
-
-    def __init__(self, config: ModelConfig, *sizes: int):
-        self.eps = config.norm_eps
-        self.offset = config.norm_offset
-        first = jnp.ones if self.offset is None else jnp.zeros
-        self.scale = nnx.Param(first(sizes, jnp.dtype(config.param_dtype)))
-
-    def __call__(self, x):
-        scale = self.scale[...]
-        scale = scale if self.offset is None else self.offset + at_least_float32(scale)
-        if scale.ndim == 1:
-            return rms_norm(x, scale, self.eps)
-        return rms_norm(x.reshape(*x.shape[: -scale.ndim], -1), scale.reshape(-1), self.eps).reshape(x.shape)
-
-
-def _normed(norm: Norm | None, x):
-    """The same, where the family has no norm there."""
-    return x if norm is None else norm(x)
 
 
 def _turned(x, rotation: Rotation | None):
@@ -118,12 +62,12 @@ class Attention(nnx.Module):
     def __call__(self, x, rotation: Rotation | None, given: LayerInputs, queries: Queries):
         """The answers to the query tokens, and the keys and values of all tokens that they see: [B, K, S, H], with a
         cache as it holds them."""
-        q = _turned(_normed(self.query_norm, self.query(queries.x)), queries.rotation)
+        q = _turned(normed(self.query_norm, self.query(queries.x)), queries.rotation)
         if self.rope.query_growth is not None:
             scale = query_scale(queries.rows.positions, self.rope.query_growth, self.rope.original_length, q.dtype)
             q = q * scale[..., None, None].astype(q.dtype)
         q = _kept(constrain(q, "batch", None, "tensor", None))
-        k = _turned(_normed(self.key_norm, self.key(x)), rotation)
+        k = _turned(normed(self.key_norm, self.key(x)), rotation)
         k = _kept(constrain(k, "batch", None, "tensor", None))
         v = _kept(constrain(self.value(x), "batch", None, "tensor", None))
         kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -141,22 +85,6 @@ class Attention(nnx.Module):
         of_scores: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
         out = attention(q, k, v, slots_BS=given.slots, backend=backend, **of_scores, **seen._asdict())
         return _kept(self.out(constrain(out, "batch", None, "tensor", None))), kept
-
-
-class Mlp(nnx.Module):
-    """`down(act(gate(x)) * up(x))`, act SiLU or GELU (SwiGLU and GEGLU, arXiv 2002.05202 eq. 6)."""
-
-    def __init__(self, config: ModelConfig, rngs):
-        D, F = config.embed_dim, config.mlp_dim
-        bias = config.mlp_bias
-        self.activation = config.activation
-        self.gate = Linear(config, "mlp/gate", (D,), (F,), bias, rngs)
-        self.up = Linear(config, "mlp/up", (D,), (F,), bias, rngs)
-        self.down = Linear(config, "mlp/down", (F,), (D,), bias, rngs)
-
-    def __call__(self, x):
-        gated = {None: swiglu, "gelu_tanh": geglu}[self.activation]
-        return self.down(constrain(gated(self.gate(x), self.up(x)), "batch", None, "tensor"))
 
 
 class Block(nnx.Module):
@@ -177,39 +105,20 @@ class Block(nnx.Module):
         self.scale = config.residual_scale
 
     def __call__(self, x, given: LayerInputs):
-        seen_x, rotation = _normed(self.attention_norm, x), ropes.of_layer(given)
+        seen_x, rotation = normed(self.attention_norm, x), ropes.of_layer(given)
         if given.queries is None:
             queries = Queries(seen_x, rotation, given.rows)
         else:
             x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, rotation, given.rows))
-            queries = Queries(_normed(self.attention_norm, x), *at)
+            queries = Queries(normed(self.attention_norm, x), *at)
         attended, kept = self.attention(seen_x, rotation, given, queries)
-        x = constrain(x + self._scaled(_normed(self.attention_out_norm, attended)), "batch", None, None)
-        made = self._scaled(_normed(self.mlp_out_norm, self.mlp(_normed(self.mlp_norm, x))))
+        x = constrain(x + self._scaled(normed(self.attention_out_norm, attended)), "batch", None, None)
+        made = self._scaled(normed(self.mlp_out_norm, self.mlp(normed(self.mlp_norm, x))))
         return constrain(x + made, "batch", None, None), kept
 
     def _scaled(self, x):
         """What is added, by the family's factor."""
         return x if self.scale is None else (at_least_float32(x) * self.scale).astype(x.dtype)
-
-
-class Embed(nnx.Module):
-    """Token vectors, row v of `embedding` for token v, times a factor where the family has one."""
-
-    def __init__(self, config: ModelConfig, rngs):
-        self.dtype = config.dtype
-        self.factor = config.embed_scale
-        shape = (config.vocab_size, config.embed_dim)
-        dtype = jnp.dtype(config.param_dtype)
-        self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
-
-    def __call__(self, tokens):
-        if tokens.shape[1] == 1:  # decoding, whose weights may lie otherwise than in training: where they lie, so be it
-            x = jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0)
-        else:
-            x = lookup(self.embedding[...], tokens, self.dtype)
-        x = x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)  # rounded as the family's own code does
-        return constrain(x, "batch", None, None)
 
 
 class Ends(nnx.Module):
