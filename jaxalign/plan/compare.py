@@ -12,7 +12,7 @@ from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import Hardware, find_machine
 from jaxalign.plan.machines import absent_devices, joined, parse_topology
 from jaxalign.plan.plan import plan, require_fit
-from jaxalign.plan.predict import Assumptions, assumptions
+from jaxalign.plan.predict import OF_THE_RUN, Assumptions, assumptions
 from jaxalign.plan.tables import aligned, duration, gib, speed, three_digits, wrapped
 
 _STEPS = 1000  # that are compared, where the steps of the run are not known
@@ -59,7 +59,9 @@ def wanted(on: str, assume: Sequence[str], machines: Mapping[str, Hardware]) -> 
         assumptions(machine, given)
         for text in assume:
             if _kind(text) == kind:
-                given.append(text.removeprefix(f"{kind}."))
+                given.append(own := text.removeprefix(f"{kind}."))
+                if own.partition("=")[0] in OF_THE_RUN:
+                    raise InputError(f"--assume {text}", "one number for all: it is the run's", f"--assume {own}")
                 with _of_kind(kind):
                     assumptions(machine, given)
         found.append(Wanted(name, tuple(given)))
@@ -85,7 +87,7 @@ def _of_all(names: Sequence[str], name: str) -> Iterator[None]:
         if not error.fix.startswith("--on="):
             raise
         mended = error.fix.removeprefix("--on=")
-        each_once = dict.fromkeys(mended if each == name else each for each in names)
+        each_once = dict.fromkeys(mended if each == name else each for each in names if each or not any(names))
         fix = f"--on={','.join(each_once)}"
         raise InputError(error.problem, error.expected, fix, error.places) from None
 

@@ -44,6 +44,7 @@ _OF_MACHINE = {
 _SHARES = {"pool", "efficiency", "memory_efficiency", "link_efficiency", "readouts"}
 _MAY_BE_ZERO = ("launch", "latency", "steps", "price")
 _SUCH_AS = {"steps": 1000, "price": 2}  # in place of a default that says nothing
+OF_THE_RUN = ("readouts", "steps")  # the same on every machine
 
 
 class Assumptions(NamedTuple):

@@ -136,12 +136,13 @@ def test_numbers_of_one_kind_go_before_those_of_all():
     ("on", "assume", "fix"),
     [
         (f"{H100},gpu:h220:1x8x1", "", f"--on={H100},{H200}"),
-        (f"{H100},", "", f"--on={H100},"),
         (f"{H100},{V5P},{H100}", "", f"--on={H100},{V5P}"),
         (f"{H100},{V5P}", "h200.price=2", "--assume h100.price=2"),
         (f"{H100},{V5P}", "v5p.prize=2", "--assume v5p.price=2"),
         (f"{H100},{V5P}", "v5p.pool=2", "--assume v5p.pool="),
         (f"{H100},{V5P}", "pool=2", "--assume pool="),
+        (f"{H100},{V5P}", "h100.steps=5000", "--assume steps=5000"),
+        (f"{H100},{V5P}", "v5p.readouts=0.5", "--assume readouts=0.5"),
     ],
 )
 def test_all_names_and_numbers_are_checked_before_the_first_is_compiled(on, assume, fix, planned):
@@ -172,7 +173,8 @@ def test_the_command(seconds, status, planned, shared, tmp_path, capsys, monkeyp
     assert json.loads(out.read_text()) == found
 
 
-def test_what_mends_a_machines_name_is_no_machine_named_twice():
+@pytest.mark.parametrize("on", ["gpu:h101:1x8x1,gpu:h100:1x8x1", f"{H100},", f",{H100}"])
+def test_what_mends_a_machines_name_is_no_machine_named_twice_nor_another(on):
     with pytest.raises(InputError) as caught:
-        wanted("gpu:h101:1x8x1,gpu:h100:1x8x1", [], read_machines())
-    assert caught.value.fix == "--on=gpu:h100:1x8x1"
+        wanted(on, [], read_machines())
+    assert caught.value.fix == f"--on={H100}"
