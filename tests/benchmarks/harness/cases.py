@@ -34,6 +34,7 @@ class Case:
     length: int = 256  # tokens of a sequence
     prompt: int = 0  # of them, tokens of the prompt
     reference: str = ""  # dpo: live or cached
+    rank: int = 0  # of an adapter for all linears of the layers; 0: the whole model is trained
     ragged: bool = False  # real lengths, at most `length`, in place of equal ones
     steps: int = 6  # of a turn
     batches: int = 48  # steps' worth of data; then the next epoch begins
@@ -71,7 +72,8 @@ class Case:
         tokens, prompt, response = self.length, self.prompt, self.response
         if self.task == "sft":
             records = lengths if self.ragged else [tokens]
-            return 3 * forward([(n, n) for n in records]) / sum(records)
+            passes = 3 if not self.rank or contender == "jaxalign-full" else 2  # no gradients of frozen kernels
+            return passes * forward([(n, n) for n in records]) / sum(records)
         if self.task in ("dpo", "reward"):
             once = forward([(tokens, response)] * 2, self.task == "dpo")
             if shares:
@@ -113,11 +115,13 @@ def _forward(shape: Shape, sequences: Sequences, head: bool = True) -> float:
 
 
 TRL_TUNIX = ("jaxalign", "trl", "tunix")
+_WIDE = Shape(hidden=512, heads=8, kv_heads=8, ffn=1376)
 _SHARES = {"1/4": 64, "1/2": 128, "3/4": 192}
 
 CASES: tuple[Case, ...] = (
     Case("sft-padded", "sft", TRL_TUNIX),
     Case("sft-ragged", "sft", ("jaxalign", "trl", "trl-packed", "trl-wrapped"), ragged=True),
+    Case("sft-adapter", "sft", ("jaxalign", "jaxalign-full", "trl"), _WIDE, rank=8, steps=4),
     *(
         Case(f"dpo-live-{share}", "dpo", TRL_TUNIX, prompt=prompt, reference="live", steps=4)
         for share, prompt in _SHARES.items()

@@ -16,6 +16,8 @@ class Contender(NamedTuple):
 
 CONTENDERS: dict[str, Contender] = {
     "jaxalign": Contender("jaxalign_train", ".venv"),
+    # The whole model trained, beside those that train an adapter.
+    "jaxalign-full": Contender("jaxalign_train", ".venv", {"full": True}),
     "trl": Contender("trl_train", ".venv-oracle"),
     # Best-fit packing: records keep apart. The trainer lays a batch's rows end to end and masks by record.
     "trl-packed": Contender("trl_train", ".venv-oracle", {"packing": "bfd"}),
@@ -40,4 +42,4 @@ def contender(name: str, task: str) -> Contender:
 
 def is_ours(name: str) -> bool:
     """Whether a contender is jaxalign, of this checkout or an earlier one."""
-    return name in ("jaxalign", BEFORE)
+    return name in ("jaxalign", "jaxalign-full", BEFORE)

@@ -70,6 +70,9 @@ def make_config():
     if task == "sft":
         c.data.packing = case["ragged"]
         c.data.row_length = case["length"]
+    if case["rank"] and not turns.options.get("full"):
+        c.adapter.rank = case["rank"]
+        c.adapter.alpha = 2.0 * case["rank"]
     if task == "dpo":
         c.algorithm.reference = case["reference"]
     if task in ("dpo", "ppo"):

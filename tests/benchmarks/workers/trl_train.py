@@ -64,11 +64,20 @@ def sft(records, callback):
     more |= {"loss_type": options["loss_type"]} if "loss_type" in options else {}
     return trl.SFTTrainer(
         LlamaForCausalLM(config),
+        peft_config=adapter() if case["rank"] else None,
         args=trl.SFTConfig(**arguments(batch), **more),
         train_dataset=Dataset.from_dict({"input_ids": [r["ids"] for r in records]}),
         processing_class=tokenizer,
         callbacks=[callback],
     )
+
+
+def adapter():
+    """As jaxalign's: all linears of the layers, no dropout."""
+    from peft import LoraConfig
+
+    rank = case["rank"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def pairs(records, callback):
