@@ -88,6 +88,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
         ("wandb_name wandb_run_name logging.name", "logging.run_name"),
         ("wandb_project project_name logging.wandb_project", "logging.project"),
         ("num_sample_generations sample_every", "logging.samples_every"),
+        ("lora_r lora_rank lora.r lora.rank peft.r peft_r use_peft use_lora lora", "adapter.rank"),
+        ("lora_alpha lora.alpha peft.alpha", "adapter.alpha"),
+        ("lora_target_modules target_modules lora_target lora_target_linear lora.target_modules", "adapter.targets"),
+        ("lora_modules_to_save modules_to_save trainable_layers", "model.train"),
+        ("use_rslora peft_use_rslora", "adapter.rslora"),
+        ("use_dora peft_use_dora", "adapter.dora"),
+        ("loraplus_lr_ratio loraplus_ratio", "optimizer.rate_factors"),
         ("tp tensor_parallel tensor_parallel_size ds_tensor_parallel_size", "mesh.tensor"),
         ("zero_stage fsdp_config deepspeed", "mesh.fsdp"),
         ("dp data_parallel data_parallel_size", "mesh.data"),
@@ -129,6 +136,9 @@ _VALUES: dict[str, dict[str, str | None]] = {
         ("wandb logging.wandb", {"true": "wandb", "false": "tensorboard"}),
         ("tensorboard logging.tensorboard", {"true": "tensorboard", "false": "None"}),
         ("resume_from_checkpoint", {"none": "False"}),
+        ("use_peft use_lora lora", {"true": "16", "false": "0"}),
+        ("lora_target_linear", {"true": "all-linear"}),
+        ("lora_target", {"all": "all-linear"}),
     )
     for alias in aliases.split()
 }
