@@ -37,7 +37,7 @@ class ModelConfig:
     attention_bias: bool  # of queries, keys and values, and of attention's output where `output_bias` is None
     mlp_bias: bool
     initializer_range: float
-    head: str  # "lm": token logits; "score": one number a token
+    head: str  # "lm": token logits; "score": one number a token, or `num_labels`
     dtype: str  # of the computation
     param_dtype: str  # of the parameters
     # What the backward pass keeps: "none": everything; "dots": matmul outputs; "offload": these, in the host's memory;
@@ -59,6 +59,8 @@ class ModelConfig:
     ropes: tuple[Rope | None, ...] | None = None  # of each layer, where they differ; None in it: nothing turns
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     adapter: Adapter | None = None  # that is trained beside the kernels
+    num_labels: int | None = None  # of the scalar head; None: one
+    score_bias: bool | None = None  # whether a classifier of tokens has one; None: it is none
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property
@@ -121,7 +123,7 @@ def from_hf(
       dtype: of the computation.
       param_dtype: of the parameters.
       remat: what the backward pass recomputes, one of `REMAT`.
-      head: "lm", "score", or None for what `architectures` names.
+      head: "lm", "score" with one label, or None for what `architectures` names, with all its labels.
       rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
 
     Returns:
@@ -134,22 +136,12 @@ def from_hf(
     family = families.find(hf)
     hf_fields.check_not_quantised(hf)
     hf_fields.check_known(hf, family.honoured, family.neutral)
-    built = _built(hf, family)
-    head = built if head is None else head
-    _one_of("head", head, HEADS)
+    _one_of("head", "lm" if head is None else head, HEADS)
     _one_of("remat", remat, REMAT)
-    labels = hf.get("id2label")
-    if not isinstance(labels, (Mapping, type(None))):
-        raise hf_values.wrong("id2label", labels, "an object of names by number, or no such field")
+    heads = _head(hf, family, head)
     if "max_position_embeddings" in hf:
         hf_values.integer(hf, "max_position_embeddings")
-    if built == "score" and labels is not None and len(labels) != 1:
-        raise InputError(
-            f"id2label with {len(labels)} labels in config.json",
-            "one label: the score of a reward model",
-            "--config.model.path=a checkpoint with num_labels 1",
-        )
-    fields = family.fields(hf) | {"head": head, "dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    fields = family.fields(hf) | heads | {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     if any(i >= fields["vocab_size"] for i in hf_values.token_ids(hf, "eos_token_id")):
         expected = f"an id of the vocabulary, below {fields['vocab_size']}"
         raise hf_values.wrong("eos_token_id", hf["eos_token_id"], expected)
@@ -161,6 +153,28 @@ def from_hf(
             "the checkpoint's own config.json",
         )
     return config if rope_length is None else config.for_length(rope_length)
+
+
+def _head(hf: Mapping[str, Any], family: Family, asked: str | None) -> dict[str, Any]:
+    """The fields of the head: the checkpoint's own, or the one that is asked for."""
+    built, labels = _built(hf, family), hf.get("id2label")
+    if not isinstance(labels, (Mapping, type(None))):
+        raise hf_values.wrong("id2label", labels, "an object of names by number, or no such field")
+    if built == "lm" or asked == "lm":
+        return {"head": asked or built}
+    # Two are what transformers takes, and does not write.
+    count = hf_values.integer(hf, "num_labels", len(labels or ()) or 2)
+    if labels is not None and len(labels) != count:
+        raise hf_values.wrong("id2label", labels, f"names of num_labels {count}")
+    if asked == "score" and (built != "score" or count != 1):
+        one = f"{family.architectures['score']} with one label, the score of a reward model"
+        raise InputError(
+            f"{family.architectures[built]} with {count} labels in config.json",
+            one,
+            "--config.model.path=a checkpoint with num_labels 1",
+        )
+    bias = hf_values.flag(hf, "token_classification_bias", True) if built == "tokens" else None
+    return {"head": "score", "num_labels": None if count == 1 else count, "score_bias": bias}
 
 
 def _built(hf: Mapping[str, Any], family: Family) -> str:

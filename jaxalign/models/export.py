@@ -107,11 +107,13 @@ def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> di
       pad_token_id: for a scalar head, the id after which transformers looks for the last token of a row.
     """
     config = model.config.hf
-    config["architectures"] = [model.config.family.architectures[model.config.head]]
+    tokens = model.config.score_bias is not None
+    config["architectures"] = [model.config.family.architectures["tokens" if tokens else model.config.head]]
     for field in ("dtype", "torch_dtype"):  # transformers 5, and older
         config[field] = str(file_type)
     if model.config.head == "score":
-        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if model.config.num_labels is None:  # others keep the names that they came with
+            config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config["pad_token_id"] = pad_token_id
     return config
 

@@ -15,7 +15,8 @@ class Family:
 
     name: str  # as people write it
     model_types: tuple[str, ...]  # of `config.json`
-    architectures: Mapping[str, str]  # by head, "lm" and "score"; the class that transformers loads
+    # The classes of transformers: "lm", "score", and where there is one, "tokens" that classifies tokens.
+    architectures: Mapping[str, str]
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]  # a parsed config.json to fields of `ModelConfig`
     honoured: frozenset[str]  # the fields of config.json that `fields` reads, and those that change nothing
     neutral: Mapping[str, tuple]  # values at which a field that is not honoured changes nothing

@@ -20,7 +20,7 @@ _BOOKKEEPING_NAMES = """
     transformers.js_config unsloth_fixed
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache use_return_dict
+    use_bfloat16 use_cache use_return_dict classifier_dropout token_classification_bias
 """  # pretraining_tp splits matmuls into parts that are summed: the same mathematics
 _BOOKKEEPING = frozenset(_BOOKKEEPING_NAMES.split())
 

@@ -165,5 +165,5 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "N": config.num_heads,
         "K": config.num_kv_heads,
         "H": config.head_dim,
-        "O": 1,
+        "O": config.num_labels or 1,
     }

@@ -131,7 +131,7 @@ class Ends(nnx.Module):
         if config.head == "score":
             # std 1 / sqrt(D + 1): scores start small beside the hidden state's unit scale (arXiv 2009.01325 app. C)
             scale = dataclasses.replace(config, initializer_range=(D + 1) ** -0.5)
-            self.score = Linear(scale, "score", (D,), (1,), False, rngs)
+            self.score = Linear(scale, "score", (D,), (config.num_labels or 1,), bool(config.score_bias), rngs)
         elif not config.tied:
             self.lm_head = Linear(config, "lm_head", (D,), (V,), False, rngs)
 
@@ -277,7 +277,10 @@ class Model:
         return kernel if scale is None and cap is None else Head(kernel, Scores(scale or 1.0, cap))
 
     def score_kernel(self, params: Params) -> jax.Array:
-        """The matrix [D, 1] from hidden states to a score or value, in the parameters' dtype."""
+        """The matrix [D, O] from hidden states to a score or value, or to several labels, in the parameters' dtype.
+
+        A classifier of tokens may have a bias [O] beside it, `params["score"]["bias"]`.
+        """
         if self.config.head != "score":
             raise ValueError("a model with a token head has no scalar head")
         return params["score"]["kernel"]

@@ -39,7 +39,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(attention/out|mlp/down)/magnitude", PartitionSpec()),  # [L, D]
     (r"(\w*norm)/(scale|bias)", PartitionSpec()),  # [L, D] or [D]
     (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),  # [D, V]
-    (r"score/kernel", PartitionSpec("fsdp", None)),  # [D, 1]
+    (r"score/kernel", PartitionSpec("fsdp", None)),  # [D, O]
+    (r"score/bias", PartitionSpec()),  # [O]
 )
 
 # Logical dims of activations.

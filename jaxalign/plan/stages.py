@@ -166,7 +166,9 @@ def _scorer_like(c: Any, scratch: str) -> str:
                 shutil.copy(tokens / name, target / name)
         file = text_fields(read_json(source / CONFIG))
         file["architectures"] = [families.find(file).architectures["score"]]
-        (target / CONFIG).write_text(json.dumps(file | {"id2label": {"0": "score"}, "label2id": {"score": 0}}))
+        (target / CONFIG).write_text(
+            json.dumps(file | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}})
+        )
     return str(target)
 
 

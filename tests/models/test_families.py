@@ -16,6 +16,7 @@ from jaxalign.models.families import llama
 from jaxalign.models.hf_names import Names, Row, sizes
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
+from jaxalign.ops.readout import scalar_readout
 from jaxalign.ops.rope import Rope
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
@@ -332,6 +333,36 @@ def test_a_reward_model_that_transformers_has_no_class_for(tmp_path):
     again, found = hf.load(tmp_path / "out", **tiny.SETTINGS)
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+@pytest.mark.parametrize("kind", ["score", "tokens"])
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_classifiers_of_several_labels_leave_as_they_came(tmp_path, family, kind):
+    """Bit for bit, with the names of their labels; a stage that wants one score says so."""
+    if kind not in family.architectures:
+        pytest.skip("transformers has no such class")
+    labels = {"id2label": {"0": "good", "1": "bad", "2": "ugly"}, "label2id": {"good": 0, "bad": 1, "ugly": 2}}
+    case = next(fields for fields in CASES.values() if fields["model_type"] in family.model_types)
+    config = case | labels | {"architectures": [family.architectures[kind]], "tie_word_embeddings": True}
+    tensors = tiny.tensors(config)
+    tiny.write(tmp_path / "in", config, tensors)
+    model, params = hf.load(tmp_path / "in", **tiny.SETTINGS)
+    assert model.score_kernel(params).shape == (32, 3)
+    assert ("bias" in params["score"]) == (kind == "tokens")
+    fresh = jax.jit(model.init)(jax.random.key(0))["score"]
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params["score"])
+    with pytest.raises(ValueError, match="kernel"):
+        scalar_readout(np.zeros((1, 2, 32)), model.score_kernel(params), None)
+    hf.save(tmp_path / "out", model, params, source=tmp_path / "in")
+    out = {name: tensor.read() for name, tensor in list_tensors(tmp_path / "out").items()}
+    assert out.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(out[name], value)
+    again = read_config(tmp_path / "out", **tiny.SETTINGS)
+    assert again == model.config
+    assert {name: again.hf[name] for name in labels} == labels
+    with pytest.raises(InputError, match="3 labels"):
+        hf.load(tmp_path / "in", head="score", **tiny.SETTINGS)
 
 
 def test_sizes_that_a_file_leaves_out():

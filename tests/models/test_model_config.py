@@ -114,8 +114,19 @@ def test_heads():
     assert read(**classifier).head == "score"
     assert read(**classifier, id2label={"0": "LABEL_0"}).head == "score"
     assert read(head="score").head == "score"
-    with pytest.raises(InputError, match="2 labels"):
-        read(**classifier, id2label={"0": "a", "1": "b"})
+    assert read(**classifier, id2label={"0": "LABEL_0"}) == read(**classifier, num_labels=1) == read(head="score")
+    two = {"id2label": {"0": "a", "1": "b"}}
+    for labels in ({}, two, {"num_labels": 2}):  # transformers writes no labels where there are two
+        assert (read(**classifier, **labels).num_labels, read(**classifier, **labels).score_bias) == (2, None)
+        with pytest.raises(InputError, match="2 labels"):
+            read(**classifier, **labels, head="score")
+    with pytest.raises(InputError, match="id2label"):
+        read(**classifier, **two, num_labels=3)
+    tokens = {"architectures": ["LlamaForTokenClassification"], "num_labels": 1}
+    assert (read(**tokens).head, read(**tokens).num_labels, read(**tokens).score_bias) == ("score", None, True)
+    assert read(**tokens, token_classification_bias=False).score_bias is False
+    with pytest.raises(InputError, match="LlamaForTokenClassification"):
+        read(**tokens, head="score")
     with pytest.raises(InputError, match="head"):
         read(head="value")
 

@@ -107,6 +107,34 @@ def test_reward_models_both_ways(tmp_path, case):
     np.testing.assert_allclose(-2 * mine, scores(tmp_path / "mine"), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["score", "tokens"])
+@pytest.mark.parametrize("case", ["qwen3", "gemma2", "olmo2", "smollm3"])
+def test_classifiers_of_several_labels(tmp_path, case, kind):
+    """The same numbers here, and in the export there; two labels, which transformers leaves out of the file."""
+    family = families.find(CASES[case])
+    if kind not in family.architectures:
+        pytest.skip("transformers has no such class")
+    auto = {
+        "score": transformers.AutoModelForSequenceClassification,
+        "tokens": transformers.AutoModelForTokenClassification,
+    }[kind]
+    config = CASES[case] | {"architectures": [family.architectures[kind]]}
+    tiny.write(tmp_path / "numpy", config, tiny.tensors(config))
+    first = torch_model(tmp_path / "numpy", auto).eval()
+    first.save_pretrained(tmp_path / "torch")
+    model, params = hf.load(tmp_path / "torch", **tiny.SETTINGS)
+    assert model == hf.load(tmp_path / "numpy", **tiny.SETTINGS)[0]
+    hf.save(tmp_path / "mine", model, params, source=tmp_path / "torch")
+    tokens = FIXED_IDS["tiny"]
+    mine = model.apply(params, tiny.causal(tokens))[0] @ model.score_kernel(params) + params["score"].get("bias", 0)
+    for oracle in (first, torch_model(tmp_path / "mine", auto).eval()):
+        assert type(oracle).__name__ == family.architectures[kind]
+        with torch.no_grad():
+            theirs = oracle(torch.tensor(tokens)).logits.numpy()
+        assert theirs.shape[-1] == 2
+        np.testing.assert_allclose(mine if kind == "tokens" else mine[:, -1], theirs, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", WITH_IMAGES)
 def test_the_text_part_beside_an_encoder_of_images(tmp_path, case, form):

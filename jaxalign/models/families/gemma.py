@@ -38,7 +38,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Gemma",
     model_types=("gemma",),
-    architectures={"lm": "GemmaForCausalLM", "score": "GemmaForSequenceClassification"},
+    architectures={
+        "lm": "GemmaForCausalLM",
+        "score": "GemmaForSequenceClassification",
+        "tokens": "GemmaForTokenClassification",
+    },
     fields=_fields,
     honoured=DECODER | {"attention_bias"},
     neutral=NEUTRAL,

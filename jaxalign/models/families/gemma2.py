@@ -37,7 +37,11 @@ FAMILY = dataclasses.replace(
     gemma.FAMILY,
     name="Gemma 2",
     model_types=("gemma2",),
-    architectures={"lm": "Gemma2ForCausalLM", "score": "Gemma2ForSequenceClassification"},
+    architectures={
+        "lm": "Gemma2ForCausalLM",
+        "score": "Gemma2ForSequenceClassification",
+        "tokens": "Gemma2ForTokenClassification",
+    },
     fields=_fields,
     honoured=gemma.FAMILY.honoured | WINDOWS | _UNREAD | {SCALAR, SCORES, LOGITS},
     names=llama.FAMILY.names.with_rows(

@@ -20,7 +20,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Llama",
     model_types=("llama",),
-    architectures={"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"},
+    architectures={
+        "lm": "LlamaForCausalLM",
+        "score": "LlamaForSequenceClassification",
+        "tokens": "LlamaForTokenClassification",
+    },
     fields=_fields,
     honoured=DECODER | {"attention_bias", "mlp_bias", "is_llama_config"},
     neutral=NEUTRAL,
@@ -45,6 +49,7 @@ FAMILY = Family(
         Row("model.norm.weight", "norm/scale", "D -> D"),
         Row("lm_head.weight", "lm_head/kernel", "VD -> DV"),
         Row("score.weight", "score/kernel", "OD -> DO"),
+        Row("score.bias", "score/bias", "O -> O"),
         # Keys of old files that hold nothing trained: tables that are computed, masks that are constants.
         harmless=(r".*rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.masked_bias"),
     ),

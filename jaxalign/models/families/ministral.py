@@ -19,6 +19,10 @@ FAMILY = dataclasses.replace(
     mistral.FAMILY,
     name="Ministral",
     model_types=("ministral",),
-    architectures={"lm": "MinistralForCausalLM", "score": "MinistralForSequenceClassification"},
+    architectures={
+        "lm": "MinistralForCausalLM",
+        "score": "MinistralForSequenceClassification",
+        "tokens": "MinistralForTokenClassification",
+    },
     fields=_fields,
 )

@@ -37,6 +37,10 @@ FAMILY = dataclasses.replace(
     mistral.FAMILY,
     name="Ministral 3",
     model_types=("ministral3",),
-    architectures={"lm": "Ministral3ForCausalLM", "score": "Ministral3ForSequenceClassification"},
+    architectures={
+        "lm": "Ministral3ForCausalLM",
+        "score": "Ministral3ForSequenceClassification",
+        "tokens": "Ministral3ForTokenClassification",
+    },
     fields=_fields,
 )

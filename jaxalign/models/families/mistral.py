@@ -35,7 +35,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Mistral",
     model_types=("mistral",),
-    architectures={"lm": "MistralForCausalLM", "score": "MistralForSequenceClassification"},
+    architectures={
+        "lm": "MistralForCausalLM",
+        "score": "MistralForSequenceClassification",
+        "tokens": "MistralForTokenClassification",
+    },
     fields=_fields,
     honoured=DECODER | WINDOWS,
     neutral=NEUTRAL,

@@ -46,7 +46,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Phi-3, Phi-4",
     model_types=("phi3",),
-    architectures={"lm": "Phi3ForCausalLM", "score": "Phi3ForSequenceClassification"},
+    architectures={
+        "lm": "Phi3ForCausalLM",
+        "score": "Phi3ForSequenceClassification",
+        "tokens": "Phi3ForTokenClassification",
+    },
     fields=_fields,
     honoured=DECODER | WINDOWS | {_ORIGINAL, _TURNED},
     neutral={**NEUTRAL, **_UNREAD},

@@ -33,7 +33,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Qwen2, Qwen2.5",
     model_types=("qwen2",),
-    architectures={"lm": "Qwen2ForCausalLM", "score": "Qwen2ForSequenceClassification"},
+    architectures={
+        "lm": "Qwen2ForCausalLM",
+        "score": "Qwen2ForSequenceClassification",
+        "tokens": "Qwen2ForTokenClassification",
+    },
     fields=_fields,
     honoured=HONOURED,
     neutral=NEUTRAL,

@@ -23,7 +23,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Qwen3",
     model_types=("qwen3",),
-    architectures={"lm": "Qwen3ForCausalLM", "score": "Qwen3ForSequenceClassification"},
+    architectures={
+        "lm": "Qwen3ForCausalLM",
+        "score": "Qwen3ForSequenceClassification",
+        "tokens": "Qwen3ForTokenClassification",
+    },
     fields=_fields,
     honoured=qwen2.HONOURED | {"attention_bias"},
     neutral=NEUTRAL,

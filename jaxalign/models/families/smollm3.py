@@ -42,7 +42,11 @@ FAMILY = dataclasses.replace(
     llama.FAMILY,
     name="SmolLM3",
     model_types=("smollm3",),
-    architectures={"lm": "SmolLM3ForCausalLM", "score": "SmolLM3ForSequenceClassification"},
+    architectures={
+        "lm": "SmolLM3ForCausalLM",
+        "score": "SmolLM3ForSequenceClassification",
+        "tokens": "SmolLM3ForTokenClassification",
+    },
     fields=_fields,
     # Nothing reads `max_window_layers`.
     honoured=llama.FAMILY.honoured | WINDOWS | {_TURNS, _EVERY, _USE_WINDOW, "max_window_layers"},
