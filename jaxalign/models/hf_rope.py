@@ -73,6 +73,8 @@ def rope(hf: Mapping[str, Any], head_dim: int, *, turned: float = 1.0, default_t
     theta = number("rope_theta", hf.get("rope_theta") if theta is None else theta, default_theta)
     if hf.get("rope_theta") is not None and hf["rope_theta"] != theta:
         raise wrong("rope_theta", hf["rope_theta"], f"the same as in rope_parameters, {theta:g}")
+    if theta <= 1:
+        raise wrong("rope_theta", theta, "a number above 1: at 1 every pair turns at one frequency")
     kind = _rope_type(fields)
     fields.pop("rope_type", None), fields.pop("type", None)
     if kind not in KINDS:
@@ -80,7 +82,9 @@ def rope(hf: Mapping[str, Any], head_dim: int, *, turned: float = 1.0, default_t
     if kind in ("llama3", "yarn", "longrope") and fields.get(_ORIGINAL) is None:
         fields[_ORIGINAL] = hf.get("max_position_embeddings")
     for name in _ROPE_FIELDS[kind]:
-        number(f"rope_parameters.{name}", fields.get(name), None)
+        found = number(f"rope_parameters.{name}", fields.get(name), None)
+        if name == _ORIGINAL and found < 1:
+            raise wrong(f"rope_parameters.{name}", found, "a number of positions")
     for name, value in fields.items():
         if name in _ROPE_FIELDS[kind] or value is None or (name == _PARTIAL and value == turned):
             continue
@@ -89,7 +93,7 @@ def rope(hf: Mapping[str, Any], head_dim: int, *, turned: float = 1.0, default_t
         if name in _OPTIONS.get(kind, ()):
             continue
         raise wrong(f"rope_parameters.{name}", value, f"no such field for rope_type {kind!r}")
-    dims = int(head_dim * turned)
+    dims = int(head_dim * min(turned, 2.0))  # beyond 1 it is refused, whatever it is
     if dims % 2 or not 0 < dims <= head_dim:
         raise wrong(_PARTIAL, turned, f"a share of head_dim {head_dim} that is an even number of dims")
     more: dict[str, Any] = {"theta": theta, "dims": None if dims == head_dim else dims}

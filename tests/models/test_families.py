@@ -234,6 +234,7 @@ def test_windows_of_config_json(case, changes, windows):
         ("gemma3", "rope_local_base_freq", "1e4"),
         ("gemma3", "sliding_window_pattern", 0),
         ("gemma3", "sliding_window", None),
+        ("phi3_long", "partial_rotary_factor", 1e308),
     ],
 )
 def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):

@@ -46,6 +46,8 @@ def read(head=None, **changes):
         ("rope_theta", 123.0),  # rope_parameters says otherwise
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "short_factor": [1.0]}),
         ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0.5}),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}),
         ("rope_parameters", {"rope_type": "proportional", "factor": 4.0}),
         ("rope_parameters", {"rope_type": "dynamic"}),
