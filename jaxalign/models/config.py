@@ -45,9 +45,12 @@ class ModelConfig:
     remat: str
     # What not every family has. None is the model without it: `identity.describe` leaves it out.
     output_bias: bool | None = None  # of attention's output; None: as `attention_bias` says
+    norm: str | None = None  # None: by the root mean square; "layer": by mean and variance, with a bias (LayerNorm)
     norms: str | None = None  # of a layer's attention and mlp: None: before each; "after": after each; "both"
     norm_offset: float | None = None  # norms multiply by it plus their scale, which stays as the checkpoint has it
-    activation: str | None = None  # of the mlp's gate; None: SiLU; "gelu_tanh": GELU, its approximation by tanh
+    parallel: bool | None = None  # attention and mlp both read a layer's input; None: mlp reads what attention made
+    plain_mlp: bool | None = None  # without a gate
+    activation: str | None = None  # of the mlp, or its gate; None: SiLU; "gelu", "gelu_tanh": its approximation by tanh
     embed_scale: float | None = None  # tokens' vectors times it, rounded to `dtype`; not the head's, where it is tied
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(H)
     residual_scale: float | None = None  # of what attention and mlp add to a layer's input
@@ -73,6 +76,11 @@ class ModelConfig:
         ropes = self.ropes and tuple(rope and rope.for_length(longest) for rope in self.ropes)
         found = dataclasses.replace(self, rope=self.rope.for_length(longest), ropes=ropes)
         return self if found == self else found
+
+    @property
+    def mlp_matrices(self) -> int:
+        """How many matrices [D, F] a layer's mlp has."""
+        return 2 if self.plain_mlp else 3
 
     @property
     def context(self) -> int | None:
@@ -193,7 +201,7 @@ def _built(hf: Mapping[str, Any], family: Family) -> str:
 def _count(c: ModelConfig) -> int:
     """Parameters, but for norms and biases."""
     attention = 2 * c.embed_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
-    layer = attention + 3 * c.embed_dim * c.mlp_dim
+    layer = attention + c.mlp_matrices * c.embed_dim * c.mlp_dim
     return c.num_layers * layer + c.vocab_size * c.embed_dim * (1 if c.tied else 2)
 
 

@@ -247,7 +247,7 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
 def _gather(fused: Fused, leaves: list[Any], index: Index, dims: dict[str, int]) -> np.ndarray:
     """One tensor on the host, in Hugging Face's layout."""
     parts = [_part(row, leaf, index, dims) for row, leaf in zip(fused.rows, leaves, strict=True)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=fused.rows[0].along)
+    return fused.whole(parts, dims)
 
 
 def _part(row: Row, leaf: Any, index: Index, dims: dict[str, int]) -> np.ndarray:

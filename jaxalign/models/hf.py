@@ -196,7 +196,7 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
       InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
     """
     names, dims = config.family.names, sizes(config)
-    tensors = _tied_under_its_own_name(config, text_tensors(tensors))
+    tensors = _tied_under_its_own_name(config, _by_own_names(config, text_tensors(tensors)))
     counts = {
         leaf_path: leaf.shape[: names.row_of(leaf_path).stacked] for leaf_path, leaf, _ in _leaves(abstract, None)
     }
@@ -241,6 +241,18 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
             )
         complete[leaf_path] = {index: parts[index] for index in wanted}
     return complete
+
+
+def _by_own_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by the names of the family's table."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if (own := config.family.names.own(name)) in found:
+            raise InputError(
+                f"{name} and another {own} among the weights", "each tensor once", "the checkpoint without one of them"
+            )
+        found[own] = tensor
+    return found
 
 
 def _name(config: ModelConfig, leaf_path: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,13 +24,15 @@ class Row:
 
     `dims` reads "theirs -> ours": letters of DESIGN's dims, parentheses for dims that Hugging Face holds merged.
     In a name "{layer}" and "{expert}" stand for numbers; our parameters are stacked along them, in this order.
-    Rows that follow each other under one name are parts of one fused tensor, which lie along its dim `along`.
+    Rows that follow each other under one name are parts of one fused tensor, which lie along its dim `along`. Where
+    they alternate, such as by head, it has more dims, of which the file holds the first `merged` as one.
     """
 
     name: str
     path: str
     dims: str
     along: int = 0
+    merged: int = 1
 
     @property
     def stacked(self) -> int:
@@ -72,14 +74,25 @@ class Fused(NamedTuple):
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Of the tensor in the file."""
+        apart, merged = self._apart(sizes), self.rows[0].merged
+        return (math.prod(apart[:merged]), *apart[merged:])
+
+    def _apart(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The tensor's shape before its first dims are merged."""
         shapes = [row.shape(sizes) for row in self.rows]
         along = self.rows[0].along
         return tuple(sum(s[d] for s in shapes) if d == along else n for d, n in enumerate(shapes[0]))
+
+    def whole(self, parts: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+        """The tensor of its parts, one of each row."""
+        together = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self.rows[0].along)
+        return together.reshape(self.shape(sizes))
 
     def part(self, row: Row, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The part of a tensor that a row names, as a view."""
         if len(self.rows) == 1:
             return tensor
+        tensor = tensor.reshape(self._apart(sizes))
         before = sum(r.shape(sizes)[row.along] for r in itertools.takewhile(lambda r: r != row, self.rows))
         return tensor[(slice(None),) * row.along + (slice(before, before + row.shape(sizes)[row.along]),)]
 
@@ -87,12 +100,13 @@ class Fused(NamedTuple):
 class Names:
     """A family's table of tensor names."""
 
-    def __init__(self, *rows: Row, harmless: tuple[str, ...] = ()):
+    def __init__(self, *rows: Row, harmless: tuple[str, ...] = (), other: tuple[tuple[str, str], ...] = ()):
         """Args:
         rows: in the order of a checkpoint: what comes before the layers first.
         harmless: patterns of keys that hold nothing trained.
+        other: names under which files hold the same tensors: patterns of the whole name, and the table's own.
         """
-        self.rows = rows
+        self.rows, self._other = rows, other
         self._harmless = tuple(re.compile(pattern) for pattern in harmless)
         self._by_path = {row.path: row for row in rows}
         self._fused = {name: Fused(tuple(group)) for name, group in itertools.groupby(rows, lambda row: row.name)}
@@ -106,7 +120,7 @@ class Names:
         """
         at, gone = self.rows.index(self.row_of(after)) + 1, {*without, *(row.path for row in rows)}
         first, last = ([r for r in part if r.path not in gone] for part in (self.rows[:at], self.rows[at:]))
-        return Names(*first, *rows, *last, harmless=tuple(p.pattern for p in self._harmless))
+        return Names(*first, *rows, *last, harmless=tuple(p.pattern for p in self._harmless), other=self._other)
 
     def row_of(self, path: str) -> Row:
         """The row of a parameter's path.
@@ -135,6 +149,13 @@ class Names:
             if match := row.pattern.fullmatch(name):
                 return fused, tuple(int(match[n]) for n in ("layer", "expert")[: row.stacked])
         return None
+
+    def own(self, name: str) -> str:
+        """The table's name of a tensor that a file may hold under another."""
+        for pattern, known in self._other:
+            if match := re.fullmatch(pattern, name):
+                return match.expand(known)
+        return name
 
     def is_harmless(self, name: str) -> bool:
         """Whether a key of an old file may be left unread."""

@@ -93,8 +93,8 @@ def rope(hf: Mapping[str, Any], head_dim: int, *, turned: float = 1.0, default_t
         if name in _OPTIONS.get(kind, ()):
             continue
         raise wrong(f"rope_parameters.{name}", value, f"no such field for rope_type {kind!r}")
-    dims = int(head_dim * min(turned, 2.0))  # beyond 1 it is refused, whatever it is
-    if dims % 2 or not 0 < dims <= head_dim:
+    dims = int(head_dim * turned)
+    if dims % 2 or not dims:
         raise wrong(_PARTIAL, turned, f"a share of head_dim {head_dim} that is an even number of dims")
     more: dict[str, Any] = {"theta": theta, "dims": None if dims == head_dim else dims}
     if kind == "default":
@@ -126,7 +126,10 @@ def turned_share(hf: Mapping[str, Any], name: str = _PARTIAL, default: float = 1
     """
     own = hf.get("rope_parameters") or hf.get("rope_scaling")
     stated = own.get(_PARTIAL) if isinstance(own, Mapping) else None
-    return number(name, hf.get(name) if stated is None else stated, default)
+    share = number(name, hf.get(name) if stated is None else stated, default)
+    if share > 1:
+        raise wrong(name, share, "a share of a head's dims, at most 1")
+    return share
 
 
 def _longrope(hf: Mapping[str, Any], fields: Mapping[str, Any], original: int, dims: int) -> LongRope:

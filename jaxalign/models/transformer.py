@@ -90,6 +90,8 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then mlp, each added to its input; a norm stands before each, after it, or both.
 
+    Parallel, the mlp does not read what attention made: both are added to the layer's input.
+
     All tokens are seen; those that are query tokens have a result, [B, M, D].
     """
 
@@ -102,7 +104,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm() if before else None
         self.mlp = Mlp(config, rngs)
         self.mlp_out_norm = norm() if after else None
-        self.scale = config.residual_scale
+        self.scale, self.parallel = config.residual_scale, config.parallel
 
     def __call__(self, x, given: LayerInputs):
         seen_x, rotation = normed(self.attention_norm, x), ropes.of_layer(given)
@@ -112,9 +114,10 @@ class Block(nnx.Module):
             x, *at = jax.tree.map(lambda y: take_sources(y, given.queries), (x, rotation, given.rows))
             queries = Queries(normed(self.attention_norm, x), *at)
         attended, kept = self.attention(seen_x, rotation, given, queries)
-        x = constrain(x + self._scaled(normed(self.attention_out_norm, attended)), "batch", None, None)
-        made = self._scaled(normed(self.mlp_out_norm, self.mlp(normed(self.mlp_norm, x))))
-        return constrain(x + made, "batch", None, None), kept
+        between = constrain(x + self._scaled(normed(self.attention_out_norm, attended)), "batch", None, None)
+        read = x if self.parallel else between
+        made = self._scaled(normed(self.mlp_out_norm, self.mlp(normed(self.mlp_norm, read))))
+        return constrain(between + made, "batch", None, None), kept
 
     def _scaled(self, x):
         """What is added, by the family's factor."""

@@ -1,6 +1,8 @@
-"""Gated activations, with a derivative that keeps nothing but its inputs."""
+"""Activations, gated and plain, with a derivative that keeps nothing but its inputs."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +52,22 @@ def _geglu_backward(saved, d_y):
 
 
 geglu.defvjp(_geglu_forward, _geglu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x, approximate: bool):
+    """GELU (arXiv 1606.08415, section 2), exact or by tanh, in at least float32, rounded once."""
+    return jax.nn.gelu(at_least_float32(x), approximate=approximate).astype(x.dtype)
+
+
+def _gelu_forward(x, approximate):
+    return gelu(x, approximate), x
+
+
+def _gelu_backward(approximate, x, d_y):
+    wide = at_least_float32(x)
+    slope = jax.jvp(functools.partial(jax.nn.gelu, approximate=approximate), (wide,), (jnp.ones_like(wide),))[1]
+    return ((at_least_float32(d_y) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)

@@ -67,6 +67,7 @@ class Sizes(NamedTuple):
     passes: float  # forward passes' worth of a token, beside what is computed again
     temporary: float = 0.0  # bytes that the compiled step of `base` takes beside what is held, ...
     estimated: float = 0.0  # ... and those estimated for it
+    mlp_matrices: int = 3  # of a layer
 
 
 def sizes_of(stage: Any) -> Sizes:
@@ -99,6 +100,7 @@ def sizes_of(stage: Any) -> Sizes:
         batch=c.batch_size * samples,
         minibatches=c.algorithm.get("num_minibatches", 1),
         passes=program.passes,
+        mlp_matrices=model.mlp_matrices,
     )
 
 
@@ -156,9 +158,9 @@ def memory_of(one: Candidate, s: Sizes, scale: float = 1.0) -> float:
 def _temporary(one: Candidate, s: Sizes, scale: float) -> float:
     tokens = scale * s.batch / s.minibatches / (one.data * one.fsdp) / one.accumulation * s.length
     gradients = 4 * s.params / (one.fsdp * one.tensor) * (2 if one.accumulation > 1 else 1)
-    a_layer = s.embed * s.head_dim * (2 * s.heads + 2 * s.kv_heads) + 3 * s.embed * s.mlp
+    a_layer = s.embed * s.head_dim * (2 * s.heads + 2 * s.kv_heads) + s.mlp_matrices * s.embed * s.mlp
     gathered = 2 * (2 * a_layer + 2 * s.vocab * s.embed) / one.tensor
-    wide = (s.head_dim * (2 * s.heads + 2 * s.kv_heads) + 2 * s.mlp) / one.tensor
+    wide = (s.head_dim * (2 * s.heads + 2 * s.kv_heads) + (s.mlp_matrices - 1) * s.mlp) / one.tensor
     narrow = 2 * s.embed + s.head_dim * (2 * s.heads + 2 * s.kv_heads) / one.tensor
     kept = {"full": s.embed, "attention": narrow, "dots": 2 * s.embed + wide, "none": 5 * s.embed + 2.5 * wide}[
         one.remat

@@ -32,7 +32,7 @@ def flops_per_token(config: Any, length: float, *, passes: float = 3.0) -> float
     """
     c = config
     attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    layer = attention + 3 * c.embed_dim * c.mlp_dim
+    layer = attention + c.mlp_matrices * c.embed_dim * c.mlp_dim
     head = c.embed_dim * (c.num_labels or 1 if c.head == "score" else c.vocab_size)
     matrices = c.num_layers * layer + head
     nearest = [length if window is None else min(window, length) for window in c.windows or (None,) * c.num_layers]

@@ -230,6 +230,10 @@ def test_windows_of_config_json(case, changes, windows):
         ("smollm3", "no_rope_layer_interval", 0),
         ("smollm3", "layer_types", [SLIDES] * 3),  # use_sliding_window is false
         ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gpt_neox", "hidden_act", "relu"),
+        ("gpt_neox", "num_key_value_heads", 2),
+        ("gpt_neox", "hidden_dropout", 0.1),
+        ("gpt_neox", "rotary_pct", 2.0),
         ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
         ("gemma3", "rope_local_base_freq", "1e4"),
         ("gemma3", "sliding_window_pattern", 0),
@@ -243,7 +247,7 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
 
 
 @pytest.mark.parametrize(
-    "case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long", "granite"]
+    "case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long", "granite", "gpt_neox"]
 )
 def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
@@ -294,7 +298,13 @@ def test_a_round_trip_is_bitwise(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "case, name", [("phi3", "layers.1.self_attn.qkv_proj.weight"), ("phi3", "mlp.gate_up_proj.weight")]
+    "case, name",
+    [
+        ("phi3", "layers.1.self_attn.qkv_proj.weight"),
+        ("phi3", "mlp.gate_up_proj.weight"),
+        ("gpt_neox", "layers.2.attention.query_key_value.weight"),
+        ("gpt_neox", "layers.1.attention.query_key_value.bias"),
+    ],
 )
 def test_a_part_that_a_fused_tensor_lacks_is_an_error_that_names_it(tmp_path, case, name):
     tensors = tiny.tensors(CASES[case])
@@ -304,6 +314,33 @@ def test_a_part_that_a_fused_tensor_lacks_is_an_error_that_names_it(tmp_path, ca
         with pytest.raises(InputError) as error:
             hf.load(tmp_path / words[:2], **tiny.SETTINGS)
         assert words in str(error.value)
+
+
+def test_parts_that_alternate_by_head(tmp_path):
+    """Each head's query, key and value lie one behind the other; by a loop."""
+    tensors = tiny.tensors(CASES["gpt_neox"])
+    _, params = hf.load(tiny.write(tmp_path, CASES["gpt_neox"], tensors), **tiny.SETTINGS)
+    matrix, bias = (tensors[f"gpt_neox.layers.1.attention.query_key_value.{end}"] for end in ("weight", "bias"))
+    for n in range(4):
+        for i, name in enumerate(("query", "key", "value")):
+            found = jax.tree.map(lambda x, n=n: x[1][..., n, :], params["layers"]["attention"][name])
+            rows = slice(24 * n + 8 * i, 24 * n + 8 * (i + 1))
+            np.testing.assert_array_equal(found["kernel"], matrix[rows].T)
+            np.testing.assert_array_equal(found["bias"], bias[rows])
+
+
+def test_a_tensor_under_another_name(tmp_path):
+    """transformers 5 calls Pythia's head as it calls others; a file with both is refused."""
+    config, tensors = CASES["gpt_neox"], tiny.tensors(CASES["gpt_neox"])
+    other = {"lm_head.weight" if name == "embed_out.weight" else name: value for name, value in tensors.items()}
+    masks = {"gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), np.float32)}
+    known, found = (
+        hf.load(tiny.write(tmp_path / name, config, given), **tiny.SETTINGS)[1]
+        for name, given in (("own", tensors | masks), ("other", other))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, known)
+    with pytest.raises(InputError, match="another embed_out"):
+        hf.load(tiny.write(tmp_path / "both", config, tensors | other), **tiny.SETTINGS)
 
 
 def test_the_rope_of_first_files():
@@ -371,6 +408,8 @@ def test_sizes_that_a_file_leaves_out():
     assert read("gemma", head_dim="absent", tie_word_embeddings="absent").tied
     plain = read("granite_biases", attention_multiplier="absent")
     assert (plain.attention_scale, plain.embed_scale, plain.residual_scale, plain.logit_scale) == (1, 1, 1, 1)
+    assert read("gpt_neox", rotary_pct="absent").rope.dims == 2 and read("gpt_neox", rotary_pct=1.0).rope.dims is None
+    assert read("gpt_neox", use_parallel_residual="absent").parallel and read("gpt_neox_serial").parallel is None
     assert read("gemma2", **{name: "absent" for name in CASES["gemma2"] if "softcapping" in name}).logit_softcap == 30
     assert read("mistral", head_dim="absent", num_attention_heads=8, num_key_value_heads="absent").num_kv_heads == 8
     assert read("gemma3", **dict.fromkeys(("head_dim", "vocab_size"), "absent")).vocab_size == 262_208

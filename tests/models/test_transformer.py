@@ -205,7 +205,17 @@ def test_decode_equals_the_full_forward():
 
 @pytest.mark.parametrize(
     "case",
-    [None, "qwen3_windows", "olmo2_biases", "gemma2", "gemma3_by_type", "smollm3", "phi3_short", "granite_biases"],
+    [
+        None,
+        "qwen3_windows",
+        "olmo2_biases",
+        "gemma2",
+        "gemma3_by_type",
+        "smollm3",
+        "phi3_short",
+        "granite_biases",
+        "gpt_neox",
+    ],
 )
 def test_sharded_equals_single(case, x64):
     """Eight devices, every axis in use; two key heads over two tensor shards, and five query heads of one; float64."""

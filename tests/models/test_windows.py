@@ -185,12 +185,26 @@ def test_model_flops_count_the_keys_in_the_window():
         assert found == pytest.approx(3 * 4 * c.num_heads * c.head_dim * (n / 2 + 2 * seen), rel=1e-3)
 
 
+def test_model_flops_count_a_plain_mlps_two_matrices():
+    c = model_of(None).config
+    plain = dataclasses.replace(c, plain_mlp=True)
+    less = flops_per_token(c, 0.0) - flops_per_token(plain, 0.0)
+    assert less == 6 * c.num_layers * c.embed_dim * c.mlp_dim
+
+
 def test_fields_that_came_later_leave_descriptions_as_they_were():
     """A reference cache of a model without them is still found."""
     assert describe(tiny.model().config) == "9079f088b897e17969568be7a833d392"
     others = ({}, {"windows": (4, 4, 4)}, {"windows": (4, 4, None)}, {"qk_norm": "head"}, {"output_bias": True})
     others += ({"norms": "after"}, {"norms": "both"}, {"qk_norm": "projection"}, {"norm_offset": 1.0})
     others += ({"activation": "gelu_tanh"}, {"embed_scale": 2.0}, {"attention_scale": 2.0})
-    others += ({"residual_scale": 2.0}, {"logit_scale": 2.0})
+    others += (
+        {"residual_scale": 2.0},
+        {"logit_scale": 2.0},
+        {"norm": "layer"},
+        {"parallel": True},
+        {"plain_mlp": True},
+    )
+    others += ({"activation": "gelu"},)
     others += ({"attention_softcap": 2.0}, {"logit_softcap": 2.0}, {"ropes": ROPES["some"]}, {"ropes": ROPES["all"]})
     assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == len(others)

@@ -11,6 +11,14 @@ def config(model_type: str, name: str, **changes) -> dict:
     return {k: v for k, v in fields.items() if k not in _LLAMA_ONLY} | changes
 
 
+def neox(**changes) -> dict:
+    """GPT-NeoX names its fields otherwise: heads of 8, of which 2 dims turn where nothing is said."""
+    other = ("num_key_value_heads", "head_dim", "rms_norm_eps", "mlp_bias", "attention_bias", "rope_parameters")
+    fields = tiny.hf_config(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"])
+    kept = {k: v for k, v in fields.items() if k not in other}
+    return kept | {"hidden_act": "gelu", "layer_norm_eps": 1e-3, "tie_word_embeddings": False} | changes
+
+
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e6}  # as version 4 of transformers writes it
 _SOME = ["full_attention", "sliding_attention", "sliding_attention"]
@@ -196,6 +204,15 @@ CASES = {
         mlp_bias=True,
         attention_multiplier=0.3,
         tie_word_embeddings=False,
+    ),
+    "gpt_neox": neox(rotary_emb_base=100.0),
+    "gpt_neox_serial": neox(
+        use_parallel_residual=False,
+        hidden_act="gelu_fast",
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rotary_pct=0.5,
+        rope_scaling={"type": "linear", "factor": 2.0},
     ),
     "llama_dynamic": config("llama", "Llama", rope_parameters=_NTK, max_position_embeddings=32),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),

@@ -84,7 +84,8 @@ def tensors(hf: dict, head: str | None = None, seed: int = 0) -> dict[str, np.nd
                 value = rng.normal(size=shape).astype(np.float32)
                 scale = 0.02 if row.path.endswith("embedding") else 0.3
                 one = 1 - (config.norm_offset or 0)
-                out[row.named((layer,))] = one + 0.1 * value if "norm" in row.path else scale * value
+                is_scale = "norm" in row.path and row.path.endswith("scale")
+                out[row.named((layer,))] = one + 0.1 * value if is_scale else scale * value
     return out
 
 
@@ -94,7 +95,7 @@ def by_name(config: ModelConfig, tree) -> dict[str, np.ndarray]:
     leaves = {"/".join(k.key for k in p): np.asarray(x) for p, x in _flat(tree)}
     for fused, index in names.in_order({path: x.shape for path, x in leaves.items()}):
         parts = [row.to_theirs(leaves[row.path][index], sizes) for row in fused.rows]
-        out[fused.rows[0].named(index)] = np.concatenate(parts, axis=fused.rows[0].along)
+        out[fused.rows[0].named(index)] = fused.whole(parts, sizes)
     return out
 
 

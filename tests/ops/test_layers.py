@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.ops.activation import swiglu
+from jaxalign.ops.activation import gelu, swiglu
 from jaxalign.ops.linear import linear
-from jaxalign.ops.norm import rms_norm
+from jaxalign.ops.norm import layer_norm, rms_norm
 
 
 def normal(seed, *shape, dtype=jnp.float64):
@@ -74,6 +74,31 @@ def test_linear_turns_the_narrower_operand():
     assert "transpose" in str(narrow)
 
 
+def test_layer_norm(x64):
+    def plain(x, scale, bias):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + bias
+
+    args = 3 + normal(0, 2, 5, 8), normal(1, 8), normal(2, 8)
+    assert_same(lambda *given: layer_norm(*given, 1e-3), plain, *args)
+
+
+def test_layer_norm_of_narrow_numbers_is_made_in_float32():
+    x = 100 + normal(0, 4, 64, dtype=jnp.bfloat16)
+    one, none = jnp.ones(64, jnp.bfloat16), jnp.zeros(64, jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    np.testing.assert_allclose(np.float64(layer_norm(x, one, none, 1e-12)), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu(x64, approximate):
+    def plain(x):
+        inner = jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)) if approximate else jax.lax.erf(x / 2**0.5)
+        return x * (1 + inner) / 2
+
+    assert_same(lambda x: gelu(x, approximate), plain, 3 * normal(0, 4, 9))
+
+
 def test_rms_norm(x64):
     def plain(x, scale):
         return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
@@ -105,7 +130,15 @@ def test_swiglu_of_huge_numbers_is_finite():
     np.testing.assert_allclose(d_gate, [0, 0, 0.5, 1, 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("call", [lambda x: rms_norm(x, jnp.ones(8), 1e-5), lambda x: swiglu(x, x)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: rms_norm(x, jnp.ones(8), 1e-5),
+        lambda x: layer_norm(x, jnp.ones(8), jnp.ones(8), 1e-5),
+        lambda x: swiglu(x, x),
+        lambda x: gelu(x, False),
+    ],
+)
 def test_derivatives_keep_their_inputs_alone(call):
     """Nothing of the size of the input is kept beside it: what a layer keeps is the memory of training."""
     x = jnp.ones((64, 8))

@@ -39,6 +39,7 @@ def check_same(model, params, oracle, tokens):
     """Logits to 1e-4, mean loss to 1e-5 relative, each gradient to 1e-4 by norm."""
     loss, logits, grads = loss_and_grads(model, params, tokens)
     their_loss, their_logits, their_grads = torch_loss_and_grads(oracle, tokens)
+    their_grads = {model.config.family.names.own(name): grad for name, grad in their_grads.items()}
     np.testing.assert_allclose(logits, their_logits, rtol=0, atol=1e-4)
     assert float(loss) == pytest.approx(their_loss, rel=1e-5)
     mine = to_names(model, grads)
