@@ -54,7 +54,8 @@ def of_layer(given: LayerInputs) -> Rotation | None:
 
     A layer that runs by itself knows its number, and there is nothing to pick. In a loop the number is an array: cosine
     and sine are selected by it, which joins the rotation's own loop and reads B T H numbers for each kind, beside
-    B T (N + K) H that are turned; no rotation is one of cosine 1 and sine 0.
+    B T (N + K) H that are turned; no rotation is one of cosine 1 and sine 0. A backward pass that recomputes nothing
+    keeps what was selected, H numbers a token and layer (2 % of what it keeps for 12 layers of hidden size 256).
 
     Args:
       given: what the layer receives, with its own numbers.

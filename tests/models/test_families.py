@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -18,6 +19,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
 from jaxalign.ops.readout import scalar_readout
 from jaxalign.ops.rope import Rope
+from jaxalign.types import Rows
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
 
@@ -249,7 +251,7 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
 @pytest.mark.parametrize(
     "case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long", "granite", "gpt_neox"]
 )
-def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
+def test_packed_rows_pairs_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
     model = Model(from_hf(CASES[case], **tiny.SETTINGS | {"dtype": "float64", "param_dtype": "float64"}))
     params = jax.jit(model.init)(jax.random.key(0))
@@ -261,6 +263,14 @@ def test_packed_rows_and_a_cache_equal_a_sequence_alone(case, x64):
     start = np.repeat([0, 17], 17)[None].astype(np.int32)
     packed = rows._replace(positions=rows.positions - start, attend_start=start)
     np.testing.assert_allclose(forward(packed)[0][:, 17:], alone, rtol=0, atol=1e-9)
+    rejected = np.concatenate([second[:, :7], first[:, 7:]], axis=1)  # of a pair around a prompt of 7 tokens
+    order = np.concatenate([second[:, :6:-1], rejected], axis=1)
+    index = np.arange(27)
+    fields = (16 - index, index - 10), (index, 10), (17, index + 1)  # positions, starts, ends: chosen first
+    fields = (np.where(index < 10, *field) for field in fields)
+    pair = forward(Rows(*(np.asarray(x, np.int32).reshape(1, 27) for x in (order, *fields))))[0]
+    np.testing.assert_allclose(pair[:, 10:], forward(tiny.causal(rejected))[0], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(pair[:, 9::-1], alone[:, 7:], rtol=0, atol=1e-9)
     cache, rows = tiny.empty_cache(model.config, 1, 17), tiny.causal(second)
     for part in (slice(0, 12), *(slice(t, t + 1) for t in range(12, 17))):
         found, cache = forward(jax.tree.map(lambda x, part=part: x[:, part], rows), cache)
@@ -373,18 +383,21 @@ def test_a_reward_model_that_transformers_has_no_class_for(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
-@pytest.mark.parametrize("kind", ["score", "tokens"])
-@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+CLASSIFIERS = [
+    (family, kind) for family in families.FAMILIES for kind in ("score", "tokens") if kind in family.architectures
+]
+
+
+@pytest.mark.parametrize("family, kind", CLASSIFIERS, ids=lambda x: getattr(x, "name", x))
 def test_classifiers_of_several_labels_leave_as_they_came(tmp_path, family, kind):
-    """Bit for bit, with the names of their labels; a stage that wants one score says so."""
-    if kind not in family.architectures:
-        pytest.skip("transformers has no such class")
+    """Bit for bit in bfloat16, with the names of their labels; a stage that wants one score says so."""
     labels = {"id2label": {"0": "good", "1": "bad", "2": "ugly"}, "label2id": {"good": 0, "bad": 1, "ugly": 2}}
     case = next(fields for fields in CASES.values() if fields["model_type"] in family.model_types)
     config = case | labels | {"architectures": [family.architectures[kind]], "tie_word_embeddings": True}
-    tensors = tiny.tensors(config)
-    tiny.write(tmp_path / "in", config, tensors)
-    model, params = hf.load(tmp_path / "in", **tiny.SETTINGS)
+    tensors = {name: value.astype(jnp.bfloat16) for name, value in tiny.tensors(config).items()}
+    tiny.write(tmp_path / "in", config, tensors, dtype=jnp.bfloat16)
+    settings = tiny.SETTINGS | {"param_dtype": "bfloat16"}
+    model, params = hf.load(tmp_path / "in", **settings)
     assert model.score_kernel(params).shape == (32, 3)
     assert ("bias" in params["score"]) == (kind == "tokens")
     fresh = jax.jit(model.init)(jax.random.key(0))["score"]
@@ -396,7 +409,7 @@ def test_classifiers_of_several_labels_leave_as_they_came(tmp_path, family, kind
     assert out.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(out[name], value)
-    again = read_config(tmp_path / "out", **tiny.SETTINGS)
+    again = read_config(tmp_path / "out", **settings)
     assert again == model.config
     assert {name: again.hf[name] for name in labels} == labels
     with pytest.raises(InputError, match="3 labels"):
