@@ -50,21 +50,30 @@ class Adapter:
 
     updates: tuple[tuple[str, Update], ...]  # by path in a layer: "attention/query"
     dora: bool = False
+    rslora: bool = False  # scales are alpha / sqrt(rank), which an export says
 
     def update(self, path: str) -> Update | None:
         """That of the linear at a path in a layer."""
         return dict(self.updates).get(path)
 
     def numbers(self) -> dict[str, np.ndarray]:
-        """Scales that differ from layer to layer, as what a layer receives: [L] by path."""
-        return {_number(path): np.array(u.scales, np.float32) for path, u in self.updates if u.scale is None}
+        """What differs from layer to layer, as what a layer receives: [L] by path, scales and which have magnitudes."""
+        scales = {_number(path): np.array(u.scales, np.float32) for path, u in self.updates if u.scale is None}
+        return scales | {_there(path): np.array(u.ranks) > 0 for path, u in self.updates if self.dora and 0 in u.ranks}
 
     def scaled(self, layer: Params, numbers: Mapping[str, Any]) -> Params:
-        """One layer's parameters, scales of its own multiplied into `lora_b`."""
+        """One layer's parameters, scales of its own multiplied into `lora_b`.
+
+        In a layer without an update magnitudes are what changes nothing, whatever the stacked array has there.
+        """
         for path, update in self.updates:
+            own = _at(layer, path)
             if update.scale is None:
-                own = _at(layer, path)
-                layer = _put(layer, path, own | {"lora_b": own["lora_b"] * numbers[_number(path)]})
+                own = own | {"lora_b": own["lora_b"] * numbers[_number(path)]}
+            if self.dora and 0 in update.ranks:
+                norms = jax.lax.stop_gradient(column_norms(own["kernel"], own["lora_a"], own["lora_b"]))
+                own = own | {"magnitude": jnp.where(numbers[_there(path)], own["magnitude"], norms)}
+            layer = _put(layer, path, own)
         return layer
 
     def merged(self, layers: Params, some: Callable[[Any], Any] = lambda x: x, dtype: Any = None) -> Params:
@@ -76,14 +85,16 @@ class Adapter:
           dtype: of the merged kernels; None: as they were.
         """
 
-        def one(kernel, a, b, magnitude, scale):
-            return merged(kernel, LowRank(a, at_least_float32(b) * scale, magnitude)).astype(dtype or kernel.dtype)
+        def one(kernel, a, b, magnitude, scale, there):
+            whole = merged(kernel, LowRank(a, at_least_float32(b) * scale, magnitude)).astype(dtype or kernel.dtype)
+            return whole if there is None else jnp.where(there, whole, kernel.astype(whole.dtype))
 
         for path, update in self.updates:
             own = _at(layers, path)
             if "lora_a" in own:
                 scales = some(jnp.asarray(update.scales, jnp.float32))
-                parts = (own["kernel"], own["lora_a"], own["lora_b"], own.get("magnitude"), scales)
+                there = some(jnp.asarray(update.ranks) > 0) if 0 in update.ranks else None
+                parts = (own["kernel"], own["lora_a"], own["lora_b"], own.get("magnitude"), scales, there)
                 whole = {name: x for name, x in own.items() if name not in LEAVES} | {"kernel": jax.vmap(one)(*parts)}
                 layers = _put(layers, path, whole)
         return layers
@@ -91,6 +102,10 @@ class Adapter:
 
 def _number(path: str) -> str:
     return f"scale of {path}"
+
+
+def _there(path: str) -> str:
+    return f"update of {path}"
 
 
 class Rules(NamedTuple):
@@ -152,7 +167,7 @@ def make(config: Any, rules: Rules) -> Adapter:
             # A layer without an adapter has zeros: any scale is its own.
             own = tuple(scale if rank else usual for rank, scale in zip(ranks, scales, strict=True))
             updates.append((path, Update(tuple(ranks), own)))
-    return Adapter(tuple(updates), rules.dora)
+    return Adapter(tuple(updates), rules.dora, rules.rslora)
 
 
 def _expression(pattern: str) -> re.Pattern:

@@ -12,11 +12,12 @@ from jaxalign.errors import InputError
 from jaxalign.models import families, hf_fields, hf_values
 from jaxalign.models.adapter import Adapter
 from jaxalign.models.family import Family
-from jaxalign.models.hub import CONFIG, read_json
+from jaxalign.models.hub import ADAPTER_CONFIG, CONFIG, base_of, is_adapter_dir, read_json
 from jaxalign.models.text_part import text_fields
 from jaxalign.ops.rope import Rope
 
 HEADS = ("lm", "score")
+_TASKS = {"CAUSAL_LM": "lm", "SEQ_CLS": "score"}  # of adapters, by the head that they are trained with
 REMAT = ("none", "dots", "attention", "offload", "full", "auto")
 
 
@@ -96,8 +97,25 @@ class ModelConfig:
 _MOST_NUMBERS = 10**14  # of a whole model
 
 
+def read_hf(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a model; of an adapter that of its base, with the head that the adapter was trained with.
+
+    Raises:
+      InputError: no such file, not a JSON object, or no base.
+    """
+    if not is_adapter_dir(directory):
+        return read_json(directory / CONFIG)
+    hf = text_fields(read_json(base_of(directory, weights=False) / CONFIG))
+    head = _TASKS.get(str(read_json(directory / ADAPTER_CONFIG).get("task_type")))
+    family = families.find(hf)
+    if head is None or head == _built(hf, family):
+        return hf
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if head == "score" else {}
+    return hf | labels | {"architectures": [family.architectures[head]]}
+
+
 def read_config(directory: Path, **settings: Any) -> ModelConfig:
-    """Reads and checks the `config.json` in a model's directory; it comes before anything else there is read.
+    """Reads and checks the description of a model, see `read_hf`; it comes before anything else there is read.
 
     Args:
       directory: on this host, see `hub.locate`.
@@ -106,11 +124,12 @@ def read_config(directory: Path, **settings: Any) -> ModelConfig:
     Raises:
       InputError: naming the file, and the field that is missing or wrong.
     """
-    hf = read_json(directory / CONFIG)
+    hf = read_hf(directory)
     try:
         return from_hf(hf, **settings)
     except InputError as error:
-        problem = error.problem.replace("in config.json", f"in {directory / CONFIG}")
+        file = (base_of(directory, weights=False) if is_adapter_dir(directory) else directory) / CONFIG
+        problem = error.problem.replace("in config.json", f"in {file}")
         raise InputError(problem, error.expected, error.fix, error.places) from error
 
 

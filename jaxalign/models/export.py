@@ -10,21 +10,36 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.data.files import is_url
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
 from jaxalign.models import store
+from jaxalign.models.adapter import LEAVES, Update, is_adapter
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.hf_names import Fused, Index, Row, sizes
-from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, locate
+from jaxalign.models.gather import on_host
+from jaxalign.models.hf_names import Fused, Index, sizes
+from jaxalign.models.hub import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    DESCRIPTIONS,
+    GENERATION_CONFIG,
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    file_of,
+    locate,
+    tokenizer_home,
+)
+from jaxalign.models.peft import WEIGHTS
+from jaxalign.models.peft_export import plan_adapter
 from jaxalign.models.transformer import Model
-from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_tensors
+from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_file, write_tensors
+from jaxalign.ops.low_rank import LowRank, merged
 from jaxalign.types import Params
 
 CARD = "README.md"
@@ -41,31 +56,37 @@ def save(
     dtype: str | None = None,
     card: str | None = None,
     max_bytes: int = MAX_BYTES,
+    base: str | None = None,
+    base_revision: str | None = None,
 ) -> Any:
-    """Writes a directory that `transformers` loads, whole or not at all.
+    """Writes a directory that `transformers` loads, whole or not at all: a model, or an adapter in PEFT's form.
 
     Every process calls it: one tensor at a time is gathered from all of them, and process 0 writes.
 
     Args:
       directory: where, on disk or a URL that fsspec knows; replaced only where it is empty or an earlier export.
       model: of the parameters; a model with a scalar head becomes a sequence classifier.
-      params: the parameters, sharded or not.
+      params: the parameters, sharded or not; an adapter among them is merged into its kernels.
       source: the directory or hub id the model came from: its tokenizer, generation config and licence are copied.
       tokenizer: a loaded tokenizer, saved instead of the source's files (it may have another chat template).
       dtype: of the weights in the file; None: that of the parameters.
       card: text of the model card, `README.md`.
       max_bytes: of one file, beyond which the weights are sharded.
+      base: the model that `params` were trained beside, a directory or a hub id, where an adapter in PEFT's form is
+        wanted; then `params` are the trained ones alone. None: a whole model.
+      base_revision: of a hub id.
 
     Returns:
       The directory: a Path, or the URL as it was given.
 
     Raises:
-      InputError: something else lies there.
+      InputError: something else lies there, or parameters for which PEFT has no form.
     """
     url = os.fspath(directory) if is_url(os.fspath(directory)) else None
     target = Path(directory).expanduser().absolute()  # not used with a URL
     writes = jax.process_index() == 0
-    leaf_type = jax.tree.leaves(params)[0].dtype
+    leaf_types = [leaf.dtype for leaf in jax.tree.leaves(params)]
+    leaf_type = leaf_types[0] if base is None else jax.numpy.result_type(*leaf_types)
     try:
         file_type = np.dtype(leaf_type if dtype is None else jax.numpy.dtype(dtype))
     except TypeError:
@@ -80,11 +101,17 @@ def save(
     else:
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
     with writing(url or target), _scratch(part if writes else None):
-        write_tensors(part if writes else None, dict(_planned(model, params)), file_type, max_bytes)
+        if base is None:
+            write_tensors(part if writes else None, dict(_planned(model, params)), file_type, max_bytes)
+        else:
+            told, tensors = plan_adapter(model, params, base=base, revision=base_revision)
+            write_file(part / WEIGHTS if writes else None, tensors, file_type)
         if writes:
-            _copy(None if source is None else locate(source, weights=False), tokenizer, part)
-            config = hf_config(model, file_type, _pad_id(model, tokenizer, part))
-            (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            _copy(None if source is None else locate(source, weights=False), tokenizer, part, whole=base is None)
+            if base is None:
+                told = hf_config(model, file_type, _pad_id(model, tokenizer, part))
+            file = part / (CONFIG if base is None else ADAPTER_CONFIG)
+            file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
             if card is not None:
                 (part / CARD).write_text(card, encoding="utf-8")
             if url:
@@ -147,7 +174,7 @@ def check_target(target: str | Path) -> None:
         there = [file.name for file in target.iterdir()] if target.is_dir() else []
         read = lambda name: (target / name).open("rb")  # noqa: E731
     weights = {name for name in there if _is_own_weights(name, read)}
-    own = {CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES} | weights if weights else set()
+    own = {*DESCRIPTIONS, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES} | weights if weights else set()
     if CARD in there and weights:
         with read(CARD) as card:
             own |= {CARD} if _CARD_MARK in card.read() else set()
@@ -197,17 +224,19 @@ def _replace(part: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _copy(source: Path | None, tokenizer: Any, part: Path) -> None:
+def _copy(source: Path | None, tokenizer: Any, part: Path, whole: bool) -> None:
+    """The files beside the weights; an adapter's generation config is its base's."""
     if tokenizer is not None:
         # Several templates by name stay in tokenizer_config.json: an export is one flat directory.
         named = isinstance(getattr(tokenizer, "chat_template", None), dict)
         tokenizer.save_pretrained(part, **({"save_jinja_files": False} if named else {}))
     if source is None:
         return
-    wanted = (GENERATION_CONFIG, *LICENCE_FILES) + (TOKENIZER_FILES if tokenizer is None else ())
-    for name in wanted:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, part / name)
+    files = [file_of(source, name) for name in (*([GENERATION_CONFIG] if whole else []), *LICENCE_FILES)]
+    files += [tokenizer_home(source) / name for name in TOKENIZER_FILES] if tokenizer is None else []
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, part / file.name)
 
 
 def _pad_id(model: Model, tokenizer: Any, part: Path) -> int | None:
@@ -237,6 +266,7 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
     """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
     names, dims = model.config.family.names, sizes(model.config)
     leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = _with_updates(model, leaves)
     for path in leaves:
         names.row_of(path)
     for fused, index in names.in_order({path: leaf.shape for path, leaf in leaves.items()}):
@@ -244,27 +274,39 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
         yield fused.rows[0].named(index), Planned(fused.shape(dims), make)
 
 
+class _Updated(NamedTuple):
+    """A kernel with the update that is merged into it."""
+
+    kernel: Any
+    update: Update
+    lora_a: Any
+    lora_b: Any
+    magnitude: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    def on_host(self, index: Index) -> np.ndarray:
+        """That of one layer, in at least float32; where the layer has no update, as it is."""
+        kernel, (layer, *_) = on_host(self.kernel, index), index
+        a, b, magnitude = (None if x is None else jnp.asarray(on_host(x, index)) for x in self[2:])
+        if not self.update.ranks[layer] or a is None or b is None:
+            return kernel
+        return np.asarray(merged(kernel, LowRank(a, b * self.update.scales[layer], magnitude)))
+
+
+def _with_updates(model: Model, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves by path, those of an adapter beside their kernel's own."""
+    found = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+    for path, update in model.config.adapter.updates if model.config.adapter else ():
+        own = {name: leaves[f"layers/{path}/{name}"] for name in LEAVES if f"layers/{path}/{name}" in leaves}
+        if own:
+            found[f"layers/{path}/kernel"] = _Updated(leaves[f"layers/{path}/kernel"], update, **own)
+    return found
+
+
 def _gather(fused: Fused, leaves: list[Any], index: Index, dims: dict[str, int]) -> np.ndarray:
     """One tensor on the host, in Hugging Face's layout."""
-    parts = [_part(row, leaf, index, dims) for row, leaf in zip(fused.rows, leaves, strict=True)]
-    return fused.whole(parts, dims)
-
-
-def _part(row: Row, leaf: Any, index: Index, dims: dict[str, int]) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        assert isinstance(leaf.sharding, NamedSharding)
-        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        leaf = _whole_at(whole)(leaf, index)
-    elif index:
-        leaf = leaf[index]
-    return row.to_theirs(np.asarray(leaf), dims)
-
-
-@functools.cache
-def _whole_at(sharding):
-    def at(x, index):
-        for i in index:
-            x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-        return x
-
-    return jax.jit(at, out_shardings=sharding)
+    arrays = [leaf.on_host(index) if isinstance(leaf, _Updated) else on_host(leaf, index) for leaf in leaves]
+    return fused.whole([row.to_theirs(array, dims) for row, array in zip(fused.rows, arrays, strict=True)], dims)

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxalign.errors import InputError
+from jaxalign.models import peft
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
 from jaxalign.models.hf_names import Fused, Index, Row, sizes
-from jaxalign.models.hub import locate
+from jaxalign.models.hub import base_of, is_adapter_dir, locate
 from jaxalign.models.text_part import text_tensors
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
@@ -46,7 +47,7 @@ def load(
     key: jax.Array | None = None,
     wanted: Wanted = None,
 ) -> tuple[Model, Params]:
-    """Reads a checkpoint.
+    """Reads a checkpoint, or an adapter in PEFT's form merged into its base.
 
     Args:
       path: a directory in Hugging Face form, on disk or at a URL, or a hub id.
@@ -87,7 +88,7 @@ def read_leaves(
     """Reads a tree of parameters, one array at a time.
 
     Args:
-      directory: of the checkpoint.
+      directory: of the checkpoint, or of an adapter, which is merged into what its base holds.
       config: of the model, whose family names the tensors.
       abstract: shapes and dtypes.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
@@ -99,13 +100,31 @@ def read_leaves(
     Raises:
       InputError: as `load` does.
     """
-    sources, names = match(config, abstract, list_tensors(directory)), config.family.names
+    tensors, saved = _listed(directory, config)
+    sources, names = match(config, abstract, tensors), config.family.names
     for leaf_path, leaf, sharding in _leaves(abstract, shardings):
         if wanted is not None and not wanted(leaf_path):
             continue
         row, found = names.row_of(leaf_path), sources.get(leaf_path)
-        array = None if found is None else _read_leaf(row, names.fused_of(row), found, sizes(config), leaf, sharding)
+        changed = found is not None and saved is not None and peft.changes(saved, leaf_path)
+        if found is None:
+            array = None
+        elif saved is not None and changed:  # as exact as the files, so that the sum is rounded once
+            wide = functools.reduce(np.promote_types, (DTYPES[t.dtype] for t in found.values()), leaf.dtype)
+            like = jax.ShapeDtypeStruct(leaf.shape, wide)
+            kernel = _read_leaf(row, names.fused_of(row), found, sizes(config), like, sharding)
+            array = peft.merge(saved, leaf_path, kernel, leaf.dtype, sharding)
+        else:
+            array = _read_leaf(row, names.fused_of(row), found, sizes(config), leaf, sharding)
         yield leaf_path, sharding, array
+
+
+def _listed(directory: Path, config: ModelConfig) -> tuple[Mapping[str, Tensor], peft.Saved | None]:
+    """The tensors of a checkpoint; of an adapter those of its base, in whose place it may have its own."""
+    if not is_adapter_dir(directory):
+        return list_tensors(directory), None
+    saved = peft.read(directory, config)
+    return {**text_tensors(list_tensors(base_of(directory))), **saved.tensors}, saved
 
 
 def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
@@ -122,7 +141,7 @@ def check_numbers(path: str | Path, *, dtype: str, head: str) -> None:
     directory = locate(path)
     config = read_config(directory, dtype=dtype, param_dtype=dtype, remat="none", head=head)
     abstract = Model(config).abstract()
-    sources = match(config, abstract, list_tensors(directory))
+    sources = match(config, abstract, _listed(directory, config)[0])
     for leaf_path, leaf, _ in _leaves(abstract, None):
         if leaf_path not in sources:
             raise _no_head(directory, config)
@@ -148,7 +167,7 @@ def check(directory: Path, config: ModelConfig) -> None:
     Raises:
       InputError: as `load` does, but for numbers that are not finite.
     """
-    match(config, Model(config).abstract(), list_tensors(directory))
+    match(config, Model(config).abstract(), _listed(directory, config)[0])
 
 
 def from_scratch(

@@ -52,6 +52,23 @@ class Row:
         groups = [a or b for a, b in re.findall(r"\((\w+)\)|(\w)", theirs)]
         return groups, "".join(groups), ours
 
+    def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """The dims of a kernel's inputs, then of its outputs, each as they are written on their side and on ours.
+
+        >>> Row("q_proj.weight", "query/kernel", "(NH)D -> DNH").sides()  # as torch's Linear has them, outputs first
+        (('D', 'D'), ('(NH)', 'NH'))
+        >>> Row("c_fc.weight", "up/kernel", "DF -> DF").sides()  # as Conv1D has them
+        (('D', 'D'), ('F', 'F'))
+        """
+        groups, flat, ours = self._plan()
+        first, second = groups[: self.merged], groups[self.merged :]
+        cut = len("".join(second))
+        inputs, outputs = second, first
+        if set(ours[:cut]) != set("".join(second)):
+            cut, inputs, outputs = len(flat) - cut, first, second
+        theirs = ["".join(f"({group})" if len(group) > 1 else group for group in side) for side in (inputs, outputs)]
+        return (theirs[0], ours[:cut]), (theirs[1], ours[cut:])
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Of the tensor in the file, or of this part of it."""
         return tuple(math.prod(sizes[d] for d in group) for group in self._plan()[0])

@@ -13,7 +13,9 @@ from jaxalign.data.files import is_url
 from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
 from jaxalign.models import store
+from jaxalign.models.store import ADAPTER_CONFIG as ADAPTER_CONFIG
 from jaxalign.models.store import CONFIG as CONFIG
+from jaxalign.models.store import DESCRIPTIONS as DESCRIPTIONS
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
@@ -27,6 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is there, whatever else
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -41,7 +44,7 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     Raises:
       InputError: no such directory, and not on the hub or not reachable.
     """
-    patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES]
+    patterns = [*DESCRIPTIONS, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES]
     if weights:
         patterns += ["*.safetensors", "*.safetensors.index.json"]
     if is_url(os.fspath(path)):
@@ -76,10 +79,61 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     return Path(found)
 
 
+def is_adapter_dir(directory: Path) -> bool:
+    """Whether a directory holds an adapter in PEFT's form, which names the model that it belongs to."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def base_of(directory: Path, *, weights: bool = True) -> Path:
+    """The directory of the model that an adapter was trained on, as its `adapter_config.json` names it.
+
+    Args:
+      directory: of the adapter.
+      weights: as `locate` takes it.
+
+    Raises:
+      InputError: no model there, or an adapter in its place.
+    """
+    file = directory / ADAPTER_CONFIG
+    told = read_json(file)
+    name, revision = told.get("base_model_name_or_path"), told.get("revision")
+    fix = f'"base_model_name_or_path": "DIR" in {file}'
+    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
+        found = f"base_model_name_or_path {name!r} at revision {revision!r} in {file}"
+        raise InputError(found, "the model that the adapter was trained on: a directory or a hub id", fix)
+    try:
+        base = locate(name, revision, weights=weights)
+    except InputError as error:
+        raise InputError(
+            f"{directory} is an adapter of {name}: {error.found}",
+            "that model: a directory, from where the command runs, or a hub id",
+            f"{fix}, or put the model there",
+        ) from error
+    if is_adapter_dir(base):
+        raise InputError(
+            f"{directory} is an adapter of {name}, which is an adapter itself",
+            "an adapter of a whole model",
+            f"{fix}, DIR with the first adapter merged: jaxalign.save(DIR, *jaxalign.load({str(base)!r}))",
+        )
+    return base
+
+
+def file_of(directory: Path, name: str) -> Path:
+    """A file of a model by its name; of an adapter its own where it has one, else its base's."""
+    own = directory / name
+    return own if own.exists() or not is_adapter_dir(directory) else base_of(directory, weights=False) / name
+
+
+def tokenizer_home(directory: Path) -> Path:
+    """Where a model's tokenizer is; an adapter without one of its own has its base's."""
+    whole = any((directory / name).exists() for name in _TOKENIZERS)
+    return directory if whole or not is_adapter_dir(directory) else base_of(directory, weights=False)
+
+
 def _near(path: str | Path) -> str:
     """The model beside a path that is not there whose name is most like its own; DIR where there is none."""
     folder, name = os.path.split(os.fspath(path).rstrip("/"))
-    models = [file.parent.name for file in Path(folder).expanduser().glob(f"*/{CONFIG}")]
+    models = [file.parent.name for kind in DESCRIPTIONS for file in Path(folder).expanduser().glob(f"*/{kind}")]
     near = difflib.get_close_matches(name, models, n=1)
     return os.path.join(folder, near[0]) if near else "DIR"
 
@@ -94,7 +148,7 @@ def _check_run(directory: Path, path: str | Path) -> None:
             return  # whoever reads it says what is wrong with it
         if not isinstance(held, dict) or not {"format", "config"} <= held.keys() or "model_type" in held:
             return
-    there = [e / CONFIG for e in (directory / "export", *sorted(directory.glob("*/export")))]
+    there = [e / kind for e in (directory / "export", *sorted(directory.glob("*/export"))) for kind in DESCRIPTIONS]
     there = [file for file in there if file.is_file() and ".old-" not in file.parent.parent.name]
     exports = [file.parent for file in sorted(there, key=lambda file: file.stat().st_mtime)]  # the last stage last
     if exports:

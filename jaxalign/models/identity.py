@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from jaxalign.data.cache import digest
+from jaxalign.models import peft
 from jaxalign.models.config import ModelConfig
+from jaxalign.models.hub import ADAPTER_CONFIG, base_of, is_adapter_dir, read_json
 from jaxalign.models.weights import Tensor, list_tensors
 from jaxalign.ops.checksum import checksum
 from jaxalign.parallel.sharding import path_name
@@ -20,6 +22,7 @@ from jaxalign.types import Params
 
 # Fields of a description that leave its numbers what they are, but for rounding.
 _HOW = frozenset({"initializer_range", "param_dtype", "remat", "hf_config"})
+_PLACES = frozenset({"base_model_name_or_path", "revision"})  # where an adapter's base is, which is digested itself
 _SAMPLE = 4096  # bytes read at each of a tensor's places
 
 
@@ -56,6 +59,8 @@ def _stated(fields: dict[str, Any]) -> dict[str, Any]:
 def identify(directory: Path) -> str:
     """A digest of the weights in a model's directory, from headers and samples of every tensor: none is read whole.
 
+    Of an adapter: its base's weights, its own, and its description.
+
     What is seen: name, type and shape of every tensor, and of its bytes the first 4,096, the last 4,096 and 4,096 in
     the middle; of a tensor of up to 12 KiB all. So a copy that was trained, merged or converted differs, since that
     changes nearly every number of some tensor. What is not seen: a change of other bytes alone, such as a few rows of
@@ -68,7 +73,14 @@ def identify(directory: Path) -> str:
       InputError: no whole safetensors there.
     """
     h = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(list_tensors(directory).items()):
+    if is_adapter_dir(directory):
+        h.update(identify(base_of(directory)).encode())
+        told = {k: v for k, v in read_json(directory / ADAPTER_CONFIG).items() if k not in _PLACES}
+        h.update(json.dumps(told, sort_keys=True).encode())
+        tensors = peft.adapter_tensors(directory)
+    else:
+        tensors = list_tensors(directory)
+    for name, tensor in sorted(tensors.items()):
         h.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
         for part in _samples(tensor):
             h.update(part)

@@ -15,7 +15,7 @@ from typing import Any
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
 
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a model, of PEFT's adapters
 _FIX = "--config.model.path=DIR, or a URL of such a directory"
 # What file systems tell about one version of a file; the rest (storage class, listing marks) may change without it.
 _VERSION = (
@@ -67,7 +67,7 @@ def fetch(url: str, wanted: Callable[[str], bool]) -> Path:
     names = sorted(name for name, info in files.items() if info.get("type") != "directory" and wanted(name))
     if not names:
         raise InputError(f"no model at {url}", "a directory in Hugging Face form", _FIX)
-    if CONFIG not in names and any(name.endswith(".safetensors") for name in files):
+    if not any(name in names for name in DESCRIPTIONS) and any(name.endswith(".safetensors") for name in files):
         raise InputError(f"weights but no {CONFIG} at {url}", "a whole model: its upload may not have ended", _FIX)
     directory = _cached(url, names, files)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -94,23 +94,23 @@ def fetch(url: str, wanted: Callable[[str], bool]) -> Path:
 def upload(directory: Path, url: str) -> None:
     """Copies a directory's files to a URL, in place of what is there.
 
-    `config.json` goes first and comes last, so that no reader takes old and new files, or some of them, for a model;
-    weights come next and stay longest, so that what an interrupted upload leaves is known for an export.
+    What describes it goes first and comes last, so that no reader takes old and new files, or some of them, for a
+    model; weights come next and stay longest, so that what an interrupted upload leaves is known for an export.
 
     Raises:
       InputError: a store that cannot be written.
     """
     new = sorted(file.name for file in directory.iterdir())
-    new.sort(key=lambda name: (name == CONFIG, not name.endswith(".safetensors")))
+    new.sort(key=lambda name: (name in DESCRIPTIONS, not name.endswith(".safetensors")))
     old = list_files(url)
     with _reporting(url):
         fs, root = _open(url)
         fs.makedirs(root, exist_ok=True)
-        if CONFIG in old:
-            fs.rm_file(f"{root}/{CONFIG}")
+        for name in old.keys() & set(DESCRIPTIONS):
+            fs.rm_file(f"{root}/{name}")
         for name in new:
-            if name == CONFIG:
-                for stale in old.keys() - set(new):
+            if name in DESCRIPTIONS:
+                for stale in old.keys() - {*new, *DESCRIPTIONS}:
                     fs.rm_file(f"{root}/{stale}")
             fs.put_file(str(directory / name), f"{root}/{name}")
         fs.invalidate_cache()

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.models.hf_values import token_ids
-from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
+from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, file_of, locate, read_json, tokenizer_home
 from jaxalign.models.text_part import text_fields
 
 # What transformers reads of a tokenizer.
@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     from transformers import AutoTokenizer
 
-    directory = locate(path, revision, weights=False)
+    directory = tokenizer_home(locate(path, revision, weights=False))
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
             f"no tokenizer in {directory}", " or ".join(TOKENIZER_FILES[:2]), "--config.model.tokenizer=DIR"
@@ -209,7 +209,7 @@ def stop_ids(source: str | Path | Mapping[str, Any], tokenizer: Any, revision: s
         return tuple(sorted(found | set(token_ids(source, "eos_token_id", GENERATION_CONFIG))))
     directory = locate(source, revision, weights=False)
     for file in (GENERATION_CONFIG, CONFIG):
-        if (directory / file).is_file():
-            fields = text_fields(read_json(directory / file))
-            found |= set(token_ids(fields, "eos_token_id", str(directory / file)))
+        if (there := file_of(directory, file)).is_file():
+            fields = text_fields(read_json(there))
+            found |= set(token_ids(fields, "eos_token_id", str(there)))
     return tuple(sorted(found))

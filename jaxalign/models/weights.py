@@ -95,7 +95,7 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     for file in files:
         if not file.is_file():
             raise InputError(f"no {file.name} in {directory}", f"the shards that {_INDEX} names", "download it again")
-        for name, tensor in _header(file).items():
+        for name, tensor in list_file(file).items():
             if name in tensors:
                 raise InputError(
                     f"{name} in both {tensors[name].file.name} and {file.name}", "each tensor once", "download it again"
@@ -158,8 +158,12 @@ def _raw_header(f: IO[bytes], file: str | Path) -> tuple[dict[str, Any], int]:
     return header, length
 
 
-def _header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file."""
+def list_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by name; only its header is read.
+
+    Raises:
+      InputError: not a whole safetensors file.
+    """
     with open(file, "rb") as f:
         header, length = _raw_header(f, file)
     header.pop("__metadata__", None)
@@ -243,14 +247,15 @@ def write_tensors(directory: Path | None, tensors: Mapping[str, Planned], dtype:
         for i in range(1, len(shards) + 1)
     ]
     for file, names in zip(files, shards, strict=True):
-        _write_file(None if directory is None else directory / file, {n: tensors[n] for n in names}, dtype)
+        write_file(None if directory is None else directory / file, {n: tensors[n] for n in names}, dtype)
     if directory is not None and len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(file: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype) -> None:
+def write_file(file: Path | None, tensors: Mapping[str, Planned], dtype: np.dtype) -> None:
+    """Writes one file, as `write_tensors` does."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": PRODUCER}}  # transformers wants the format
     end = 0
     for name, planned in tensors.items():

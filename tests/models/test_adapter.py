@@ -95,6 +95,22 @@ def test_numbers_beyond_a_layers_rank_have_no_gradient():
     assert np.all(own["lora_b"][1, 2:] == 0) and np.any(own["lora_b"][1, :2] != 0)
 
 
+def test_a_layer_without_an_update_has_no_magnitudes_either():
+    """Whatever stands there in the stacked arrays changes nothing, is not trained and is not merged."""
+    model, start, params = adapted(Rules(4, 8.0, (r"layers\.[02].*q_proj",), dora=True))
+    own = params["layers"]["attention"]["query"]
+    kept = own["magnitude"].at[1].set(start["layers"]["attention"]["query"]["magnitude"][1])
+    plain = params | {
+        "layers": params["layers"] | {"attention": params["layers"]["attention"] | {"query": own | {"magnitude": kept}}}
+    }
+    np.testing.assert_array_equal(hidden(model, params), hidden(model, plain))
+    gradient = jax.grad(lambda tree: (model.apply(tree, ROWS)[0] ** 2).sum())(params)
+    found = np.abs(gradient["layers"]["attention"]["query"]["magnitude"]).max((1, 2))
+    assert found[1] == 0 and found[0] > 0 and found[2] > 0
+    merged = model.config.adapter.merged(params["layers"])["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(merged[1], own["kernel"][1])
+
+
 def test_rank_stabilised_scale():
     config = tiny.model().config
     made = adapters.make(config, Rules(16, 8.0, ("v_proj",), rslora=True))
