@@ -110,8 +110,8 @@ def read_hf(directory: Path) -> dict[str, Any]:
     family = families.find(hf)
     if head is None or head == _built(hf, family):
         return hf
-    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if head == "score" else {}
-    return hf | labels | {"architectures": [family.architectures[head]]}
+    one = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # no adapter names labels
+    return hf | (one if head == "score" else {}) | {"architectures": [family.architectures[head]]}
 
 
 def read_config(directory: Path, **settings: Any) -> ModelConfig:

@@ -42,6 +42,8 @@ def plan_adapter(
     leaves = by_path(params)
     if adapter is None or not any(map(is_adapter, leaves)):
         raise InputError("no adapter among the parameters", "low-rank updates", "jaxalign.save without base")
+    if model.config.score_bias is not None or model.config.num_labels is not None:
+        raise _no_form("a head of several labels, or of tokens", "a score: one number, without bias")
     updates = [
         _update(model, adapter, fused, layer, leaves)
         for layer in range(model.config.num_layers)

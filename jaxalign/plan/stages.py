@@ -17,7 +17,16 @@ from jaxalign.config import get
 from jaxalign.data.files import is_url
 from jaxalign.data.source import is_hub_id
 from jaxalign.errors import InputError
-from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, locate, read_json
+from jaxalign.models.config import read_hf
+from jaxalign.models.hub import (
+    CONFIG,
+    DESCRIPTIONS,
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    file_of,
+    locate,
+    tokenizer_home,
+)
 from jaxalign.models.text_part import text_fields
 from jaxalign.parallel.mesh import make_mesh, mesh_shape
 from jaxalign.plan.assumed import NO_DATA, AssumedData, absent
@@ -123,7 +132,9 @@ def _weights_are_not_needed() -> Iterator[None]:
 
 
 def _there(path: str | None) -> bool:
-    return bool(path) and (is_url(path) or (Path(path).expanduser() / CONFIG).exists())  # type: ignore[arg-type]
+    if not path:
+        return False
+    return is_url(path) or any((Path(path).expanduser() / kind).exists() for kind in DESCRIPTIONS)
 
 
 def _on_hub(path: str, revision: str | None) -> bool:
@@ -131,7 +142,7 @@ def _on_hub(path: str, revision: str | None) -> bool:
     if not is_hub_id(path) or os.path.isdir(path.split("/")[0]):
         return False
     try:
-        return (locate(path, revision, weights=False) / CONFIG).exists()
+        return file_of(locate(path, revision, weights=False), CONFIG).exists()
     except InputError:
         return False
 
@@ -161,13 +172,14 @@ def _scorer_like(c: Any, scratch: str) -> str:
     if not target.exists():
         target.mkdir(parents=True)
         tokens = locate(c.model.tokenizer, None, weights=False) if c.model.tokenizer else source
-        for name in (GENERATION_CONFIG, *TOKENIZER_FILES):  # the policy's own: its rows can be scored as they lie
-            if (tokens / name).exists():
-                shutil.copy(tokens / name, target / name)
-        file = text_fields(read_json(source / CONFIG))
-        file["architectures"] = [families.find(file).architectures["score"]]
+        files = [file_of(tokens, GENERATION_CONFIG), *(tokenizer_home(tokens) / name for name in TOKENIZER_FILES)]
+        for file in files:  # the policy's own: its rows can be scored as they lie
+            if file.exists():
+                shutil.copy(file, target / file.name)
+        fields = text_fields(read_hf(source))
+        fields["architectures"] = [families.find(fields).architectures["score"]]
         (target / CONFIG).write_text(
-            json.dumps(file | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}})
+            json.dumps(fields | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}})
         )
     return str(target)
 

@@ -17,6 +17,7 @@ from jaxalign.models import adapter as adapters
 from jaxalign.models import hf, peft
 from jaxalign.models.adapter import Rules, is_adapter
 from jaxalign.models.config import read_config, read_hf
+from jaxalign.models.hf_names import Fused, Row
 from jaxalign.models.hub import base_of, locate
 from jaxalign.models.identity import identify
 from jaxalign.models.tokenizer import load_tokenizer, stop_ids
@@ -109,6 +110,35 @@ def test_the_description_is_peft_s(tmp_path):
     at = "base_model.model.model.layers.1.self_attn."
     assert shapes[at + "q_proj.lora_A.weight"] == (6, 32) and shapes[at + "q_proj.lora_B.weight"] == (32, 6)
     assert len(shapes) == 2 * 4
+
+
+_FORMS = {
+    "linear": [Row("o.weight", "out", "D(NH) -> NHD")],
+    "side by side": [Row("q.weight", path, f"({n}H)D -> D{n}H") for path, n in zip("qkv", "NKK", strict=True)],
+    "by head": [Row("q.weight", path, "NHD -> DNH", along=1, merged=2) for path in "qkv"],
+    "conv1d": [Row("c.weight", "up", "DF -> DF")],
+    "conv1d side by side": [Row("c.weight", path, "D(NH) -> DNH", along=1) for path in "qkv"],
+}
+
+
+@pytest.mark.parametrize("rows", _FORMS.values(), ids=_FORMS)
+def test_a_kernel_s_parts_get_their_parts_of_its_update(rows):
+    """What PEFT adds to the stored weight is, part by part, what ours add to the kernels."""
+    dims, rng = {"D": 5, "F": 7, "N": 4, "K": 2, "H": 3, "R": 2}, np.random.default_rng(0)
+    fused, lies = Fused(tuple(rows)), [peft.Lies.of(row) for row in rows]
+    b_form = Fused(tuple(lie.lora_b for lie in lies))
+    a, b = rng.normal(size=lies[0].lora_a.shape(dims)), rng.normal(size=b_form.shape(dims))
+    added = b @ a
+    added = added if added.shape == fused.shape(dims) else added.T
+    assert a.shape[0] == b.shape[1] == 2 and added.shape == fused.shape(dims)
+    blocks = []
+    for row, lie in zip(rows, lies, strict=True):
+        own_a = lie.lora_a.to_ours(a, dims)
+        own_b = lie.lora_b.to_ours(b_form.part(lie.lora_b, b, dims), dims)
+        wanted = row.to_ours(fused.part(row, added, dims), dims)
+        np.testing.assert_allclose(np.tensordot(own_a, own_b, 1), wanted, rtol=1e-12)
+        blocks.append(lie.lora_b.to_theirs(own_b, dims))
+    np.testing.assert_array_equal(b_form.whole(blocks, dims), b)
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
