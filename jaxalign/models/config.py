@@ -60,6 +60,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # the largest logit of the token head
     # Queries and keys are normalised before they turn, "head": head by head; "projection": all heads together.
     qk_norm: str | None = None
+    num_positions: int | None = None  # P, of a table whose rows are added to the tokens' vectors; None: there is none
     ropes: tuple[Rope | None, ...] | None = None  # of each layer, where they differ; None in it: nothing turns
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     adapter: Adapter | None = None  # that is trained beside the kernels
@@ -73,7 +74,17 @@ class ModelConfig:
         return json.loads(self.hf_config)
 
     def for_length(self, longest: int) -> ModelConfig:
-        """The same model for sequences of up to this length, where a rope type depends on it and states none."""
+        """The same model for sequences of up to this length, where a rope type depends on it and states none.
+
+        Raises:
+          InputError: the model has no positions for so many tokens.
+        """
+        if self.num_positions is not None and longest > self.num_positions:
+            raise InputError(
+                f"sequences of up to {longest:,} tokens, and the model's table has {self.num_positions:,} positions",
+                f"at most {self.num_positions:,} tokens of prompt and completion together",
+                "shorter texts, fewer new tokens, or a model with rotary positions",
+            )
         ropes = self.ropes and tuple(rope and rope.for_length(longest) for rope in self.ropes)
         found = dataclasses.replace(self, rope=self.rope.for_length(longest), ropes=ropes)
         return self if found == self else found
@@ -86,7 +97,7 @@ class ModelConfig:
     @property
     def context(self) -> int | None:
         """Tokens of the longest sequence that the model was made for; None where its file does not say."""
-        return self.hf.get("max_position_embeddings")
+        return self.num_positions or self.hf.get("max_position_embeddings")
 
     @property
     def family(self) -> Family:
@@ -221,7 +232,8 @@ def _count(c: ModelConfig) -> int:
     """Parameters, but for norms and biases."""
     attention = 2 * c.embed_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
     layer = attention + c.mlp_matrices * c.embed_dim * c.mlp_dim
-    return c.num_layers * layer + c.vocab_size * c.embed_dim * (1 if c.tied else 2)
+    ends = (c.num_positions or 0) + c.vocab_size * (1 if c.tied else 2)
+    return c.num_layers * layer + ends * c.embed_dim
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

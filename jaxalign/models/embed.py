@@ -12,19 +12,28 @@ from jaxalign.parallel.sharding import constrain
 
 
 class Embed(nnx.Module):
-    """Token vectors, row v of `embedding` for token v, times a factor where the family has one."""
+    """Token vectors, row v of `embedding` for token v, times a factor where the family has one.
+
+    Where it has a table of positions, row p of `positions` is added at position p; past its end there is NaN.
+    """
 
     def __init__(self, config: ModelConfig, rngs):
         self.dtype = config.dtype
         self.factor = config.embed_scale
-        shape = (config.vocab_size, config.embed_dim)
         dtype = jnp.dtype(config.param_dtype)
-        self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype))
+        table = lambda *shape: config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)  # noqa: E731
+        self.embedding = nnx.Param(table(config.vocab_size, config.embed_dim))
+        places = config.num_positions
+        self.positions = None if places is None else nnx.Param(table(places, config.embed_dim))
 
-    def __call__(self, tokens):
-        if tokens.shape[1] == 1:  # decoding, whose weights may lie otherwise than in training: where they lie, so be it
-            x = jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0)
-        else:
-            x = lookup(self.embedding[...], tokens, self.dtype)
+    def __call__(self, tokens, positions):
+        x = self._rows(self.embedding, tokens)
         x = x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)  # rounded as the family's own code does
+        x = x if self.positions is None else x + self._rows(self.positions, positions)
         return constrain(x, "batch", None, None)
+
+    def _rows(self, table: nnx.Param, numbers):
+        """Row n of a table for each number n."""
+        if numbers.shape[1] == 1:  # decoding, whose weights may lie otherwise than in training: as they lie, so be it
+            return jnp.take(table[...].astype(self.dtype), numbers, axis=0)
+        return lookup(table[...], numbers, self.dtype)

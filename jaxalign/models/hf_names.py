@@ -198,6 +198,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     """The dims that the table's letters stand for."""
     return {
         "V": config.vocab_size,
+        "P": config.num_positions or 0,
         "D": config.embed_dim,
         "F": config.mlp_dim,
         "N": config.num_heads,

@@ -227,7 +227,11 @@ class Model:
         return run(rows, None, sources), None, {}
 
     def for_length(self, longest: int) -> Model:
-        """The same model for sequences of up to this length, where its rope type depends on it and states none."""
+        """The same model for sequences of up to this length, where its rope type depends on it and states none.
+
+        Raises:
+          InputError: the model has no positions for so many tokens.
+        """
         config = self.config.for_length(longest)
         return self if config is self.config else dataclasses.replace(self, config=config)
 
@@ -266,7 +270,7 @@ class Model:
         window, widths = windows.of_layers(c.windows, num_keys)
         numbers = turns | widths | (c.adapter.numbers() if c.adapter else {})
         given = LayerInputs(rotations, rows, numbers, slots, backend=self.attention, window=window)
-        return ends, ends.embed(rows.tokens), given
+        return ends, ends.embed(rows.tokens, rows.positions), given
 
     def head(self, params: Params) -> jax.Array | Head:
         """The matrix [D, V] from hidden states to logits, in the compute dtype; tied: the embedding transposed.

@@ -143,11 +143,11 @@ def _scorer(reward: str, dtype: str | None) -> tuple[Any, int | None]:
     """The reward, loaded before anything is generated, and its context length if it is a model."""
     from jaxalign.rewards.load import load_scorer
 
-    file = {} if ":" in reward else require_head(reward, "score", "--reward")[0]
+    reach = None if ":" in reward else require_head(reward, "score", "--reward")[0].context
     common = defaults("sft")
     start()
     scorer = load_scorer(reward, dtype=dtype or common.model.dtype, mesh=make_mesh(common.mesh))
-    return scorer, file.get("max_position_embeddings")
+    return scorer, reach
 
 
 def _scores(scorer: Any, asked: Sequence[Question], found: Sequence[Completion]) -> list[float | None]:

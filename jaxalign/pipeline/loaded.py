@@ -13,7 +13,7 @@ from jaxalign.config import defaults
 from jaxalign.data.tokenize import Encoder
 from jaxalign.errors import InputError
 from jaxalign.evaluate.sequences import Tokens
-from jaxalign.models.config import read_config
+from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hf import check_numbers, load
 from jaxalign.models.hub import locate
 from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
@@ -66,7 +66,7 @@ def load_model(
     Raises:
       InputError: no such model, or one of the other kind.
     """
-    file, tokenizer = require_head(path, head, flag)
+    _, tokenizer = require_head(path, head, flag)
     common, dtype = defaults("sft"), _usable(dtype)
     start()
     mesh = make_mesh(common.mesh, devices)
@@ -79,7 +79,7 @@ def load_model(
             head=head,
             shardings=lambda tree: param_shardings(mesh, tree),
         )
-    return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, file.get("max_position_embeddings"))
+    return Loaded(path, model, params, tokenizer, stop_ids(path, tokenizer), mesh, model.config.context)
 
 
 def check_weights(path: str, *, head: str, dtype: str | None = None, flag: str = "") -> None:
@@ -135,8 +135,8 @@ def read_tokenizer(path: str, flag: str = "") -> Any:
         return load_tokenizer(path)
 
 
-def require_head(path: str, head: str, flag: str = "") -> tuple[dict[str, Any], Any]:
-    """The `config.json` and the tokenizer of a model, once they are known to be of the right kind and to agree.
+def require_head(path: str, head: str, flag: str = "") -> tuple[ModelConfig, Any]:
+    """The description and the tokenizer of a model, once they are known to be of the right kind and to agree.
 
     Args:
       path: a directory in Hugging Face form, or a hub id.
@@ -168,7 +168,7 @@ def require_head(path: str, head: str, flag: str = "") -> tuple[dict[str, Any], 
     tokenizer = read_tokenizer(path, flag)
     fix = f"{flag or '--model'} DIR, a model with a tokenizer of its own"
     check_vocabulary(tokenizer, config.vocab_size, path, fix)
-    return config.hf, tokenizer
+    return config, tokenizer
 
 
 def tokenize(

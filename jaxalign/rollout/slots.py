@@ -376,7 +376,8 @@ def advance(
                 for old, new in zip(draws, (token, live, logprob), strict=True)
             )
         )
-        place, position = slots.place + live, slots.position + 1
+        # Rows that have ended walk on, unseen; where positions are a table's, they stay within it.
+        place, position = slots.place + live, slots.position + (1 if model.config.num_positions is None else live)
         row = Rows(
             tokens=token[:, None],
             positions=position[:, None],

@@ -261,6 +261,13 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     limit = None if shortest is None else positions[shortest]
     longest = max_length(c, limit)
     told = []
+    table = min((model.num_positions for model in models.values() if model.num_positions), default=longest)
+    if longest > table:
+        raise InputError(
+            f"data.max_length is {longest:,}, and {shortest} has a table of {table:,} positions",
+            f"at most {table:,} tokens of prompt and completion together",
+            f"--config.data.max_length={table}",
+        )
     if limit is not None and longest > limit:
         told.append(
             f"data.max_length is {longest:,}, and {shortest} was made for {limit:,} tokens: what it reads beyond them "

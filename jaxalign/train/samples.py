@@ -74,13 +74,16 @@ class Sampler:
         examples, batch = self._prompts
         with memory_errors("sampling"):
             model, params = stage.program.trained["policy"].model, state.params["policy"]
+            most = min(c.rollout.max_new_tokens, max_length(c))
+            if model.config.num_positions is not None:
+                most = min(most, model.config.num_positions - max(len(example.prompt) for example in examples))
             rollout, _ = roll_out(
                 model,
                 params,
                 batch.rows,
                 jax.random.key(c.seed),
                 batch.record_ids[:, 0],
-                sampling=Sampling.of(c.rollout, max_new_tokens=min(c.rollout.max_new_tokens, max_length(c))),
+                sampling=Sampling.of(c.rollout, max_new_tokens=most),
                 stop_ids=stage.stop_ids,
                 mesh=stage.mesh,
                 tensor=c.rollout.tensor,

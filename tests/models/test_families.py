@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxalign.errors import InputError
 from jaxalign.models import export, families, hf, weights
 from jaxalign.models.config import from_hf, read_config
+from jaxalign.models.embed import Embed
 from jaxalign.models.export import only_here
 from jaxalign.models.families import llama
 from jaxalign.models.hf_names import Names, Row, sizes
@@ -19,6 +20,8 @@ from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
 from jaxalign.ops.readout import scalar_readout
 from jaxalign.ops.rope import Rope
+from jaxalign.rollout.continuous import continue_prompts
+from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Rows
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
@@ -236,6 +239,11 @@ def test_windows_of_config_json(case, changes, windows):
         ("gpt_neox", "num_key_value_heads", 2),
         ("gpt_neox", "hidden_dropout", 0.1),
         ("gpt_neox", "rotary_pct", 2.0),
+        ("gpt2", "activation_function", "relu"),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "add_cross_attention", True),
+        ("gpt2", "n_positions", 0),
+        ("gpt2", "hidden_size", 32),  # it is n_embd
         ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
         ("gemma3", "rope_local_base_freq", "1e4"),
         ("gemma3", "sliding_window_pattern", 0),
@@ -249,7 +257,8 @@ def test_a_field_that_a_family_does_not_honour_is_named(case, field, value):
 
 
 @pytest.mark.parametrize(
-    "case", ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long", "granite", "gpt_neox"]
+    "case",
+    ["olmo2", "gemma", "gemma2", "gemma3", "olmo3", "smollm3_windows", "phi3_long", "granite", "gpt_neox", "gpt2"],
 )
 def test_packed_rows_pairs_and_a_cache_equal_a_sequence_alone(case, x64):
     """Of a family with parts of its own; float64."""
@@ -314,6 +323,8 @@ def test_a_round_trip_is_bitwise(tmp_path, case):
         ("phi3", "mlp.gate_up_proj.weight"),
         ("gpt_neox", "layers.2.attention.query_key_value.weight"),
         ("gpt_neox", "layers.1.attention.query_key_value.bias"),
+        ("gpt2", "h.0.attn.c_attn.weight"),
+        ("gpt2", "h.2.attn.c_attn.bias"),
     ],
 )
 def test_a_part_that_a_fused_tensor_lacks_is_an_error_that_names_it(tmp_path, case, name):
@@ -351,6 +362,61 @@ def test_a_tensor_under_another_name(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, known)
     with pytest.raises(InputError, match="another embed_out"):
         hf.load(tiny.write(tmp_path / "both", config, tensors | other), **tiny.SETTINGS)
+
+
+def test_the_names_and_masks_of_first_files(tmp_path):
+    """GPT-2's own: no prefix, a mask in every layer, the tied matrix under the head's name too."""
+    config, tensors = CASES["gpt2"], tiny.tensors(CASES["gpt2"])
+    old = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    old |= {f"h.{i}.attn.bias": np.ones((1, 1, 40, 40), np.float32) for i in range(3)}
+    old["lm_head.weight"] = old["wte.weight"]
+    known, found = (
+        hf.load(tiny.write(tmp_path / name, config, given), **tiny.SETTINGS)[1]
+        for name, given in (("new", tensors), ("old", old))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, known)
+
+
+def test_a_table_of_positions_has_an_end():
+    """Beyond it nothing is computed: a length is refused where it is known, and else there is no number."""
+    config = read("gpt2")
+    assert config.num_positions == config.context == 40 and read("gpt2", n_positions="absent").num_positions == 1024
+    model = Model(config)
+    assert model.for_length(40) is model
+    with pytest.raises(InputError, match="41 tokens, and the model's table has 40 positions"):
+        model.for_length(41)
+    params = jax.jit(model.init)(jax.random.key(0))
+    forward = jax.jit(lambda rows: model.apply(params, rows)[0])
+    assert np.isfinite(forward(tiny.causal(np.zeros((1, 40))))).all()
+    assert np.isnan(forward(tiny.causal(np.zeros((1, 42))))[:, 40:]).all()
+    cache = tiny.empty_cache(config, 1, 4)
+    rows = tiny.causal([[5]])
+    for position, last in ((39, False), (40, True)):
+        one = model.apply(params, rows._replace(positions=rows.positions + position), cache)[0]
+        assert np.isnan(one).all() == last
+
+
+def test_slots_that_have_ended_stay_within_the_table(monkeypatch):
+    """Rows end at different times, others begin in their place; no row, seen or not, reads past the last position."""
+    model, read_at, embed = Model(read("gpt2")), [], Embed.__call__
+
+    def noted(self, tokens, positions):
+        jax.debug.callback(lambda positions: read_at.append(int(positions.max())), positions)
+        return embed(self, tokens, positions)
+
+    monkeypatch.setattr(Embed, "__call__", noted)
+    params = jax.jit(model.init)(jax.random.key(1))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, 64, n).astype(np.int32) for n in (20, 3, 7, 20, 1, 20, 18, 20, 20)]
+    options = {"sampling": Sampling(1.0, 20), "stop_ids": (5,)}
+    few, _ = continue_prompts(model, params, prompts, jax.random.key(3), num_slots=3, **options)
+    all_at_once, _ = continue_prompts(model, params, prompts, jax.random.key(3), num_slots=9, **options)
+    assert [s.ids for s in few] == [s.ids for s in all_at_once] and np.isfinite([s.logprob for s in few]).all()
+    lengths = {len(s.ids) for s in few}
+    assert max(lengths) == 20 and min(lengths) < 15
+    jax.effects_barrier()
+    assert max(read_at) == 39
 
 
 def test_the_rope_of_first_files():

@@ -215,6 +215,7 @@ def test_decode_equals_the_full_forward():
         "phi3_short",
         "granite_biases",
         "gpt_neox",
+        "gpt2_untied",
     ],
 )
 def test_sharded_equals_single(case, x64):

@@ -205,6 +205,6 @@ def test_fields_that_came_later_leave_descriptions_as_they_were():
         {"parallel": True},
         {"plain_mlp": True},
     )
-    others += ({"activation": "gelu"},)
+    others += ({"activation": "gelu"}, {"num_positions": 64})
     others += ({"attention_softcap": 2.0}, {"logit_softcap": 2.0}, {"ropes": ROPES["some"]}, {"ropes": ROPES["all"]})
     assert len({describe(dataclasses.replace(tiny.model().config, **more)) for more in others}) == len(others)

@@ -19,6 +19,15 @@ def neox(**changes) -> dict:
     return kept | {"hidden_act": "gelu", "layer_norm_eps": 1e-3, "tie_word_embeddings": False} | changes
 
 
+def gpt2(**changes) -> dict:
+    """GPT-2 has names of its own for everything; as many positions as the rows of these tests."""
+    fields = tiny.hf_config(model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    kept = ("architectures", "model_type", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+    sizes = {"n_positions": 40, "n_ctx": 40, "n_embd": 32, "n_layer": 3, "n_head": 4, "activation_function": "gelu_new"}
+    dropout = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+    return {name: fields[name] for name in kept} | sizes | dropout | {"layer_norm_epsilon": 1e-3} | changes
+
+
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e6}  # as version 4 of transformers writes it
 _SOME = ["full_attention", "sliding_attention", "sliding_attention"]
@@ -213,6 +222,15 @@ CASES = {
         tie_word_embeddings=True,
         rotary_pct=0.5,
         rope_scaling={"type": "linear", "factor": 2.0},
+    ),
+    "gpt2": gpt2(),
+    "gpt2_untied": gpt2(
+        tie_word_embeddings=False,
+        n_head=16,
+        n_inner=48,
+        n_positions=100,
+        activation_function="gelu",
+        scale_attn_weights=False,
     ),
     "llama_dynamic": config("llama", "Llama", rope_parameters=_NTK, max_position_embeddings=32),
     "ministral_all": config("ministral", "Ministral", sliding_window=6, num_key_value_heads=4),

@@ -84,6 +84,7 @@ def test_an_export_loads_and_generates_the_same(tmp_path, case):
         "smollm3",
         "phi3_long",
         "gpt_neox",
+        "gpt2",
     ],
 )
 def test_reward_models_both_ways(tmp_path, case):

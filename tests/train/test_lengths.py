@@ -13,6 +13,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train.models import Roles, fit_length
 from jaxalign.train.stage import more_stops
 from tests.models import tiny_models as tiny
+from tests.models.tiny_families import CASES
 
 
 @pytest.fixture
@@ -73,6 +74,18 @@ def test_a_rope_length_that_cannot_be_or_says_nothing(model):
     c.model.rope_length = 900
     (said,) = fit_length(c)[1]
     assert "rope_length has no effect" in said and "default" in said
+
+
+def test_a_table_of_positions_is_a_limit(tmp_path):
+    """Longer sequences are refused before anything is loaded, not read past the table's end."""
+    (tmp_path / "config.json").write_text(json.dumps(CASES["gpt2"]))
+    c = defaults("sft")
+    c.model.path = str(tmp_path)
+    assert fit_length(c)[0].data.max_length == 40
+    c.data.max_length = 41
+    with pytest.raises(InputError, match="a table of 40 positions") as error:
+        fit_length(c)
+    assert error.value.fix == "--config.data.max_length=40"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from jaxalign.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gpt2,
     gpt_neox,
     granite,
     llama,
@@ -42,6 +43,7 @@ FAMILIES: list[Family] = [
     phi3.FAMILY,
     granite.FAMILY,
     gpt_neox.FAMILY,
+    gpt2.FAMILY,
 ]
 
 _EXPERTS = "a mixture of experts, and jaxalign's layers are dense"
@@ -65,7 +67,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("mamba", "mamba2", "jamba", "granitemoehybrid", "olmo_hybrid", "falcon_h1"), (_HYBRID, _LLAMA)),
     **dict.fromkeys(("gemma3n", "gemma4", "llava", "mllama"), (_VISION, _LLAMA)),
     **dict.fromkeys(("bloom", "mpt"), (_ALIBI, _LLAMA)),
-    **dict.fromkeys(("phi", "gpt2", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
+    **dict.fromkeys(("phi", "falcon", "olmo", "cohere"), (_LAYOUT, _LLAMA)),
 }
 
 
