@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from jaxalign.errors import InputError
 from jaxalign.models import export, families, hf, weights
 from jaxalign.models.config import from_hf, read_config
-from jaxalign.models.embed import Embed
 from jaxalign.models.export import only_here
 from jaxalign.models.families import llama
 from jaxalign.models.hf_names import Names, Row, sizes
@@ -20,8 +19,6 @@ from jaxalign.models.transformer import Model
 from jaxalign.models.weights import list_tensors
 from jaxalign.ops.readout import scalar_readout
 from jaxalign.ops.rope import Rope
-from jaxalign.rollout.continuous import continue_prompts
-from jaxalign.rollout.sampling import Sampling
 from jaxalign.types import Rows
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
@@ -314,109 +311,6 @@ def test_a_round_trip_is_bitwise(tmp_path, case):
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert found[name].tobytes() == value.tobytes(), name
-
-
-@pytest.mark.parametrize(
-    "case, name",
-    [
-        ("phi3", "layers.1.self_attn.qkv_proj.weight"),
-        ("phi3", "mlp.gate_up_proj.weight"),
-        ("gpt_neox", "layers.2.attention.query_key_value.weight"),
-        ("gpt_neox", "layers.1.attention.query_key_value.bias"),
-        ("gpt2", "h.0.attn.c_attn.weight"),
-        ("gpt2", "h.2.attn.c_attn.bias"),
-    ],
-)
-def test_a_part_that_a_fused_tensor_lacks_is_an_error_that_names_it(tmp_path, case, name):
-    tensors = tiny.tensors(CASES[case])
-    whole = next(known for known in tensors if known.endswith(name))
-    for change, words in (({}, f"no {whole}"), ({whole: tensors[whole][:-8]}, f"{whole} of shape")):
-        tiny.write(tmp_path / words[:2], CASES[case], {k: v for k, v in tensors.items() if k != whole} | change)
-        with pytest.raises(InputError) as error:
-            hf.load(tmp_path / words[:2], **tiny.SETTINGS)
-        assert words in str(error.value)
-
-
-def test_parts_that_alternate_by_head(tmp_path):
-    """Each head's query, key and value lie one behind the other; by a loop."""
-    tensors = tiny.tensors(CASES["gpt_neox"])
-    _, params = hf.load(tiny.write(tmp_path, CASES["gpt_neox"], tensors), **tiny.SETTINGS)
-    matrix, bias = (tensors[f"gpt_neox.layers.1.attention.query_key_value.{end}"] for end in ("weight", "bias"))
-    for n in range(4):
-        for i, name in enumerate(("query", "key", "value")):
-            found = jax.tree.map(lambda x, n=n: x[1][..., n, :], params["layers"]["attention"][name])
-            rows = slice(24 * n + 8 * i, 24 * n + 8 * (i + 1))
-            np.testing.assert_array_equal(found["kernel"], matrix[rows].T)
-            np.testing.assert_array_equal(found["bias"], bias[rows])
-
-
-def test_a_tensor_under_another_name(tmp_path):
-    """transformers 5 calls Pythia's head as it calls others; a file with both is refused."""
-    config, tensors = CASES["gpt_neox"], tiny.tensors(CASES["gpt_neox"])
-    other = {"lm_head.weight" if name == "embed_out.weight" else name: value for name, value in tensors.items()}
-    masks = {"gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), np.float32)}
-    known, found = (
-        hf.load(tiny.write(tmp_path / name, config, given), **tiny.SETTINGS)[1]
-        for name, given in (("own", tensors | masks), ("other", other))
-    )
-    jax.tree.map(np.testing.assert_array_equal, found, known)
-    with pytest.raises(InputError, match="another embed_out"):
-        hf.load(tiny.write(tmp_path / "both", config, tensors | other), **tiny.SETTINGS)
-
-
-def test_the_names_and_masks_of_first_files(tmp_path):
-    """GPT-2's own: no prefix, a mask in every layer, the tied matrix under the head's name too."""
-    config, tensors = CASES["gpt2"], tiny.tensors(CASES["gpt2"])
-    old = {name.removeprefix("transformer."): value for name, value in tensors.items()}
-    old |= {f"h.{i}.attn.bias": np.ones((1, 1, 40, 40), np.float32) for i in range(3)}
-    old["lm_head.weight"] = old["wte.weight"]
-    known, found = (
-        hf.load(tiny.write(tmp_path / name, config, given), **tiny.SETTINGS)[1]
-        for name, given in (("new", tensors), ("old", old))
-    )
-    jax.tree.map(np.testing.assert_array_equal, found, known)
-
-
-def test_a_table_of_positions_has_an_end():
-    """Beyond it nothing is computed: a length is refused where it is known, and else there is no number."""
-    config = read("gpt2")
-    assert config.num_positions == config.context == 40 and read("gpt2", n_positions="absent").num_positions == 1024
-    model = Model(config)
-    assert model.for_length(40) is model
-    with pytest.raises(InputError, match="41 tokens, and the model's table has 40 positions"):
-        model.for_length(41)
-    params = jax.jit(model.init)(jax.random.key(0))
-    forward = jax.jit(lambda rows: model.apply(params, rows)[0])
-    assert np.isfinite(forward(tiny.causal(np.zeros((1, 40))))).all()
-    assert np.isnan(forward(tiny.causal(np.zeros((1, 42))))[:, 40:]).all()
-    cache = tiny.empty_cache(config, 1, 4)
-    rows = tiny.causal([[5]])
-    for position, last in ((39, False), (40, True)):
-        one = model.apply(params, rows._replace(positions=rows.positions + position), cache)[0]
-        assert np.isnan(one).all() == last
-
-
-def test_slots_that_have_ended_stay_within_the_table(monkeypatch):
-    """Rows end at different times, others begin in their place; no row, seen or not, reads past the last position."""
-    model, read_at, embed = Model(read("gpt2")), [], Embed.__call__
-
-    def noted(self, tokens, positions):
-        jax.debug.callback(lambda positions: read_at.append(int(positions.max())), positions)
-        return embed(self, tokens, positions)
-
-    monkeypatch.setattr(Embed, "__call__", noted)
-    params = jax.jit(model.init)(jax.random.key(1))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(3, 64, n).astype(np.int32) for n in (20, 3, 7, 20, 1, 20, 18, 20, 20)]
-    options = {"sampling": Sampling(1.0, 20), "stop_ids": (5,)}
-    few, _ = continue_prompts(model, params, prompts, jax.random.key(3), num_slots=3, **options)
-    all_at_once, _ = continue_prompts(model, params, prompts, jax.random.key(3), num_slots=9, **options)
-    assert [s.ids for s in few] == [s.ids for s in all_at_once] and np.isfinite([s.logprob for s in few]).all()
-    lengths = {len(s.ids) for s in few}
-    assert max(lengths) == 20 and min(lengths) < 15
-    jax.effects_barrier()
-    assert max(read_at) == 39
 
 
 def test_the_rope_of_first_files():
