@@ -47,6 +47,8 @@ ADAPTERS = {
     ),
     "fused": (CASES["phi3"], {"target_modules": ["qkv_proj", "down_proj"]}),
     "by_head": (CASES["gpt_neox"], {"target_modules": ["query_key_value", "dense"]}),
+    "conv1d": (CASES["gpt2"], {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d_dora": (CASES["gpt2"], {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True}),
     "fused_dora": (CASES["phi3"], {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True}),
 }
 SCORE = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "down_proj"]}
@@ -134,6 +136,8 @@ OURS = {
     ),
     "fused_dora": (CASES["phi3"], Rules(4, 8.0, dora=True)),
     "by_head": (CASES["gpt_neox"], Rules(4, 8.0)),
+    "conv1d": (CASES["gpt2"], Rules(4, 8.0)),
+    "conv1d_dora": (CASES["gpt2"], Rules(4, 8.0, (r"attn\.c_proj", "c_attn"), dora=True)),
     "by_head_dora": (CASES["gpt_neox"], Rules(4, 8.0, dora=True)),
     "gemma": (CASES["gemma2"], Rules(4, 8.0)),
 }
