@@ -112,6 +112,7 @@ def _ppo() -> dict[str, dict[str, Any]]:
             "whiten_advantages": True,  # advantages to mean 0 and variance 1 over the iteration's tokens
             "max_approx_kl": none(float),  # early stopping: above it an iteration's remaining updates are skipped
             "offload": False,  # keep frozen weights and optimizer moments in host memory while they are not used
+            "one_base": False,  # refuse to hold more than one frozen base: all roles are adapters of one model
             "value_path": none(str),  # what the value model starts from; default: the reward model, or else the policy
         },
         # value_learning_rate: the peak learning rate of the value model

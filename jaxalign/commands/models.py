@@ -24,6 +24,7 @@ def export(argv: list[str]) -> int:
         ("--stage", str, None, "which stage, where workdir holds several"),
         ("--checkpoint", str, "last", "last, best, or a number"),
         ("--dtype", str, None, "of the weights in the file; default: as they were trained"),
+        ("--merge", bool, False, "a whole model where an adapter was trained; default: the adapter, in PEFT's form"),
         ("--push", str, None, "upload to this repository of the Hugging Face hub, OWNER/NAME; a new one is private"),
     )
     args = flags.parse_args(argv)
@@ -38,7 +39,9 @@ def export(argv: list[str]) -> int:
         check_push(args.push)
     with contextlib.ExitStack() as scratch:
         out = args.out or scratch.enter_context(tempfile.TemporaryDirectory(prefix="jaxalign-export-")) + "/model"
-        where = export(args.workdir, out, stage=args.stage, checkpoint=args.checkpoint, dtype=args.dtype)
+        where = export(
+            args.workdir, out, stage=args.stage, checkpoint=args.checkpoint, dtype=args.dtype, merge=args.merge
+        )
         if args.out:
             print(where)
         if args.push:

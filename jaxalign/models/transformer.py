@@ -291,18 +291,3 @@ class Model:
         if self.config.head != "score":
             raise ValueError("a model with a token head has no scalar head")
         return params["score"]["kernel"]
-
-
-def without_adapter(model: Model, params: Params) -> tuple[Model, Params]:
-    """The same function of rows as a model without an adapter: it is merged into the kernels.
-
-    Args:
-      model: with an adapter, or with none.
-      params: of it.
-    """
-    adapter = model.config.adapter
-    if adapter is None:
-        return model, params
-    merge = jax.jit(adapter.merged)
-    plain = dataclasses.replace(model, config=dataclasses.replace(model.config, adapter=None))
-    return plain, params | {"layers": merge(params["layers"])}

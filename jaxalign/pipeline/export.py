@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS
 
+if TYPE_CHECKING:
+    from jaxalign.train.models import Role
+
 FORMAT = 1  # of run directories that this version reads
 
 
 def export(
-    workdir: str, out: str, *, stage: str | None = None, checkpoint: str = "last", dtype: str | None = None
+    workdir: str,
+    out: str,
+    *,
+    stage: str | None = None,
+    checkpoint: str = "last",
+    dtype: str | None = None,
+    merge: bool = False,
 ) -> Path | str:
     """Writes the model of a checkpoint, of a run that is done, stopped or still going.
 
@@ -29,6 +39,7 @@ def export(
       stage: which stage, where `workdir` holds several.
       checkpoint: "last", "best" (by the run's `checkpoint.best_metric`) or a number.
       dtype: of the weights in the file; None: as they were trained.
+      merge: a whole model where an adapter was trained, which else is written in PEFT's form.
 
     Returns:
       The directory.
@@ -42,16 +53,14 @@ def export(
 
     import jax
 
-    from jaxalign.models.config import read_config
-    from jaxalign.models.export import check_target, only_here, save
+    from jaxalign.models.export import check_target, only_here
     from jaxalign.models.hub import CONFIG, locate
     from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
-    from jaxalign.models.transformer import Model
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
     from jaxalign.train.card import model_card
     from jaxalign.train.checkpoints import read_meta
-    from jaxalign.train.models import tokenizer_of_export
+    from jaxalign.train.models import tokenizer_of_export, write_export
     from jaxalign.train.rundir import RunDir, usable
     from jaxalign.train.schedule_free import average, saved_z
 
@@ -66,19 +75,16 @@ def export(
         source, revision = os.fspath(run / "export"), None  # the start has moved; the end describes the same model
     directory = locate(source, revision, weights=False)
     algorithm = ALGORITHMS[config["algorithm"]["name"]]
-    role, head = algorithm.trained, algorithm.head
-    description = read_config(
-        directory, dtype=given["dtype"], param_dtype=given["param_dtype"], remat="none", head=head
-    )
-    model = Model(description)
+    role = algorithm.trained
     mesh = make_mesh(defaults("sft").mesh)  # this machine's, not the run's
-    abstract = model.abstract()
+    trained = _trained(config, source, revision, mesh)
+    like = trained.abstract()
     like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, param_shardings(mesh, abstract)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, param_shardings(mesh, like)
     )
     own = given["tokenizer"] in (None, given["path"])  # another tokenizer has no revision
     tokenizer = load_tokenizer(source if own else given["tokenizer"], revision if own else None, given["chat_template"])
-    check_vocabulary(tokenizer, description.vocab_size, source)
+    check_vocabulary(tokenizer, trained.model.config.vocab_size, source)
     wanted: dict[str, Any] = {"params": {role: like}}
     if config["optimizer"]["name"] == "schedule_free":
         wanted["opt"] = {role: saved_z(config["optimizer"], like)}
@@ -88,9 +94,25 @@ def export(
         z = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found["opt"]))
         params = average(params, z, config["optimizer"]["b1"])
     inputs = read_meta(run / "checkpoints" / str(step)).get("inputs")
-    card = model_card(RunDir(os.fspath(run)), config, step, inputs, only_here(description))
+    card = model_card(RunDir(os.fspath(run)), config, step, inputs, only_here(trained.model.config))
     kept = tokenizer_of_export(given, directory, tokenizer)
-    return save(out, model, params, source=directory, tokenizer=kept, dtype=dtype, card=card)
+    rest = dict if trained.rest is None else trained.rest.load
+    options = {"source": directory, "tokenizer": kept, "dtype": dtype, "card": card}
+    return write_export(out, trained, params, rest, merge=merge, **options)
+
+
+def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh: Any) -> Role:
+    """The role that a run trains and exports; of a run of an earlier version what it has not is as it was."""
+    from jaxalign.train.models import Roles
+
+    algorithm = ALGORITHMS[config["algorithm"]["name"]]
+    c = defaults(config["algorithm"]["name"]).unlock()
+    for section in ("model", "adapter"):
+        c[section].update({name: value for name, value in config.get(section, {}).items() if name in c[section]})
+    c.data.max_length, c.seed = config["data"]["max_length"], config["seed"]
+    c.model.path, c.model.revision, c.model.attention = source, revision, None
+    roles = Roles(c, mesh)
+    return roles.scorer(source, 1.0) if algorithm.head == "score" else roles.policy(1.0)
 
 
 def find_run(workdir: str, stage: str | None) -> Any:

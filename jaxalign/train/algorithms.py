@@ -232,6 +232,12 @@ def _ppo(config, roles, context) -> Program:
     value = roles.scorer(value_path, config.optimizer.value_learning_rate)
     fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
     check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)
+    reference = roles.reference()
+    if cfg.one_base:
+        named_roles = {"policy": policy, "ref": reference, "value": value} | (
+            {"reward": reward_role} if reward_role else {}
+        )
+        _check_one_base(named_roles)
     prepare = experience.make_prepare(
         config,
         policy=policy.model,
@@ -256,7 +262,7 @@ def _ppo(config, roles, context) -> Program:
     )
     return Program(
         {"policy": policy, "value": value},
-        {"ref": roles.reference()} | ({"reward": reward_role} if reward_role else {}),
+        {"ref": reference} | ({"reward": reward_role} if reward_role else {}),
         objective,
         "policy",
         extra=experience.initial_extra(config),
@@ -267,6 +273,26 @@ def _ppo(config, roles, context) -> Program:
         evaluate=prepare.evaluate,
         eval_metrics=experience.eval_metrics,
     )
+
+
+def _check_one_base(roles: dict[str, Role]) -> None:
+    """Refuses roles that would hold more than one frozen base."""
+    bases: dict[Any, list[str]] = {}
+    for name, role in roles.items():
+        bases.setdefault(role.base, []).append(name)
+    shown = "; ".join(f"{', '.join(names)}: {base[0]}" for base, names in bases.items())
+    if len(bases) > 1:
+        raise InputError(
+            f"algorithm.one_base, and {len(roles)} roles start from {len(bases)} models ({shown})",
+            "adapters of one model: stages that train them with one model.path",
+            "--config.algorithm.one_base=False",
+        )
+    if roles["policy"].rest is None or roles["value"].rest is None:
+        raise InputError(
+            "algorithm.one_base, and the policy and the value model are trained whole",
+            "adapters beside the frozen base",
+            "--config.adapter.rank=16, or --config.algorithm.one_base=False",
+        )
 
 
 def _policy_batch(config: Any, dataset: Any, batch: Batch) -> PolicyBatch:

@@ -20,6 +20,7 @@ from jaxalign.train.stage import Stage
 
 # Fields that name models, beside `model.path`.
 _MODELS = ("algorithm.reference_path", "algorithm.value_path", "rewards.model")
+_OF_THE_BASE = ("base_model_name_or_path", "revision")  # of an adapter_config.json
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # of a config.json
 
 _HELD_OUT = "which records are held out of training (data.eval_fraction, data.eval_sources)"
@@ -140,13 +141,16 @@ def _arrays(lengths: Mapping[str, Any]) -> list[bytes]:
 
 
 def _model(field: str, path: str, revision: str | None, scratch: bool) -> dict[str, str]:
-    from jaxalign.models.hub import CONFIG, TOKENIZER_FILES, locate, read_json
+    from jaxalign.models.hub import ADAPTER_CONFIG, CONFIG, TOKENIZER_FILES, file_of, is_adapter_dir, locate, read_json
     from jaxalign.models.identity import identify
 
     local = Path(path).expanduser().is_dir()
     directory = locate(path, revision, weights=is_url(path) and not scratch)
-    config = {k: v for k, v in read_json(directory / CONFIG).items() if k not in _VOLATILE}
+    config = {k: v for k, v in read_json(file_of(directory, CONFIG)).items() if k not in _VOLATILE}
     found = {f"the config.json of {field}": digest(config)}
+    if is_adapter_dir(directory):  # its base may have moved: that counts by its weights
+        told = {k: v for k, v in read_json(directory / ADAPTER_CONFIG).items() if k not in _OF_THE_BASE}
+        found[f"the {ADAPTER_CONFIG} of {field}"] = digest(told)
     if not local and not is_url(path):
         return {f"the commit of {field}": directory.name}
     if not scratch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from jaxalign.config import check_lengths, max_length
 from jaxalign.errors import InputError, named
-from jaxalign.models import adapter as adapters
 from jaxalign.models import hf
 from jaxalign.models.adapter import Rules, is_adapter
 from jaxalign.models.config import ModelConfig, read_config
@@ -25,7 +24,8 @@ from jaxalign.ops.attention import require_backend
 from jaxalign.ops.rope import BY_LENGTH
 from jaxalign.ops.trees import by_path, from_paths, join, joined, path_pattern, split
 from jaxalign.parallel.device_memory import num_bytes
-from jaxalign.parallel.sharding import param_shardings, path_name
+from jaxalign.parallel.sharding import path_name
+from jaxalign.train.starts import start_of
 from jaxalign.types import Params
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -38,9 +38,12 @@ class Role(NamedTuple):
     read: Callable[[Callable[[str], bool]], Params]  # the start values at some paths; another call gives another copy
     learning_rate: float = 0.0  # peak; 0 for frozen roles
     check: Callable[[], None] = lambda: None  # refuses a checkpoint that `read` cannot take; headers alone are read
-    source: tuple | None = None  # what `read` reads and into which dtype; frozen roles of one source share its arrays
+    # Where the value at a path comes from: frozen roles share the arrays of one origin. None: from nowhere else.
+    origin: Callable[[str], Hashable] | None = None
     holds: Callable[[str], bool] = lambda path: True  # which of the model's parameters are this role's
+    learned: Callable[[str], bool] = lambda path: False  # which of them an adapter that it starts from has of its own
     rest: Role | None = None  # the others, frozen, where it is trained in part
+    base: tuple[str, str | None] | None = None  # the whole model that it starts from: directory or hub id, revision
 
     def abstract(self) -> Params:
         """Shapes and dtypes of what it holds."""
@@ -69,11 +72,10 @@ class Roles:
         dtype = c.frozen_dtype or c.param_dtype
         if path is not None:
             return self._role(path, dtype, "lm", 0.0, False)
-        adapter = self.config.adapter
-        if not adapter.dora:  # a fresh adapter changes nothing
-            return self._role(c.path, dtype, "lm", 0.0, c.from_scratch)
-        # DoRA's norms are those of the kernels but for rounding: only a copy of it starts at the same log-probs.
-        return self._role(c.path, dtype, "lm", 0.0, c.from_scratch, self._rules())
+        # A fresh adapter changes nothing, but DoRA's norms are those of the kernels but for rounding: only a copy of it
+        # starts at the same log-probs. So does one of an adapter that is trained on.
+        rules = self._rules() if self.config.adapter.dora else None
+        return self._role(c.path, dtype, "lm", 0.0, c.from_scratch, rules)
 
     def scorer(self, path: str, learning_rate: float = 0.0) -> Role:
         """A model with a scalar head: trained where there is a learning rate, else frozen."""
@@ -89,9 +91,9 @@ class Roles:
         c = self.config
         rules = self._rules()
         whole = self._role(path, c.model.param_dtype, head, learning_rate, scratch, rules)
-        if rules is None and not c.model.train:
+        if whole.model.config.adapter is None and not c.model.train:
             return whole
-        trains = trained_paths(whole.model, c.model.train)
+        trains = trained_paths(whole, c.model.train)
         rest = self._role(path, c.model.frozen_dtype or c.model.param_dtype, head, 0.0, scratch, rules)
         rest = rest._replace(holds=lambda leaf_path: not trains(leaf_path))
         return whole._replace(holds=trains, rest=rest if jax.tree.leaves(rest.abstract()) else None)
@@ -103,6 +105,10 @@ class Roles:
             return None
         pairs = {name: tuple((str(pattern), value) for pattern, value in c[name]) for name in _PATTERNS}
         return Rules(c.rank, c.alpha, tuple(c.targets), **pairs, rslora=c.rslora, dora=c.dora)
+
+    def _named(self, path: str) -> Any:
+        """Names the field that a path came from in errors of the block, or of a function."""
+        return named(self._field(path))
 
     def _check_scores(self, path: str) -> None:
         """Refuses a frozen scorer whose head would be a fresh one: its scores would be noise."""
@@ -122,60 +128,40 @@ class Roles:
         return next((f for f, given in model_fields(self.config).items() if given == path), "model.path")
 
     def _role(self, path, param_dtype, head, learning_rate, scratch, rules: Rules | None = None) -> Role:
-        c, revision = self.config.model, revision_of(path, self.config)
-        options = {
-            "dtype": c.dtype,
-            "param_dtype": param_dtype,
-            "remat": c.remat if learning_rate else "none",
-            "head": head,
-            "rope_length": c.rope_length or self.config.data.max_length,
-            "revision": revision,
-        }
-        key, field = jax.random.key(self.config.seed), self._field(path)
-        shardings = lambda tree: param_shardings(self.mesh, tree)  # noqa: E731
-        fields = {k: v for k, v in options.items() if k != "revision"}
-        with named(field):
-            directory = locate(path, revision, weights=False)
-            found = read_config(directory, **fields)
-        adapter = None if rules is None else adapters.make(found, rules)
-        model = Model(dataclasses.replace(found, adapter=adapter), c.attention)
-
-        def read_base(wanted: Callable[[str], bool]) -> Params:
-            make = hf.from_scratch if scratch else hf.load
-            fresh = None if head == "score" and not learning_rate else key  # a frozen head is never a fresh one
-            with named(field):
-                return make(path, shardings=shardings, key=key if scratch else fresh, wanted=wanted, **options)[1]
-
-        def read(wanted: Callable[[str], bool]) -> Params:
-            own = split(model.abstract(), lambda leaf_path: is_adapter(leaf_path) and wanted(leaf_path))[0]
-            base = read_base(lambda leaf_path: not is_adapter(leaf_path) and wanted(leaf_path))
-            if not own:
-                return base
-            kernels = read_base(lambda leaf_path: leaf_path in normed) if (normed := model.normed_kernels()) else {}
-            make = jax.jit(model.init_adapter, out_shardings=shardings(own))
-            return join(base, make(key, kernels.get("layers", {})))
-
-        def check() -> None:
-            if not scratch and os.path.isdir(os.path.expanduser(path)):  # a hub's weights come when they are needed
-                with named(field):
-                    hf.check(directory, found)
-
-        require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, found.head_dim)
-        return Role(model, read, learning_rate, check, (path, revision, param_dtype, scratch))
+        c = self.config.model
+        with self._named(path):
+            start = start_of(
+                path,
+                revision_of(path, self.config),
+                self.mesh,
+                key=jax.random.key(self.config.seed),
+                scratch=scratch,
+                new_head=head == "score" and bool(learning_rate),  # a frozen head is never a fresh one
+                rules=rules,
+                attention=c.attention,
+                dtype=c.dtype,
+                param_dtype=param_dtype,
+                remat=c.remat if learning_rate else "none",
+                head=head,
+                rope_length=c.rope_length or self.config.data.max_length,
+            )
+        require_backend(c.attention, self.mesh.devices.flat[0], c.dtype, start.model.config.head_dim)
+        read, check = (self._named(path)(call) for call in (start.read, start.check))
+        return Role(start.model, read, learning_rate, check, start.origin, learned=start.learned, base=start.base)
 
 
-def trained_paths(model: Model, patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Which of a model's parameters are trained: those of an adapter, a scalar head, and what the patterns name.
+def trained_paths(role: Role, patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Which of a model's parameters are trained: an adapter and all that it has learned, a scalar head, what is named.
 
     Args:
-      model: with an adapter, or with none.
+      role: with an adapter, or with none.
       patterns: regular expressions of whole names of a path: "lm_head", "layers/mlp", "layers/.*norm", as
         `model.train` has them.
 
     Raises:
       InputError: a pattern that matches no parameter, or that is no regular expression.
     """
-    there = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(model.abstract())[0]]
+    there = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(role.model.abstract())[0]]
     expressions = []
     for pattern in patterns:
         try:
@@ -193,7 +179,7 @@ def trained_paths(model: Model, patterns: Sequence[str]) -> Callable[[str], bool
         expressions.append(expression)
 
     def trains(leaf_path: str) -> bool:
-        own = is_adapter(leaf_path) or leaf_path.startswith("score/")
+        own = is_adapter(leaf_path) or leaf_path.startswith("score/") or role.learned(leaf_path)
         return own or any(expression.search(leaf_path) for expression in expressions)
 
     return trains
@@ -282,6 +268,24 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     return c, told
 
 
+def write_export(
+    directory: str, role: Role, params: Params, rest: Callable[[], Params], *, merge: bool = False, **options: Any
+) -> Any:
+    """Writes what a role has learned: an adapter in PEFT's form where one was trained, else the whole model.
+
+    Args:
+      directory: where.
+      role: that was trained.
+      params: what it holds.
+      rest: gives the frozen rest of its model.
+      merge: write a whole model, an adapter merged into its kernels.
+      options: of `hf.save`.
+    """
+    if role.model.config.adapter is not None and not merge and role.base is not None:
+        return hf.save(directory, role.model, params, base=role.base[0], base_revision=role.base[1], **options)
+    return hf.save(directory, role.model, join(params, rest()), **options)
+
+
 def tokenizer_of_export(model: Mapping[str, Any], source: Path, tokenizer: Any) -> Any:
     """What `jaxalign.save` takes as an export's tokenizer: None where its files in the model's directory are copied.
 
@@ -302,14 +306,14 @@ def shared(roles: Mapping[str, Role], read: Callable[[str, Role], Params]) -> di
       roles: frozen ones.
       read: (name, role) -> what the role holds, asked with those that an earlier role has left out of it.
     """
-    made: dict[Any, dict[str, Any]] = {}
+    made: dict[tuple[Hashable, str], Any] = {}
     found = {}
     for name, role in roles.items():
-        there = made.setdefault(role.source or name, {})
-        wanted = by_path(role.abstract()).keys()
-        if missing := wanted - there.keys():
-            there |= by_path(read(name, role._replace(holds=missing.__contains__)))
-        found[name] = from_paths({path: there[path] for path in wanted})
+        places = {path: (role.origin(path) if role.origin else name, path) for path in by_path(role.abstract())}
+        if missing := {path for path, place in places.items() if place not in made}:
+            values = by_path(read(name, role._replace(holds=missing.__contains__)))
+            made |= {places[path]: value for path, value in values.items()}
+        found[name] = from_paths({path: made[place] for path, place in places.items()})
     return found
 
 

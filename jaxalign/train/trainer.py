@@ -13,7 +13,6 @@ import jax
 from jaxalign import config as configuration
 from jaxalign.config import Validated, get, validated
 from jaxalign.errors import InputError
-from jaxalign.models.transformer import without_adapter
 from jaxalign.ops.precision import require_dtypes
 from jaxalign.ops.trees import joined
 from jaxalign.parallel import processes, startup
@@ -34,7 +33,7 @@ from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.minibatches import check_rows
-from jaxalign.train.models import bytes_by_role, fit_length, tokenizer_of_export
+from jaxalign.train.models import bytes_by_role, fit_length, tokenizer_of_export, write_export
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.remat import noted, settle_remat
 from jaxalign.train.room import against_saving, check_room
@@ -225,7 +224,6 @@ def _export(
     stage, state: TrainState, checkpoints: Checkpoints, frozen: dict[str, Any], step: int, inputs: dict[str, str]
 ) -> str:
     """Exports the best checkpoint where there is a metric, else the last, in Hugging Face format."""
-    from jaxalign.models import hf
     from jaxalign.models.export import only_here
     from jaxalign.models.hub import locate
 
@@ -233,16 +231,17 @@ def _export(
     best = checkpoints.best()
     if c.checkpoint.best_metric and best != step:
         state, step = checkpoints.restore(best, stage.like)[0], best
-    model, params = without_adapter(stage.program.trained[role].model, joined(evaluated(state).params, frozen)[role])
     target = os.fspath(stage.directory.export)
     source = locate(c.model.path, c.model.revision, weights=False)
-    hf.save(
+    trained = stage.program.trained[role]
+    write_export(
         target,
-        model,
-        params,
+        trained,
+        evaluated(state).params[role],
+        lambda: frozen.get(role, {}),
         source=source,
         tokenizer=tokenizer_of_export(c.model, source, stage.tokenizer),
-        card=model_card(stage.directory, configuration.to_dict(c), step, inputs, only_here(model.config)),
+        card=model_card(stage.directory, configuration.to_dict(c), step, inputs, only_here(trained.model.config)),
     )
     return target
 

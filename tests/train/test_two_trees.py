@@ -80,7 +80,7 @@ def test_frozen_roles_of_one_source_are_loaded_once(shared, tmp_path):
     stage = alone(stories(shared, tmp_path / "run", "dpo"))
     ref, reads = stage.program.frozen["ref"], []
     counted = ref._replace(read=lambda wanted: reads.append(1) or ref.read(wanted))
-    other = counted._replace(source=(*ref.source[:2], "bfloat16", *ref.source[3:]))
+    other = counted._replace(origin=lambda path: "elsewhere")
     stage.program = stage.program._replace(frozen={"ref": counted, "base": counted, "half": other})
     frozen = stage.frozen()
     assert len(reads) == 2

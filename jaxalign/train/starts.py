@@ -1,0 +1,141 @@
+"""Where the values of a role's parameters come from: a checkpoint, an adapter and its base, or random numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.errors import InputError
+from jaxalign.models import adapter as adapters
+from jaxalign.models import hf, peft
+from jaxalign.models.adapter import Adapter, Rules, is_adapter
+from jaxalign.models.config import ModelConfig, read_config
+from jaxalign.models.hub import ADAPTER_CONFIG, base_of, is_adapter_dir, locate, read_json
+from jaxalign.models.transformer import Model
+from jaxalign.ops.trees import by_path, from_paths, join, split
+from jaxalign.parallel.sharding import param_shardings
+from jaxalign.types import Params
+
+Wanted = Callable[[str], bool]
+
+
+class Start(NamedTuple):
+    """A model and its start values."""
+
+    model: Model
+    read: Callable[[Wanted], Params]  # those at some paths; another call gives another copy
+    origin: Callable[[str], Hashable]  # of the value at a path: the same for another role is the same value
+    check: Callable[[], None]  # refuses a checkpoint that `read` cannot take; headers alone are read
+    base: tuple[str, str | None]  # the whole model: a directory or a hub id, and its revision
+    learned: Wanted  # what the adapter that it starts from has of its own beside updates of kernels: a head
+
+
+def start_of(
+    path: str,
+    revision: str | None,
+    mesh: Mesh,
+    *,
+    key: jax.Array,
+    scratch: bool,
+    new_head: bool,
+    rules: Rules | None,
+    attention: str | None,
+    **settings: Any,
+) -> Start:
+    """What a role starts from.
+
+    An adapter in PEFT's form stays beside its base, which roles of other adapters may share.
+
+    Args:
+      path: of a checkpoint or an adapter, a directory or a hub id.
+      revision: of a hub id.
+      mesh: where the values go.
+      key: of fresh parameters.
+      scratch: whether the model starts from its `config.json` alone.
+      new_head: whether a scalar head that the checkpoint lacks is made.
+      rules: of an adapter that is made where `path` is none; else they must be that one's.
+      attention: the backend.
+      settings: of `read_config`.
+
+    Raises:
+      InputError: a model that cannot be read, or an adapter that is not as the rules say.
+    """
+    directory = locate(path, revision, weights=False)
+    config = read_config(directory, **settings)
+    saved = base = None
+    if is_adapter_dir(directory):
+        directory = locate(path, revision)
+        base, saved = base_of(directory, weights=False), peft.read(directory, config)
+    adapter = _adapter(path, config, rules, None if saved is None else saved.adapter)
+    model = Model(dataclasses.replace(config, adapter=adapter), attention)
+    learned = frozenset() if saved is None else _paths_of(config, saved.tensors)
+    shardings = lambda tree: param_shardings(mesh, tree)  # noqa: E731
+
+    def read_base(wanted: Wanted) -> Params:
+        given = settings | {"shardings": shardings, "wanted": wanted}
+        if scratch:
+            return hf.from_scratch(path, revision=revision, key=key, **given)[1]
+        if base is None:
+            return hf.load(path, revision=revision, key=key if new_head else None, **given)[1]
+        own = given | {"wanted": lambda leaf_path: leaf_path in learned and wanted(leaf_path)}
+        rest = given | {"wanted": lambda leaf_path: leaf_path not in learned and wanted(leaf_path)}
+        fresh = key if new_head else None
+        return join(hf.load(directory, **own)[1], hf.load(base_of(directory), key=fresh, **rest)[1])
+
+    def read(wanted: Wanted) -> Params:
+        own = split(model.abstract(), lambda leaf_path: is_adapter(leaf_path) and wanted(leaf_path))[0]
+        rest = read_base(lambda leaf_path: not is_adapter(leaf_path) and wanted(leaf_path))
+        if not own:
+            return rest
+        if saved is not None:
+            values = by_path(saved.leaves)
+            placed = {
+                p: jax.device_put(values[p].astype(x.dtype), s)
+                for (p, x), s in zip(by_path(own).items(), by_path(shardings(own)).values(), strict=True)
+            }
+            return join(rest, from_paths(placed))
+        kernels = read_base(normed.__contains__) if (normed := model.normed_kernels()) else {}
+        make = jax.jit(model.init_adapter, out_shardings=shardings(own))
+        return join(rest, make(key, kernels.get("layers", {})))
+
+    def origin(leaf_path: str) -> Hashable:
+        if is_adapter(leaf_path) or leaf_path in learned:
+            return (str(directory), "adapter", settings["param_dtype"])
+        return (str(base or directory), settings["param_dtype"], scratch)
+
+    def check() -> None:
+        if not scratch and os.path.isdir(os.path.expanduser(path)):  # a hub's weights come when they are needed
+            hf.check(directory, config)
+
+    name, at = path, revision
+    if base is not None:
+        told = read_json(directory / ADAPTER_CONFIG)
+        name, at = told["base_model_name_or_path"], told.get("revision")
+    if (local := os.path.expanduser(name)) and os.path.isdir(local):
+        name, at = os.path.abspath(local), None
+    return Start(model, read, origin, check, (name, at), learned.__contains__)
+
+
+def _adapter(path: str, config: ModelConfig, rules: Rules | None, saved: Adapter | None) -> Adapter | None:
+    """That of the model: the one that is there, or one by rules."""
+    if rules is None or saved is None:
+        return saved if rules is None else adapters.make(config, rules)
+    if adapters.make(config, rules) != saved:
+        ranks = sorted({rank for _, update in saved.updates for rank in update.ranks if rank})
+        raise InputError(
+            f"{path} is an adapter of rank {', '.join(map(str, ranks))}, and the section `adapter` describes another",
+            "that adapter, which is trained on, or a whole model to begin another one beside",
+            "--config.adapter.rank=0, which takes it as it is; or jaxalign export --merge, and that model",
+        )
+    return saved
+
+
+def _paths_of(config: ModelConfig, tensors: Any) -> frozenset[str]:
+    """The parameters that hold tensors of these Hugging Face names."""
+    found = (config.family.names.find(name) for name in tensors)
+    return frozenset(row.path for match in found if match for row in match[0].rows)
