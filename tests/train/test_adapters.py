@@ -101,7 +101,7 @@ def test_a_run(algorithm, more, shared, tmp_path):
     assert any(np.any(np.asarray(x)) for path, x in saved.items() if path.endswith("lora_b"))
 
 
-def test_the_merged_export_is_what_was_trained(shared, tmp_path):
+def test_the_export_is_what_was_trained(shared, tmp_path):
     config = make_config(stories(shared, tmp_path / "run", "sft", **FIELDS | VARIED))
     trainer.run(config, devices=jax.devices()[:1])
     stage = made(shared, tmp_path / "run", "sft", **VARIED)
