@@ -174,6 +174,10 @@ class Names:
                 return match.expand(known)
         return name
 
+    def has_another(self, name: str) -> bool:
+        """Whether a tensor of the table is known by another name too."""
+        return any(known == name for _, known in self._other)
+
     def is_harmless(self, name: str) -> bool:
         """Whether a key of an old file may be left unread."""
         return any(pattern.fullmatch(name) for pattern in self._harmless)

@@ -172,6 +172,8 @@ def _whole(model: Model, leaves: Mapping[str, Any]) -> dict[str, Planned]:
     there = {names.row_of(path).name for path in by_path(model.abstract()) if not is_adapter(path)}
     for path in leaves:  # PEFT saves modules: a tensor is all of its parts, and a weight comes with its bias
         module = names.row_of(path).name.rpartition(".")[0]
+        if names.has_another(names.row_of(path).name):  # PEFT goes by the modules of one version of transformers
+            raise _no_form(f"{module} was trained whole, which versions of transformers call differently", "it frozen")
         of_module = [row.path for row in names.rows if row.name.rpartition(".")[0] == module and row.name in there]
         if missing := [other for other in of_module if other not in leaves]:
             raise _no_form(f"{path} was trained and {', '.join(missing)} was not", f"all of {module}")

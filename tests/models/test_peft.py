@@ -378,6 +378,8 @@ def test_trained_parameters_for_which_peft_has_no_form(tmp_path):
             hf.save(tmp_path / "out", model, some, base="base")
     with pytest.raises(InputError, match="no adapter among"):
         hf.save(tmp_path / "out", model, {"norm": params["norm"]}, base="base")
+    with pytest.raises(InputError, match="embed_out was trained whole, which versions"):
+        exported(tmp_path / "neox", Rules(4, 8.0, ("dense",)), CASES["gpt_neox"], ("lm_head/",))
     with pytest.raises(InputError, match=r"some parts of model\.layers\.0\.self_attn\.qkv_proj have"):
         exported(tmp_path / "phi", Rules(4, 8.0, ("attention/query",), dora=True), CASES["phi3"])
 
