@@ -60,7 +60,7 @@ def export(
     from jaxalign.parallel.sharding import param_shardings
     from jaxalign.train.card import model_card
     from jaxalign.train.checkpoints import read_meta
-    from jaxalign.train.models import tokenizer_of_export, write_export
+    from jaxalign.train.models import adapter_base, tokenizer_of_export, write_export
     from jaxalign.train.rundir import RunDir, usable
     from jaxalign.train.schedule_free import average, saved_z
 
@@ -94,7 +94,8 @@ def export(
         z = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found["opt"]))
         params = average(params, z, config["optimizer"]["b1"])
     inputs = read_meta(run / "checkpoints" / str(step)).get("inputs")
-    card = model_card(RunDir(os.fspath(run)), config, step, inputs, only_here(trained.model.config))
+    note, base = only_here(trained.model.config), adapter_base(trained, merge)
+    card = model_card(RunDir(os.fspath(run)), config, step, inputs, note, base)
     kept = tokenizer_of_export(given, directory, tokenizer)
     rest = dict if trained.rest is None else trained.rest.load
     options = {"source": directory, "tokenizer": kept, "dtype": dtype, "card": card}

@@ -280,7 +280,7 @@ def _check_one_base(roles: dict[str, Role]) -> None:
     bases: dict[Any, list[str]] = {}
     for name, role in roles.items():
         bases.setdefault(role.base, []).append(name)
-    shown = "; ".join(f"{', '.join(names)}: {base[0]}" for base, names in bases.items())
+    shown = "; ".join(f"{', '.join(names)}: {base[0] if base else 'random numbers'}" for base, names in bases.items())
     if len(bases) > 1:
         raise InputError(
             f"algorithm.one_base, and {len(roles)} roles start from {len(bases)} models ({shown})",

@@ -31,7 +31,12 @@ _FIGURES = (
 
 
 def model_card(
-    run: RunDir, config: Mapping[str, Any], step: int, inputs: Mapping[str, str] | None = None, note: str = ""
+    run: RunDir,
+    config: Mapping[str, Any],
+    step: int,
+    inputs: Mapping[str, str] | None = None,
+    note: str = "",
+    base: str | None = None,
 ) -> str:
     """The text of an export's `README.md`, with front matter that the hub reads; the same run gives the same text.
 
@@ -41,24 +46,26 @@ def model_card(
       step: of the checkpoint that is exported.
       inputs: digests of what the run was made of, as its checkpoints keep them.
       note: a sentence on who loads the export, where it is not transformers.
+      base: the model beside which the export is an adapter; None: it is a whole model.
     """
-    name, base = config["algorithm"]["name"], config["model"]["path"]
+    name, start = config["algorithm"]["name"], config["model"]["path"]
     entry, sources = ALGORITHMS[name], _sources(config)
-    front: dict[str, Any] = {"library_name": "jaxalign" if note else "transformers"}
-    if _on_hub(base):
-        front["base_model"] = base
+    front: dict[str, Any] = {"library_name": "jaxalign" if note else "peft" if base else "transformers"}
+    if _on_hub(base or start):
+        front["base_model"] = base or start
     if hub := [path for path in sources if _on_hub(path)]:
         front["datasets"] = hub
     front["pipeline_tag"] = "text-generation" if entry.head == "lm" else "text-classification"
-    front["tags"] = ["jaxalign", name, *(config.get("logging", {}).get("tags") or ())]
+    front["tags"] = ["jaxalign", name, *(["lora"] if base else []), *(config.get("logging", {}).get("tags") or ())]
     title = config.get("logging", {}).get("run_name") or os.path.basename(str(run.path).rstrip("/")) or name
     revision = f" at {config['model']['revision']}" if config["model"].get("revision") else ""
     scratch = " (its shape alone: the weights started at random)" if config["model"].get("from_scratch") else ""
     method = entry.method or name
+    beside = f"An adapter of `{base}`: " if base else ""
     parts = [
         f"---\n{_yaml(front)}---",
         f"# {title}",
-        f"`{base}`{revision}{scratch} after {step:,} steps of {method}, made with jaxalign {__version__}.",
+        f"{beside}`{start}`{revision}{scratch} after {step:,} steps of {method}, made with jaxalign {__version__}.",
         *([f"{note}."] if note else []),
         "## Data",
         _data(run, sources),

@@ -268,6 +268,16 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
     return c, told
 
 
+def adapter_base(role: Role, merge: bool = False) -> str | None:
+    """The model beside which an export of a role is an adapter, a directory or a hub id; None: it is a whole model.
+
+    Args:
+      role: that was trained.
+      merge: whether a whole model is asked for.
+    """
+    return None if role.model.config.adapter is None or role.base is None or merge else role.base[0]
+
+
 def write_export(
     directory: str, role: Role, params: Params, rest: Callable[[], Params], *, merge: bool = False, **options: Any
 ) -> Any:
@@ -281,8 +291,8 @@ def write_export(
       merge: write a whole model, an adapter merged into its kernels.
       options: of `hf.save`.
     """
-    if role.model.config.adapter is not None and not merge and role.base is not None:
-        return hf.save(directory, role.model, params, base=role.base[0], base_revision=role.base[1], **options)
+    if (base := adapter_base(role, merge)) is not None and role.base is not None:
+        return hf.save(directory, role.model, params, base=base, base_revision=role.base[1], **options)
     return hf.save(directory, role.model, join(params, rest()), **options)
 
 

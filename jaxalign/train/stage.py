@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxalign.config import defaults
 from jaxalign.errors import InputError, named
 from jaxalign.models.export import only_here
 from jaxalign.models.schedule import settled_remat
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
+from jaxalign.ranges import ADAPTER_RATE
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
@@ -204,6 +206,16 @@ def stage_warnings(stage: Stage) -> list[str]:
     found = [*unsplit(stage.mesh, stage.like.params)]
     if note := only_here(stage.program.trained[stage.program.exported].model.config):
         found.append(note)
+    if not c.adapter.rank:  # else the configuration's own warnings know of adapters
+        usual = defaults(c.algorithm.name)
+        for name, role in stage.program.trained.items():
+            field = "value_learning_rate" if name == "value" else "learning_rate"
+            if role.model.config.adapter is not None and c.optimizer[field] == usual.optimizer[field]:
+                found.append(
+                    f"the {name} model goes on from an adapter, and optimizer.{field} is {c.optimizer[field]:g}, the "
+                    f"default of whole models; guides give adapters ten times as much: "
+                    f"--config.optimizer.{field}={ADAPTER_RATE * c.optimizer[field]:g}"
+                )
     if stage.num_steps * stage.program.updates == 1:
         rows = min(c.batch_size, stage.dataset.num_rows)
         longer = "num_epochs=10" if c.num_train_steps is None else "num_train_steps=100"

@@ -31,7 +31,7 @@ class Start(NamedTuple):
     read: Callable[[Wanted], Params]  # those at some paths; another call gives another copy
     origin: Callable[[str], Hashable]  # of the value at a path: the same for another role is the same value
     check: Callable[[], None]  # refuses a checkpoint that `read` cannot take; headers alone are read
-    base: tuple[str, str | None]  # the whole model: a directory or a hub id, and its revision
+    base: tuple[str, str | None] | None  # the whole model: a directory or a hub id, its revision; None: made at random
     learned: Wanted  # what the adapter that it starts from has of its own beside updates of kernels: a head
 
 
@@ -118,7 +118,7 @@ def start_of(
         name, at = told["base_model_name_or_path"], told.get("revision")
     if (local := os.path.expanduser(name)) and os.path.isdir(local):
         name, at = os.path.abspath(local), None
-    return Start(model, read, origin, check, (name, at), learned.__contains__)
+    return Start(model, read, origin, check, None if scratch else (name, at), learned.__contains__)
 
 
 def _adapter(path: str, config: ModelConfig, rules: Rules | None, saved: Adapter | None) -> Adapter | None:

@@ -33,7 +33,7 @@ from jaxalign.train.lock import exclusive
 from jaxalign.train.loop import Loop, make_evaluate
 from jaxalign.train.metrics import Writer, read_metrics
 from jaxalign.train.minibatches import check_rows
-from jaxalign.train.models import bytes_by_role, fit_length, tokenizer_of_export, write_export
+from jaxalign.train.models import adapter_base, bytes_by_role, fit_length, tokenizer_of_export, write_export
 from jaxalign.train.named_functions import check_functions, load_callbacks
 from jaxalign.train.remat import noted, settle_remat
 from jaxalign.train.room import against_saving, check_room
@@ -234,6 +234,7 @@ def _export(
     target = os.fspath(stage.directory.export)
     source = locate(c.model.path, c.model.revision, weights=False)
     trained = stage.program.trained[role]
+    note, base = only_here(trained.model.config), adapter_base(trained)
     write_export(
         target,
         trained,
@@ -241,7 +242,7 @@ def _export(
         lambda: frozen.get(role, {}),
         source=source,
         tokenizer=tokenizer_of_export(c.model, source, stage.tokenizer),
-        card=model_card(stage.directory, configuration.to_dict(c), step, inputs, only_here(trained.model.config)),
+        card=model_card(stage.directory, configuration.to_dict(c), step, inputs, note, base),
     )
     return target
 

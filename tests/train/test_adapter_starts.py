@@ -16,6 +16,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline.export import export
 from jaxalign.train import trainer
 from jaxalign.train.rundir import RunDir
+from jaxalign.train.stage import stage_warnings
 
 FIELDS = {
     "num_train_steps": 2,
@@ -62,6 +63,8 @@ def test_dpo_goes_on_from_an_adapter_and_its_reference_is_a_copy_of_it(learned, 
         own = num_bytes(policy.abstract())
         assert {path for path in by_path(policy.abstract()) if not is_adapter(path)} == {"norm/scale"}
         assert results["model_bytes"]["ref"] == own  # of the base nothing
+        card = (tmp_path / name / "export" / "README.md").read_text()
+        assert "library_name: peft" in card and "An adapter of `" in card
     one, other = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("as-it-is", "same"))
     for tensor, x in one.items():
         np.testing.assert_array_equal(x, other[tensor], err_msg=tensor)
@@ -115,3 +118,9 @@ def test_models_of_two_bases_are_refused_where_one_is_asked_for(learned, shared,
     fields = {"rewards.model": merged, "rewards.function": None, "algorithm.one_base": True}
     with pytest.raises(InputError, match=r"algorithm\.one_base, and .* start from 2 models"):
         made(shared, tmp_path / "run", "ppo", **fields)
+
+
+def test_a_learning_rate_of_whole_models_is_told(learned, shared, tmp_path):
+    fields = {"model.path": str(learned / "sft" / "export"), "adapter.rank": 0, "optimizer.learning_rate": 1e-6}
+    (said,) = [w for w in stage_warnings(made(shared, tmp_path / "run", "dpo", **fields)) if "goes on from" in w]
+    assert said.endswith("--config.optimizer.learning_rate=1e-05")
