@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops.logits import Head
 from jaxalign.ops.losses_policy import policy_loss, value_loss
 from jaxalign.ops.readout import read_with_aux, scalar_readout, token_logprobs
 from jaxalign.steps.objective import Objective, Sums
@@ -17,7 +18,7 @@ from jaxalign.types import Params, PolicyBatch, Terms
 
 def policy_objective(
     apply: Callable[..., Any],
-    head: Callable[[Params], jax.Array],
+    head: Callable[[Params], jax.Array | Head],
     value_apply: Callable[..., Any],
     value_kernel: Callable[[Params], jax.Array],
     *,

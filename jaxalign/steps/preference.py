@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.errors import InputError
+from jaxalign.ops.logits import Head
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.readout import completion_sums, pairs, read_with_aux, token_logprobs
 from jaxalign.steps.objective import Objective, Sums
@@ -17,7 +18,7 @@ from jaxalign.types import Batch, Params, Terms
 
 
 def sequence_logprobs(
-    apply: Callable[..., Any], head: Callable[[Params], jax.Array], params: Params, batch: Batch
+    apply: Callable[..., Any], head: Callable[[Params], jax.Array | Head], params: Params, batch: Batch
 ) -> jax.Array:
     """Log-prob of each completion given its prompt, summed over its scored tokens: [B, C], in nats, at least float32.
 
@@ -35,7 +36,7 @@ def logprobs_and_aux(apply, head, params: Params, batch: Batch) -> tuple[jax.Arr
 
 def preference_objective(
     apply: Callable[..., Any],
-    head: Callable[[Params], jax.Array],
+    head: Callable[[Params], jax.Array | Head],
     *,
     loss: str | Callable[..., Terms],
     beta: float,
@@ -47,7 +48,7 @@ def preference_objective(
 
     Args:
       apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
-      head: params -> [D, V].
+      head: params -> [D, V], or a `Head`.
       loss: a name in `PREFERENCE_LOSSES`, or a function of the same form.
       beta: strength of the tie to the reference.
       label_smoothing: share of labels taken to be wrong; an error where the loss has no such form and it is not 0.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops.logits import Head
 from jaxalign.ops.losses_language import sft_loss
 from jaxalign.ops.readout import read_with_aux, weighted_logprobs
 from jaxalign.steps.objective import Objective, Sums
@@ -15,13 +16,13 @@ from jaxalign.types import Batch, Params
 
 
 def sft_objective(
-    apply: Callable[..., Any], head: Callable[[Params], jax.Array], *, entropy: bool = False
+    apply: Callable[..., Any], head: Callable[[Params], jax.Array | Head], *, entropy: bool = False
 ) -> Objective:
     """The mean negative log-likelihood of the scored tokens, each weighted by its completion.
 
     Args:
       apply: (params, rows, *, sources) -> (hidden [B, M, D], cache, aux).
-      head: params -> [D, V].
+      head: params -> [D, V], or a `Head`.
       entropy: also log the mean entropy of the predicting distributions.
 
     Returns:
