@@ -141,7 +141,16 @@ def _arrays(lengths: Mapping[str, Any]) -> list[bytes]:
 
 
 def _model(field: str, path: str, revision: str | None, scratch: bool) -> dict[str, str]:
-    from jaxalign.models.hub import ADAPTER_CONFIG, CONFIG, TOKENIZER_FILES, file_of, is_adapter_dir, locate, read_json
+    from jaxalign.models.hub import (
+        ADAPTER_CONFIG,
+        CONFIG,
+        TOKENIZER_FILES,
+        base_of,
+        file_of,
+        is_adapter_dir,
+        locate,
+        read_json,
+    )
     from jaxalign.models.identity import identify
 
     local = Path(path).expanduser().is_dir()
@@ -152,7 +161,8 @@ def _model(field: str, path: str, revision: str | None, scratch: bool) -> dict[s
         told = {k: v for k, v in read_json(directory / ADAPTER_CONFIG).items() if k not in _OF_THE_BASE}
         found[f"the {ADAPTER_CONFIG} of {field}"] = digest(told)
     if not local and not is_url(path):
-        return {f"the commit of {field}": directory.name}
+        base = {f"the base of {field}": base_of(directory, weights=False).name} if is_adapter_dir(directory) else {}
+        return {f"the commit of {field}": directory.name} | base
     if not scratch:
         try:
             found[f"the weights of {field}"] = identify(directory)
