@@ -67,6 +67,7 @@ class Sizes(NamedTuple):
     passes: float  # forward passes' worth of a token, beside what is computed again
     temporary: float = 0.0  # bytes that the compiled step of `base` takes beside what is held, ...
     estimated: float = 0.0  # ... and those estimated for it
+    resting: float = 0.0  # numbers of the trained models that are not trained: the base of adapters
     mlp_matrices: int = 3  # of a layer
 
 
@@ -80,6 +81,7 @@ def sizes_of(stage: Any) -> Sizes:
     program, like = stage.program, stage.like
     model = program.trained[program.exported].model.config
     trained = sum(x.size for x in jax.tree.leaves(like.params))
+    whole = sum(x.size for role in program.trained.values() for x in jax.tree.leaves(role.model.abstract()))
     c = stage.config
     count = get(c, "rollout.num_samples", 0)
     together = 2 if count and count % 2 == 0 else 1
@@ -100,6 +102,7 @@ def sizes_of(stage: Any) -> Sizes:
         batch=c.batch_size * samples,
         minibatches=c.algorithm.get("num_minibatches", 1),
         passes=program.passes,
+        resting=whole - trained,
         mlp_matrices=model.mlp_matrices,
     )
 
@@ -185,9 +188,10 @@ def seconds_of(one: Candidate, s: Sizes, scale: float, assumed: Assumptions, ban
     tokens = scale * s.batch / s.minibatches * s.length
     again = {"full": 1.0, "attention": 0.65, "dots": 0.1, "none": 0.0}[one.remat]
     devices = one.data * one.fsdp * one.tensor
-    products = 2 * s.params * (s.passes + again) * tokens / devices / (v["flops"] * v["efficiency"])
+    numbers = s.params + s.resting
+    products = 2 * numbers * (s.passes + again) * tokens / devices / (v["flops"] * v["efficiency"])
     reach = {axis: each * v["link_efficiency"] for axis, each in bandwidth.items()}
-    gathers = 2 * s.params / one.tensor * 3 * one.accumulation * (1 - 1 / one.fsdp) / reach["fsdp"]
+    gathers = 2 * numbers / one.tensor * 3 * one.accumulation * (1 - 1 / one.fsdp) / reach["fsdp"]
     copies = 4 * s.params / (one.fsdp * one.tensor) * 2 * (1 - 1 / one.data) / reach["data"]
     sums = 6 * s.layers * 2 * s.embed * tokens / (one.data * one.fsdp) * 2 * (1 - 1 / one.tensor) / reach["tensor"]
     memory = v["bandwidth"] * v["memory_efficiency"]

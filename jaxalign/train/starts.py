@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, Sharding
 
 from jaxalign.errors import InputError
 from jaxalign.models import adapter as adapters
@@ -94,10 +95,8 @@ def start_of(
             return rest
         if saved is not None:
             values = by_path(saved.leaves)
-            placed = {
-                p: jax.device_put(values[p].astype(x.dtype), s)
-                for (p, x), s in zip(by_path(own).items(), by_path(shardings(own)).values(), strict=True)
-            }
+            places = by_path(shardings(own))
+            placed = {path: _placed(values[path].astype(x.dtype), places[path]) for path, x in by_path(own).items()}
             return join(rest, from_paths(placed))
         kernels = read_base(normed.__contains__) if (normed := model.normed_kernels()) else {}
         make = jax.jit(model.init_adapter, out_shardings=shardings(own))
@@ -119,6 +118,11 @@ def start_of(
     if (local := os.path.expanduser(name)) and os.path.isdir(local):
         name, at = os.path.abspath(local), None
     return Start(model, read, origin, check, None if scratch else (name, at), learned.__contains__)
+
+
+def _placed(values: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array of all processes, each of which has all of its values."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda part: values[part])
 
 
 def _adapter(path: str, config: ModelConfig, rules: Rules | None, saved: Adapter | None) -> Adapter | None:
