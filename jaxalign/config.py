@@ -104,7 +104,9 @@ def _common() -> ConfigDict:
                 "train": (),
                 "dtype": "float32",  # of the computation
                 "param_dtype": "float32",  # of the trained weights
-                "frozen_dtype": none(str),  # of reference and reward weights; default: param_dtype
+                "frozen_dtype": none(
+                    str
+                ),  # of weights that are not trained; int8, nf4: their layers' kernels; default: param_dtype
                 "remat": "full",  # kept for the backward pass: all, matmul outputs (on the host), attention, inputs
                 "attention": none(str),  # the backend; default: what suits the platform
                 # tokens of the longest sequence, for rope types dynamic and longrope alone; default: data.max_length

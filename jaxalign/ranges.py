@@ -35,6 +35,7 @@ ADDED: dict[str, Any] = {
 ADAPTER_RATE = 10  # learning rates of adapters over those of whole models, as guides give them
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them
 
+QUANTISED = ("int8", "nf4")  # of model.frozen_dtype: layers' kernels alone; ops/quantised.py has them
 ANOTHER_REWARD = "reward"  # of checkpoint.resume: resumes although the reward changed
 
 # (field, allowed values)
@@ -43,7 +44,7 @@ CHOICES: tuple[tuple[str, tuple], ...] = (
     *dict.fromkeys(choice for algorithm in ALGORITHMS.values() for choice in algorithm.choices),
     ("model.dtype", ("float32", "bfloat16", "float16", "float64")),
     ("model.param_dtype", ("float32", "bfloat16", "float64")),
-    ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64")),
+    ("model.frozen_dtype", (None, "float32", "bfloat16", "float16", "float64", *QUANTISED)),
     ("model.remat", ("none", "dots", "attention", "offload", "full", "auto")),
     ("model.attention", (None, "blocked", "splash", "triton", "mosaic")),
     ("data.on_error", ("stop", "skip")),

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxalign.errors import InputError
 from jaxalign.functions import is_name
-from jaxalign.ranges import LEAST_TEMPERATURE, TRACKERS, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
+from jaxalign.ranges import LEAST_TEMPERATURE, QUANTISED, TRACKERS, TRAIN_ON, TRAIN_ON_ROLES, misfit, shown
 from jaxalign.registry import ALGORITHMS, Algorithm
 
 
@@ -38,6 +38,13 @@ def check(c: Any, inputs: bool) -> None:
                 f"--config.model.param_dtype=float32{frozen} (the computation may stay in bfloat16)",
             )
     _check_adapter(c)
+    in_part = c.adapter.rank or c.model.train
+    if c.model.frozen_dtype in QUANTISED and not (in_part or ALGORITHMS[c.algorithm.name].frozen):
+        raise InputError(
+            f"model.frozen_dtype is {c.model.frozen_dtype!r}, and every parameter is trained",
+            "an adapter over quantised kernels, or whole kernels",
+            "--config.adapter.rank=16, or --config.model.frozen_dtype=None",
+        )
     if c.optimizer.weight_decay and is_name(c.optimizer.name):
         raise InputError(
             f"optimizer.weight_decay is {c.optimizer.weight_decay:g} with an optimizer of your own",

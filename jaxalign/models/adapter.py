@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.errors import InputError
+from jaxalign.models.quantised import kernel_of
 from jaxalign.ops.low_rank import LowRank, column_norms, merged
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.trees import split
@@ -216,7 +217,7 @@ def fresh(adapter: Adapter, abstract: Params, key: jax.Array, kernels: Params) -
       adapter: of the model.
       abstract: shapes and dtypes of the adapter's parameters.
       key: a jax random key.
-      kernels: of the base, for DoRA's magnitudes; else not read.
+      kernels: layers of the base, for DoRA's magnitudes; else not read.
     """
 
     def one(path: str, own: Params, update: Update) -> Params:
@@ -230,8 +231,10 @@ def fresh(adapter: Adapter, abstract: Params, key: jax.Array, kernels: Params) -
             "lora_b": jnp.zeros(own["lora_b"].shape, own["lora_b"].dtype),
         }
         if "magnitude" in own:
-            norms = jax.vmap(column_norms)(_at(kernels, path)["kernel"], *found.values())
-            found["magnitude"] = norms.astype(own["magnitude"].dtype)
+            length = abstract["embed"]["embedding"].shape[1]
+            norms = lambda own, a, b: column_norms(kernel_of(own, path, length), a, b)  # noqa: E731
+            each = (_at(kernels, path), *found.values())
+            found["magnitude"] = jax.lax.map(lambda x: norms(*x), each).astype(own["magnitude"].dtype)
         return found
 
     made: Params = {}

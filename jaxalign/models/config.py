@@ -64,6 +64,7 @@ class ModelConfig:
     ropes: tuple[Rope | None, ...] | None = None  # of each layer, where they differ; None in it: nothing turns
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     adapter: Adapter | None = None  # that is trained beside the kernels
+    quantised: str | None = None  # of the layers' kernels, which are frozen: "int8" or "nf4", see `ops.quantised`
     num_labels: int | None = None  # of the scalar head; None: one
     score_bias: bool | None = None  # whether a classifier of tokens has one; None: it is none
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export

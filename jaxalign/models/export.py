@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -37,9 +38,11 @@ from jaxalign.models.hub import (
 )
 from jaxalign.models.peft import WEIGHTS
 from jaxalign.models.peft_export import plan_adapter
+from jaxalign.models.quantised import kernel_at, quantised
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_file, write_tensors
 from jaxalign.ops.low_rank import LowRank, merged
+from jaxalign.ops.quantised import dequantise
 from jaxalign.types import Params
 
 CARD = "README.md"
@@ -266,12 +269,44 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
     """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
     names, dims = model.config.family.names, sizes(model.config)
     leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    leaves = _with_updates(model, leaves)
+    leaves = _with_updates(model, _whole(model, leaves))
     for path in leaves:
         names.row_of(path)
     for fused, index in names.in_order({path: leaf.shape for path, leaf in leaves.items()}):
         make = functools.partial(_gather, fused, [leaves[row.path] for row in fused.rows], index, dims)
         yield fused.rows[0].named(index), Planned(fused.shape(dims), make)
+
+
+class _Dequantised(NamedTuple):
+    """A kernel that lies there in few bits."""
+
+    parts: dict[str, Any]
+    path: str  # of its linear, in a layer
+    config: ModelConfig
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        codes = self.parts["kernel_codes"]
+        own = jax.ShapeDtypeStruct(codes.shape[1:], codes.dtype)
+        return (codes.shape[0], *quantised({"kernel_codes": own}, self.path, self.config.embed_dim).shape)
+
+    def on_host(self, index: Index) -> np.ndarray:
+        """That of one layer, in float32."""
+        own = {name: jnp.asarray(on_host(x, index)) for name, x in self.parts.items()}
+        here = dataclasses.replace(quantised(own, self.path, self.config.embed_dim), gathered=None)
+        return np.asarray(dequantise(here, jnp.float32))
+
+
+def _whole(model: Model, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves by path, kernels in place of their parts."""
+    found: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        if (kernel := kernel_at(path)) is None:
+            found[path] = leaf
+        else:
+            linear = kernel.removeprefix("layers/").removesuffix("/kernel")
+            found.setdefault(kernel, _Dequantised({}, linear, model.config)).parts[path.rpartition("/")[2]] = leaf
+    return found
 
 
 class _Updated(NamedTuple):
@@ -289,7 +324,7 @@ class _Updated(NamedTuple):
 
     def on_host(self, index: Index) -> np.ndarray:
         """That of one layer, in at least float32; where the layer has no update, as it is."""
-        kernel, (layer, *_) = on_host(self.kernel, index), index
+        kernel, (layer, *_) = _on_host(self.kernel, index), index
         a, b, magnitude = (None if x is None else jnp.asarray(on_host(x, index)) for x in self[2:])
         if not self.update.ranks[layer] or a is None or b is None:
             return kernel
@@ -306,7 +341,11 @@ def _with_updates(model: Model, leaves: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _on_host(leaf: Any, index: Index) -> np.ndarray:
+    return leaf.on_host(index) if isinstance(leaf, (_Dequantised, _Updated)) else on_host(leaf, index)
+
+
 def _gather(fused: Fused, leaves: list[Any], index: Index, dims: dict[str, int]) -> np.ndarray:
     """One tensor on the host, in Hugging Face's layout."""
-    arrays = [leaf.on_host(index) if isinstance(leaf, _Updated) else on_host(leaf, index) for leaf in leaves]
+    arrays = [_on_host(leaf, index) for leaf in leaves]
     return fused.whole([row.to_theirs(array, dims) for row, array in zip(fused.rows, arrays, strict=True)], dims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -19,8 +20,10 @@ from jaxalign.errors import InputError
 from jaxalign.models import peft
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
+from jaxalign.models.gather import on_host
 from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import base_of, is_adapter_dir, locate
+from jaxalign.models.quantised import dequantised, kernel_at, parts_of, read_parts
 from jaxalign.models.text_part import text_tensors
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
@@ -43,6 +46,7 @@ def load(
     revision: str | None = None,
     head: str | None = None,
     rope_length: int | None = None,
+    quantised: str | None = None,
     shardings: Shardings = None,
     key: jax.Array | None = None,
     wanted: Wanted = None,
@@ -58,6 +62,7 @@ def load(
       head: "lm", "score", or None for what the checkpoint is. "score" on a causal language model drops its token head
         and starts a scalar one.
       rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
+      quantised: "int8" or "nf4": the layers' kernels take so few bits, quantised layer by layer; None: as the others.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       key: of a new scalar head; None: the checkpoint must have one.
       wanted: which parameters, by path; None: all.
@@ -71,6 +76,7 @@ def load(
     directory = locate(path, revision)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
+    config = dataclasses.replace(config, quantised=quantised)
     model = Model(config)
     params: Params = {}
     for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings, wanted):
@@ -101,22 +107,41 @@ def read_leaves(
       InputError: as `load` does.
     """
     tensors, saved = _listed(directory, config)
-    sources, names = match(config, abstract, tensors), config.family.names
-    for leaf_path, leaf, sharding in _leaves(abstract, shardings):
+    whole = abstract
+    if config.quantised is not None:
+        kernels = functools.partial(dequantised, length=config.embed_dim, dtype=np.float32)
+        whole = abstract | {"layers": jax.eval_shape(kernels, abstract["layers"])}
+    sources, names = match(config, whole, tensors), config.family.names
+    # Where a kernel takes fewer bits, what takes its place, and what it is quantised from.
+    places = {path: (leaf, sharding) for path, leaf, sharding in _leaves(abstract, shardings)}
+    kernels_at = {path: (leaf, sharding) for path, leaf, sharding in _leaves(whole, shardings)}
+
+    def read(leaf_path: str, leaf: Any, sharding: Sharding) -> jax.Array:
+        row, found = names.row_of(leaf_path), sources[leaf_path]
+        fused = names.fused_of(row)
+        if saved is None or not peft.changes(saved, leaf_path):
+            return _read_leaf(row, fused, found, sizes(config), leaf, sharding)
+        # As exact as the files, so that the sum is rounded once.
+        wide = functools.reduce(np.promote_types, (DTYPES[t.dtype] for t in found.values()), leaf.dtype)
+        kernel = _read_leaf(row, fused, found, sizes(config), jax.ShapeDtypeStruct(leaf.shape, wide), sharding)
+        return peft.merge(saved, leaf_path, kernel, leaf.dtype, sharding)
+
+    for leaf_path, (leaf, sharding) in places.items():
         if wanted is not None and not wanted(leaf_path):
             continue
-        row, found = names.row_of(leaf_path), sources.get(leaf_path)
-        changed = found is not None and saved is not None and peft.changes(saved, leaf_path)
-        if found is None:
-            array = None
-        elif saved is not None and changed:  # as exact as the files, so that the sum is rounded once
-            wide = functools.reduce(np.promote_types, (DTYPES[t.dtype] for t in found.values()), leaf.dtype)
-            like = jax.ShapeDtypeStruct(leaf.shape, wide)
-            kernel = _read_leaf(row, names.fused_of(row), found, sizes(config), like, sharding)
-            array = peft.merge(saved, leaf_path, kernel, leaf.dtype, sharding)
-        else:
-            array = _read_leaf(row, names.fused_of(row), found, sizes(config), leaf, sharding)
-        yield leaf_path, sharding, array
+        kernel = kernel_at(leaf_path)
+        if kernel is None:
+            yield leaf_path, sharding, read(leaf_path, leaf, sharding) if leaf_path in sources else None
+        elif leaf_path.endswith("_codes"):  # the kernel's other parts with them
+            if saved is not None and peft.changes(saved, kernel):
+                layer, readers = functools.partial(on_host, read(kernel, *kernels_at[kernel])), 1
+            else:
+                row = names.row_of(kernel)
+                layer = functools.partial(_read_kernel, row, names.fused_of(row), sources[kernel], sizes(config))
+                readers = _READERS
+            parts = {path: places[path] for path in parts_of(kernel, config.quantised)}
+            for path, array in read_parts(layer, kernel, config.quantised, parts, readers).items():
+                yield path, places[path][1], array
 
 
 def _listed(directory: Path, config: ModelConfig) -> tuple[Mapping[str, Tensor], peft.Saved | None]:
@@ -180,6 +205,7 @@ def from_scratch(
     revision: str | None = None,
     head: str | None = None,
     rope_length: int | None = None,
+    quantised: str | None = None,
     shardings: Shardings = None,
     wanted: Wanted = None,
 ) -> tuple[Model, Params]:
@@ -190,7 +216,7 @@ def from_scratch(
     directory = locate(path, revision, weights=False)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    model = Model(config)
+    model = Model(dataclasses.replace(config, quantised=quantised))
     chosen = wanted or (lambda leaf_path: True)
     out: Params = {}
     for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
@@ -334,6 +360,13 @@ def _read_leaf(
 
     # Waits, so that the host's copy of this parameter is gone before the next one is read.
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
+
+
+def _read_kernel(row: Row, fused: Fused, tensors: dict[Index, Tensor], dims: dict[str, int], at: Index) -> np.ndarray:
+    """One layer's, in float32."""
+    kernel = np.ascontiguousarray(row.to_ours(fused.part(row, tensors[at].read(), dims), dims), np.float32)
+    _check_finite(kernel, tensors[at], row.named(at))
+    return kernel
 
 
 def _check_finite(array: np.ndarray, tensor: Tensor, name: str) -> None:

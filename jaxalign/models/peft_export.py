@@ -169,7 +169,7 @@ def _alpha(update: _Update, adapter: Adapter) -> int | float:
 def _whole(model: Model, leaves: Mapping[str, Any]) -> dict[str, Planned]:
     """Tensors that were trained whole, by name."""
     names, dims = model.config.family.names, sizes(model.config)
-    there = {names.row_of(path).name for path in by_path(model.abstract()) if not is_adapter(path)}
+    there = {names.row_of(path).name for path in by_path(model.plain().abstract())}
     for path in leaves:  # PEFT saves modules: a tensor is all of its parts, and a weight comes with its bias
         module = names.row_of(path).name.rpartition(".")[0]
         if names.has_another(names.row_of(path).name):  # PEFT goes by the modules of one version of transformers
@@ -199,7 +199,7 @@ def _ties(model: Model, leaves: Mapping[str, Any]) -> bool:
 def _saved_ends(model: Model, whole: Iterable[str]) -> list[str]:
     """The ends of module names by which PEFT finds those that were trained whole, and no others."""
     names, L = model.config.family.names, model.config.num_layers
-    rows = [names.row_of(path) for path in by_path(model.abstract()) if not is_adapter(path)]
+    rows = [names.row_of(path) for path in by_path(model.plain().abstract())]
     every = {row.named((layer,)).rpartition(".")[0] for row in rows for layer in range(L if row.stacked else 1)}
     saved = {name.rpartition(".")[0] for name in whole}
     found: dict[str, None] = {}

@@ -112,7 +112,7 @@ def run_layers(
     """
     if remat == "auto":
         remat = _settled.get() or ("none" if platform() == "cpu" else "full")
-    in_place = remat == "none" if platform() == "cpu" else remat != "offload"
+    in_place = remat == "none" and not _in_few_bits(layers) if platform() == "cpu" else remat != "offload"
     if in_place and _num_layers(layers) <= _UNROLLED.get(platform(), 0):
         return _one_by_one(layer, layers, x, given, sources, remat)
 
@@ -226,6 +226,11 @@ def run_prefill(
         lambda x, own: layer(own[0], x, given.of_layer(own[1])), x, (layers, given.numbers)
     )
     return x, keys, values
+
+
+def _in_few_bits(layers: Params) -> bool:
+    """Whether kernels are quantised: of layers one by one a CPU's compiler keeps each that it has made."""
+    return any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(layers))
 
 
 def _num_layers(layers: Params) -> int:

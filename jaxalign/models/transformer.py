@@ -21,6 +21,7 @@ from jaxalign.models.linear import Linear
 from jaxalign.models.mlp import Mlp
 from jaxalign.models.norm import Norm, normed
 from jaxalign.models.position_order import by_position, pays
+from jaxalign.models.quantised import parts_of
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_scores import Scores
@@ -128,6 +129,7 @@ class Ends(nnx.Module):
     """What is not a layer: the embedding, the last norm and the head."""
 
     def __init__(self, config: ModelConfig, rngs):
+        config = dataclasses.replace(config, quantised=None)
         D, V = config.embed_dim, config.vocab_size
         self.embed = Embed(config, rngs)
         self.norm = Norm(config, D)
@@ -160,6 +162,11 @@ class Model:
     config: ModelConfig
     attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
 
+    def plain(self) -> Model:
+        """The base model in whole kernels: without an adapter, not quantised."""
+        config = dataclasses.replace(self.config, adapter=None, quantised=None)
+        return self if config == self.config else dataclasses.replace(self, config=config)
+
     def abstract(self) -> Params:
         """The one declaration: shape and dtype of every parameter, layers stacked [L, ...]."""
         c = self.config
@@ -177,7 +184,9 @@ class Model:
         ends, layers = jax.random.split(key)
         params = _init(Ends, self.config, ends)
         keys = jax.random.split(layers, self.config.num_layers)
-        params["layers"] = jax.vmap(lambda k: _init(Block, self.config, k))(keys)
+        block = functools.partial(_init, Block, self.config)
+        # Quantised: one after the other, so that one layer's kernels are there at a time.
+        params["layers"] = jax.vmap(block)(keys) if self.config.quantised is None else jax.lax.map(block, keys)
         if self.config.adapter is not None:
             params = join(base(params), self.init_adapter(key, params["layers"]))
         return params
@@ -188,9 +197,10 @@ class Model:
         return fresh(self.config.adapter, self.abstract(), key, kernels)
 
     def normed_kernels(self) -> set[str]:
-        """The paths of the kernels that a fresh adapter takes norms of: with DoRA those that it updates."""
-        adapter = self.config.adapter
-        return {f"layers/{path}/kernel" for path, _ in adapter.updates} if adapter and adapter.dora else set()
+        """The paths of what a fresh adapter takes norms of: with DoRA the kernels that it updates."""
+        adapter, kind = self.config.adapter, self.config.quantised
+        kernels = [f"layers/{path}/kernel" for path, _ in adapter.updates] if adapter and adapter.dora else []
+        return set(kernels) if kind is None else {part for kernel in kernels for part in parts_of(kernel, kind)}
 
     def apply(
         self,

@@ -1,4 +1,4 @@
-"""Matmuls with weights, whose derivative never transposes the larger operand."""
+"""Matmuls with weights, whose derivative never transposes the larger operand, nor keeps a quantised one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 
 from jaxalign.ops.platform import platform
 from jaxalign.ops.precision import product_precision
+from jaxalign.ops.quantised import Quantised, dequantise
 
 
 def linear(x, kernel, contracted: int, *, kept: bool = True):
@@ -16,7 +17,7 @@ def linear(x, kernel, contracted: int, *, kept: bool = True):
 
     Args:
       x: [..., *in].
-      kernel: [*in, *out], of the same dtype.
+      kernel: [*in, *out], of the same dtype; or quantised, which counts as a constant.
       contracted: number of dims of `in`.
       kept: whether a rematerialisation policy that keeps products keeps this one.
 
@@ -26,7 +27,12 @@ def linear(x, kernel, contracted: int, *, kept: bool = True):
     # As a matrix: in the derivative the compiler would copy a kernel of more dims, transposed, before its product.
     lead, out = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inputs = math.prod(kernel.shape[:contracted])
-    return _linear(x.reshape(*lead, inputs), kernel.reshape(inputs, -1), kept).reshape(*lead, *out)
+    rows = x.reshape(*lead, inputs)
+    if isinstance(kernel, Quantised):
+        y = _quantised(rows, kernel, kept)
+    else:
+        y = _linear(rows, kernel.reshape(inputs, -1), kept)
+    return y.reshape(*lead, *out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -66,6 +72,29 @@ def _backward(kept, saved, d_y):
 
 
 _linear.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantised(x, kernel, kept):
+    """`x kernel`, [..., I] and [I, O] quantised, which is made for the product and again for its derivative.
+
+    Behind barriers: kernels of all layers could be made at once, or kept from one product to the other.
+    """
+    return _quantised_forward(x, kernel, kept)[0]
+
+
+def _quantised_forward(x, kernel, kept):
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return _forward(x, dequantise(kernel, x.dtype).reshape(x.shape[-1], -1), kept)[0], kernel
+
+
+def _quantised_backward(kept, kernel, d_y):
+    d_y, kernel = jax.lax.optimization_barrier((d_y, kernel))
+    made = dequantise(kernel, d_y.dtype).reshape(-1, d_y.shape[-1])
+    return _product(d_y, made, (d_y.ndim - 1,), (1,)), None
+
+
+_quantised.defvjp(_quantised_forward, _quantised_backward)
 
 
 def _product(a, b, of_a, of_b):

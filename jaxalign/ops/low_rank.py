@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign.ops.linear import linear
 from jaxalign.ops.precision import at_least_float32, product_precision
+from jaxalign.ops.quantised import whole
 
 
 class LowRank(NamedTuple):
@@ -29,7 +30,7 @@ def adapted(x, kernel, update: LowRank, contracted: int):
 
     Args:
       x: [..., *in].
-      kernel: W [*in, *out], in the dtype of `x`.
+      kernel: W [*in, *out], in the dtype of `x`; or quantised.
       update: in any float dtype; cast to that of `x` for the products.
       contracted: number of dims of `in`.
 
@@ -43,7 +44,8 @@ def adapted(x, kernel, update: LowRank, contracted: int):
         return y
     # Behind a barrier: fused into what reads it, it would be another number in another program, and a reference with
     # the same parameters would have other log-probs.
-    norm = jax.lax.optimization_barrier(jax.lax.stop_gradient(column_norms(kernel, update.a, update.b)))
+    norm = column_norms(whole(kernel, x.dtype), update.a, update.b)
+    norm = jax.lax.optimization_barrier(jax.lax.stop_gradient(norm))
     return y * (at_least_float32(update.magnitude) / norm).astype(y.dtype)
 
 

@@ -27,6 +27,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"mlp/(gate|up)/bias", PartitionSpec(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel", PartitionSpec(None, "tensor", "fsdp")),  # [L, F, D]
     (r"(attention/out|mlp/down)/bias", PartitionSpec()),  # [L, D]
+    # Quantised kernels: blocks lie along the embed dim D, which stays whole; `fsdp` splits the other dim too.
+    (r"attention/(query|key|value)/kernel_(codes|scales)", PartitionSpec(None, None, "tensor", "fsdp")),
+    (r"attention/out/kernel_(codes|scales)", PartitionSpec(None, "tensor", "fsdp", None)),
+    (r"mlp/(gate|up)/kernel_(codes|scales)", PartitionSpec(None, None, ("tensor", "fsdp"))),
+    (r"mlp/down/kernel_(codes|scales)", PartitionSpec(None, ("tensor", "fsdp"), None)),
+    (r".*/kernel_ranges", PartitionSpec()),
     # Adapters: the dims of the kernels that they lie beside, and the rank, whole.
     (r"(attention/(query|key|value)|mlp/(gate|up))/lora_a", PartitionSpec(None, "fsdp", None)),  # [L, D, R]
     (r"attention/(query|key|value)/lora_b", PartitionSpec(None, None, "tensor", None)),  # [L, R, N|K, H]
@@ -75,6 +81,32 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if len(spec) != len(shape):
         raise ValueError(f"{path} has shape {shape}; its rule {spec} is for {len(spec)} dims")
     return PartitionSpec(*(_fit(names, dim, mesh) for names, dim in zip(spec, shape, strict=True)))
+
+
+def embed_dim(path: str) -> int:
+    """Which dim of a kernel of a layer is the embed dim D: in each layer, 0 is the first.
+
+    >>> embed_dim("layers/attention/query/kernel"), embed_dim("layers/mlp/down/kernel")
+    (0, 1)
+    """
+    spec = _rule(path)
+    assert spec is not None, path
+    return spec.index("fsdp") - 1
+
+
+def without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    """The same, whole where `fsdp` split it.
+
+    >>> without_fsdp(PartitionSpec("fsdp", ("tensor", "fsdp")))
+    PartitionSpec(None, 'tensor')
+    """
+
+    def one(axes):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        left = tuple(name for name in names if name != "fsdp")
+        return left[0] if len(left) == 1 else left or None
+
+    return PartitionSpec(*map(one, spec))
 
 
 def _rule(path: str) -> PartitionSpec | None:

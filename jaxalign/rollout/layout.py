@@ -22,13 +22,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import InputError
-from jaxalign.models.adapter import base
+from jaxalign.models.adapter import is_adapter
+from jaxalign.models.quantised import kernel_at
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.device_memory import device_bytes, device_limit
 from jaxalign.parallel.mesh import batch_shards
-from jaxalign.parallel.sharding import param_spec, path_name
+from jaxalign.parallel.sharding import param_spec, path_name, without_fsdp
 from jaxalign.rollout.driver import on_mesh, whole_shards
 from jaxalign.rollout.slots import Prefilled, by_slots, prefill
 from jaxalign.types import Array, Params, Rows
@@ -203,11 +204,14 @@ def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> dict[str, int
     """Bytes of decoding on each device: parameters, the cache beside prompts that have been read, and temporaries."""
     c, tensor = model.config, mesh.shape["tensor"]
     item = jnp.dtype(c.dtype).itemsize
+    # A layer's kernels are made whole for each token where they are quantised, else once.
+    held = model.plain() if c.quantised is None else model
     weights = 0
-    for path, x in jax.tree_util.tree_flatten_with_path(base(model.abstract()))[0]:
-        weights += (
-            item * math.prod(x.shape) // (tensor if "tensor" in param_spec(path_name(path), x.shape, mesh) else 1)
-        )
+    for path, x in jax.tree_util.tree_flatten_with_path(held.abstract())[0]:
+        name = path_name(path)
+        of_number = item if kernel_at(name) is None else x.dtype.itemsize
+        split = any("tensor" in (axes or ()) for axes in param_spec(name, x.shape, mesh))
+        weights += of_number * math.prod(x.shape) // (tensor if split else 1)
     rows = -(-slots // batch_shards(mesh))
     heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else c.num_kv_heads
     cache = 2 * item * c.num_layers * rows * heads * columns * c.head_dim
@@ -266,7 +270,7 @@ def lay_out_ends(model: Model, ends: Params, *, mesh: Mesh | None) -> Params:
 
 @functools.partial(jit, static_argnames=("model", "arrays", "mesh"))
 def lay_out_layer(model: Model, layers: Params, number: Array, *, arrays: int, mesh: Mesh | None) -> Params:
-    """What `split_layers` gives of one number; an adapter is merged into its kernels."""
+    """What `split_layers` gives of one number; an adapter is merged into its kernels, unless these are quantised."""
 
     def cut(x):
         return jax.lax.dynamic_index_in_dim(x.reshape(-1, arrays, *x.shape[1:]), number, axis=1, keepdims=False)
@@ -275,7 +279,7 @@ def lay_out_layer(model: Model, layers: Params, number: Array, *, arrays: int, m
         return x.squeeze(0) if len(x) == 1 else x
 
     own = jax.tree.map(cut, layers)
-    if model.config.adapter is not None:
+    if model.config.adapter is not None and model.config.quantised is None:
         own = model.config.adapter.merged(own, cut, model.config.dtype)
     return jax.tree_util.tree_map_with_path(functools.partial(_place, model, mesh, alone), own)
 
@@ -284,12 +288,13 @@ def _place(model: Model, mesh: Mesh | None, cut: Callable[[Array], Array], path:
     """A parameter, or a part of it, whole but for `tensor`."""
     name, there, shape = path_name(path), jax.sharding.get_abstract_mesh(), x.shape
     x = cut(x)
-    if not name.endswith("scale"):  # norms work in their own precision
+    # Norms work in their own precision; adapters beside quantised kernels stay what training has.
+    if not name.endswith("scale") and kernel_at(name) is None and not is_adapter(name):
         x = x.astype(model.config.dtype)
     if there.empty:
         return x
     own = param_spec(name, shape, there)  # type: ignore[arg-type]
-    steps = [own, PartitionSpec(*(None if axes == "fsdp" else axes for axes in own))]
+    steps = [own, without_fsdp(own)]
     if mesh is not None and dict(mesh.shape) != dict(there.shape):
         steps.insert(0, _finer(param_spec(name, shape, mesh)))
     for spec in steps:  # where it is, then from rows to heads, then gathered: cast by then, half as much moves

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
 from jaxalign.functions import is_name
-from jaxalign.models.adapter import base
 from jaxalign.ops.trees import by_path
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
@@ -85,7 +84,7 @@ def _frozen_share(program: Program) -> float:
     kernels = [0, 0]
     for role in program.trained.values():
         held = by_path(role.abstract())
-        for path, leaf in by_path(base(role.model.abstract())).items():
+        for path, leaf in by_path(role.model.plain().abstract()).items():
             if path.endswith("kernel"):
                 kernels[path in held] += leaf.size
     return kernels[0] / sum(kernels)
@@ -214,7 +213,7 @@ def check_tokens(path: str, tokenizer: Any, revision: str | None = None) -> None
 
 
 def _shapes(role: Role) -> Any:
-    return jax.tree.map(lambda x: x.shape, base(role.model.abstract()))
+    return jax.tree.map(lambda x: x.shape, role.model.plain().abstract())
 
 
 def _ppo(config, roles, context) -> Program:

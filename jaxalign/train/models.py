@@ -19,12 +19,13 @@ from jaxalign.models import hf
 from jaxalign.models.adapter import Rules, is_adapter
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import locate
+from jaxalign.models.quantised import kernel_at
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.ops.rope import BY_LENGTH
 from jaxalign.ops.trees import by_path, from_paths, join, joined, path_pattern, split
 from jaxalign.parallel.device_memory import num_bytes
-from jaxalign.parallel.sharding import path_name
+from jaxalign.ranges import QUANTISED
 from jaxalign.train.starts import start_of
 from jaxalign.types import Params
 
@@ -69,13 +70,12 @@ class Roles:
     def reference(self, path: str | None = None) -> Role:
         """The frozen model that the policy is held to: the policy's own start values, or those at `path`."""
         c = self.config.model
-        dtype = c.frozen_dtype or c.param_dtype
         if path is not None:
-            return self._role(path, dtype, "lm", 0.0, False)
+            return self._role(path, "lm", 0.0, False, frozen=True)
         # A fresh adapter changes nothing, but DoRA's norms are those of the kernels but for rounding: only a copy of it
         # starts at the same log-probs. So does one of an adapter that is trained on.
         rules = self._rules() if self.config.adapter.dora else None
-        return self._role(c.path, dtype, "lm", 0.0, c.from_scratch, rules)
+        return self._role(c.path, "lm", 0.0, c.from_scratch, rules, frozen=True)
 
     def scorer(self, path: str, learning_rate: float = 0.0) -> Role:
         """A model with a scalar head: trained where there is a learning rate, else frozen."""
@@ -84,19 +84,28 @@ class Roles:
         if learning_rate:
             return self._trained(path, "score", learning_rate, scratch)
         self._check_scores(path)
-        return self._role(path, c.frozen_dtype or c.param_dtype, "score", 0.0, scratch)
+        return self._role(path, "score", 0.0, scratch, frozen=True)
 
     def _trained(self, path: str, head: str, learning_rate: float, scratch: bool) -> Role:
         """A role that is trained as `adapter` and `model.train` say, and the frozen rest of its model."""
         c = self.config
         rules = self._rules()
-        whole = self._role(path, c.model.param_dtype, head, learning_rate, scratch, rules)
+        whole = self._role(path, head, learning_rate, scratch, rules)
         if whole.model.config.adapter is None and not c.model.train:
             return whole
+        if kind := self._frozen()[1]:  # its frozen kernels in few bits are what the trained part is computed with
+            whole = self._role(path, head, learning_rate, scratch, rules, quantised=kind)
         trains = trained_paths(whole, c.model.train)
-        rest = self._role(path, c.model.frozen_dtype or c.model.param_dtype, head, 0.0, scratch, rules)
+        rest = self._role(path, head, 0.0, scratch, rules, frozen=True)
         rest = rest._replace(holds=lambda leaf_path: not trains(leaf_path))
         return whole._replace(holds=trains, rest=rest if jax.tree.leaves(rest.abstract()) else None)
+
+    def _frozen(self) -> tuple[str, str | None]:
+        """What frozen parameters are kept in: the dtype, and where layers' kernels take fewer bits, how."""
+        c = self.config.model
+        if c.frozen_dtype in QUANTISED:
+            return c.param_dtype, c.frozen_dtype
+        return c.frozen_dtype or c.param_dtype, None
 
     def _rules(self) -> Rules | None:
         """Of the adapters that are trained."""
@@ -127,8 +136,11 @@ class Roles:
         """The field that a path came from."""
         return next((f for f, given in model_fields(self.config).items() if given == path), "model.path")
 
-    def _role(self, path, param_dtype, head, learning_rate, scratch, rules: Rules | None = None) -> Role:
+    def _role(
+        self, path, head, learning_rate, scratch, rules: Rules | None = None, *, frozen=False, quantised=None
+    ) -> Role:
         c = self.config.model
+        param_dtype, kind = self._frozen() if frozen else (c.param_dtype, quantised)
         with self._named(path):
             start = start_of(
                 path,
@@ -139,6 +151,7 @@ class Roles:
                 new_head=head == "score" and bool(learning_rate),  # a frozen head is never a fresh one
                 rules=rules,
                 attention=c.attention,
+                quantised=kind,
                 dtype=c.dtype,
                 param_dtype=param_dtype,
                 remat=c.remat if learning_rate else "none",
@@ -161,7 +174,8 @@ def trained_paths(role: Role, patterns: Sequence[str]) -> Callable[[str], bool]:
     Raises:
       InputError: a pattern that matches no parameter, or that is no regular expression.
     """
-    there = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(role.model.abstract())[0]]
+    held, kind = by_path(role.model.abstract()), role.model.config.quantised
+    there = list(dict.fromkeys(kernel_at(path) or path for path in held))
     expressions = []
     for pattern in patterns:
         try:
@@ -175,6 +189,12 @@ def trained_paths(role: Role, patterns: Sequence[str]) -> Callable[[str], bool]:
                 f"model.train {pattern!r} matches no parameter",
                 f"whole names of a path such as {', '.join(there[:4])}",
                 f"--config.model.train={near}",
+            )
+        if frozen := [path for path in there if path not in held and expression.search(path)]:
+            raise InputError(
+                f"model.train {pattern!r} trains {frozen[0]}, which model.frozen_dtype={kind} keeps",
+                "parameters other than layers' kernels, which keep their bits",
+                "--config.model.frozen_dtype=bfloat16",
             )
         expressions.append(expression)
 

@@ -46,6 +46,7 @@ def start_of(
     new_head: bool,
     rules: Rules | None,
     attention: str | None,
+    quantised: str | None = None,
     **settings: Any,
 ) -> Start:
     """What a role starts from.
@@ -61,6 +62,7 @@ def start_of(
       new_head: whether a scalar head that the checkpoint lacks is made.
       rules: of an adapter that is made where `path` is none; else they must be that one's.
       attention: the backend.
+      quantised: how layers' kernels take few bits: "int8" or "nf4".
       settings: of `read_config`.
 
     Raises:
@@ -73,12 +75,18 @@ def start_of(
         directory = locate(path, revision)
         base, saved = base_of(directory, weights=False), peft.read(directory, config)
     adapter = _adapter(path, config, rules, None if saved is None else saved.adapter)
-    model = Model(dataclasses.replace(config, adapter=adapter), attention)
+    model = Model(dataclasses.replace(config, adapter=adapter, quantised=quantised), attention)
     learned = frozenset() if saved is None else _paths_of(config, saved.tensors)
+    if quantised and (whole := learned - by_path(model.abstract()).keys()):
+        raise InputError(
+            f"{path} has {min(whole)} of its own, which model.frozen_dtype={quantised} would quantise",
+            "an adapter of updates beside its base's kernels",
+            "--config.model.frozen_dtype=bfloat16",
+        )
     shardings = lambda tree: param_shardings(mesh, tree)  # noqa: E731
 
     def read_base(wanted: Wanted) -> Params:
-        given = settings | {"shardings": shardings, "wanted": wanted}
+        given = settings | {"shardings": shardings, "wanted": wanted, "quantised": quantised}
         if scratch:
             return hf.from_scratch(path, revision=revision, key=key, **given)[1]
         if base is None:
