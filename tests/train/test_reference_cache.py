@@ -40,7 +40,7 @@ def attach(tmp_path, monkeypatch):
     def attach(**changes):
         config = defaults("dpo")
         config.data.cache_dir = str(tmp_path)
-        role = Role(tiny.model(**changes), lambda: params)
+        role = Role(tiny.model(**changes), lambda wanted: params)
         stage = SimpleNamespace(
             config=config,
             tokenizer=Tokenizer(),
