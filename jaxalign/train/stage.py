@@ -216,6 +216,12 @@ def stage_warnings(stage: Stage) -> list[str]:
                     f"default of whole models; guides give adapters ten times as much: "
                     f"--config.optimizer.{field}={ADAPTER_RATE * c.optimizer[field]:g}"
                 )
+    policy, ref = stage.program.trained.get("policy"), stage.program.frozen.get("ref", stage.program.reference)
+    if policy and ref and ref.model.config.quantised != policy.model.config.quantised:
+        found.append(
+            f"the reference's kernels are in {ref.model.config.quantised} and the policy's are not: rewards and KL do "
+            "not begin at 0 (--config.model.frozen_dtype=None, or an adapter: --config.adapter.rank=16)"
+        )
     if stage.num_steps * stage.program.updates == 1:
         rows = min(c.batch_size, stage.dataset.num_rows)
         longer = "num_epochs=10" if c.num_train_steps is None else "num_train_steps=100"

@@ -21,6 +21,7 @@ from jaxalign.ops.trees import by_path, join
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import embed_dim, param_shardings
 from jaxalign.train import trainer
+from jaxalign.train.stage import stage_warnings
 
 OPTIONS = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
 
@@ -170,3 +171,5 @@ def test_a_reference_in_few_bits_beside_a_policy_in_full(shared, tmp_path):
     stage = made(shared, tmp_path / "run", "dpo", **{"model.frozen_dtype": "int8", "adapter.rank": 0})
     assert stage.program.trained["policy"].model.config.quantised is None
     assert stage.program.frozen["ref"].model.config.quantised == "int8"
+    (said,) = [w for w in stage_warnings(stage) if "do not begin at 0" in w]
+    assert "in int8 and the policy's are not" in said
