@@ -184,7 +184,7 @@ CASES = {
         rope_theta=100.0,
         rope_scaling={"type": "longrope"} | _LONG,
         original_max_position_embeddings=2,
-        max_position_embeddings=4,
+        max_position_embeddings=3,
         partial_rotary_factor=0.75,
         tie_word_embeddings=False,
     ),
