@@ -62,17 +62,24 @@ class Adapter:
         scales = {_number(path): np.array(u.scales, np.float32) for path, u in self.updates if u.scale is None}
         return scales | {_there(path): np.array(u.ranks) > 0 for path, u in self.updates if self.dora and 0 in u.ranks}
 
-    def scaled(self, layer: Params, numbers: Mapping[str, Any]) -> Params:
+    def scaled(self, layer: Params, numbers: Mapping[str, Any], length: int, dtype: Any) -> Params:
         """One layer's parameters, scales of its own multiplied into `lora_b`.
 
         In a layer without an update magnitudes are what changes nothing, whatever the stacked array has there.
+
+        Args:
+          layer: its parameters.
+          numbers: its own.
+          length: of the embed dim, D.
+          dtype: of the computation, in which kernels have the norms.
         """
         for path, update in self.updates:
             own = _at(layer, path)
             if update.scale is None:
                 own = own | {"lora_b": own["lora_b"] * numbers[_number(path)]}
             if self.dora and 0 in update.ranks:
-                norms = jax.lax.stop_gradient(column_norms(own["kernel"], own["lora_a"], own["lora_b"]))
+                kernel = kernel_of(own, path, length, dtype).astype(dtype)
+                norms = jax.lax.stop_gradient(column_norms(kernel, own["lora_a"], own["lora_b"]))
                 own = own | {"magnitude": jnp.where(numbers[_there(path)], own["magnitude"], norms)}
             layer = _put(layer, path, own)
         return layer

@@ -264,7 +264,7 @@ class Model:
         config = self.config
         if config.adapter is not None:
             if has_adapter(params):
-                params = config.adapter.scaled(params, given.numbers)
+                params = config.adapter.scaled(params, given.numbers, config.embed_dim, config.dtype)
             else:
                 config = dataclasses.replace(config, adapter=None)
         return nnx.merge(_graph(Block, config)[0], params)(x, given)

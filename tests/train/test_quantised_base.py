@@ -85,7 +85,14 @@ def test_logits_stay_near_those_of_whole_kernels(kind, most, shared, tmp_path):
         ("sft", {"model.frozen_dtype": "nf4"}),
         ("dpo", {"model.frozen_dtype": "nf4", "model.remat": "full"}),
         ("dpo", {"model.frozen_dtype": "int8", "model.dtype": "bfloat16", "model.remat": "dots"}),
-        ("dpo", {"model.frozen_dtype": "nf4", "adapter.dora": True}),
+        (
+            "dpo",
+            {
+                "model.frozen_dtype": "nf4",
+                "adapter.dora": True,
+                "adapter.targets": (r"layers\.(1|3)\.self_attn\.q_proj", "up_proj"),
+            },
+        ),
         ("reward", {"model.frozen_dtype": "nf4"}),
         ("ppo", {"model.frozen_dtype": "nf4"}),
         ("sft", {"model.frozen_dtype": "nf4", "adapter.rank": 0, "model.train": ("embed", r"layers/\w*norm")}),
