@@ -120,7 +120,7 @@ def table(result: dict[str, Any]) -> str:
     for name, part in result["parts"].items():
         lines += [cells(name, row) for row in part["rows"]]
         if part["ended"]:
-            lines.append([name, "", "", "", "", "", "", part["ended"]])
+            lines.append([name, *[""] * (len(HEAD) - 2), part["ended"]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 

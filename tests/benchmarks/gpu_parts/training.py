@@ -98,7 +98,7 @@ def optimizer(run: Run):
     """AdamW as a stage makes it."""
     fields = {"name": "adamw", "schedule": "constant", "warmup_steps": 0, "final_fraction": 0.0, "b1": 0.9, "b2": 0.95}
     fields |= {"eps": 1e-8, "weight_decay": 0.0, "decay_mask": "matrices", "max_grad_norm": 1.0}
-    return make_optimizer(types.SimpleNamespace(**fields, state_dtype=run.state_dtype), 1e-5, 1000)
+    return make_optimizer(types.SimpleNamespace(**fields, state_dtype=run.state_dtype, rate_factors=()), 1e-5, 1000)
 
 
 def build(run: Run):
