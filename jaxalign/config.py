@@ -137,6 +137,9 @@ def _common() -> ConfigDict:
                 "row_length": none(int),
                 "truncation": "drop",  # what happens to a record that is too long
                 "system_turns": "keep",  # fold: into the user's turn that follows; drop: left out
+                # what names that the chat template reads stand for, in every rendering and in the export's template:
+                # {"enable_thinking": False}, or pairs
+                "chat_template_kwargs": (),
                 "append_eos": True,  # adds EOS to a completion that lacks it and was not truncated
                 "packing": False,  # many records in a row of row_length tokens
                 "shuffle": True,  # a new order in each epoch, from the seed

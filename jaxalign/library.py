@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Continues prompts.
 
@@ -105,6 +106,7 @@ def generate(
       top_p: samples among the likeliest tokens that make up this share; 1: off.
       seed: of the samples.
       dtype: of weights and computation; None: the configuration's default.
+      chat_template_kwargs: values of names that the chat template reads, such as enable_thinking.
 
     Returns:
       The completions, in order.
@@ -115,5 +117,6 @@ def generate(
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = Sampling.of(defaults("dpo").rollout, **given)
     check_flags(seed=seed)
-    found = load_model(model, head="lm", dtype=dtype).generator(sampling)(list(prompts), seed=seed)
+    loaded = load_model(model, head="lm", dtype=dtype, chat_template_kwargs=chat_template_kwargs)
+    found = loaded.generator(sampling)(list(prompts), seed=seed)
     return [completion.text for completion in found]

@@ -31,6 +31,7 @@ ADDED: dict[str, Any] = {
     "adapter.dora": False,
     "optimizer.rate_factors": [],
     "algorithm.one_base": False,
+    "data.chat_template_kwargs": [],
 }
 ADAPTER_RATE = 10  # learning rates of adapters over those of whole models, as guides give them
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxalign.errors import InputError
@@ -73,6 +74,7 @@ def check(c: Any, inputs: bool) -> None:
         )
     if c.checkpoint.best_metric:
         _check_evaluated(c)
+    template_kwargs(c.data.chat_template_kwargs)
     _check_train_on(c.data.get("train_on"))
     _check_mesh(c.mesh)
     _check_trackers(c.logging)
@@ -85,6 +87,37 @@ def check(c: Any, inputs: bool) -> None:
                 "--config.rollout.temperature=1.0",
             )
     ALGORITHMS[c.algorithm.name].check(c, inputs)
+
+
+def template_kwargs(given: Any, flag: str = "--config.data.chat_template_kwargs") -> dict[str, Any]:
+    """The values of a chat template's names, from the forms in which they are given.
+
+    Args:
+      given: dicts, or pairs of a name and a value; None for none.
+      flag: what gave them, for messages.
+
+    Raises:
+      InputError: something else, or a value that is not of JSON.
+
+    >>> template_kwargs(({"enable_thinking": False},)) == template_kwargs([["enable_thinking", False]])
+    True
+    """
+    found: dict[str, Any] = {}
+    example = f"{flag}='{{\"enable_thinking\": false}}'"
+    for item in given or ():
+        pairs = list(item.items()) if isinstance(item, Mapping) else [item]
+        for pair in pairs:
+            named = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
+            if not named or not pair[0].isidentifier():
+                raise InputError(f"{flag} holds {shown(pair)}", "names and their values, as JSON", example)
+            name, value = pair
+            if name in found:
+                raise InputError(f"{flag} gives {name!r} twice", "each name once", example)
+            try:
+                found[name] = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError):
+                raise InputError(f"{flag} gives {name!r} {shown(value)}", "a value of JSON", example) from None
+    return found
 
 
 def check_lengths(c: Any, usual: Any, max_length: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from typing import Any
 
 from jaxalign.errors import InputError
@@ -67,6 +68,24 @@ MODEL = ("--model", str, REQUIRED, "directory in Hugging Face form, or a hub id"
 LINES = ("--data", str, REQUIRED, 'JSON lines, each with strings "prompt" and "completion"')
 SEPARATE = ("--separate", bool, None, "tokenise prompt and completion apart; default: as one text, as in training")
 DTYPE = ("--dtype", str, None, "of weights and computation: float32 (default), bfloat16, float16")
+TEMPLATE = (
+    "--chat_template_kwargs",
+    str,
+    None,
+    "values of names that the chat template reads, as JSON: '{\"enable_thinking\": false}'; an export has its run's",
+)
+
+
+def template_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """The values that `TEMPLATE` gives."""
+    from jaxalign.relations import template_kwargs
+
+    flag, text = TEMPLATE[0], args.chat_template_kwargs
+    try:
+        given = (json.loads(text),) if text else ()
+    except ValueError as error:
+        raise InputError(f"{flag} {text!r}", f"JSON ({error})", f"{flag} '{{\"enable_thinking\": false}}'") from error
+    return template_kwargs(given, flag)
 
 
 def sampling_flags(*, within_room: bool = False) -> tuple[tuple[str, type, Any, str], ...]:

@@ -10,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxalign.commands.flags import DTYPE, LINES, MODEL, REQUIRED, SEPARATE, parser, sampling, sampling_flags
+from jaxalign.commands.flags import (
+    DTYPE,
+    LINES,
+    MODEL,
+    REQUIRED,
+    SEPARATE,
+    TEMPLATE,
+    parser,
+    sampling,
+    sampling_flags,
+    template_kwargs,
+)
 from jaxalign.disk import check_out, write_whole
 from jaxalign.errors import InputError
 
@@ -62,17 +73,15 @@ def generate(argv: list[str]) -> int:
             None,
             "the prompt is a user's message: put into the model's chat template, if it has one",
         ),
+        TEMPLATE,
         DTYPE,
     )
     args = flags.parse_args(argv)
     from jaxalign.pipeline.generate import generate
 
+    options = {"chat": args.chat, "chat_template_kwargs": template_kwargs(args), "dtype": args.dtype}
     room = args.max_new_tokens is None
-    print(
-        generate(
-            args.model, args.prompt, sampling(args), seed=args.seed, within_room=room, chat=args.chat, dtype=args.dtype
-        )
-    )
+    print(generate(args.model, args.prompt, sampling(args), seed=args.seed, within_room=room, **options))
     return 0
 
 
@@ -85,14 +94,15 @@ def chat(argv: list[str]) -> int:
         "/reset begins anew, Ctrl-C stops an answer, /quit ends.",
         MODEL,
         ("--system", str, None, "a system message before the dialogue"),
+        TEMPLATE,
         *sampling_flags(within_room=True),
         DTYPE,
     )
     args = flags.parse_args(argv)
     from jaxalign.pipeline.chat import chat
 
-    room = args.max_new_tokens is None
-    chat(args.model, sampling(args), seed=args.seed, within_room=room, system=args.system, dtype=args.dtype)
+    options = {"system": args.system, "chat_template_kwargs": template_kwargs(args), "dtype": args.dtype}
+    chat(args.model, sampling(args), seed=args.seed, within_room=args.max_new_tokens is None, **options)
     return 0
 
 
@@ -154,6 +164,7 @@ def compare(argv: list[str]) -> int:
         ("--show", int, 5, "how many samples to show"),
         ("--confidence", float, 0.95, "of the win rate's interval"),
         *sampling_flags(),
+        TEMPLATE,
         ("--out", str, None, "a file for all of it as JSON"),
         ("--json", bool, None, "print the JSON instead of the page"),
         DTYPE,
@@ -174,6 +185,7 @@ def compare(argv: list[str]) -> int:
         confidence=args.confidence,
         dtype=args.dtype,
         seed=args.seed,
+        chat_template_kwargs=template_kwargs(args),
     )
     width = min(120, shutil.get_terminal_size((120, 0)).columns)
     _give(result, args.out, lambda: page(result, show=args.show, width=width), args.json)

@@ -57,7 +57,7 @@ def unread_tools(columns: dict[str, Any], tools: list | None) -> bool:
 
     Args:
       columns: of the record.
-      tools: what `template.tools_of` made of it.
+      tools: what `template_inputs.inputs_of` made of it.
     """
     given = columns.get("tools")
     empty = given is None or (isinstance(given, str) and given.strip().lower() in ("", "[]", "{}", "null", "none"))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.data.omissions import left_out, split_markers, with_system_turns
 from jaxalign.data.records import Message
+from jaxalign.data.template_inputs import COLUMN, TemplateInputs, unread
 from jaxalign.errors import InputError
 
 Span = tuple[int, int]  # half-open range of characters
 
 _SENTINEL = "\ue000"  # a private-use character: no real message begins or ends with it
+_NOTHING = TemplateInputs()
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -61,47 +62,58 @@ class ChatTemplate:
         """Whether conversations are rendered without a chat template."""
         return not self.source
 
-    def prompt(self, messages: Sequence[Message], *, tools=None) -> str:
+    def prompt(self, messages: Sequence[Message], given: TemplateInputs = _NOTHING) -> str:
         """The prompt's text, with the header of the assistant's turn.
+
+        Args:
+          messages: of the prompt.
+          given: what else the template gets.
 
         Raises:
           InputError: where the template refuses the conversation.
         """
-        return _with_calls(self, messages, lambda said: _Conversation(self, said, tools).render(len(said), True))
+        return _with_calls(self, messages, lambda said: _Conversation(self, said, given).render(len(said), True))
 
-    def left_out(self, messages: Sequence[Message], text: str, *, tools=None, prompt: bool = False) -> tuple[str, ...]:
+    def left_out(
+        self, messages: Sequence[Message], text: str, given: TemplateInputs = _NOTHING, *, prompt: bool = False
+    ) -> tuple[str, ...]:
         """The parts of a conversation that are not in its rendered text, by the names that the report counts.
 
         Args:
           messages: the whole conversation.
           text: as `conversation` or, with `prompt`, `prompt` rendered it.
-          tools: tool schemas that were given to the template.
+          given: what else the template got.
           prompt: whether the text opens the assistant's turn at its end.
         """
         if self.is_plain:
-            return ("tools",) if tools else ()
+            return ("tools",) * bool(given.tools) + (COLUMN,) * bool(given.values)
         bare = [m for m in messages if "function_call" in m]
         lost = left_out([m for m in messages if "function_call" not in m], text)
-        if bare and not (self.writes_calls and _rendered_calls(self, messages, text, tools, prompt)):
+        if bare and not (self.writes_calls and _rendered_calls(self, messages, text, given, prompt)):
             lost += ("the tags of function calls (written as their JSON)",)
-        if tools and not _shows(tools, text):
+        if given.tools and not _shows(given.tools, text):
 
             def without(said: Sequence[Message]) -> str:
-                return _Conversation(self, said, None).render(len(said), prompt)
+                return _Conversation(self, said, given._replace(tools=None)).render(len(said), prompt)
 
             lost += ("tools",) if _with_calls(self, messages, without) == text else ()
-        return lost
+        return lost + tuple(f"{COLUMN} {name}" for name in unread(self.source, given.values))
 
     def split_markers(self) -> dict[str, int]:
         """The template's markers that are several tokens for this tokenizer, with the number of tokens."""
         if self.is_plain:
             return {}
         said = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-        text = _Conversation(self, said, None).render_or_none(2)
+        text = _Conversation(self, said, _NOTHING).render_or_none(2)
         return split_markers(str(self.source) if text is None else text, self._tokenizer)
 
     def conversation(
-        self, messages: Sequence[Message], first: int = 0, *, tools=None, roles: tuple[str, ...] = ("assistant",)
+        self,
+        messages: Sequence[Message],
+        first: int = 0,
+        given: TemplateInputs = _NOTHING,
+        *,
+        roles: tuple[str, ...] = ("assistant",),
     ) -> Rendered:
         """Renders a conversation and finds the turns of the assistant, or of `roles`, from message `first` on.
 
@@ -113,7 +125,7 @@ class ChatTemplate:
         Args:
           messages: the whole conversation; a message with `"weight": 0` is not among the spans.
           first: messages before this index are the prompt, whoever speaks.
-          tools: tool schemas for templates that show them.
+          given: what else the template gets.
           roles: whose turns are the spans.
 
         Returns:
@@ -123,7 +135,7 @@ class ChatTemplate:
         Raises:
           InputError: where the template refuses the conversation or leaves a message out.
         """
-        return _with_calls(self, messages, lambda said: _Conversation(self, said, tools).rendered(first, roles))
+        return _with_calls(self, messages, lambda said: _Conversation(self, said, given).rendered(first, roles))
 
 
 def _with_calls(template: ChatTemplate, messages: Sequence[Message], render: Callable[[Sequence[Message]], Any]) -> Any:
@@ -143,10 +155,12 @@ def _with_calls(template: ChatTemplate, messages: Sequence[Message], render: Cal
     return render(bare)
 
 
-def _rendered_calls(template: ChatTemplate, messages: Sequence[Message], text: str, tools: Any, prompt: bool) -> bool:
+def _rendered_calls(
+    template: ChatTemplate, messages: Sequence[Message], text: str, given: TemplateInputs, prompt: bool
+) -> bool:
     """Whether the template renders tool calls: the text differs from that with their JSON."""
     bare = [{k: v for k, v in message.items() if k != "function_call"} for message in messages]
-    return _Conversation(template, bare, tools).render_or_none(len(bare), prompt) != text
+    return _Conversation(template, bare, given).render_or_none(len(bare), prompt) != text
 
 
 def _shows(tools: list, text: str) -> bool:
@@ -159,8 +173,8 @@ def _shows(tools: list, text: str) -> bool:
 class _Conversation:
     """One conversation under one template."""
 
-    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools):
-        self._template, self._tools = template, tools
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], given: TemplateInputs):
+        self._template, self._given = template, given
         self._messages = [{k: v for k, v in m.items() if v is not None and k != "weight"} for m in messages]
         self._said = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
         self._weighted = [i for i, m in enumerate(messages) if m.get("weight") != 0]
@@ -248,7 +262,11 @@ class _Conversation:
             assert template._plain is not None
             return template._plain(messages, add_generation_prompt)
         return template._tokenizer.apply_chat_template(
-            messages, tools=self._tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=self._given.tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self._given.values,
         )
 
     def _refused(self, messages, error) -> InputError:
@@ -271,7 +289,7 @@ class _Conversation:
         if self._template.is_plain:
             return None
         tokenizer = self._template._tokenizer
-        source = tokenizer.get_chat_template(None, self._tools)
+        source = tokenizer.get_chat_template(None, self._given.tools)
         if not _GENERATION_MARK.search(source):
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -279,10 +297,10 @@ class _Conversation:
         try:
             texts, spans = render_jinja_template(
                 [self._messages],
-                tools=self._tools,
+                tools=self._given.tools,
                 chat_template=source,
                 return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
+                **{**tokenizer.special_tokens_map, **self._given.values},
             )
         except Exception as error:
             raise self._refused(self._messages, error) from error
@@ -361,14 +379,3 @@ class _Conversation:
         if alone is not None and _SENTINEL in alone:
             return alone[alone.rindex(_SENTINEL) + 1 :]
         return self._template._tokenizer.eos_token or ""
-
-
-def tools_of(columns: dict[str, Any]) -> list | None:
-    """The tool schemas of a record's `tools` column, as a list; None where there are none."""
-    tools = columns.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            return None
-    return tools if isinstance(tools, list) and tools and all(isinstance(t, dict) for t in tools) else None

@@ -12,7 +12,8 @@ import numpy as np
 from jaxalign.data.forms import FORMS
 from jaxalign.data.omissions import unread_tools
 from jaxalign.data.records import Message, Notes, Record
-from jaxalign.data.template import ChatTemplate, Rendered, common_prefix, tools_of
+from jaxalign.data.template import ChatTemplate, Rendered, common_prefix
+from jaxalign.data.template_inputs import inputs_of
 from jaxalign.errors import InputError
 
 _CHUNK = 512  # records tokenised in one call
@@ -158,14 +159,14 @@ class _Part(NamedTuple):
 
 def _conversation(encoder: Encoder, record: Record, messages, train_on: TrainOn, first: int = 0) -> _Part:
     template, roles = encoder.template, train_on.roles
-    tools = tools_of(record.columns)
+    given = inputs_of(record.columns)
     if roles:
-        rendered = template.conversation(messages, 0, tools=tools, roles=roles)
+        rendered = template.conversation(messages, 0, given, roles=roles)
     else:
         last = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight") != 0][-1:]
         if train_on.what == "last" and last:
             first = last[0]
-        rendered = template.conversation(messages, first, tools=tools)
+        rendered = template.conversation(messages, first, given)
     if train_on.what == "last" and rendered.spans:
         rendered = rendered._replace(boundary=rendered.spans[0][0])
     return _Part(rendered, not template.is_plain, messages)
@@ -188,7 +189,7 @@ def _prompt(encoder: Encoder, record: Record) -> _Part:
     if isinstance(prompt, str):
         return _Part(Rendered(prompt, (), len(prompt)), False)
     template = encoder.template
-    text = template.prompt(prompt, tools=tools_of(record.columns))
+    text = template.prompt(prompt, inputs_of(record.columns))
     return _Part(Rendered(text, (), len(text)), not template.is_plain, prompt)
 
 
@@ -350,14 +351,14 @@ def tokenize_records(
 
 def _note(encoder: Encoder, record: Record, parts: list[_Part], notes: Notes) -> None:
     """Counts what the template left out of a record, once for each kind."""
-    tools = tools_of(record.columns)
+    given = inputs_of(record.columns)
     lost: dict[str, None] = {}
     for part in parts:
         if not part.messages:
             continue
         prompt = not FORMS[record.form].completions
-        lost |= dict.fromkeys(encoder.template.left_out(part.messages, part.rendered.text, tools=tools, prompt=prompt))
-        if unread_tools(record.columns, tools):
+        lost |= dict.fromkeys(encoder.template.left_out(part.messages, part.rendered.text, given, prompt=prompt))
+        if unread_tools(record.columns, given.tools):
             lost["tools (a column that is no list of schemas)"] = None
     for name in lost:
         notes.add(LOST + name, record)

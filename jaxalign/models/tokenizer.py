@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxalign.data.template_inputs import set_defaults
 from jaxalign.errors import InputError
 from jaxalign.models.hf_values import token_ids
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, file_of, locate, read_json, tokenizer_home
@@ -17,19 +18,27 @@ _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 
 
-def load_tokenizer(path: str | Path, revision: str | None = None, chat_template: str | None = None) -> Any:
+def load_tokenizer(
+    path: str | Path,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    flag: str = "--config.data.chat_template_kwargs",
+) -> Any:
     """Reads a tokenizer with `transformers`, and settles its padding token.
 
     Args:
       path: a directory, a URL or a hub id.
       revision: of a hub id.
       chat_template: a file, or the template itself; None: the tokenizer's own, if it has one.
+      chat_template_kwargs: values of names that the template reads, which are written into it.
+      flag: what gave these, for messages.
 
     Returns:
       A transformers tokenizer whose `pad_token_id` is set, see `choose_pad`.
 
     Raises:
-      InputError: no tokenizer there, or one that cannot be read.
+      InputError: no tokenizer there, or one that cannot be read; a name that its template never reads.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
     from transformers import AutoTokenizer
@@ -68,6 +77,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, chat_template:
         tokenizer.chat_template = _template(chat_template)
         _check_syntax(tokenizer, chat_template)
     _check_settings(tokenizer, directory)
+    set_defaults(tokenizer, chat_template_kwargs or {}, flag)
     tokenizer.pad_token_id = choose_pad(tokenizer)
     return tokenizer
 

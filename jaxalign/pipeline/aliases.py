@@ -95,6 +95,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         ("use_rslora peft_use_rslora", "adapter.rslora"),
         ("use_dora peft_use_dora", "adapter.dora"),
         ("loraplus_lr_ratio loraplus_ratio", "optimizer.rate_factors"),
+        ("apply_chat_template_kwargs", "data.chat_template_kwargs"),
         ("tp tensor_parallel tensor_parallel_size ds_tensor_parallel_size", "mesh.tensor"),
         ("zero_stage fsdp_config deepspeed", "mesh.fsdp"),
         ("dp data_parallel data_parallel_size", "mesh.data"),

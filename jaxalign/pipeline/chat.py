@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jaxalign.errors import InputError
@@ -24,6 +24,7 @@ def chat(
     within_room: bool = False,
     system: str | None = None,
     dtype: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     lines: Iterable[str] | None = None,
     out: TextIO | None = None,
 ) -> None:
@@ -39,6 +40,7 @@ def chat(
       within_room: answers take half of what the model was made for, at most.
       system: a system message before the dialogue.
       dtype: of weights and computation; None: the configuration's default.
+      chat_template_kwargs: values of names that the chat template reads.
       lines: the user's messages; None: standard input, with a prompt on a terminal.
       out: where answers go; None: standard output.
 
@@ -47,7 +49,7 @@ def chat(
     """
     from jaxalign.pipeline.loaded import load_model
 
-    loaded = load_model(model, head="lm", dtype=dtype, flag="--model")
+    loaded = load_model(model, head="lm", dtype=dtype, flag="--model", chat_template_kwargs=chat_template_kwargs)
     if not loaded.tokenizer.chat_template:
         print(f"note: {model} has no chat template: the dialogue is written as plain text", file=sys.stderr)
     most = sampling.max_new_tokens

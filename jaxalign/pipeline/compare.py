@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.config import defaults
@@ -13,6 +13,7 @@ from jaxalign.data.dialogues import render_plain
 from jaxalign.data.mixture import load_records
 from jaxalign.data.records import Record
 from jaxalign.data.source import parse_sources
+from jaxalign.data.template_inputs import set_defaults
 from jaxalign.evaluate.diversity import distinct_ngrams, distinct_samples, length_correlation, repetition
 from jaxalign.evaluate.heldout import Question, questions, references
 from jaxalign.evaluate.perplexity import perplexity
@@ -42,6 +43,7 @@ def compare(
     confidence: float,
     seed: int,
     dtype: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compares two models' samples on the same held-out prompts.
 
@@ -55,6 +57,7 @@ def compare(
       confidence: of the win rate's interval, between 0 and 1.
       seed: of the samples, the same for both models.
       dtype: of weights and computation; None: the configuration's default.
+      chat_template_kwargs: values of names that both models' chat templates read.
 
     Returns:
       JSON values: `win_rate` (None without a reward or prompts), `models` (figures of `base` and `aligned`),
@@ -66,7 +69,8 @@ def compare(
     data = (data,) if isinstance(data, str) else tuple(data)
     check_flags(seed=seed, confidence=confidence, num_prompts=num_prompts)
     for flag, path in (("--base", base), ("--aligned", aligned)):
-        require_head(path, "lm", flag)
+        tokenizer = require_head(path, "lm", flag)[1]
+        set_defaults(tokenizer, chat_template_kwargs or {}, "--chat_template_kwargs")
     scorer, reach = (None, None) if reward is None else _scorer(reward, dtype)
     records = list(load_records(data, None, max_records=num_prompts, field="data.sources")[0])
     asked = questions(records)
@@ -78,7 +82,7 @@ def compare(
     tokenizers: list[Any] = []
     said: list[Tokens] = []  # the aligned model's samples, which the base scores too
     for name, path in (("aligned", aligned), ("base", base)):  # one after the other: one model in memory
-        loaded = load_model(path, head="lm", dtype=dtype)
+        loaded = load_model(path, head="lm", dtype=dtype, chat_template_kwargs=chat_template_kwargs)
         generator = loaded.generator(sampling)
         prompts = generator.encode([q.prompt for q in asked]) if asked else []
         answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []

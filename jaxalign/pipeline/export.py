@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS
+from jaxalign.relations import template_kwargs
 
 if TYPE_CHECKING:
     from jaxalign.train.models import Role
@@ -83,7 +84,9 @@ def export(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, param_shardings(mesh, like)
     )
     own = given["tokenizer"] in (None, given["path"])  # another tokenizer has no revision
-    tokenizer = load_tokenizer(source if own else given["tokenizer"], revision if own else None, given["chat_template"])
+    of = (source, revision) if own else (given["tokenizer"], None)
+    values = template_kwargs(config["data"].get("chat_template_kwargs"))  # a run of an earlier version has none
+    tokenizer = load_tokenizer(*of, given["chat_template"], values)
     check_vocabulary(tokenizer, trained.model.config.vocab_size, source)
     wanted: dict[str, Any] = {"params": {role: like}}
     if config["optimizer"]["name"] == "schedule_free":
@@ -96,7 +99,7 @@ def export(
     inputs = read_meta(run / "checkpoints" / str(step)).get("inputs")
     note, base = only_here(trained.model.config), adapter_base(trained, merge)
     card = model_card(RunDir(os.fspath(run)), config, step, inputs, note, base)
-    kept = tokenizer_of_export(given, directory, tokenizer)
+    kept = tokenizer_of_export(config, directory, tokenizer)
     rest = dict if trained.rest is None else trained.rest.load
     options = {"source": directory, "tokenizer": kept, "dtype": dtype, "card": card}
     return write_export(out, trained, params, rest, merge=merge, **options)

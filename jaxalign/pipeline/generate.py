@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxalign.errors import InputError
 
@@ -20,6 +21,7 @@ def generate(
     within_room: bool = False,
     chat: bool = False,
     dtype: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Continues a prompt.
 
@@ -31,6 +33,7 @@ def generate(
       within_room: no more tokens than the model has room for behind the prompt.
       chat: render the prompt by the model's chat template, or plainly, as training does, where it has none.
       dtype: of weights and computation; None: the configuration's default.
+      chat_template_kwargs: values of names that the chat template reads.
 
     Returns:
       The completion, without special tokens; prompt + completion is the whole text.
@@ -46,7 +49,7 @@ def generate(
         ) from error
     from jaxalign.pipeline.loaded import load_model
 
-    loaded = load_model(model, head="lm", dtype=dtype, flag="--model")
+    loaded = load_model(model, head="lm", dtype=dtype, flag="--model", chat_template_kwargs=chat_template_kwargs)
     if chat and not loaded.tokenizer.chat_template:
         print(f"note: {model} has no chat template: the prompt is written as plain text", file=sys.stderr)
 

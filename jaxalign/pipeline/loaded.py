@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxalign.config import defaults
+from jaxalign.data.template_inputs import set_defaults
 from jaxalign.data.tokenize import Encoder
 from jaxalign.errors import InputError
 from jaxalign.evaluate.sequences import Tokens
@@ -52,7 +53,13 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    path: str, *, head: str, dtype: str | None = None, devices: Sequence[Any] | None = None, flag: str = ""
+    path: str,
+    *,
+    head: str,
+    dtype: str | None = None,
+    devices: Sequence[Any] | None = None,
+    flag: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Loads a directory or hub id over this machine's devices, weights split among them.
 
@@ -62,11 +69,13 @@ def load_model(
       dtype: of weights and computation; None: the configuration's default.
       devices: None: all.
       flag: of the command line that gave the path, for messages.
+      chat_template_kwargs: values of names that the chat template reads.
 
     Raises:
-      InputError: no such model, or one of the other kind.
+      InputError: no such model, or one of the other kind; a name that its template never reads.
     """
     _, tokenizer = require_head(path, head, flag)
+    set_defaults(tokenizer, chat_template_kwargs or {}, "--chat_template_kwargs")
     common, dtype = defaults("sft"), _usable(dtype)
     start()
     mesh = make_mesh(common.mesh, devices)

@@ -309,7 +309,10 @@ def broken(file: Path, error: BaseException) -> InputError:
         return no_field(root, field, f"{place}: there is no field {field}", _assigned(error), line_of)
     if isinstance(error, TypeError) and names and (match := _WRONG_TYPE.search(message)):
         root, prefix, variable = names
-        return _wrong_type(place, Place(edit, variable), root, prefix, *match.groups())
+        name, *told = match.groups()
+        if isinstance(given := _assigned(error), ConfigDict):  # made of a dict
+            told[:2] = repr(given.to_dict()), "dict"
+        return _wrong_type(place, Place(edit, variable), root, prefix, name, *told)
     if isinstance(error, SystemExit):
         return InputError(f"{place}: the file ends the program (SystemExit: {error.code})", "a return of config", edit)
     said = " ".join(_said(error).split())

@@ -95,7 +95,8 @@ def tuple_of(field: str, text: str) -> tuple:
     value = _literal(text)
     if value is _NOT_A_LITERAL:
         if text.lstrip()[:1] in tuple("([{"):
-            raise _unfit(field, text, "a Python or JSON literal", '[{"path": "a.jsonl"}] (quote it for the shell)')
+            example = '{"enable_thinking": false}' if "kwargs" in field else '[{"path": "a.jsonl"}]'
+            raise _unfit(field, text, "a Python or JSON literal", f"{example} (quote it for the shell)")
         if parts := tuple(part.strip() for part in text.split(",") if part.strip()):
             return parts
         raise _unfit(field, text, "a value, several with commas, or None for none", "None")

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxalign.data.records import Record
-from jaxalign.data.template import tools_of
+from jaxalign.data.template_inputs import inputs_of
 from jaxalign.data.tokenize import Dropped, Encoder, tokenize_records
 from jaxalign.errors import InputError
 from jaxalign.models.transformer import Model
@@ -174,7 +174,7 @@ class ModelScorer:
             ids = ids[:-1]
         elif not finished and not isinstance(said, str) and not encoder.template.is_plain:
             # The template has no stop id at the end of a turn: what it appends would look like one.
-            shown = encoder.template.conversation([*prompt, *said], len(prompt), tools=tools_of(dict(columns)))
+            shown = encoder.template.conversation([*prompt, *said], len(prompt), inputs_of(columns))
             ids = encoder.ids(shown.text[: shown.words_end[-1]], templated=True)
         if not example.complete[0] and finished and eos is not None:
             ids = np.append(ids, eos)

@@ -316,15 +316,17 @@ def write_export(
     return hf.save(directory, role.model, join(params, rest()), **options)
 
 
-def tokenizer_of_export(model: Mapping[str, Any], source: Path, tokenizer: Any) -> Any:
+def tokenizer_of_export(config: Mapping[str, Any], source: Path, tokenizer: Any) -> Any:
     """What `jaxalign.save` takes as an export's tokenizer: None where its files in the model's directory are copied.
 
     Args:
-      model: the section of the configuration.
+      config: of the stage.
       source: where the model is.
       tokenizer: that was loaded by it; written where it is not the model's own, or was made of other files.
     """
+    model = config["model"]
     own = model["tokenizer"] in (None, model["path"]) and model["chat_template"] is None
+    own = own and not config["data"].get("chat_template_kwargs")  # else they are in the template
     flat = not isinstance(tokenizer.chat_template, dict)  # several templates by name may lie in a folder
     return None if own and flat and (source / "tokenizer.json").is_file() else tokenizer
 

@@ -18,6 +18,7 @@ from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
 from jaxalign.ranges import ADAPTER_RATE
+from jaxalign.relations import template_kwargs
 from jaxalign.steps.loss_scale import LossScale
 from jaxalign.steps.step import make_eval_step, make_train_step
 from jaxalign.train import algorithms
@@ -75,7 +76,8 @@ class Stage:
         described = describe_start(c)
         path = c.model.tokenizer or c.model.path
         with named("model.tokenizer" if c.model.tokenizer else "model.path"):
-            self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template)
+            values = template_kwargs(c.data.chat_template_kwargs)
+            self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template, values)
         check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
         self.dataset, self.eval_dataset = (data or read_data)(c, self.tokenizer, ends)

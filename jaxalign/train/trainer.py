@@ -241,7 +241,7 @@ def _export(
         evaluated(state).params[role],
         lambda: frozen.get(role, {}),
         source=source,
-        tokenizer=tokenizer_of_export(c.model, source, stage.tokenizer),
+        tokenizer=tokenizer_of_export(c, source, stage.tokenizer),
         card=model_card(stage.directory, configuration.to_dict(c), step, inputs, note, base),
     )
     return target

@@ -64,6 +64,7 @@ def test_fields_that_were_added_later_are_no_other_run(tmp_path):
     old = new.copy_and_resolve_references()
     with old.unlocked():
         del old.checkpoint.patience, old.checkpoint.every_minutes, old.algorithm.estimator
+        del old.data.chat_template_kwargs
     assert keys_of(old, {}, ()) == keys_of(new, {}, ())
     open_run(old)
     assert open_run(new) is None
