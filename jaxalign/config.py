@@ -98,6 +98,9 @@ def _common() -> ConfigDict:
                 "revision": none(str),  # of a hub id: branch, tag or commit
                 "tokenizer": none(str),  # a directory or hub id; default: that of model.path
                 "chat_template": none(str),  # a file or a template; default: the tokenizer's own
+                # tokens that the tokenizer gets, which it never splits: <|im_start|>,<|im_end|>; the model's vectors of
+                # them start as the mean of the others
+                "add_tokens": (),
                 "from_scratch": False,  # initialise from config.json alone
                 # which parameters are trained, patterns of their paths: lm_head, layers/mlp; (): all, or with an
                 # adapter that alone; a scalar head always is

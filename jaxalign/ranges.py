@@ -22,6 +22,7 @@ ADDED: dict[str, Any] = {
     "checkpoint.every_minutes": 30.0,
     "model.rope_length": None,
     "model.train": [],
+    "model.add_tokens": [],
     "adapter.rank": 0,
     "adapter.alpha": 32.0,
     "adapter.targets": ["all-linear"],

@@ -39,6 +39,7 @@ def check(c: Any, inputs: bool) -> None:
                 f"--config.model.param_dtype=float32{frozen} (the computation may stay in bfloat16)",
             )
     _check_adapter(c)
+    _check_tokens(c.model.add_tokens)
     in_part = c.adapter.rank or c.model.train
     if c.model.frozen_dtype in QUANTISED and not (in_part or ALGORITHMS[c.algorithm.name].frozen):
         raise InputError(
@@ -212,6 +213,19 @@ def _check_adapter(c: Any) -> None:
             "an optimizer whose updates are scaled by the learning rate last",
             "--config.optimizer.name=adamw, or --config.optimizer.rate_factors=None",
         )
+
+
+def _check_tokens(tokens: Any) -> None:
+    """The tokens that a tokenizer gets."""
+    for i, token in enumerate(tokens):
+        found = f"model.add_tokens holds {shown(token)}"
+        if not isinstance(token, str) or not token or token != token.strip():
+            expected = "texts that neither begin nor end with a space"
+        elif token in tokens[:i]:
+            found, expected = f"{found} twice", "each token once"
+        else:
+            continue
+        raise InputError(found, expected, '--config.model.add_tokens=\'["<|im_start|>", "<|im_end|>"]\'')
 
 
 def _is_pattern(value: Any) -> bool:

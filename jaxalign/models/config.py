@@ -11,6 +11,7 @@ from typing import Any
 from jaxalign.errors import InputError
 from jaxalign.models import families, hf_fields, hf_values
 from jaxalign.models.adapter import Adapter
+from jaxalign.models.added_tokens import Added
 from jaxalign.models.family import Family
 from jaxalign.models.hub import ADAPTER_CONFIG, CONFIG, base_of, is_adapter_dir, read_json
 from jaxalign.models.text_part import text_fields
@@ -67,6 +68,7 @@ class ModelConfig:
     quantised: str | None = None  # of the layers' kernels, which are frozen: "int8" or "nf4", see `ops.quantised`
     num_labels: int | None = None  # of the scalar head; None: one
     score_bias: bool | None = None  # whether a classifier of tokens has one; None: it is none
+    added: Added | None = None  # tokens that the checkpoint has no vectors of, which `vocab_size` counts
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property
@@ -89,6 +91,14 @@ class ModelConfig:
         ropes = self.ropes and tuple(rope and rope.for_length(longest) for rope in self.ropes)
         found = dataclasses.replace(self, rope=self.rope.for_length(longest), ropes=ropes)
         return self if found == self else found
+
+    def with_added(self, added: Added | None) -> ModelConfig:
+        """The same model with tokens beside its own."""
+        return self if added is None else dataclasses.replace(self, vocab_size=added.vocab_size, added=added)
+
+    def without_added(self) -> ModelConfig:
+        """The model of the checkpoint, which may have no vectors of some tokens."""
+        return self if self.added is None else dataclasses.replace(self, vocab_size=self.added.rows, added=None)
 
     @property
     def mlp_matrices(self) -> int:

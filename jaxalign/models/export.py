@@ -138,6 +138,8 @@ def hf_config(model: Model, file_type: np.dtype, pad_token_id: int | None) -> di
     """
     config = model.config.hf
     tokens = model.config.score_bias is not None
+    if model.config.added is not None:
+        config["vocab_size"] = model.config.vocab_size
     config["architectures"] = [model.config.family.architectures["tokens" if tokens else model.config.head]]
     for field in ("dtype", "torch_dtype"):  # transformers 5, and older
         config[field] = str(file_type)

@@ -18,6 +18,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxalign.errors import InputError
 from jaxalign.models import peft
+from jaxalign.models.added_tokens import Added
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
 from jaxalign.models.gather import on_host
@@ -47,6 +48,7 @@ def load(
     head: str | None = None,
     rope_length: int | None = None,
     quantised: str | None = None,
+    added: Added | None = None,
     shardings: Shardings = None,
     key: jax.Array | None = None,
     wanted: Wanted = None,
@@ -63,6 +65,7 @@ def load(
         and starts a scalar one.
       rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
       quantised: "int8" or "nf4": the layers' kernels take so few bits, quantised layer by layer; None: as the others.
+      added: tokens that it has no vectors of, which start as the mean of the others.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       key: of a new scalar head; None: the checkpoint must have one.
       wanted: which parameters, by path; None: all.
@@ -76,7 +79,7 @@ def load(
     directory = locate(path, revision)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    config = dataclasses.replace(config, quantised=quantised)
+    config = dataclasses.replace(config.with_added(added), quantised=quantised)
     model = Model(config)
     params: Params = {}
     for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings, wanted):
@@ -107,7 +110,7 @@ def read_leaves(
       InputError: as `load` does.
     """
     tensors, saved = _listed(directory, config)
-    whole = abstract
+    whole, dims = abstract, sizes(config.without_added())
     if config.quantised is not None:
         kernels = functools.partial(dequantised, length=config.embed_dim, dtype=np.float32)
         whole = abstract | {"layers": jax.eval_shape(kernels, abstract["layers"])}
@@ -120,10 +123,10 @@ def read_leaves(
         row, found = names.row_of(leaf_path), sources[leaf_path]
         fused = names.fused_of(row)
         if saved is None or not peft.changes(saved, leaf_path):
-            return _read_leaf(row, fused, found, sizes(config), leaf, sharding)
+            return _read_leaf(row, fused, found, dims, leaf, sharding, config.added if "V" in row.dims else None)
         # As exact as the files, so that the sum is rounded once.
         wide = functools.reduce(np.promote_types, (DTYPES[t.dtype] for t in found.values()), leaf.dtype)
-        kernel = _read_leaf(row, fused, found, sizes(config), jax.ShapeDtypeStruct(leaf.shape, wide), sharding)
+        kernel = _read_leaf(row, fused, found, dims, jax.ShapeDtypeStruct(leaf.shape, wide), sharding)
         return peft.merge(saved, leaf_path, kernel, leaf.dtype, sharding)
 
     for leaf_path, (leaf, sharding) in places.items():
@@ -137,7 +140,7 @@ def read_leaves(
                 layer, readers = functools.partial(on_host, read(kernel, *kernels_at[kernel])), 1
             else:
                 row = names.row_of(kernel)
-                layer = functools.partial(_read_kernel, row, names.fused_of(row), sources[kernel], sizes(config))
+                layer = functools.partial(_read_kernel, row, names.fused_of(row), sources[kernel], dims)
                 readers = _READERS
             parts = {path: places[path] for path in parts_of(kernel, config.quantised)}
             for path, array in read_parts(layer, kernel, config.quantised, parts, readers).items():
@@ -148,7 +151,7 @@ def _listed(directory: Path, config: ModelConfig) -> tuple[Mapping[str, Tensor],
     """The tensors of a checkpoint; of an adapter those of its base, in whose place it may have its own."""
     if not is_adapter_dir(directory):
         return list_tensors(directory), None
-    saved = peft.read(directory, config)
+    saved = peft.read(directory, config.without_added())
     return {**text_tensors(list_tensors(base_of(directory))), **saved.tensors}, saved
 
 
@@ -206,6 +209,7 @@ def from_scratch(
     head: str | None = None,
     rope_length: int | None = None,
     quantised: str | None = None,
+    added: Added | None = None,
     shardings: Shardings = None,
     wanted: Wanted = None,
 ) -> tuple[Model, Params]:
@@ -216,7 +220,7 @@ def from_scratch(
     directory = locate(path, revision, weights=False)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    model = Model(dataclasses.replace(config, quantised=quantised))
+    model = Model(dataclasses.replace(config.with_added(added), quantised=quantised))
     chosen = wanted or (lambda leaf_path: True)
     out: Params = {}
     for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
@@ -240,7 +244,7 @@ def match(config: ModelConfig, abstract: Params, tensors: Mapping[str, Tensor]) 
     Raises:
       InputError: naming the first key that is unknown, missing, mis-shaped or of a type that cannot be read.
     """
-    names, dims = config.family.names, sizes(config)
+    names, dims = config.family.names, sizes(config.without_added())
     tensors = _tied_under_its_own_name(config, _by_own_names(config, text_tensors(tensors)))
     counts = {
         leaf_path: leaf.shape[: names.row_of(leaf_path).stacked] for leaf_path, leaf, _ in _leaves(abstract, None)
@@ -336,8 +340,10 @@ def _read_leaf(
     dims: dict[str, int],
     leaf: jax.ShapeDtypeStruct,
     sharding: Sharding,
+    added: Added | None = None,
 ) -> jax.Array:
-    """One parameter, each device's part read on its own."""
+    """One parameter, each device's part read on its own; one that has vectors of tokens, with those of added ones."""
+    mean = None if added is None else added.mean(fused.part(row, tensors[()].read(), dims))  # theirs is [V, D]
 
     @functools.cache  # devices that hold the same part share one array
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
@@ -347,7 +353,13 @@ def _read_leaf(
         def copy(at: Index) -> None:
             index = tuple(i + start for i, (start, _) in zip(at, bounds, strict=False))
             with np.errstate(over="ignore"):  # checked and reported below
-                out[at] = row.to_ours(fused.part(row, tensors[index].read(), dims), dims)[within]
+                source = row.to_ours(fused.part(row, tensors[index].read(), dims), dims)
+                if added is None or mean is None:
+                    out[at] = source[within]
+                elif row.dims.endswith("VD"):
+                    added.write(out, source, within, mean)
+                else:
+                    added.write(out.T, source.T, within[::-1], mean)
             _check_finite(out[at], tensors[index], row.named(index))
 
         places = list(itertools.product(*(range(n) for n in out.shape[: row.stacked])))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxalign.data.template_inputs import set_defaults
 from jaxalign.errors import InputError
+from jaxalign.models.added_tokens import Added
 from jaxalign.models.hf_values import token_ids
 from jaxalign.models.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, file_of, locate, read_json, tokenizer_home
 from jaxalign.models.text_part import text_fields
 
 # What transformers reads of a tokenizer.
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+_FEW = 16  # tokens that a message names one by one
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 
 
@@ -177,7 +180,7 @@ def check_vocabulary(
     tokenizer: Any,
     vocab_size: int,
     path: str = "the model",
-    fix: str = "--config.model.tokenizer=the model's own directory",
+    fix: str = "",
 ) -> None:
     """Makes sure that the model has a vector for every token; a model may have more vectors than there are tokens.
 
@@ -185,7 +188,7 @@ def check_vocabulary(
       tokenizer: of transformers; its added tokens count, since any text may hold them.
       vocab_size: V of the model.
       path: of the model, for messages.
-      fix: what to do where the tokenizer has more.
+      fix: what to do where the tokenizer has more; "": of the model of a run, whose configuration can add tokens.
 
     Raises:
       InputError: naming the tokens whose id is V or more.
@@ -193,11 +196,79 @@ def check_vocabulary(
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3])
+        own = fix or "--config.model.tokenizer=the model's own directory"
+        if not fix and len(beyond) <= _FEW and all(token in tokenizer.get_added_vocab() for _, token in beyond):
+            own = f"{_flag([token for _, token in beyond])}, which makes vectors for them; {own}"
         raise InputError(
             f"{len(beyond)} tokens without a vector in {path} of vocabulary {vocab_size}, such as {named}",
             f"ids below {vocab_size}: a tokenizer that belongs to the model",
-            f"{fix}, or without these tokens",
+            f"{own}, or without these tokens",
         )
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str], vocab_size: int) -> Added | None:
+    """Gives a tokenizer tokens that no text splits, with the ids behind its own; those that it has keep theirs.
+
+    Args:
+      tokenizer: of transformers; changed in place.
+      tokens: `model.add_tokens`.
+      vocab_size: V of the checkpoint.
+
+    Returns:
+      What the checkpoint has no vectors of; None where it has all.
+
+    Raises:
+      InputError: a token that the tokenizer does not keep whole.
+    """
+    if not tokens:
+        return None
+    from transformers import AddedToken
+
+    before, held = tokenizer.get_vocab(), set(tokenizer.added_tokens_decoder)
+    wanted = [token for token in tokens if before.get(token) not in held]
+    if wanted:
+        made = [AddedToken(token, special=True, normalized=False) for token in wanted]
+        tokenizer.add_tokens(made, special_tokens=True)
+        tokenizer.pad_token_id = choose_pad(tokenizer)  # one of them may be for it: a later start would take it
+    own = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    taken = {i: token for token, i in before.items()}
+    for token, i in own.items():
+        reads = list(tokenizer.encode(token, add_special_tokens=False))
+        if reads != [i] or taken.get(i, token) != token:
+            raise InputError(
+                f"model.add_tokens holds {token!r}, which is read as {reads} and would be id {i}, "
+                f"{taken.get(i, token)!r} before",
+                "a token with an id of its own, which the tokenizer keeps whole",
+                "--config.model.add_tokens without it, or a tokenizer whose ids have no gaps",
+            )
+    new = sorted(i for token, i in own.items() if token not in before or i >= vocab_size)
+    if not new:
+        return None
+    return Added(vocab_size, tuple(new), _ranges(i for i in before.values() if i < vocab_size))
+
+
+def _ranges(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Ranges of ids, each from its first to one past its last.
+
+    >>> _ranges([0, 2, 1, 5])
+    ((0, 3), (5, 6))
+    """
+    found: list[list[int]] = []
+    for i in sorted(set(ids)):
+        if found and found[-1][1] == i:
+            found[-1][1] += 1
+        else:
+            found.append([i, i + 1])
+    return tuple((first, end) for first, end in found)
+
+
+def _flag(tokens: Sequence[str]) -> str:
+    """The flag that adds tokens.
+
+    >>> _flag(["<a>", "<b>"])
+    '--config.model.add_tokens=\\'["<a>", "<b>"]\\''
+    """
+    return f"--config.model.add_tokens='{json.dumps(list(tokens), ensure_ascii=False)}'"
 
 
 def stop_ids(source: str | Path | Mapping[str, Any], tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:

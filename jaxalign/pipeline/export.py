@@ -54,9 +54,10 @@ def export(
 
     import jax
 
+    from jaxalign.models.config import read_config
     from jaxalign.models.export import check_target, only_here
     from jaxalign.models.hub import CONFIG, locate
-    from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer
+    from jaxalign.models.tokenizer import add_tokens, check_vocabulary, load_tokenizer
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
     from jaxalign.train.card import model_card
@@ -72,22 +73,25 @@ def export(
         _probe(out)
     given = config["model"]
     source, revision = given["path"], given["revision"]
-    if not os.path.isdir(os.path.expanduser(source)) and (run / "export" / CONFIG).exists():
+    tokens = given.get("add_tokens") or ()  # an adapter's export is then the whole model, with the adapter in it
+    if not os.path.isdir(os.path.expanduser(source)) and (run / "export" / CONFIG).exists() and not tokens:
         source, revision = os.fspath(run / "export"), None  # the start has moved; the end describes the same model
     directory = locate(source, revision, weights=False)
     algorithm = ALGORITHMS[config["algorithm"]["name"]]
     role = algorithm.trained
     mesh = make_mesh(defaults("sft").mesh)  # this machine's, not the run's
-    trained = _trained(config, source, revision, mesh)
-    like = trained.abstract()
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, param_shardings(mesh, like)
-    )
     own = given["tokenizer"] in (None, given["path"])  # another tokenizer has no revision
     of = (source, revision) if own else (given["tokenizer"], None)
     values = template_kwargs(config["data"].get("chat_template_kwargs"))  # a run of an earlier version has none
     tokenizer = load_tokenizer(*of, given["chat_template"], values)
+    described = read_config(directory, dtype="float32", param_dtype="float32", remat="none")
+    added = add_tokens(tokenizer, tokens, described.vocab_size)
+    trained = _trained(config, source, revision, mesh, added)
     check_vocabulary(tokenizer, trained.model.config.vocab_size, source)
+    like = trained.abstract()
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, param_shardings(mesh, like)
+    )
     wanted: dict[str, Any] = {"params": {role: like}}
     if config["optimizer"]["name"] == "schedule_free":
         wanted["opt"] = {role: saved_z(config["optimizer"], like)}
@@ -105,7 +109,7 @@ def export(
     return write_export(out, trained, params, rest, merge=merge, **options)
 
 
-def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh: Any) -> Role:
+def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh: Any, added: Any) -> Role:
     """The role that a run trains and exports; of a run of an earlier version what it has not is as it was."""
     from jaxalign.train.models import Roles
 
@@ -115,7 +119,7 @@ def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh:
         c[section].update({name: value for name, value in config.get(section, {}).items() if name in c[section]})
     c.data.max_length, c.seed = config["data"]["max_length"], config["seed"]
     c.model.path, c.model.revision, c.model.attention = source, revision, None
-    roles = Roles(c, mesh)
+    roles = Roles(c, mesh, added)
     return roles.scorer(source, 1.0) if algorithm.head == "score" else roles.policy(1.0)
 
 

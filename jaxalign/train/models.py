@@ -17,6 +17,7 @@ from jaxalign.config import check_lengths, max_length
 from jaxalign.errors import InputError, named
 from jaxalign.models import hf
 from jaxalign.models.adapter import Rules, is_adapter
+from jaxalign.models.added_tokens import Added
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import locate
 from jaxalign.models.quantised import kernel_at
@@ -61,6 +62,7 @@ class Roles:
 
     config: Any
     mesh: Mesh
+    added: Added | None = None  # tokens that `model.path` has no vectors of
 
     def policy(self, learning_rate: float) -> Role:
         """The model that is trained to talk: `model.path`, from its values or from scratch."""
@@ -152,6 +154,7 @@ class Roles:
                 rules=rules,
                 attention=c.attention,
                 quantised=kind,
+                added=self.added if path == c.path else None,
                 dtype=c.dtype,
                 param_dtype=param_dtype,
                 remat=c.remat if learning_rate else "none",
@@ -291,11 +294,14 @@ def fit_length(config: Any) -> tuple[Any, list[str]]:
 def adapter_base(role: Role, merge: bool = False) -> str | None:
     """The model beside which an export of a role is an adapter, a directory or a hub id; None: it is a whole model.
 
+    With added tokens it is one: the base has no vectors of them, and what loads an adapter beside it would not say so.
+
     Args:
       role: that was trained.
       merge: whether a whole model is asked for.
     """
-    return None if role.model.config.adapter is None or role.base is None or merge else role.base[0]
+    config = role.model.config
+    return None if config.adapter is None or config.added is not None or role.base is None or merge else role.base[0]
 
 
 def write_export(
@@ -326,7 +332,8 @@ def tokenizer_of_export(config: Mapping[str, Any], source: Path, tokenizer: Any)
     """
     model = config["model"]
     own = model["tokenizer"] in (None, model["path"]) and model["chat_template"] is None
-    own = own and not config["data"].get("chat_template_kwargs")  # else they are in the template
+    # Else they are in the template, or in the vocabulary.
+    own = own and not config["data"].get("chat_template_kwargs") and not model.get("add_tokens")
     flat = not isinstance(tokenizer.chat_template, dict)  # several templates by name may lie in a folder
     return None if own and flat and (source / "tokenizer.json").is_file() else tokenizer
 

@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 from jaxalign.config import defaults
 from jaxalign.errors import InputError, named
+from jaxalign.models.added_tokens import ENDS
 from jaxalign.models.export import only_here
 from jaxalign.models.schedule import settled_remat
+from jaxalign.ops.trees import by_path
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards
 from jaxalign.parallel.sharding import param_shardings, replicated, unsplit
@@ -42,6 +44,7 @@ class Stage:
       data: (config, tokenizer, ids that end a completion) -> data to train on and held-out data; None: as configured.
 
     Attributes:
+      added: tokens that `model.path` has no vectors of; None where it has all.
       dataset: to train on.
       eval_dataset: held out; None where there is none.
       program: the algorithm on its models.
@@ -64,7 +67,7 @@ class Stage:
         lock: Lock | None = None,
         data: Callable[[Any, Any, tuple[int, ...]], tuple[Any, Any]] | None = None,
     ):
-        from jaxalign.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+        from jaxalign.models.tokenizer import add_tokens, check_vocabulary, load_tokenizer, stop_ids
 
         c = config
         self.config, self.mesh, self.directory, self.lock = config, mesh, directory, lock
@@ -78,7 +81,8 @@ class Stage:
         with named("model.tokenizer" if c.model.tokenizer else "model.path"):
             values = template_kwargs(c.data.chat_template_kwargs)
             self.tokenizer = load_tokenizer(path, revision_of(path, c), c.model.chat_template, values)
-        check_vocabulary(self.tokenizer, described.vocab_size, c.model.path)
+        self.added = add_tokens(self.tokenizer, c.model.add_tokens, described.vocab_size)
+        check_vocabulary(self.tokenizer, (self.added or described).vocab_size, c.model.path)
         ends = stop_ids(c.model.path, self.tokenizer, c.model.revision)
         self.dataset, self.eval_dataset = (data or read_data)(c, self.tokenizer, ends)
         if self.eval_dataset is not None and not c.data.eval_sources:  # taken from what the sources' `used` counts
@@ -90,7 +94,7 @@ class Stage:
         more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
         self.stop_ids = tuple(sorted({*ends, *more}))
         context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
-        self.program = algorithms.build(c, Roles(c, mesh), context)
+        self.program = algorithms.build(c, Roles(c, mesh, self.added), context)
         self._build_steps()
 
     def _build_steps(self) -> None:
@@ -208,6 +212,8 @@ def stage_warnings(stage: Stage) -> list[str]:
     found = [*unsplit(stage.mesh, stage.like.params)]
     if note := only_here(stage.program.trained[stage.program.exported].model.config):
         found.append(note)
+    if stage.added is not None:
+        found += _added_warnings(c, stage.program.trained[stage.program.exported])
     if not c.adapter.rank:  # else the configuration's own warnings know of adapters
         usual = defaults(c.algorithm.name)
         for name, role in stage.program.trained.items():
@@ -232,6 +238,23 @@ def stage_warnings(stage: Stage) -> list[str]:
             "--config.batch_size"
         )
     return found + [f"data: {said}" for said in data_warnings(stage.dataset, stage.eval_dataset)]
+
+
+def _added_warnings(config: Any, role: Role) -> list[str]:
+    """What a run that trains a part of its model makes of added tokens."""
+    held, found = by_path(role.abstract()), []
+    if frozen := [path for path in ENDS if path in by_path(role.model.abstract()) and path not in held]:
+        trained = ",".join([*config.model.train, *(path.partition("/")[0] for path in frozen)])
+        found.append(
+            f"model.add_tokens, and {' and '.join(frozen)} frozen: all new tokens keep one vector, the mean of the "
+            f"others, and cannot be told apart (--config.model.train={trained})"
+        )
+    if role.model.config.adapter is not None:
+        found.append(
+            "model.add_tokens with an adapter: export/ will be a whole model, the adapter merged, since the base has "
+            "no vectors of these tokens"
+        )
+    return found
 
 
 def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:

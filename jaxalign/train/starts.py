@@ -15,6 +15,7 @@ from jaxalign.errors import InputError
 from jaxalign.models import adapter as adapters
 from jaxalign.models import hf, peft
 from jaxalign.models.adapter import Adapter, Rules, is_adapter
+from jaxalign.models.added_tokens import ENDS, Added
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import ADAPTER_CONFIG, base_of, is_adapter_dir, locate, read_json
 from jaxalign.models.transformer import Model
@@ -47,6 +48,7 @@ def start_of(
     rules: Rules | None,
     attention: str | None,
     quantised: str | None = None,
+    added: Added | None = None,
     **settings: Any,
 ) -> Start:
     """What a role starts from.
@@ -63,6 +65,7 @@ def start_of(
       rules: of an adapter that is made where `path` is none; else they must be that one's.
       attention: the backend.
       quantised: how layers' kernels take few bits: "int8" or "nf4".
+      added: tokens that the checkpoint has no vectors of.
       settings: of `read_config`.
 
     Raises:
@@ -74,6 +77,7 @@ def start_of(
     if is_adapter_dir(directory):
         directory = locate(path, revision)
         base, saved = base_of(directory, weights=False), peft.read(directory, config)
+    config = config.with_added(added)
     adapter = _adapter(path, config, rules, None if saved is None else saved.adapter)
     model = Model(dataclasses.replace(config, adapter=adapter, quantised=quantised), attention)
     learned = frozenset() if saved is None else _paths_of(config, saved.tensors)
@@ -86,7 +90,7 @@ def start_of(
     shardings = lambda tree: param_shardings(mesh, tree)  # noqa: E731
 
     def read_base(wanted: Wanted) -> Params:
-        given = settings | {"shardings": shardings, "wanted": wanted, "quantised": quantised}
+        given = settings | {"shardings": shardings, "wanted": wanted, "quantised": quantised, "added": added}
         if scratch:
             return hf.from_scratch(path, revision=revision, key=key, **given)[1]
         if base is None:
@@ -111,9 +115,10 @@ def start_of(
         return join(rest, make(key, kernels.get("layers", {})))
 
     def origin(leaf_path: str) -> Hashable:
+        more = added if leaf_path in ENDS else None
         if is_adapter(leaf_path) or leaf_path in learned:
-            return (str(directory), "adapter", settings["param_dtype"])
-        return (str(base or directory), settings["param_dtype"], scratch)
+            return (str(directory), "adapter", settings["param_dtype"], more)
+        return (str(base or directory), settings["param_dtype"], scratch, more)
 
     def check() -> None:
         if not scratch and os.path.isdir(os.path.expanduser(path)):  # a hub's weights come when they are needed
