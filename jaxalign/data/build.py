@@ -23,7 +23,17 @@ from jaxalign.data.records import Notes, Record, check_skipped
 from jaxalign.data.report import data_report
 from jaxalign.data.rows import segment_tokens
 from jaxalign.data.split import held_out
-from jaxalign.data.tokenize import LOST, Dropped, Encoder, Example, tokenize_records
+from jaxalign.data.thoughts import KEYS
+from jaxalign.data.tokenize import (
+    LOST,
+    NUM_REWRITTEN,
+    OTHER_START,
+    REWRITTEN,
+    Dropped,
+    Encoder,
+    Example,
+    tokenize_records,
+)
 from jaxalign.errors import InputError
 from jaxalign.registry import ALGORITHMS, Reads
 
@@ -193,8 +203,16 @@ def _completed(tally: dict[str, Any], store: TokenStore, encoder: Encoder) -> di
     warnings = list(tally.get("warnings", ()))
     if store.damage:
         warnings.append(f"the cache of tokens in {store.directory} was damaged ({store.damage}) and is made again")
+    if "reasoning" in lost and not encoder.template.thoughts_keys:
+        warnings.append(
+            f"messages hold thoughts, and the chat template reads none of {', '.join(KEYS)}: they are learned in the"
+            " content, as <think>...</think> before the answer, or by a template that reads them"
+            " (--config.model.chat_template=FILE.jinja)"
+        )
     return {
         **tally,
+        "rewritten": {"records": counts.get(REWRITTEN, 0), "answers": counts.get(NUM_REWRITTEN, 0)},
+        "other_start": counts.get(OTHER_START, 0),
         "skipped": {**tally.get("skipped", {}), **skipped},
         "examples": {**tally.get("examples", {}), **examples},
         "warnings": warnings,

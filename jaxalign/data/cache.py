@@ -33,7 +33,7 @@ from jaxalign.data.tokenize import Example
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
 
-FORMAT = 3
+FORMAT = 4
 _FILES = ("tokens.bin", "scored.bin", "records.jsonl", "table.npy", "record_ends.npy")
 _ROWS = 256  # rows of the table that are converted at once
 TABLE = np.dtype(

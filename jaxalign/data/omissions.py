@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxalign.data.records import Message
+from jaxalign.data.thoughts import thoughts_of
 
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Markers of turns as templates write them: <|im_end|>, <|eot_id|>, <｜Assistant｜>, <end_of_turn>, </s>.
 _MARKER = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,60}｜>|<(?:start|end)_of_turn>|</?s>|<[be]os>")
 
@@ -28,7 +28,7 @@ def left_out(messages: Sequence[Message], text: str) -> tuple[str, ...]:
     for message in messages:
         said = message.get("content")
         words = said.strip() if isinstance(said, str) else ""
-        thoughts = next((message[k] for k in _THOUGHTS if isinstance(message.get(k), str)), "").strip()
+        thoughts = thoughts_of(message)
         if thoughts and thoughts not in text:
             lost["reasoning"] = None
         at = text.find(words, place)

@@ -144,12 +144,12 @@ class Notes(Counter[str]):
         super().__init__()
         self.places: dict[str, list[str]] = {}
 
-    def add(self, name: str, record: Record) -> None:
-        """Counts a record under a name."""
+    def add(self, name: str, record: Record, within: str = "") -> None:
+        """Counts a record under a name; `within` says where in it."""
         self[name] += 1
         places = self.places.setdefault(name, [])
         if len(places) < 3:
-            places.append(f"{record.source}:{record.line}")
+            places.append(f"{record.source}:{record.line}{within}")
 
 
 def check_skipped(skipped: dict[str, int], read: int, most: float, where: str, places: dict[str, list[str]]) -> None:

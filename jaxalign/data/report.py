@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxalign.data.forms import slots
+from jaxalign.data.tokenize import OTHER_START, REWRITTEN
 
 if TYPE_CHECKING:
     from jaxalign.data.dataset import Dataset
@@ -60,6 +61,10 @@ def data_report(
         # What the chat template leaves out (records), and its markers that are several tokens.
         "lost": dict(tally.get("lost", {})),
         "split_markers": dict(tally.get("markers", {})),
+        # Answers that are not trained on, as the template writes them otherwise where others follow; and records whose
+        # last answer begins otherwise than the generation prompt ends.
+        "rewritten": dict(tally.get("rewritten", {"records": 0, "answers": 0})),
+        "other_start": int(tally.get("other_start", 0)),
         "truncated": {
             "prompts": int(counts.get("prompts truncated", 0)),
             "completions": int(counts.get("completions truncated", 0)),
@@ -179,6 +184,21 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             " --config.model.chat_template=FILE.jinja gives a template that writes it"
             + fold
             * ("system turns" in report["lost"])
+        )
+    if (rewritten := report["rewritten"])["records"] and "overlap" not in report:
+        found.append(
+            f"answers that the chat template rewrites where others follow, without their thoughts:"
+            f" {rewritten['answers']} of {rewritten['records']} records"
+            f" ({_joined(records['examples'].get(REWRITTEN, ()))}); they are not trained on, the last answer of each"
+            " record is. --config.data.train_on=last if that is meant; else a record for each answer, or a value of the"
+            " template's that keeps them (--config.data.chat_template_kwargs)"
+        )
+    if report["other_start"] and "overlap" not in report:
+        found.append(
+            f"answers that do not begin with the generation prompt: {report['other_start']} records"
+            f" ({_joined(records['examples'].get(OTHER_START, ()))}); the model is asked with another beginning than it"
+            " learns: a value of the template's (--config.data.chat_template_kwargs) or another template"
+            " (--config.model.chat_template=FILE.jinja) writes both alike"
         )
     if (split := report["split_markers"]) and "overlap" not in report:
         found.append(

@@ -12,12 +12,16 @@ import numpy as np
 from jaxalign.data.forms import FORMS
 from jaxalign.data.omissions import unread_tools
 from jaxalign.data.records import Message, Notes, Record
-from jaxalign.data.template import ChatTemplate, Rendered, common_prefix
+from jaxalign.data.template import ChatTemplate
 from jaxalign.data.template_inputs import inputs_of
+from jaxalign.data.turns import Rendered, common_prefix
 from jaxalign.errors import InputError
 
 _CHUNK = 512  # records tokenised in one call
 LOST = "lost: "  # prefix in notes: what the chat template leaves out
+REWRITTEN = "answers that the chat template rewrites"  # in notes: records with some, and under `NUM_REWRITTEN` how many
+NUM_REWRITTEN = "rewritten answers"
+OTHER_START = "answers that do not begin with the generation prompt"  # in notes
 
 
 class Example(NamedTuple):
@@ -250,7 +254,9 @@ def _example(encoder: Encoder, record: Record, parts, encoded: list[Encoded], tr
     masks = [_scored(encoder, e, part.rendered) for e, part in zip(encoded, parts, strict=True)]
     for tokens, mask in zip(sequences, masks, strict=True):
         if not any(int(t) not in encoder.eos_ids for t in tokens[mask]):
-            return Dropped(record.index, "empty completion")
+            rewritten = any(part.rendered.rewritten for part in parts)
+            if not rewritten or train_on.what != "all":
+                return Dropped(record.index, REWRITTEN if rewritten else "empty completion")
     stated = [e.before(part.rendered.boundary) for e, part in zip(encoded, parts, strict=True)]
     shared = min(stated)
     if len(sequences) == 2:
@@ -260,8 +266,10 @@ def _example(encoder: Encoder, record: Record, parts, encoded: list[Encoded], tr
         masks = [np.ones(len(s), bool) for s in sequences]
         for tokens, mask in zip(sequences, masks, strict=True):
             mask[_end(encoder, tokens, 0, len(tokens)) :] = False
+    same = len({part.rendered.text[: part.rendered.boundary] for part in parts}) == 1
     for tokens, mask, end in zip(sequences, masks, stated, strict=True):
-        mask[shared:end] = True  # prompt tokens that the other side's merge moved into the completion
+        if same:  # else a side's own prompt goes on beyond the shared one: nothing in it is scored
+            mask[shared:end] = True  # prompt tokens that the other side's merge moved into the completion
         if train_on.eos != "turn":
             ends = np.flatnonzero(mask & np.isin(tokens, list(encoder.eos_ids)))
             mask[ends[:-1] if train_on.eos == "last" else ends] = False
@@ -331,7 +339,7 @@ def tokenize_records(
             try:
                 parts.append(_parts(encoder, record, scoring))
                 if notes is not None:
-                    _note(encoder, record, parts[-1], notes)
+                    _note(encoder, record, parts[-1], scoring, notes)
             except InputError as error:
                 if on_error == "skip":
                     parts.append([])
@@ -349,8 +357,14 @@ def tokenize_records(
                 yield _example(encoder, record, record_parts, own, scoring, append_eos)
 
 
-def _note(encoder: Encoder, record: Record, parts: list[_Part], notes: Notes) -> None:
-    """Counts what the template left out of a record, once for each kind."""
+def _note(encoder: Encoder, record: Record, parts: list[_Part], train_on: TrainOn, notes: Notes) -> None:
+    """Counts what the template left out of a record or wrote otherwise, once for each kind."""
+    rewritten = sorted({i for part in parts for i in part.rendered.rewritten}) if train_on.what != "all" else []
+    if rewritten:
+        notes.add(REWRITTEN, record, f" message {rewritten[0] + 1}")
+        notes[NUM_REWRITTEN] += sum(len(part.rendered.rewritten) for part in parts)
+    if any(part.rendered.other_start for part in parts):
+        notes.add(OTHER_START, record)
     given = inputs_of(record.columns)
     lost: dict[str, None] = {}
     for part in parts:

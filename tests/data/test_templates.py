@@ -7,8 +7,9 @@ import pytest
 
 from jaxalign.data.dialogues import render_plain
 from jaxalign.data.records import Record
-from jaxalign.data.template import ChatTemplate, common_prefix
+from jaxalign.data.template import ChatTemplate
 from jaxalign.data.tokenize import Encoder, tokenize_records
+from jaxalign.data.turns import common_prefix
 from jaxalign.errors import InputError
 
 # Each has the marks of what the assistant says; without them it is a template as people have it.
@@ -41,7 +42,8 @@ MARKED = {
         "{% endgeneration %}{% else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<model>' }}{% endif %}"
     ),
-    # Earlier turns lose their thoughts, as in Qwen3: no render of a part is a prefix of the whole.
+    # Earlier turns lose their thoughts, as in Qwen3: no render of a part is a prefix of the whole.  Marks cover what is
+    # left of such a turn; without marks none of it is learned, see test_thoughts.py: here it has no thoughts.
     "rewrites earlier turns": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<a>' }}{% generation %}"
         "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}"
@@ -70,6 +72,13 @@ CHAT = [
 ]
 
 
+def _chat(name: str) -> list[dict[str, str]]:
+    said = [m for m in CHAT if name != "llama2" or m["role"] != "system"]
+    if name == "rewrites earlier turns":
+        said = [{**m, "content": m["content"].removeprefix("<think>easy</think>")} for m in said]
+    return said
+
+
 def _with_template(tokenizer, template: str):
     clone = copy.copy(tokenizer)
     clone.chat_template = template
@@ -87,7 +96,7 @@ def some_tokenizer(request, tokenizer_of):
 
 @pytest.mark.parametrize("name", MARKED)
 def test_trap_masks_without_generation_marks_are_those_with_marks(name, some_tokenizer):
-    chat = [m for m in CHAT if name not in ("llama2",) or m["role"] != "system"]
+    chat = _chat(name)
     marked = ChatTemplate(_with_template(some_tokenizer, MARKED[name])).conversation(chat)
     plain = ChatTemplate(_with_template(some_tokenizer, _unmarked(MARKED[name]))).conversation(chat)
     assert plain == marked
@@ -100,7 +109,7 @@ def test_trap_masks_without_generation_marks_are_those_with_marks(name, some_tok
 
 @pytest.mark.parametrize("name", [n for n in MARKED if n != "refuses parts"])
 def test_tokens_and_masks_are_those_of_apply_chat_template(name, some_tokenizer):
-    chat = [m for m in CHAT if name not in ("llama2",) or m["role"] != "system"]
+    chat = _chat(name)
     tokenizer = _with_template(some_tokenizer, MARKED[name])
     want = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = np.array(want["input_ids"]), np.array(want["assistant_masks"], bool)
@@ -119,6 +128,16 @@ def test_tokens_and_masks_are_those_of_apply_chat_template(name, some_tokenizer)
     assert not len(missing), tokenizer.convert_ids_to_tokens(tokens[missing])
     assert got.masks[0][0] and got.masks[0][-1]  # the prompt ends where the assistant begins
     assert tokenizer.decode(tokens[scored]).count("London") == 1
+
+
+def test_trap_an_earlier_turn_in_other_words_is_learned_only_by_marks(some_tokenizer):
+    marked = MARKED["rewrites earlier turns"]
+    for source, want in ((marked, 2), (_unmarked(marked), 1)):
+        rendered = ChatTemplate(_with_template(some_tokenizer, source)).conversation(CHAT)
+        assert [rendered.text[a:b].removesuffix(some_tokenizer.eos_token) for a, b in rendered.spans] == [
+            "Paris, of course: Paris.", "London. 日本 é",
+        ][-want:]  # fmt: skip
+        assert rendered.rewritten == (() if want == 2 else (2,))
 
 
 @pytest.mark.parametrize("name", ["tokenizers/minimind-6400", "tokenizers/qwen2-rebuilt"])
