@@ -68,7 +68,7 @@ def chat(
         elif said:
             turns.append({"role": "user", "content": said})
             turns, ids = _within(generator, start, turns, loaded.context, most)
-            answer = _Answer(loaded.tokenizer, out or sys.stdout)
+            answer = _Answer(loaded.tokenizer, loaded.stop_ids, out or sys.stdout)
             try:
                 (whole,) = generator.continue_ids([ids], seed=seed, on_tokens=answer.add)
                 answer.say(whole.text)
@@ -86,16 +86,19 @@ def chat(
 class _Answer:
     """An answer that is written while it is decoded."""
 
-    def __init__(self, tokenizer: Any, out: TextIO):
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int], out: TextIO):
+        from jaxalign.rollout.engine import end_markers
+
         self.text = ""  # what has been written
         self._tokenizer, self._out = tokenizer, out
         self._ids: list[int] = []
+        self._markers = end_markers(tokenizer, stop_ids)
 
     def add(self, number: int, ids: Iterable[int]) -> None:
         """Further tokens."""
         from jaxalign.rollout.engine import settled_text
 
-        self._ids.extend(ids)
+        self._ids.extend(i for i in ids if i not in self._markers)
         self.say(settled_text(self._tokenizer, self._ids))
 
     def say(self, text: str) -> None:

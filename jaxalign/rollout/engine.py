@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ _JOINED = 8  # characters at the end of a text that tokenizers may yet join to t
 class Completion(NamedTuple):
     """One completion as text."""
 
-    text: str  # without special tokens; for a prompt of text, prompt + text is the whole text
+    text: str  # without special tokens and the end; for a prompt of text, prompt + text is the whole text
     ids: list[int]  # the stop token included
     logprob: float  # nats, summed, at the sampling temperature (1 where that is 0)
     finished: bool  # ended by a stop token
@@ -70,6 +70,7 @@ class Generator:
         self.stats: dict[str, float] = {}
         self._encoder = Encoder(tokenizer, stop_ids, render_plain)
         self._sampling, self._stop_ids = sampling, tuple(int(i) for i in stop_ids)
+        self._markers = end_markers(tokenizer, self._stop_ids)
 
     def __call__(self, prompts: Sequence[str | list[dict[str, Any]]], *, seed: int) -> list[Completion]:
         """Continues each prompt once.
@@ -88,7 +89,9 @@ class Generator:
         tokenised = self.encode(prompts)
         found = self.continue_ids(tokenised, seed=seed)
         return [
-            c._replace(text=continuation(self.tokenizer, ids, c.ids)) if isinstance(prompt, str) else c
+            c._replace(text=continuation(self.tokenizer, ids, without_marker(c.ids, self._markers)))
+            if isinstance(prompt, str)
+            else c
             for prompt, ids, c in zip(prompts, tokenised, found, strict=True)
         ]
 
@@ -144,11 +147,32 @@ class Generator:
             columns=self._columns,
             on_tokens=on_tokens,
         )
-        texts = self.tokenizer.batch_decode([s.ids for s in found], skip_special_tokens=True)
+        said = [without_marker(s.ids, self._markers) for s in found]
+        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
         return [
             Completion(text, s.ids, s.logprob, s.ids[-1] in self._stop_ids)
             for text, s in zip(texts, found, strict=True)
         ]
+
+
+def end_markers(tokenizer: Any, stop_ids: Iterable[int]) -> frozenset[int]:
+    """The stop tokens that are no text: added tokens, whether or not the tokenizer calls them special.
+
+    Args:
+      tokenizer: of transformers.
+      stop_ids: the tokens that end a completion; a word or a full stop may be among them.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", ())
+    return frozenset(i for i in stop_ids if i in added)
+
+
+def without_marker(ids: Sequence[int], markers: Container[int]) -> Sequence[int]:
+    """A completion without the marker at its end.
+
+    >>> without_marker([5, 6, 2], {2}), without_marker([5, 6], {2})
+    ([5, 6], [5, 6])
+    """
+    return ids[:-1] if len(ids) and ids[-1] in markers else ids
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int] | np.ndarray, ids: Sequence[int]) -> str:

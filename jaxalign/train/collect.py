@@ -169,7 +169,12 @@ class Collector:
         )  # the devices work on while the host scores
         del ref
         samples, texts, used = read_samples(
-            batch, rollout, step, records=records or self.records, tokenizer=self.tokenizer
+            batch,
+            rollout,
+            step,
+            records=records or self.records,
+            tokenizer=self.tokenizer,
+            stop_ids=self.stop_ids,
         )
         if on_device:
             said = by_part(local_rows(given)[used].tolist())

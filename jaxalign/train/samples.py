@@ -21,6 +21,7 @@ from jaxalign.parallel.processes import is_main
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.completed import Rollout, completed_rows
 from jaxalign.rollout.continuous import roll_out
+from jaxalign.rollout.engine import end_markers, without_marker
 from jaxalign.rollout.host import all_rows
 from jaxalign.rollout.sampling import Sampling
 from jaxalign.train.compiled import memory_errors
@@ -91,11 +92,12 @@ class Sampler:
             )
             tokens, mask, _, logprobs, finished = (all_rows(x) for x in rollout)
         ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)][: len(examples)]
+        markers = end_markers(stage.tokenizer, stage.stop_ids)
         rows = [
             {
                 "record": int(example.record),
                 "prompt": stage.tokenizer.decode(example.prompt.tolist()),
-                "completion": stage.tokenizer.decode(sample, skip_special_tokens=True),
+                "completion": stage.tokenizer.decode(without_marker(sample, markers), skip_special_tokens=True),
                 "finished": bool(done),
                 "num_tokens": len(sample),
             }

@@ -13,13 +13,19 @@ from jaxalign.evaluate import diversity
 from jaxalign.rewards.samples import Samples
 from jaxalign.rewards.scores import Score
 from jaxalign.rollout.completed import Rollout
-from jaxalign.rollout.engine import continuation
+from jaxalign.rollout.engine import continuation, end_markers, without_marker
 from jaxalign.rollout.host import all_rows, local_rows
 from jaxalign.types import Batch
 
 
 def read_samples(
-    batch: Batch, rollout: Rollout, step: int, *, records: Callable[[int], Record], tokenizer: Any
+    batch: Batch,
+    rollout: Rollout,
+    step: int,
+    *,
+    records: Callable[[int], Record],
+    tokenizer: Any,
+    stop_ids: Sequence[int] = (),
 ) -> tuple[Samples, list[str], np.ndarray]:
     """This process's completions as text.
 
@@ -29,6 +35,7 @@ def read_samples(
       step: optimizer updates made so far.
       records: from a record's number to the record.
       tokenizer: of the policy.
+      stop_ids: the tokens that end a completion; markers among them are no text.
 
     Returns:
       The completions, their prompts as text (those of messages as the policy reads them), and which of this process's
@@ -39,11 +46,13 @@ def read_samples(
     finished = local_rows(rollout.finished)
     asked = [records(int(i)) for i in ids[used]]
     completions = [t[m].tolist() for t, m in zip(tokens[used], present[used], strict=True)]
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    markers = end_markers(tokenizer, stop_ids)
+    said = [without_marker(c, markers) for c in completions]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     prompts = _prompt_ids(batch, used)
     for i, record in enumerate(asked):
         if isinstance(record.prompt, str):
-            texts[i] = continuation(tokenizer, prompts[i], completions[i])
+            texts[i] = continuation(tokenizer, prompts[i], said[i])
     shown = [
         r.prompt if isinstance(r.prompt, str) else tokenizer.decode(p) for r, p in zip(asked, prompts, strict=True)
     ]
