@@ -107,6 +107,6 @@ def sampling_flags(*, within_room: bool = False) -> tuple[tuple[str, type, Any, 
 def sampling(args: argparse.Namespace) -> Any:
     """The flags of `sampling_flags`, but for the seed, as `jaxalign.rollout.sampling.Sampling`."""
     from jaxalign.config import defaults
-    from jaxalign.rollout.sampling import Sampling
+    from jaxalign.rollout.sampling import FIELDS, Sampling
 
-    return Sampling.of(defaults("ppo").rollout, **{name: getattr(args, name) for name in Sampling._fields})
+    return Sampling.of(defaults("ppo").rollout, **{name: getattr(args, name) for name in FIELDS})

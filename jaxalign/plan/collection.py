@@ -56,7 +56,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
       limit: bytes of a device that programs may use.
     """
     c, mesh, collector = stage.config, stage.mesh, stage.program.prepare.collector
-    policy, rows, sampling = collector.policy, batch_sharding(mesh), Sampling.of(c.rollout)
+    policy, rows, sampling = collector.policy, batch_sharding(mesh), collector.sampling
     with jax.set_mesh(mesh):
         asked, _ = jax.eval_shape(collector.ask, batch)
     asked = _with(asked, rows)

@@ -69,7 +69,8 @@ class Generator:
         self.batch_size, self._columns = batch_size, columns
         self.stats: dict[str, float] = {}
         self._encoder = Encoder(tokenizer, stop_ids, render_plain)
-        self._sampling, self._stop_ids = sampling, tuple(int(i) for i in stop_ids)
+        self._sampling = sampling.of_tokens(tokenizer, model.config.vocab_size)
+        self._stop_ids = tuple(int(i) for i in stop_ids)
         self._markers = end_markers(tokenizer, self._stop_ids)
 
     def __call__(self, prompts: Sequence[str | list[dict[str, Any]]], *, seed: int) -> list[Completion]:

@@ -19,6 +19,7 @@ class Sampling(NamedTuple):
     max_new_tokens: int  # of a completion, its stop token included
     top_k: int = 0  # samples among the k likeliest tokens; 0: off
     top_p: float = 1.0  # samples among the likeliest tokens that make up this share; 1: off
+    num_tokens: int | None = None  # ids from here on are no tokens, and are not sampled; None: all are
 
     @classmethod
     def of(cls, rollout: Any, **given: float | None) -> Sampling:
@@ -29,13 +30,44 @@ class Sampling(NamedTuple):
 
         >>> from jaxalign.config import defaults
         >>> Sampling.of(defaults("ppo").rollout, temperature=0, top_k=None)
-        Sampling(temperature=0.0, max_new_tokens=128, top_k=0, top_p=1.0)
+        Sampling(temperature=0.0, max_new_tokens=128, top_k=0, top_p=1.0, num_tokens=None)
         """
         from jaxalign.ranges import check_flags  # here: sampling itself needs no configuration
 
-        values = {name: getattr(rollout, name) if given.get(name) is None else given[name] for name in cls._fields}
+        values = {name: getattr(rollout, name) if given.get(name) is None else given[name] for name in FIELDS}
         check_flags(**values)
-        return cls(*(kind(values[name]) for name, kind in zip(cls._fields, (float, int, int, float), strict=True)))
+        return cls(*(kind(values[name]) for name, kind in FIELDS.items()))
+
+    def of_tokens(self, tokenizer: Any, vocab_size: int) -> Sampling:
+        """The same, without ids that no token of the tokenizer has: a vocabulary may be padded beyond it.
+
+        They have no text, and a reward or value model may have no vector of them.
+
+        Args:
+          tokenizer: of transformers.
+          vocab_size: V of the model.
+        """
+        count = max(tokenizer.get_vocab().values()) + 1
+        return self._replace(num_tokens=count) if count < vocab_size else self
+
+
+FIELDS = {"temperature": float, "max_new_tokens": int, "top_k": int, "top_p": float}  # of `rollout`, and flags
+
+
+def keep_tokens(logits: Array, num_tokens: int | None) -> Array:
+    """Gives ids that are no tokens -inf.
+
+    Args:
+      logits: float [B, V].
+      num_tokens: None keeps all.
+
+    >>> keep_tokens(jnp.array([[3.0, 1.0, 2.0]]), 2).tolist()
+    [[3.0, 1.0, -inf]]
+    """
+    chex.assert_rank(logits, 2)
+    if num_tokens is None:
+        return logits
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) < num_tokens, logits, -jnp.inf)
 
 
 def keep_top_k(logits: Array, k: int) -> Array:
@@ -82,12 +114,18 @@ def keep_top_p(logits: Array, p: float) -> Array:
 
 
 def sample(
-    logits: Array, keys: Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits: Array,
+    keys: Array,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_tokens: int | None = None,
 ) -> tuple[Array, Array]:
     """One token of each row, and its log-prob under the whole distribution at the stated temperature.
 
-    The order is that of transformers: temperature, top-k, top-p.  The log-prob leaves top-k and top-p out, so that it
-    is what a training forward computes.
+    The order is that of transformers: temperature, top-k, top-p.  The log-prob leaves top-k and top-p out, and
+    counts ids that are no tokens, so that it is what a training forward computes.
 
     Args:
       logits: float [B, V].
@@ -95,6 +133,7 @@ def sample(
       temperature: 0 takes the likeliest token (the first of equals); its log-prob is then at temperature 1.
       top_k: 0 for all tokens.
       top_p: 1 for all tokens.
+      num_tokens: ids from here on are not sampled; None: all may be.
 
     Returns:
       (tokens int32 [B], logprobs [B] in nats).
@@ -102,10 +141,11 @@ def sample(
     chex.assert_rank([logits, keys], [2, 1])
     logits = at_least_float32(logits)
     if temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1)
+        tokens = jnp.argmax(keep_tokens(logits, num_tokens), axis=-1)
     else:
         logits = logits / temperature
-        tokens = jax.vmap(jax.random.categorical)(keys, keep_top_p(keep_top_k(logits, top_k), top_p))
+        kept = keep_tokens(logits, num_tokens)
+        tokens = jax.vmap(jax.random.categorical)(keys, keep_top_p(keep_top_k(kept, top_k), top_p))
     tokens = tokens.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)

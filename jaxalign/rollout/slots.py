@@ -365,6 +365,7 @@ def advance(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            num_tokens=sampling.num_tokens,
         )
         live = slots.live
         token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0)

@@ -96,6 +96,7 @@ class Collector:
     ):
         self.config, self.policy, self.value, self.reward = config, policy, value, reward
         self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, tuple(stop_ids), mesh
+        self.sampling = Sampling.of(config.rollout).of_tokens(tokenizer, policy.config.vocab_size)
         self.num_samples = config.rollout.num_samples
         self.together = completions_per_row(self.num_samples)
         self.roles = ("policy",) if value is None else ("policy", "value")
@@ -147,7 +148,7 @@ class Collector:
             mesh=self.mesh,
             tensor=c.rollout.tensor,
             held=held,
-            sampling=Sampling.of(c.rollout),
+            sampling=self.sampling,
             stop_ids=self.stop_ids,
         )
         self._say(int(figures["tensor"]))

@@ -84,7 +84,9 @@ class Sampler:
                 batch.rows,
                 jax.random.key(c.seed),
                 batch.record_ids[:, 0],
-                sampling=Sampling.of(c.rollout, max_new_tokens=most),
+                sampling=Sampling.of(c.rollout, max_new_tokens=most).of_tokens(
+                    stage.tokenizer, model.config.vocab_size
+                ),
                 stop_ids=stage.stop_ids,
                 mesh=stage.mesh,
                 tensor=c.rollout.tensor,

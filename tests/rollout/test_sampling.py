@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,3 +88,19 @@ def test_keys_depend_on_id_and_position_alone():
     assert data(key, jnp.array([5]), 3) != data(key, jnp.array([3]), 5)
     expected = jax.random.fold_in(jax.random.fold_in(key, 5), 3)
     assert data(key, jnp.array([5]), 3)[0] == jax.random.key_data(expected).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_are_no_tokens_are_never_sampled_and_count_in_log_probs(temperature):
+    """The log-prob is that of the whole softmax, as the training forward has it."""
+    logits = np.random.default_rng(0).normal(size=(200, 12)).astype(np.float32)
+    logits[:, 9:] += 5  # likelier than every token
+    options = {"temperature": temperature, "top_k": 4, "top_p": 0.9}
+    tokens, logprobs = sample(jnp.asarray(logits), keys(200), num_tokens=9, **options)
+    assert int(tokens.max()) < 9
+    for row, token, logprob in zip(logits.astype(np.float64), np.asarray(tokens), np.asarray(logprobs), strict=True):
+        assert logprob == pytest.approx(row[token] - np.log(np.exp(row).sum()), abs=1e-5)
+    assert int(sample(jnp.asarray(logits), keys(200), **options)[0].max()) > 8
+    alone, _ = sample(jnp.asarray(logits[:, :9]), keys(200), **options | {"temperature": 0.0})
+    if not temperature:
+        np.testing.assert_array_equal(tokens, alone)

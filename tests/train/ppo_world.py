@@ -67,7 +67,10 @@ def prompt_batch(prompts, width, rows=None, pad=0):
 
 
 class NumberTokenizer:
-    """Writes tokens as numbers."""
+    """Writes tokens as numbers, of which every model's are some."""
+
+    def get_vocab(self):
+        return {"2147483646": 2147483646}
 
     def decode(self, ids, skip_special_tokens=False):
         return " ".join(str(i) for i in ids if not (skip_special_tokens and i in STOP))
