@@ -74,6 +74,7 @@ def compare(
     scorer, reach = (None, None) if reward is None else _scorer(reward, dtype)
     records = list(load_records(data, None, max_records=num_prompts, field="data.sources")[0])
     asked = questions(records)
+    prompted = [q.record._replace(form="prompt", prompt=q.prompt) for q in asked]
     if base != aligned:
         check_weights(base, head="lm", dtype=dtype, flag="--base")  # it is loaded late: check it now
 
@@ -84,8 +85,8 @@ def compare(
     for name, path in (("aligned", aligned), ("base", base)):  # one after the other: one model in memory
         loaded = load_model(path, head="lm", dtype=dtype, chat_template_kwargs=chat_template_kwargs)
         generator = loaded.generator(sampling)
-        prompts = generator.encode([q.prompt for q in asked]) if asked else []
-        answers[name] = generator([q.prompt for q in asked], seed=seed) if asked else []
+        prompts = generator.encode(prompted) if asked else []
+        answers[name] = generator(prompted, seed=seed) if asked else []
         sizes = [len(p) + len(c.ids) for p, c in zip(prompts, answers[name], strict=True)]
         warn_of_context(path, loaded.context, sizes, [_sample(q) for q in asked])
         figures[name] = {"path": path, **_perplexity(loaded, records, data), **_figures(answers[name])}

@@ -73,12 +73,13 @@ class Generator:
         self._stop_ids = tuple(int(i) for i in stop_ids)
         self._markers = end_markers(tokenizer, self._stop_ids)
 
-    def __call__(self, prompts: Sequence[str | list[dict[str, Any]]], *, seed: int) -> list[Completion]:
+    def __call__(self, prompts: Sequence[str | list[dict[str, Any]] | Record], *, seed: int) -> list[Completion]:
         """Continues each prompt once.
 
         Args:
           prompts: texts, which get the tokenizer's own special tokens, or lists of messages, which are rendered by the
-            chat template up to where the assistant speaks.
+            chat template up to where the assistant speaks; or records of the form prompt, whose columns (tools,
+            chat_template_kwargs) the template gets too.
           seed: of the samples.
 
         Returns:
@@ -91,12 +92,12 @@ class Generator:
         found = self.continue_ids(tokenised, seed=seed)
         return [
             c._replace(text=continuation(self.tokenizer, ids, without_marker(c.ids, self._markers)))
-            if isinstance(prompt, str)
+            if isinstance(prompt.prompt if isinstance(prompt, Record) else prompt, str)
             else c
             for prompt, ids, c in zip(prompts, tokenised, found, strict=True)
         ]
 
-    def encode(self, prompts: Sequence[str | list[dict[str, Any]]]) -> list[np.ndarray]:
+    def encode(self, prompts: Sequence[str | list[dict[str, Any]] | Record]) -> list[np.ndarray]:
         """Prompts as the token ids that `__call__` continues.
 
         Args:
@@ -105,7 +106,10 @@ class Generator:
         Raises:
           InputError: a prompt without tokens.
         """
-        records = [Record(i, "prompts", i + 1, "prompt", prompt=p) for i, p in enumerate(prompts)]
+        records = [
+            p._replace(index=i) if isinstance(p, Record) else Record(i, "prompts", i + 1, "prompt", prompt=p)
+            for i, p in enumerate(prompts)
+        ]
         tokenised = []
         for item in tokenize_records(records, self._encoder, append_eos=False):
             if isinstance(item, Dropped):

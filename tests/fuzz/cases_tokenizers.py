@@ -118,6 +118,27 @@ def _templates():
             softer = expect if used or bad_anyway else SOUND
             limit = 60.0
             yield Case("tokenizer", f"template-{name}{'' if used else '-unused'}", make, softer, limit=limit)
+    reads = "{% for m in messages %}{{ m.content }}{% endfor %}{{ think | default(0) }}"
+    values = {
+        "unknown": ('({"thinks": 1},)', REFUSED),
+        "given": ('({"messages": 1},)', REFUSED),
+        "no-pair": ('("think",)', REFUSED),
+        "no-name": ('({"": 1},)', REFUSED),
+        "nan": ('({"think": float("nan")},)', REFUSED),
+        "object": ('({"think": object()},)', REFUSED),
+        "surrogate": (r'({"think": "\ud800"},)', REFUSED),
+        "dict": ('{"think": 1}', REFUSED),
+        "code": ('({"think": "{% endfor %}{{ 1 / 0 }}"},)', SOUND),
+        "deep": ('({"think": [[[[[[[[[[{}]]]]]]]]]]},)', SOUND),
+    }
+    for name, (value, expect) in values.items():
+
+        def make(place, value=value):
+            (place.here / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            lines = "c.data.sources = ('x.jsonl',)", f"c.data.chat_template_kwargs = {value}"
+            return train(place, "sft", f"c.model.chat_template = {reads!r}", *lines, dry=True)
+
+        yield Case("tokenizer", f"kwargs-{name}", make, expect)
     for name, data in {"binary": bytes(range(256)), "utf-16": "{{ messages }}".encode("utf-16")}.items():
 
         def make(place, data=data):

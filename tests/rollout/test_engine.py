@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from jaxalign.data.records import Record
 from jaxalign.errors import InputError
 from jaxalign.models import hf
 from jaxalign.models.tokenizer import load_tokenizer, stop_ids
@@ -55,6 +56,21 @@ def test_messages_are_rendered(stories):
     (one,) = made([message], seed=0)
     (same,) = made(["\n\nHuman: Tell a story\n\nAssistant:"], seed=0)
     assert one.ids == same.ids
+
+
+def test_records_are_rendered_with_their_columns(stories):
+    """What a record gives the template comes into its prompt in evaluation as in training."""
+    model, params, tokenizer, stops = stories
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools[0].name if tools }}{{ style }}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "chat_template", template)
+        made = Generator(model, params, tokenizer, sampling=Sampling(0.0, 4), stop_ids=stops)
+        columns = {"tools": [{"name": "clock"}], "chat_template_kwargs": {"style": "!"}}
+        record = Record(7, "x", 1, "prompt", prompt=[{"role": "user", "content": "Time"}], columns=columns)
+        assert [tokenizer.decode(ids).strip() for ids in made.encode([record, record.prompt])] == ["Timeclock!", "Time"]
+        assert len({tuple(c.ids) for c in made([record, [{"role": "user", "content": "Timeclock!"}]], seed=0)}) == 1
+        plain = made([record._replace(prompt="Tom"), "Tom"], seed=0)
+    assert plain[0] == plain[1]
 
 
 def test_a_prompt_without_tokens_is_refused(shared):
