@@ -50,7 +50,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
 
     Args:
       stage: of PPO.
-      params: shapes by role: those that are trained.
+      params: shapes by role: of the whole models that are trained, frozen parameters among them.
       frozen: shapes by role.
       batch: shapes of a batch of prompts.
       limit: bytes of a device that programs may use.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from jaxalign.plan.predict import Assumptions, assumptions
 from jaxalign.plan.runs import Length, run_of, together
 from jaxalign.plan.search import AS_IS, nearest_that_fits
 from jaxalign.plan.search import search as search_stage
-from jaxalign.plan.stages import make_stage, stage_configs
+from jaxalign.plan.stages import adapter_export, make_stage, stage_configs, starting_from
 from jaxalign.plan.tables import gib
 from jaxalign.train.compiled import in_words
 
@@ -67,10 +68,14 @@ def plan(
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         # All are read before the first is compiled, which takes minutes: one that training would refuse ends them all.
-        made = {}
+        made, exports = {}, {}
         for name, c in configs.items():
             with _errors_of(name):
-                made[name] = make_stage(c, devices, tempfile.mkdtemp(dir=scratch), assumed.values)
+                configs[name] = starting_from(c, exports)
+                made[name] = make_stage(configs[name], devices, tempfile.mkdtemp(dir=scratch), assumed.values)
+                directory = os.path.join(scratch, f"export of {name}")
+                if name and (directory := adapter_export(made[name][0], configs[name].workdir, directory)):
+                    exports[name] = directory
         for name, c in configs.items():
             tell = lambda text, name=name: say(_spelt(f"{name + ': ' if name else ''}{text}", _of(name)))  # noqa: E731
             with _errors_of(name):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxalign.ops.trees import joined
 from jaxalign.parallel.device_memory import device_bytes
 from jaxalign.parallel.sharding import batch_part, param_shardings
 from jaxalign.plan.collection import collection
@@ -23,6 +24,7 @@ from jaxalign.train.checkpoints import abstract
 from jaxalign.train.flops import flops_per_token
 from jaxalign.train.reference import reference_pass
 from jaxalign.train.remat import settle_remat
+from jaxalign.types import Params
 
 
 class Work(NamedTuple):
@@ -73,7 +75,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
     moments = {"optimizer": device_bytes(like.opt)}
     if not stage.offload:  # else they wait in the host's memory, moments for the train step
         held |= moments
-        held |= {f"{role} (frozen)": device_bytes(tree) for role, tree in frozen.items()}
+        held |= _frozen_bytes(frozen)
     models = {role: r.model.config for role, r in program.trained.items()}
     whole = _work(rows)
 
@@ -118,8 +120,16 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
                 )
                 held = of_training
             return
-        calls = () if only else collection(stage, like.params, frozen, widest_prompts(stage), limit)
+        calls = () if only else collection(stage, joined(like.params, frozen), frozen, widest_prompts(stage), limit)
         yield from _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments)
+
+
+def _frozen_bytes(frozen: Mapping[str, Params]) -> dict[str, int]:
+    """Of each frozen role; arrays that several share, as adapters do their base, count for the first."""
+    found: dict[str, int] = {}
+    for i, role in enumerate(frozen):
+        found[f"{role} (frozen)"] = device_bytes(list(frozen.values())[: i + 1]) - sum(found.values())
+    return found
 
 
 def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -> Iterator[Program]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.config import get
@@ -31,7 +33,7 @@ from jaxalign.models.text_part import text_fields
 from jaxalign.parallel.mesh import make_mesh, mesh_shape
 from jaxalign.plan.assumed import NO_DATA, AssumedData, absent
 from jaxalign.train.minibatches import check_rows
-from jaxalign.train.models import fit_length, revision_of
+from jaxalign.train.models import adapter_base, fit_length, revision_of, write_export
 from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import Stage, read_data
 
@@ -58,9 +60,44 @@ def stage_configs(config: Any) -> dict[str, Any]:
         with c.unlocked():
             source = planned.inputs.get("model")
             if source and not _there(c.model.path):
-                c.model.path, c.model.revision = found[source].model.path, found[source].model.revision
+                given = found[source].model
+                c.model.path, c.model.revision = given.path, given.revision
+                c.model.tokenizer = c.model.tokenizer or given.tokenizer  # its export has a copy
+                c.model.chat_template = c.model.chat_template or given.chat_template
         found[planned.name] = c.lock()
     return found
+
+
+def starting_from(config: Any, exports: Mapping[str, str]) -> Any:
+    """A stage's configuration that takes what earlier stages train from directories that stand for their exports.
+
+    Args:
+      config: one stage's, of `stage_configs`.
+      exports: by stage.
+    """
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        if directory := exports.get(get(c, "from.model")):
+            c.model.path, c.model.revision = directory, None
+        if directory := exports.get(get(c, "from.reward")):
+            c.rewards.model = directory
+    return c.lock()
+
+
+def adapter_export(stage: Stage, workdir: str, directory: str) -> str | None:
+    """Writes the adapter that a stage is to train, its numbers zeros; None where it trains none, or has done so.
+
+    Args:
+      stage: of `make_stage`.
+      workdir: of the run, where the adapter may be already.
+      directory: where.
+    """
+    c, role = stage.config, stage.program.trained[stage.program.exported]
+    if adapter_base(role) is None or _there(os.path.join(workdir, "export")):
+        return None
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), role.abstract())
+    source = locate(c.model.path, c.model.revision, weights=False)
+    return str(write_export(directory, role, zeros, dict, source=source, tokenizer=stage.tokenizer, dtype="bfloat16"))
 
 
 def make_stage(

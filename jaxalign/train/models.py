@@ -103,10 +103,14 @@ class Roles:
         return whole._replace(holds=trains, rest=rest if jax.tree.leaves(rest.abstract()) else None)
 
     def _frozen(self) -> tuple[str, str | None]:
-        """What frozen parameters are kept in: the dtype, and where layers' kernels take fewer bits, how."""
+        """What frozen parameters are kept in: the dtype, and where layers' kernels take fewer bits, how.
+
+        Beside such kernels the rest is kept in the dtype of the computation: in float32 an embedding and a head of
+        8B would take more than all kernels in four bits.
+        """
         c = self.config.model
         if c.frozen_dtype in QUANTISED:
-            return c.param_dtype, c.frozen_dtype
+            return c.dtype, c.frozen_dtype
         return c.frozen_dtype or c.param_dtype, None
 
     def _rules(self) -> Rules | None:

@@ -45,6 +45,7 @@ def planned(monkeypatch):
     devices = [types.SimpleNamespace(device_kind="NVIDIA H200", id=i) for i in range(8)]
     monkeypatch.setattr(planning, "absent_devices", lambda *_: devices)
     monkeypatch.setattr(planning, "nearest_that_fits", lambda *_: "--config.model.remat=full")
+    monkeypatch.setattr(planning, "adapter_export", lambda *_: None)
 
     def plan(config, too_large=(), refused=(), wrong=()):
         def plan_stage(c, *_):

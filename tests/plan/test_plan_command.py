@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jaxalign.cli import main
 from jaxalign.commands.plan import _own_flags
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
+from jaxalign.ops.trees import by_path
 from jaxalign.plan.assumed import AssumedData, absent, no_reward
 from jaxalign.plan.programs import _work, completed
 from jaxalign.plan.stages import stage_configs
@@ -307,3 +309,37 @@ def test_decoding_is_counted_at_the_mean_width_of_its_cache(monkeypatch):
         assert sum(call.times for call in calls) == sum(n for _, n in widths)
         assert sum(call.times * call.results for call in calls) == sum(n * width for width, n in widths)
         assert calls[0].results == widths[-1][0]  # the widest: what must fit
+
+
+def test_stages_start_from_the_adapters_that_earlier_ones_will_write(model, tmp_path, monkeypatch):
+    """PPO on one base: a frozen copy of SFT's adapter and that of the reward model, and the base once."""
+    from jaxalign.config import stages
+    from jaxalign.plan import plan as planning
+
+    made = {name: defaults(name, adapter=4) for name in ("sft", "reward", "ppo")}
+    for name, c in made.items():
+        c.data.sources, c.batch_size = ("owner/name",), 4
+        if name != "sft":
+            c["from"].model = "sft"
+    made["sft"].model.path, made["ppo"]["from"].reward, made["ppo"].algorithm.one_base = str(model), "reward", True
+    held = {}
+
+    def plan_stage(c, devices, assumed, tell, made):
+        program, of = made[0].program, held.setdefault(c.algorithm.name, {})
+        for name, role in (*program.trained.items(), *program.frozen.items()):
+            of.setdefault(name, set()).update(map(role.origin, by_path(role.abstract())))
+        raise InputError("out of memory", "less", "none")
+
+    monkeypatch.setattr(planning, "plan_stage", plan_stage)
+    monkeypatch.setattr(planning, "nearest_that_fits", lambda *_: None)
+    monkeypatch.setattr(planning, "absent_devices", lambda *_: jax.devices()[:1])
+    planning.plan(stages(str(tmp_path), **made), "gpu:h200:1x1x1")
+    exports = {name: f"export of {name}" for name in made}
+    adapters = {
+        role: {os.path.basename(origin[0]) for origin in origins if origin[1] == "adapter"}
+        for role, origins in held["ppo"].items()
+    }
+    assert adapters["policy"] == adapters["ref"] == {exports["sft"]}
+    assert adapters["value"] == adapters["reward"] == {exports["reward"]}
+    bases = {origin for origins in held["ppo"].values() for origin in origins if origin[1] != "adapter"}
+    assert {origin[0] for origin in bases} == {str(model)}
