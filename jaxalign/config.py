@@ -102,8 +102,8 @@ def _common() -> ConfigDict:
                 # them start as the mean of the others
                 "add_tokens": (),
                 "from_scratch": False,  # initialise from config.json alone
-                # which parameters are trained, patterns of their paths: lm_head, layers/mlp; (): all, or with an
-                # adapter that alone; a scalar head always is
+                # which parameters are trained, patterns of their names: lm_head, layers[-2:], layers.(30|31).mlp; ():
+                # all, or with an adapter that alone; a scalar head always is
                 "train": (),
                 "dtype": "float32",  # of the computation
                 "param_dtype": "float32",  # of the trained weights

@@ -66,6 +66,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] | None = None  # of each layer: how many positions back it sees, its own among them
     adapter: Adapter | None = None  # that is trained beside the kernels
     quantised: str | None = None  # of the layers' kernels, which are frozen: "int8" or "nf4", see `ops.quantised`
+    cuts: tuple[int, ...] | None = None  # layers at which another stack begins, see `stacks`; None: there is one
     num_labels: int | None = None  # of the scalar head; None: one
     score_bias: bool | None = None  # whether a classifier of tokens has one; None: it is none
     added: Added | None = None  # tokens that the checkpoint has no vectors of, which `vocab_size` counts

@@ -20,7 +20,7 @@ import numpy as np
 from jaxalign.data.files import is_url
 from jaxalign.disk import writing
 from jaxalign.errors import InputError
-from jaxalign.models import store
+from jaxalign.models import stacks, store
 from jaxalign.models.adapter import LEAVES, Update, is_adapter
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.gather import on_host
@@ -43,6 +43,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_file, write_tensors
 from jaxalign.ops.low_rank import LowRank, merged
 from jaxalign.ops.quantised import dequantise
+from jaxalign.ops.trees import by_path
 from jaxalign.types import Params
 
 CARD = "README.md"
@@ -88,8 +89,8 @@ def save(
     url = os.fspath(directory) if is_url(os.fspath(directory)) else None
     target = Path(directory).expanduser().absolute()  # not used with a URL
     writes = jax.process_index() == 0
-    leaf_types = [leaf.dtype for leaf in jax.tree.leaves(params)]
-    leaf_type = leaf_types[0] if base is None else jax.numpy.result_type(*leaf_types)
+    leaf_types = [leaf.dtype for path, leaf in by_path(params).items() if base or not _beside(path)]
+    leaf_type = jax.numpy.result_type(*leaf_types)  # as exact as what was trained
     try:
         file_type = np.dtype(leaf_type if dtype is None else jax.numpy.dtype(dtype))
     except TypeError:
@@ -270,13 +271,17 @@ def _pad_id(model: Model, tokenizer: Any, part: Path) -> int | None:
 def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
     """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
     names, dims = model.config.family.names, sizes(model.config)
-    leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    leaves = _with_updates(model, _whole(model, leaves))
+    leaves = _with_updates(model, _whole(model, stacks.leaves(params, model.config.num_layers)))
     for path in leaves:
         names.row_of(path)
     for fused, index in names.in_order({path: leaf.shape for path, leaf in leaves.items()}):
         make = functools.partial(_gather, fused, [leaves[row.path] for row in fused.rows], index, dims)
         yield fused.rows[0].named(index), Planned(fused.shape(dims), make)
+
+
+def _beside(path: str) -> bool:
+    """Whether a parameter is merged into a kernel, or part of one in few bits."""
+    return is_adapter(path) or kernel_at(path) is not None
 
 
 class _Dequantised(NamedTuple):

@@ -10,15 +10,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.models.hf_names import Index
+from jaxalign.models.stacks import Stacked
 
 
 def on_host(leaf: Any, index: Index = ()) -> np.ndarray:
     """What a parameter has at an index of its first dims; every process calls it, in the same order.
 
     Args:
-      leaf: an array, sharded or not.
+      leaf: an array, sharded or not; or in several stacks, with an index.
       index: of a layer, or of a layer and an expert; () is all of it.
     """
+    if isinstance(leaf, Stacked):
+        leaf, own = leaf.at(index[0])
+        index = (own, *index[1:])
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         assert isinstance(leaf.sharding, NamedSharding)
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())

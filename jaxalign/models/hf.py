@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxalign.errors import InputError
-from jaxalign.models import peft
+from jaxalign.models import peft, stacks
 from jaxalign.models.added_tokens import Added
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.export import save as save  # the other direction: callers import both from here
@@ -49,6 +49,7 @@ def load(
     rope_length: int | None = None,
     quantised: str | None = None,
     added: Added | None = None,
+    cuts: stacks.Cuts = None,
     shardings: Shardings = None,
     key: jax.Array | None = None,
     wanted: Wanted = None,
@@ -66,6 +67,7 @@ def load(
       rope_length: of the longest sequence, for the rope types that depend on it, see `ops.rope.Rope`.
       quantised: "int8" or "nf4": the layers' kernels take so few bits, quantised layer by layer; None: as the others.
       added: tokens that it has no vectors of, which start as the mean of the others.
+      cuts: layers at which another stack begins, of a checkpoint that is no adapter; None: there is one stack.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       key: of a new scalar head; None: the checkpoint must have one.
       wanted: which parameters, by path; None: all.
@@ -79,7 +81,7 @@ def load(
     directory = locate(path, revision)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    config = dataclasses.replace(config.with_added(added), quantised=quantised)
+    config = dataclasses.replace(config.with_added(added), quantised=quantised, cuts=cuts)
     model = Model(config)
     params: Params = {}
     for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings, wanted):
@@ -114,16 +116,18 @@ def read_leaves(
     if config.quantised is not None:
         kernels = functools.partial(dequantised, length=config.embed_dim, dtype=np.float32)
         whole = abstract | {"layers": jax.eval_shape(kernels, abstract["layers"])}
-    sources, names = match(config, whole, tensors), config.family.names
+    sources, names = match(config, stacks.uncut(whole), tensors), config.family.names
     # Where a kernel takes fewer bits, what takes its place, and what it is quantised from.
     places = {path: (leaf, sharding) for path, leaf, sharding in _leaves(abstract, shardings)}
     kernels_at = {path: (leaf, sharding) for path, leaf, sharding in _leaves(whole, shardings)}
 
     def read(leaf_path: str, leaf: Any, sharding: Sharding) -> jax.Array:
+        leaf_path, first, _ = stacks.place(leaf_path)
         row, found = names.row_of(leaf_path), sources[leaf_path]
         fused = names.fused_of(row)
         if saved is None or not peft.changes(saved, leaf_path):
-            return _read_leaf(row, fused, found, dims, leaf, sharding, config.added if "V" in row.dims else None)
+            added = config.added if "V" in row.dims else None
+            return _read_leaf(row, fused, found, dims, leaf, sharding, added, first)
         # As exact as the files, so that the sum is rounded once.
         wide = functools.reduce(np.promote_types, (DTYPES[t.dtype] for t in found.values()), leaf.dtype)
         kernel = _read_leaf(row, fused, found, dims, jax.ShapeDtypeStruct(leaf.shape, wide), sharding)
@@ -134,7 +138,8 @@ def read_leaves(
             continue
         kernel = kernel_at(leaf_path)
         if kernel is None:
-            yield leaf_path, sharding, read(leaf_path, leaf, sharding) if leaf_path in sources else None
+            there = stacks.place(leaf_path).path in sources
+            yield leaf_path, sharding, read(leaf_path, leaf, sharding) if there else None
         elif leaf_path.endswith("_codes"):  # the kernel's other parts with them
             if saved is not None and peft.changes(saved, kernel):
                 layer, readers = functools.partial(on_host, read(kernel, *kernels_at[kernel])), 1
@@ -210,6 +215,7 @@ def from_scratch(
     rope_length: int | None = None,
     quantised: str | None = None,
     added: Added | None = None,
+    cuts: stacks.Cuts = None,
     shardings: Shardings = None,
     wanted: Wanted = None,
 ) -> tuple[Model, Params]:
@@ -220,7 +226,7 @@ def from_scratch(
     directory = locate(path, revision, weights=False)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    model = Model(dataclasses.replace(config.with_added(added), quantised=quantised))
+    model = Model(dataclasses.replace(config.with_added(added), quantised=quantised, cuts=cuts))
     chosen = wanted or (lambda leaf_path: True)
     out: Params = {}
     for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
@@ -341,8 +347,12 @@ def _read_leaf(
     leaf: jax.ShapeDtypeStruct,
     sharding: Sharding,
     added: Added | None = None,
+    layer: int = 0,
 ) -> jax.Array:
-    """One parameter, each device's part read on its own; one that has vectors of tokens, with those of added ones."""
+    """One parameter, each device's part read on its own; one that has vectors of tokens, with those of added ones.
+
+    `layer` is the first of its stack.
+    """
     mean = None if added is None else added.mean(fused.part(row, tensors[()].read(), dims))  # theirs is [V, D]
 
     @functools.cache  # devices that hold the same part share one array
@@ -351,7 +361,7 @@ def _read_leaf(
         within = tuple(slice(*b) for b in bounds[row.stacked :])
 
         def copy(at: Index) -> None:
-            index = tuple(i + start for i, (start, _) in zip(at, bounds, strict=False))
+            index = tuple(i + start + n for i, (start, _), n in zip(at, bounds, (layer, 0), strict=False))
             with np.errstate(over="ignore"):  # checked and reported below
                 source = row.to_ours(fused.part(row, tensors[index].read(), dims), dims)
                 if added is None or mean is None:

@@ -21,7 +21,7 @@ from jaxalign.parallel.sharding import path_name
 from jaxalign.types import Params
 
 # Fields of a description that leave its numbers what they are, but for rounding.
-_HOW = frozenset({"initializer_range", "param_dtype", "remat", "hf_config"})
+_HOW = frozenset({"initializer_range", "param_dtype", "remat", "cuts", "hf_config"})
 _PLACES = frozenset({"base_model_name_or_path", "revision"})  # where an adapter's base is, which is digested itself
 _SAMPLE = 4096  # bytes read at each of a tensor's places
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache, Seen
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs
+from jaxalign.models.stacks import Stack, len_of, stacks
 from jaxalign.ops.attention_blocked import SAVED
 from jaxalign.ops.platform import platform
 from jaxalign.ops.readout import take_sources
@@ -99,9 +100,12 @@ def run_layers(
 ) -> jax.Array:
     """Runs all layers.
 
+    Several stacks run one after the other. Of those below the first that is trained nothing is differentiated: a
+    backward pass ends where training begins.
+
     Args:
       layer: (params of a layer, x, given) -> (x, its keys and values).
-      layers: their parameters, stacked [L, ...].
+      layers: their parameters, stacked [L, ...], in one stack or several.
       x: [B, T, D].
       given: what every layer receives, numbers [L] of each.
       sources: int32 [B, M], the tokens that are read; None: all of them.
@@ -113,7 +117,7 @@ def run_layers(
     if remat == "auto":
         remat = _settled.get() or ("none" if platform() == "cpu" else "full")
     in_place = remat == "none" and not _in_few_bits(layers) if platform() == "cpu" else remat != "offload"
-    if in_place and _num_layers(layers) <= _UNROLLED.get(platform(), 0):
+    if in_place and stacks(layers)[-1].stop <= _UNROLLED.get(platform(), 0):
         return _one_by_one(layer, layers, x, given, sources, remat)
 
     def body(x, own):
@@ -122,7 +126,8 @@ def run_layers(
     if remat != "none":
         # Inside a scan nothing is merged across the checkpoint anyway, so its barriers would only cost.
         body = jax.checkpoint(body, policy=_policy(remat), prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, (layers, given.numbers))
+    for stack in stacks(layers):
+        x, _ = jax.lax.scan(body, x, (stack.layers, _numbers(given, stack)))
     return x if sources is None else take_sources(x, sources)
 
 
@@ -214,7 +219,7 @@ def split_layers(layers: Params, arrays: int) -> tuple[Params, ...]:
     Returns:
       A trees: each layer's own, or, where there are more layers, every A-th layer stacked [L / A, ...].
     """
-    every = _num_layers(layers) // arrays
+    every = len_of(layers) // arrays
     return tuple(jax.tree.map(lambda x, i=i: x[i] if every == 1 else x[i::arrays], layers) for i in range(arrays))
 
 
@@ -222,9 +227,12 @@ def run_prefill(
     layer: Layer, layers: Params, x: jax.Array, given: LayerInputs
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All layers, with the keys and values of each, [L, B, K, T, H]; arguments as `run_layers`."""
-    x, (keys, values) = jax.lax.scan(
-        lambda x, own: layer(own[0], x, given.of_layer(own[1])), x, (layers, given.numbers)
-    )
+    kept = []
+    for stack in stacks(layers):
+        own = stack.layers, _numbers(given, stack)
+        x, grown = jax.lax.scan(lambda x, own: layer(own[0], x, given.of_layer(own[1])), x, own)
+        kept.append(grown)
+    keys, values = kept[0] if len(kept) == 1 else (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
     return x, keys, values
 
 
@@ -233,14 +241,21 @@ def _in_few_bits(layers: Params) -> bool:
     return any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(layers))
 
 
-def _num_layers(layers: Params) -> int:
-    return jax.tree.leaves(layers)[0].shape[0]
+def _numbers(given: LayerInputs, stack: Stack) -> dict[str, Any]:
+    """Those of a stack's layers."""
+    if all(len(x) == len_of(stack.layers) for x in given.numbers.values()):
+        return given.numbers
+    return {name: x[stack.start : stack.stop] for name, x in given.numbers.items()}
 
 
 def _each(layers: Params | tuple[Params, ...], numbers: dict[str, Any]) -> list[tuple[Params, dict[str, Any]]]:
     """Each layer's parameters and numbers. Split in one operation, so that the gradient is one concatenation."""
     if not isinstance(layers, tuple):
-        leaves, structure = jax.tree.flatten(layers)
-        cut = [[x.squeeze(0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
-        layers = tuple(jax.tree.unflatten(structure, own) for own in zip(*cut, strict=True))
+        layers = tuple(own for stack in stacks(layers) for own in _apart(stack.layers))
     return [(own, {name: x[i] for name, x in numbers.items()}) for i, own in enumerate(layers)]
+
+
+def _apart(layers: Params) -> list[Params]:
+    leaves, structure = jax.tree.flatten(layers)
+    parts = [[x.squeeze(0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
+    return [jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True)]

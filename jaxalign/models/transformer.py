@@ -23,6 +23,7 @@ from jaxalign.models.norm import Norm, normed
 from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.quantised import parts_of
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
+from jaxalign.models.stacks import cut
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.logits import Head
@@ -163,15 +164,15 @@ class Model:
     attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
 
     def plain(self) -> Model:
-        """The base model in whole kernels: without an adapter, not quantised."""
-        config = dataclasses.replace(self.config, adapter=None, quantised=None)
+        """The base model in whole kernels: without an adapter, not quantised, in one stack."""
+        config = dataclasses.replace(self.config, adapter=None, quantised=None, cuts=None)
         return self if config == self.config else dataclasses.replace(self, config=config)
 
     def abstract(self) -> Params:
-        """The one declaration: shape and dtype of every parameter, layers stacked [L, ...]."""
+        """The one declaration: shape and dtype of every parameter, layers stacked [L, ...], or in several stacks."""
         c = self.config
         own = lambda tree, *more: jax.tree.map(lambda x: jax.ShapeDtypeStruct((*more, *x.shape), x.dtype), tree)  # noqa: E731
-        return own(_graph(Ends, c)[1]) | {"layers": own(_graph(Block, c)[1], c.num_layers)}
+        return own(_graph(Ends, c)[1]) | {"layers": cut(own(_graph(Block, c)[1], c.num_layers), c.cuts)}
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters: kernels normal(0, initializer_range), norms 1 with their offset, biases 0.
@@ -189,7 +190,7 @@ class Model:
         params["layers"] = jax.vmap(block)(keys) if self.config.quantised is None else jax.lax.map(block, keys)
         if self.config.adapter is not None:
             params = join(base(params), self.init_adapter(key, params["layers"]))
-        return params
+        return params | {"layers": cut(params["layers"], self.config.cuts)}
 
     def init_adapter(self, key: jax.Array, kernels: Params) -> Params:
         """The parameters of a fresh adapter, which changes nothing yet; arguments as `adapter.fresh` takes them."""

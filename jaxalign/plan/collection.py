@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxalign.models import stacks
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.device_memory import device_bytes
@@ -115,10 +116,10 @@ def _lay_out(policy: Model, params: Any, place: Any) -> Generator[Call, None, An
     first = compiled("layout: embed, head", place.decoding, layout.lay_out_ends, policy, ends, mesh=place.mesh)
     yield first
     number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(place.decoding))
-    static = {"arrays": arrays, "mesh": place.mesh}
-    layer = compiled(
-        "layout: a layer", place.decoding, layout.lay_out_layer, policy, params["layers"], number, **static
-    )
+    static, layers = {"arrays": arrays, "mesh": place.mesh}, params["layers"]
+    if policy.config.cuts is not None:  # each array's layers are brought together first
+        static["arrays"], layers = 1, stacks.shapes_of(layers, policy.config.num_layers // arrays)
+    layer = compiled("layout: a layer", place.decoding, layout.lay_out_layer, policy, layers, number, **static)
     yield layer._replace(times=float(arrays))
     # Each layer's arrays are its own: `device_bytes` counts an object once.
     own = tuple(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), layer.results)

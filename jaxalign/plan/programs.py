@@ -106,7 +106,7 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
                 tell("evaluation step")
                 held_out = batch_of(stage, stage.eval_dataset)
                 executable, seconds = _timed(lambda: stage.eval_step.compile(like.params, frozen, like.extra, held_out))
-                flops = sum(_flops(c, whole, program.passes - 2) for c in models.values())
+                flops = sum(_flops(c, whole, program.forward) for c in models.values())
                 yield done("evaluation step", executable, seconds, held_out, 0.0, flops, whole)
             if program.reference is not None and not only:
                 tell("reference pass")

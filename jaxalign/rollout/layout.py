@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import InputError
+from jaxalign.models import stacks
 from jaxalign.models.adapter import is_adapter
 from jaxalign.models.quantised import kernel_at
 from jaxalign.models.schedule import cache_arrays
@@ -259,7 +260,11 @@ def lay_out(model: Model, params: Params, mesh: Mesh | None = None) -> Params:
     ends = {name: part for name, part in params.items() if name != "layers"}
     # A program for each layer, the same one: in one of all layers compilers hold gathered layers twice.
     laid = lay_out_ends(model, ends, mesh=mesh)
-    layers = (lay_out_layer(model, params["layers"], np.int32(i), arrays=arrays, mesh=mesh) for i in range(arrays))
+    if model.config.cuts is None:
+        layers = (lay_out_layer(model, params["layers"], np.int32(i), arrays=arrays, mesh=mesh) for i in range(arrays))
+    else:
+        own = (stacks.every(params["layers"], i, arrays) for i in range(arrays))
+        layers = (lay_out_layer(model, layer, np.int32(0), arrays=1, mesh=mesh) for layer in own)
     return laid | {"layers": tuple(layers)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxalign.errors import InputError, named
 from jaxalign.functions import is_name
+from jaxalign.models.stacks import place
 from jaxalign.ops.trees import by_path
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
@@ -52,7 +53,13 @@ class Program(NamedTuple):
     # {name: (sum, weight)}; None: the objective's own metrics
     evaluate: Callable[..., dict[str, Any]] | None = None
     eval_metrics: Callable[[], list[str]] | None = None  # names of what `evaluate` measures
-    passes: float = 3.0  # forward passes' worth of work of one token, for MFU
+    forward: float = 1.0  # forward passes of one token
+    backward: float = 2.0  # the worth of its backward pass in them
+
+    @property
+    def passes(self) -> float:
+        """Forward passes' worth of work of one token, for MFU."""
+        return self.forward + self.backward
 
 
 class Context(NamedTuple):
@@ -76,18 +83,35 @@ def build(config: Any, roles: Roles, context: Context) -> Program:
     program = BUILDERS[config.algorithm.name](config, roles, context)
     rests = {name: role.rest for name, role in program.trained.items() if role.rest is not None}
     # First, so that they lie on the devices, whoever shares them.
-    return program._replace(frozen=rests | program.frozen, passes=program.passes - _frozen_share(program))
+    return program._replace(frozen=rests | program.frozen, backward=_backward(program))
 
 
-def _frozen_share(program: Program) -> float:
-    """The share of kernels that are not trained: a backward pass makes no gradients of them."""
-    kernels = [0, 0]
+def _backward(program: Program) -> float:
+    """Forward passes' worth of the backward pass: 2, where all is trained.
+
+    Half of it makes gradients of kernels, of those that are trained. The other half goes on to the layers below, as far
+    down as something is trained.
+    """
+    work = total = 0.0
     for role in program.trained.values():
-        held = by_path(role.abstract())
-        for path, leaf in by_path(role.model.plain().abstract()).items():
-            if path.endswith("kernel"):
-                kernels[path in held] += leaf.size
-    return kernels[0] / sum(kernels)
+        learned, whole = by_path(role.abstract()), by_path(role.model.plain().abstract())
+        layers = {path: leaf for path, leaf in whole.items() if path.startswith("layers/")}
+        below = _lowest(learned, role.model.config.num_layers) / role.model.config.num_layers
+        total += _kernels(whole)
+        work += _kernels(learned) + _kernels(whole) - below * _kernels(layers)
+    return work / total
+
+
+def _lowest(learned: Mapping[str, Any], num_layers: int) -> int:
+    """The first layer that a backward pass comes to; their number: none."""
+    if any(path.startswith("embed/") for path in learned):
+        return 0
+    return min((place(path).start for path in learned if path.startswith("layers/")), default=num_layers)
+
+
+def _kernels(leaves: Mapping[str, Any]) -> int:
+    """How many numbers are in kernels."""
+    return sum(leaf.size for path, leaf in leaves.items() if path.endswith("kernel"))
 
 
 def _sft(config, roles, context) -> Program:
@@ -142,7 +166,7 @@ def _dpo(config, roles, context) -> Program:
         objective,
         "policy",
         reference=None if live else reference,
-        passes=4.0 if live else 3.0,
+        forward=2.0 if live else 1.0,
     )
 
 

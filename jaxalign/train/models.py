@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +19,14 @@ from jaxalign.models.added_tokens import Added
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import locate
 from jaxalign.models.quantised import kernel_at
+from jaxalign.models.stacks import place
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.ops.rope import BY_LENGTH
-from jaxalign.ops.trees import by_path, from_paths, join, joined, path_pattern, split
+from jaxalign.ops.trees import by_path, from_paths, join, joined, split
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.ranges import QUANTISED
+from jaxalign.train import trained
 from jaxalign.train.starts import start_of
 from jaxalign.types import Params
 
@@ -159,6 +159,7 @@ class Roles:
                 attention=c.attention,
                 quantised=kind,
                 added=self.added if path == c.path else None,
+                train=tuple(c.train),
                 dtype=c.dtype,
                 param_dtype=param_dtype,
                 remat=c.remat if learning_rate else "none",
@@ -175,39 +176,41 @@ def trained_paths(role: Role, patterns: Sequence[str]) -> Callable[[str], bool]:
 
     Args:
       role: with an adapter, or with none.
-      patterns: regular expressions of whole names of a path: "lm_head", "layers/mlp", "layers/.*norm", as
-        `model.train` has them.
+      patterns: regular expressions of whole names of a path, Hugging Face's or ours: "lm_head", "layers/mlp",
+        "layers[-2:]", as `model.train` has them.
 
     Raises:
-      InputError: a pattern that matches no parameter, or that is no regular expression.
+      InputError: a pattern that matches no parameter, or that is no regular expression; some layers beside an adapter.
     """
-    held, kind = by_path(role.model.abstract()), role.model.config.quantised
-    there = list(dict.fromkeys(kernel_at(path) or path for path in held))
-    expressions = []
+    config = role.model.config
+    kept = {kernel for path in by_path(role.model.abstract()) if (kernel := kernel_at(path))}
     for pattern in patterns:
-        try:
-            expression = path_pattern(pattern)
-        except re.error as error:
-            expected = "a regular expression of a parameter's path"
-            raise InputError(f"model.train {pattern!r}: {error}", expected, "--config.model.train=lm_head") from error
-        if not any(expression.search(leaf_path) for leaf_path in there):
-            near = get_close_matches(pattern, there, n=1, cutoff=0.0)[0]
+        trained.check(config, pattern)
+        own = trained.matched(config, [pattern])
+        if frozen := [path for path in own if path in kept and any(own[path])]:
             raise InputError(
-                f"model.train {pattern!r} matches no parameter",
-                f"whole names of a path such as {', '.join(there[:4])}",
-                f"--config.model.train={near}",
-            )
-        if frozen := [path for path in there if path not in held and expression.search(path)]:
-            raise InputError(
-                f"model.train {pattern!r} trains {frozen[0]}, which model.frozen_dtype={kind} keeps",
+                f"model.train {pattern!r} trains {frozen[0]}, which model.frozen_dtype={config.quantised} keeps",
                 "parameters other than layers' kernels, which keep their bits",
                 "--config.model.frozen_dtype=bfloat16",
             )
-        expressions.append(expression)
+    if trained.cuts_of(config, patterns) != config.cuts:
+        if config.adapter is None:
+            raise InputError(
+                f"model.train trains some layers and not others, which model.frozen_dtype={config.quantised} keeps",
+                "the same parameters of all layers, or frozen kernels of 16 bits",
+                "--config.model.frozen_dtype=bfloat16",
+            )
+        raise InputError(
+            "model.train trains some layers and not others, beside an adapter",
+            "the same parameters of all layers, or some layers without an adapter",
+            "--config.adapter.rank=0, or --config.adapter.targets with the layers' numbers",
+        )
+    found = trained.matched(config, patterns)
 
     def trains(leaf_path: str) -> bool:
-        own = is_adapter(leaf_path) or leaf_path.startswith("score/") or role.learned(leaf_path)
-        return own or any(expression.search(leaf_path) for expression in expressions)
+        path, layer, _ = place(leaf_path)
+        own = is_adapter(path) or path.startswith("score/") or role.learned(path)
+        return own or (path in found and found[path][layer])
 
     return trains
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.functions import is_name
+from jaxalign.models.stacks import place
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.stochastic_rounding import rounding_bits
 from jaxalign.ops.trees import path_pattern
@@ -129,7 +130,7 @@ def scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransfo
         del params
 
         def one(path, x):
-            name = path_name(path)
+            name = place(path_name(path)).path
             return x * next((factor for pattern, factor in rules if pattern.search(name)), 1.0)
 
         return jax.tree_util.tree_map_with_path(one, updates), state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxalign.models.hub import ADAPTER_CONFIG, base_of, is_adapter_dir, locate,
 from jaxalign.models.transformer import Model
 from jaxalign.ops.trees import by_path, from_paths, join, split
 from jaxalign.parallel.sharding import param_shardings
+from jaxalign.train.trained import cuts_of
 from jaxalign.types import Params
 
 Wanted = Callable[[str], bool]
@@ -49,6 +50,7 @@ def start_of(
     attention: str | None,
     quantised: str | None = None,
     added: Added | None = None,
+    train: Sequence[str] = (),
     **settings: Any,
 ) -> Start:
     """What a role starts from.
@@ -66,6 +68,7 @@ def start_of(
       attention: the backend.
       quantised: how layers' kernels take few bits: "int8" or "nf4".
       added: tokens that the checkpoint has no vectors of.
+      train: patterns of what is trained, by which layers lie in several stacks; not beside an adapter or few bits.
       settings: of `read_config`.
 
     Raises:
@@ -79,7 +82,8 @@ def start_of(
         base, saved = base_of(directory, weights=False), peft.read(directory, config)
     config = config.with_added(added)
     adapter = _adapter(path, config, rules, None if saved is None else saved.adapter)
-    model = Model(dataclasses.replace(config, adapter=adapter, quantised=quantised), attention)
+    cuts = cuts_of(config, train) if adapter is None and quantised is None else None
+    model = Model(dataclasses.replace(config, adapter=adapter, quantised=quantised, cuts=cuts), attention)
     learned = frozenset() if saved is None else _paths_of(config, saved.tensors)
     if quantised and (whole := learned - by_path(model.abstract()).keys()):
         raise InputError(
@@ -90,7 +94,8 @@ def start_of(
     shardings = lambda tree: param_shardings(mesh, tree)  # noqa: E731
 
     def read_base(wanted: Wanted) -> Params:
-        given = settings | {"shardings": shardings, "wanted": wanted, "quantised": quantised, "added": added}
+        given = settings | {"shardings": shardings, "wanted": wanted}
+        given |= {"quantised": quantised, "added": added, "cuts": cuts}
         if scratch:
             return hf.from_scratch(path, revision=revision, key=key, **given)[1]
         if base is None:
