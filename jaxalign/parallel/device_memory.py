@@ -52,13 +52,26 @@ def device_bytes(tree: Any) -> int:
     Args:
       tree: arrays or ShapeDtypeStructs; one that is there several times counts once.
     """
-    total = 0
-    for x in _each(tree):
-        sharding = getattr(x, "sharding", None)
-        if sharding is None or sharding.memory_kind != HOST:
-            shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-            total += math.prod(shape) * x.dtype.itemsize
-    return total
+    return sum(map(_on_device, _each(tree)))
+
+
+def repeated_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays that are in it again, in each device's own memory.
+
+    A compiler counts an argument that is given twice, such as the base that a policy and its reference share, twice.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+    """
+    return sum(map(_on_device, jax.tree.leaves(tree))) - device_bytes(tree)
+
+
+def _on_device(x: Any) -> int:
+    sharding = getattr(x, "sharding", None)
+    if sharding is not None and sharding.memory_kind == HOST:
+        return 0
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
 
 
 def num_bytes(tree: Any) -> int:

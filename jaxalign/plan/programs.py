@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxalign.ops.trees import joined
-from jaxalign.parallel.device_memory import device_bytes
+from jaxalign.parallel.device_memory import device_bytes, repeated_bytes
 from jaxalign.parallel.sharding import batch_part, param_shardings
 from jaxalign.plan.collection import collection
 from jaxalign.rollout.pairs import completions_per_row
@@ -83,11 +83,12 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
         name: str, executable: Any, seconds: float, given: Any, times: float, flops: float, work: Work, **more: Any
     ):
         memory = held | more.pop("held", {}) | {"batch": device_bytes(given)}
+        counted = more.pop("counted", None) or compiled.memory_of(executable, repeated_bytes(more.pop("arguments", ())))
         return Program(
             name,
             times,
-            memory | _added(compiled.memory_of(executable), memory),
-            compiled.memory_of(executable),
+            memory | _added(counted, memory),
+            counted,
             executable.as_text(),
             flops,
             work,
@@ -101,13 +102,15 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
             tell("train step")
             executable, seconds = _timed(lambda: stage.step.compile(like, frozen, batch))
             per_token = {role: _flops(c, whole, program.passes) for role, c in models.items()}
-            yield done("train step", executable, seconds, batch, 1.0, sum(per_token.values()), whole)
+            counted = stage.step.memory
+            yield done("train step", executable, seconds, batch, 1.0, sum(per_token.values()), whole, counted=counted)
             if stage.eval_dataset is not None and not only:
                 tell("evaluation step")
                 held_out = batch_of(stage, stage.eval_dataset)
                 executable, seconds = _timed(lambda: stage.eval_step.compile(like.params, frozen, like.extra, held_out))
                 flops = sum(_flops(c, whole, program.forward) for c in models.values())
-                yield done("evaluation step", executable, seconds, held_out, 0.0, flops, whole)
+                counted = stage.eval_step.memory
+                yield done("evaluation step", executable, seconds, held_out, 0.0, flops, whole, counted=counted)
             if program.reference is not None and not only:
                 tell("reference pass")
                 role = program.reference
@@ -147,7 +150,7 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
     begin = time.monotonic()
     for call in calls:
         seconds, name = time.monotonic() - begin, call.name
-        given = [x for x in jax.tree.leaves(call.arguments) if hasattr(x, "sharding")]
+        given = arrays = [x for x in jax.tree.leaves(call.arguments) if hasattr(x, "sharding")]
         flops, of, times, reads = 0.0, read, call.times, {}
         tell(name)
         if name == "prefill":
@@ -174,7 +177,8 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
         elif name == "forward passes":
             of, kept, given = work, _brought(stage, frozen["ref"]), given[-8:]
             flops = sum(_flops(m, work, 1.0) for m in (*models.values(), frozen_models["ref"]))
-        one = done(name, call.executable, seconds, given, times, flops, of, read=reads, held=kept)
+        more = {"arguments": arrays, "read": reads, "held": kept}
+        one = done(name, call.executable, seconds, given, times, flops, of, **more)
         if name in ("prefill", "prompts to decoding") or name.startswith("layout"):
             one = one._replace(memory=one.memory | {"results": 0})  # they are held
         yield one
@@ -182,8 +186,9 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
     tell("train step")
     executable, seconds = _timed(lambda: stage.step.compile(like, frozen, batch))
     part = work._replace(tokens=work.tokens / c.algorithm.num_minibatches)
-    flops = sum(_flops(m, part, 3.0) for m in models.values())
-    yield done("train step", executable, seconds, batch, float(program.updates), flops, part, held=moments)
+    flops = sum(_flops(m, part, program.passes) for m in models.values())
+    more = {"held": moments, "counted": stage.step.memory}
+    yield done("train step", executable, seconds, batch, float(program.updates), flops, part, **more)
 
 
 def completed(total: int, together: int, prompt: float, asked: int, wide: int) -> Work:

@@ -15,7 +15,7 @@ import jax
 from jaxalign.errors import InputError
 from jaxalign.parallel.allocator import return_freed_memory
 from jaxalign.parallel.compiler_options import compiler_options, without_unknown
-from jaxalign.parallel.device_memory import device_limit, own_limit
+from jaxalign.parallel.device_memory import device_limit, own_limit, repeated_bytes
 
 # What to change, in the order of what saves most for least.
 ADVICE = (
@@ -65,10 +65,12 @@ class Compiled:
         if key not in self._executables:
             start = time.monotonic()
             with memory_errors(self.name):
-                executable = _compile(self._jitted.lower(*args), self._tokens(*args))
+                traced = self._jitted.trace(*args)
+                repeated = repeated_bytes(_read(leaves, traced.jaxpr.jaxpr))
+                executable = _compile(traced.lower(), self._tokens(*args), repeated)
             self.num_compiles += 1
             self.compile_seconds += time.monotonic() - start
-            needed = memory_of(executable)
+            needed = memory_of(executable, repeated)
             refuse_what_cannot_fit(self.name, needed)
             if needed.get("total", 0) >= self.memory.get("total", 0):  # of several programs the largest
                 self.memory = needed
@@ -82,23 +84,33 @@ class Compiled:
             return executable(*args)
 
 
-def _compile(lowered: Any, tokens: int) -> Any:
+def _read(leaves: list[Any], jaxpr: Any) -> list[Any]:
+    """The arguments that a program reads; those of others are none of the executable's."""
+    used = {id(v) for v in (*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars)}
+    return [leaf for leaf, v in zip(leaves, jaxpr.invars, strict=True) if id(v) in used]
+
+
+def _compile(lowered: Any, tokens: int, repeated: int) -> Any:
     executable = without_unknown(lambda: lowered.compile(compiler_options=compiler_options(update=True, tokens=tokens)))
     limit = device_limit()
-    if limit and compiler_options() and memory_of(executable).get("total", 0) > limit:
+    if limit and compiler_options() and memory_of(executable, repeated).get("total", 0) > limit:
         return lowered.compile()  # with less room in view the compiler may find a way
     return executable
 
 
-def memory_of(executable: Any) -> dict[str, int]:
+def memory_of(executable: Any, repeated: int = 0) -> dict[str, int]:
     """Bytes that an executable needs on each device: `arguments`, `results`, `temporary`, and their `total`.
 
     Results that take over donated arguments are counted once.  Empty where the backend does not say.
+
+    Args:
+      executable: compiled.
+      repeated: bytes of arguments that are given more than once, see `repeated_bytes`.
     """
     analysis = executable.memory_analysis()
     if analysis is None:
         return {}
-    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    arguments, temporary = analysis.argument_size_in_bytes - repeated, analysis.temp_size_in_bytes
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {
         "arguments": arguments,

@@ -169,8 +169,8 @@ def test_what_is_kept_for_the_backward_pass_goes_to_the_host(machine, shared, co
     shutil.copytree(shared / "models" / "stories3m-llama", model, ignore=shutil.ignore_patterns("*.safetensors*"))
     file = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(file | {"num_hidden_layers": 24}))
-    executables = []
-    monkeypatch.setattr(compiled, "memory_of", lambda x, of=compiled.memory_of: executables.append(x) or of(x))
+    executables, of = [], compiled.memory_of
+    monkeypatch.setattr(compiled, "memory_of", lambda x, *more: executables.append(x) or of(x, *more))
     device, host = {}, {}
     for remat in ("dots", "offload"):
         c = config_of("sft", shared, completions, completions, tmp_path / remat)

@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.parallel import device_memory
-from jaxalign.parallel.device_memory import device_bytes, device_limit, num_bytes
+from jaxalign.parallel.device_memory import device_bytes, device_limit, num_bytes, repeated_bytes
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.mesh import make_mesh
 
@@ -18,6 +18,7 @@ def test_what_trees_share_counts_once():
     trees = {"policy": base | {"head": jnp.zeros(5)}, "ref": base}
     assert num_bytes(trees) == device_bytes(trees) == 4 * 12 + 2 * 3 + 4 * 5
     assert num_bytes(jax.eval_shape(lambda: (base, base))) == 2 * num_bytes(base)
+    assert repeated_bytes(trees) == 4 * 12 + 2 * 3 and repeated_bytes(base) == 0
 
 
 def test_a_device_holds_its_part_and_not_what_waits_in_the_host():

@@ -51,3 +51,18 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(monkeypatch):
     monkeypatch.setattr(compiled, "device_limit", lambda: 1000)
     with pytest.raises(InputError, match="out of memory in the big step"):
         Compiled(lambda x: x @ x.T, "big step")(jnp.zeros((64, 64)))
+
+
+def test_an_argument_that_is_given_twice_takes_memory_once():
+    base = jnp.zeros((64, 64))
+    f = Compiled(lambda state, frozen: state + frozen["policy"] @ frozen["ref"], "f", donate=(0,))
+    f(jnp.zeros((64, 64)), {"policy": base, "ref": base})
+    assert f.memory["arguments"] == 2 * base.nbytes
+    assert f.memory["total"] == f.memory["arguments"] + f.memory["results"] + f.memory["temporary"]
+
+
+def test_an_argument_that_nothing_reads_is_none_of_the_memory():
+    base = jnp.zeros((64, 64))
+    f = Compiled(lambda state, frozen: state + frozen["policy"], "f", donate=(0,))
+    f(jnp.zeros((64, 64)), {"policy": base, "ref": base})
+    assert f.memory["arguments"] == 2 * base.nbytes
