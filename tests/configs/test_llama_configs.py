@@ -11,6 +11,7 @@ from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import mesh_shape
 from jaxalign.pipeline.configfile import load_config
+from jaxalign.pipeline.stages import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("sft", "reward", "dpo", "ppo")
@@ -65,6 +66,29 @@ def test_bytes_by_role():
     for name in NAMES:
         doc = _doc(name)
         assert f"holds {held[name]:.1f} GiB" in doc, f"{name}: holds {held[name]:.1f} GiB"
+
+
+def test_bytes_of_full_training_on_the_page():
+    """What docs/memory.md says of 8B: weights, gradients and two moments of what is trained, the frozen in 16 bits."""
+    page = (ROOT / "docs" / "memory.md").read_text()
+    lm, score = 8_030_261_248 / 1e9, 7_504_928_768 / 1e9
+    for title, number in (("all in 16 bits", 2 + 2 + 4), ("float32", 4 + 4 + 8)):
+        held = (number * lm, number * score, number * lm + 2 * lm, (number + 2) * (lm + score))
+        assert f"| {title} | " + " | ".join(f"{gb:.1f} GB" for gb in held) + " |" in page
+
+
+@pytest.mark.parametrize("memory", ["24gb", "80gb"])
+def test_four_stages_on_one_gpu(memory):
+    """They validate one by one and together: adapters that go on from stage to stage, PPO's roles on one base."""
+    config = load_config(f"{ROOT}/configs/one_gpu.py:{memory}")
+    planned = plan(config)
+    assert [stage.name for stage in planned] == ["sft", "reward", "dpo", "ppo"]
+    for stage in planned:
+        c = stage.config
+        assert c.adapter.rank == 16 and c.model.frozen_dtype == ("nf4" if memory == "24gb" else "bfloat16")
+        assert c.batch_size % (c.grad_accum_steps * c.algorithm.get("num_minibatches", 1)) == 0
+        assert not stage.checked.warnings, stage.checked.warnings
+    assert planned[-1].config.algorithm.one_base
 
 
 def _doc(name):
