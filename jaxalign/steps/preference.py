@@ -42,6 +42,8 @@ def preference_objective(
     beta: float,
     label_smoothing: float,
     reference: str,
+    ref_apply: Callable[..., Any] | None = None,
+    ref_head: Callable[[Params], jax.Array | Head] | None = None,
     **options: Any,
 ) -> Objective:
     """The mean of a preference loss over the batch's pairs, each weighted by its record.
@@ -53,6 +55,8 @@ def preference_objective(
       beta: strength of the tie to the reference.
       label_smoothing: share of labels taken to be wrong; an error where the loss has no such form and it is not 0.
       reference: "live", the forward of `frozen["ref"]` in the same step; "cached", `batch.completions.ref_logprob`.
+      ref_apply: of a live reference, whose model may be another: it has no adapter, or one of its own; None: `apply`.
+      ref_head: likewise; None: `head`.
       options: further options of the loss.
 
     Returns:
@@ -69,13 +73,14 @@ def preference_objective(
         )
     if reference not in ("live", "cached"):
         raise ValueError(f"reference is 'live' or 'cached', not {reference!r}")
+    of_ref = ref_apply or apply, ref_head or head
 
     def terms(params, frozen, extra, statistics, batch: Batch) -> Sums:
         del extra, statistics
         completions, weight = batch.completions, pair_weights(batch)
         logprobs, aux = logprobs_and_aux(apply, head, params["policy"], batch)
         if reference == "live":
-            ref_logprobs = jax.lax.stop_gradient(sequence_logprobs(apply, head, frozen["ref"], batch))
+            ref_logprobs = jax.lax.stop_gradient(sequence_logprobs(*of_ref, frozen["ref"], batch))
         else:
             ref_logprobs = completions.ref_logprob
         tokens = completion_sums(batch.readouts.mask, batch.readouts, completions.mask.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping
@@ -151,6 +152,8 @@ def _dpo(config, roles, context) -> Program:
             "--config.algorithm.reference_path=None (the policy's own start)",
         )
     live = cfg.reference == "live"
+    if live:
+        reference = _run_as(policy, reference)
     objective = preference_objective(
         policy.model.apply,
         policy.model.head,
@@ -158,6 +161,8 @@ def _dpo(config, roles, context) -> Program:
         beta=cfg.beta,
         label_smoothing=cfg.label_smoothing,
         reference=cfg.reference,
+        ref_apply=reference.model.apply,
+        ref_head=reference.model.head,
         **({} if cfg.average is None else {"average": cfg.average}),
     )
     return Program(
@@ -168,6 +173,13 @@ def _dpo(config, roles, context) -> Program:
         reference=None if live else reference,
         forward=2.0 if live else 1.0,
     )
+
+
+def _run_as(policy: Role, reference: Role) -> Role:
+    """The reference, its layers one by one or in a loop as the policy's: equal values then give equal bits."""
+    model = reference.model
+    config = dataclasses.replace(model.config, remat=policy.model.config.remat)
+    return reference._replace(model=dataclasses.replace(model, config=config))
 
 
 def check_margins(dataset: Any, field: str) -> list[str]:
@@ -255,7 +267,7 @@ def _ppo(config, roles, context) -> Program:
     value = roles.scorer(value_path, config.optimizer.value_learning_rate)
     fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
     check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)
-    reference = roles.reference()
+    reference = _run_as(policy, roles.reference())
     if cfg.one_base:
         named_roles = {"policy": policy, "ref": reference, "value": value} | (
             {"reward": reward_role} if reward_role else {}
@@ -264,6 +276,7 @@ def _ppo(config, roles, context) -> Program:
     prepare = experience.make_prepare(
         config,
         policy=policy.model,
+        ref=reference.model,
         value=value.model,
         reward=reward,
         records=context.dataset.record,

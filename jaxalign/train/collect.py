@@ -68,7 +68,7 @@ class Collector:
 
     Args:
       config: of the stage: `rollout`, `batch_size`, `seed`.
-      policy: of `params["policy"]` and `frozen["ref"]`.
+      policy: of `params["policy"]`.
       reward: a Model of `frozen["reward"]` that reads the policy's own tokens; a ModelScorer, likewise, that has
         another tokenizer and reads text; or any other Scorer, such as a FunctionScorer.  See `rewards.load`.
       records: from a record's number to the record of the training data.
@@ -78,6 +78,7 @@ class Collector:
       value: of `params["value"]`, with a scalar head; None without a critic.
       parts: in how many parts the forward passes are made, at most: in as few as fit, where the memory is known.
       weights: of the reward's parts by name; 1 for one that is not there.
+      ref: of `frozen["ref"]`: without an adapter, with one of its own, or in fewer bits; None: the policy's model.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class Collector:
         value: Model | None = None,
         parts: int = 1,
         weights: Mapping[str, float] | None = None,
+        ref: Model | None = None,
     ):
         self.config, self.policy, self.value, self.reward = config, policy, value, reward
+        self.ref = ref or policy
         self.records, self.tokenizer, self.stop_ids, self.mesh = records, tokenizer, tuple(stop_ids), mesh
         self.sampling = Sampling.of(config.rollout).of_tokens(tokenizer, policy.config.vocab_size)
         self.num_samples = config.rollout.num_samples
@@ -258,9 +261,9 @@ class Collector:
         """Log-probs and values, in so many parts; None: as many rows at a time as a training step takes."""
         temperature, value = float(self.config.rollout.temperature), self.value
 
-        def logprobs(params, rows, readouts):
-            hidden, readouts = read_hidden(self.policy.apply, params, rows, readouts)
-            return token_logprobs(hidden, self.policy.head(params), readouts, temperature=temperature)[0]
+        def logprobs(model, params, rows, readouts):
+            hidden, readouts = read_hidden(model.apply, params, rows, readouts)
+            return token_logprobs(hidden, model.head(params), readouts, temperature=temperature)[0]
 
         def values(params, rows, readouts):
             hidden, at = read_hidden(value.apply, params, rows, readouts)
@@ -269,8 +272,8 @@ class Collector:
         def micro(part):
             rows, readouts = part
             return Forward(
-                logprobs(params["policy"], rows, readouts),
-                logprobs(ref, rows, readouts),
+                logprobs(self.policy, params["policy"], rows, readouts),
+                logprobs(self.ref, ref, rows, readouts),
                 None if value is None else values(params["value"], rows, readouts),
             )
 

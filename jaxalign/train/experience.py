@@ -1,7 +1,7 @@
 """Experience for PPO: collect completions of prompts, make batches of them.
 
     prepare = make_prepare(config, policy=Model, value=Model, reward=..., records=dataset.record, tokenizer=...,
-                           stop_ids=(2,), mesh=mesh)
+                           stop_ids=(2,), mesh=mesh, ref=Model)
     state.extra |= initial_extra(config)
     state, batches, metrics, samples = prepare(state, frozen, batch)  # frozen: {"ref", "reward" where it is a model}
     for minibatch in batches: state, ... = step(state, frozen, minibatch)
@@ -68,12 +68,13 @@ def make_prepare(
     stop_ids: tuple[int, ...],
     mesh: Mesh,
     estimator: str | Estimator = "gae",
+    ref: Model | None = None,
 ) -> Experience:
     """The collection of experience for one stage.
 
     Args:
       config: of the stage: `algorithm`, `rollout`, `rewards`, `batch_size`, `grad_accum_steps`, `seed`.
-      policy: of `state.params["policy"]` and `frozen["ref"]`.
+      policy: of `state.params["policy"]`.
       value: of `state.params["value"]`, with a scalar head; None where the estimator needs no values.
       reward: see `Collector`.
       records: from a record's number to the record of the training data.
@@ -81,6 +82,7 @@ def make_prepare(
       stop_ids: the tokens that end a completion.
       mesh: where everything lies.
       estimator: of advantages, by its name or itself.
+      ref: of `frozen["ref"]`; None: the policy's model.
 
     Returns:
       prepare(state, frozen, batch) -> Prepared; batch: prompts on the mesh.
@@ -93,6 +95,7 @@ def make_prepare(
     collector = Collector(
         config,
         policy=policy,
+        ref=ref,
         value=value,
         reward=reward,
         records=records,

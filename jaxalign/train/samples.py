@@ -116,17 +116,18 @@ class Sampler:
     @functools.cached_property
     def _kl(self) -> Callable[[Params, Params, Rows, Rollout], jax.Array]:
         """log pi - log pi_ref of each sampled completion, [B], nats: its mean estimates their KL."""
-        model = self._stage.program.trained["policy"].model
+        program = self._stage.program
+        policy, of_ref = program.trained["policy"].model, program.frozen["ref"].model
         temperature = float(self._stage.config.rollout.temperature) or 1.0
 
         def compare(params, ref, rows, rollout):
             rows, readouts = completed_rows(rows, rollout)
 
-            def logprobs(params):
+            def logprobs(model, params):
                 hidden, at = read_hidden(model.apply, params, rows, readouts)
                 return token_logprobs(hidden, model.head(params), at, temperature=temperature)[0]
 
-            return jnp.sum(logprobs(params) - logprobs(ref), axis=1)
+            return jnp.sum(logprobs(policy, params) - logprobs(of_ref, ref), axis=1)
 
         return jax.jit(compare)
 
