@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -180,17 +181,22 @@ def _check_evaluated(c: Any) -> None:
 
 def _check_adapter(c: Any) -> None:
     """Patterns, and pairs of them and numbers; whether a pattern matches is checked when the model is known."""
-    pairs = (("adapter.rank_pattern", 8, 1), ("adapter.alpha_pattern", 16.0, 1e-6), ("optimizer.rate_factors", 16.0, 0))
-    for field, example, least in pairs:
+    for field, pattern, example, least in (
+        ("adapter.rank_pattern", "q_proj", 8, 1),
+        ("adapter.alpha_pattern", "q_proj", 16.0, 1e-6),
+        ("optimizer.rate_factors", "lora_b", 16.0, 0),
+    ):
         section, leaf = field.split(".")
         for item in c[section][leaf]:
             whole = isinstance(example, int)
+            usual = f"--config.{field}='((\"{pattern}\", {example}),)'"
             if not isinstance(item, (tuple, list)) or len(item) != 2 or not _is_pattern(item[0]):
-                raise InputError(
-                    f"{field} holds {shown(item)}",
-                    "pairs of a pattern and a number",
-                    f"--config.{field}='((\"q_proj\", {example}),)'",
-                )
+                raise InputError(f"{field} holds {shown(item)}", "pairs of a pattern and a number", usual)
+            try:
+                re.compile(f"(?:{item[0]})")  # it is a part of a longer one
+            except re.error as error:
+                expected = "pairs of a regular expression and a number"
+                raise InputError(f"{field} {item[0]!r}: {error}", expected, usual) from error
             if expected := misfit(item[1], least, 1 << 14 if whole else 1e6, whole=whole):
                 raise InputError(
                     f"{field} gives {item[0]!r} {shown(item[1])}",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.errors import InputError
 from jaxalign.functions import is_name
 from jaxalign.models.stacks import place
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.stochastic_rounding import rounding_bits
-from jaxalign.ops.trees import path_pattern
+from jaxalign.ops.trees import by_path, path_pattern
 from jaxalign.parallel.sharding import path_name
 from jaxalign.steps.step import global_norm
 from jaxalign.train.muon import scale_by_muon
@@ -136,6 +138,28 @@ def scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransfo
         return jax.tree_util.tree_map_with_path(one, updates), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def check_rate_factors(factors: Sequence[tuple[str, float]], params: Iterable[Params]) -> None:
+    """Makes sure that each pattern of `optimizer.rate_factors` is of something that is trained.
+
+    Args:
+      factors: as `scale_by_path` takes them.
+      params: what each role trains; a pattern may be of one of them.
+
+    Raises:
+      InputError: a pattern that matches no trained parameter, with the nearest name.
+    """
+    there = list(dict.fromkeys(place(path).path for tree in params for path in by_path(tree)))
+    names = sorted({name for path in there for name in path.split("/")})
+    for pattern, factor in factors:
+        if not any(path_pattern(pattern).search(path) for path in there):
+            near = get_close_matches(pattern, [*names, *there], n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"optimizer.rate_factors {pattern!r} matches no trained parameter",
+                f"whole names of a path such as {', '.join(there[:4])}",
+                f"--config.optimizer.rate_factors='((\"{near}\", {factor}),)'",
+            )
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.lock import Lock
 from jaxalign.train.models import Role, Roles, describe_start, revision_of, shared
-from jaxalign.train.optimizer import make_optimizer, make_schedule, updates_made
+from jaxalign.train.optimizer import check_rate_factors, make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir
 from jaxalign.types import PolicyBatch, TrainState
 
@@ -95,6 +95,7 @@ class Stage:
         self.stop_ids = tuple(sorted({*ends, *more}))
         context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
         self.program = algorithms.build(c, Roles(c, mesh, self.added), context)
+        check_rate_factors(c.optimizer.rate_factors, [r.abstract() for r in self.program.trained.values()])
         self._build_steps()
 
     def _build_steps(self) -> None:

@@ -18,6 +18,7 @@ from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline.named import named_config
 from jaxalign.train import trainer
 from jaxalign.train.checkpoints import Checkpoints
+from jaxalign.train.optimizer import check_rate_factors
 from jaxalign.train.rundir import RunDir
 
 FIELDS = {
@@ -191,6 +192,8 @@ def test_learning_rates_of_an_adapter_are_ten_times_as_large():
         ("adapter.rank_pattern", (("q_proj", 0),), "gives 'q_proj' 0"),
         ("adapter.alpha_pattern", (("q_proj", float("nan")),), "gives 'q_proj' nan"),
         ("optimizer.rate_factors", (("lora_b", "x"),), "gives 'lora_b' 'x'"),
+        ("optimizer.rate_factors", (("*", 16.0),), r"optimizer\.rate_factors '\*': nothing to repeat"),
+        ("optimizer.rate_factors", (("(?i)lora_b", 16.0),), r"'\(\?i\)lora_b': global flags"),
         ("model.param_dtype", "bfloat16", "bfloat16 weights at a learning rate of 1e-05"),
     ],
 )
@@ -200,6 +203,22 @@ def test_bad_fields(field, value, said):
     config[section][leaf] = value
     with pytest.raises(InputError, match=said):
         validate(config, inputs=False)
+
+
+@pytest.mark.parametrize("found, nearest", [("lora_bb", "lora_b"), ("attention/quer/lora_b", "attention/query/lora_b")])
+def test_a_rate_factor_of_nothing_that_is_trained(shared, tmp_path, found, nearest):
+    fields = {"optimizer.rate_factors": (("lora_a", 2.0), (found, 16.0))}
+    with pytest.raises(InputError, match=f"rate_factors '{found}' matches no trained parameter") as caught:
+        made(shared, tmp_path, "sft", **fields)
+    assert f'{nearest}", 16.0)' in caught.value.fix
+    assert "layers/attention/key/lora_a" in caught.value.expected
+
+
+def test_a_rate_factor_of_one_role_is_enough():
+    policy, value = {"lora_a": 1}, {"score": {"kernel": 1}}
+    check_rate_factors([("score", 10.0)], [policy, value])
+    with pytest.raises(InputError, match="'score' matches no trained parameter"):
+        check_rate_factors([("score", 10.0)], [policy])
 
 
 def test_fields_of_an_adapter_without_one_are_told():
