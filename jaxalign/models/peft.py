@@ -28,7 +28,7 @@ from jaxalign.types import Params
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in the file, before the module's name
 PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_NAME = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?")
+_NAME = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:(?<=vector)\.weight)?")
 
 
 class Saved(NamedTuple):
@@ -146,21 +146,25 @@ def _sorted(directory: Path, config: ModelConfig) -> tuple[dict[str, dict[str, T
     file = directory / WEIGHTS
     updates: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    found = adapter_tensors(directory)
-    for key, tensor in found.items():
+    tensors = adapter_tensors(directory)
+    for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise InputError(f"{key} of type {tensor.dtype} in {file}", f"one of {', '.join(DTYPES)}", MERGE)
         if not key.startswith(PREFIX):
             raise InputError(f"{key} in {file}", f"keys that begin with {PREFIX}", "save it again in PEFT")
-    for name, tensor in text_tensors({key.removeprefix(PREFIX): tensor for key, tensor in found.items()}).items():
+    for name, tensor in text_tensors({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}).items():
         if match := _NAME.fullmatch(name):
             _check_linear(match[1], name, file, config)
-            updates.setdefault(match[1], {})[match[2]] = tensor
+            place, own = updates.setdefault(match[1], {}), match[2]
         elif ".lora_" in name or ".token_adapter." in name:
             expected = "low-rank updates of linears, and tensors that were trained whole"
             raise InputError(f"{PREFIX}{name} in {file}", expected, MERGE)
         else:  # a module's own bias lies beneath its update
-            whole[config.family.names.own(name.replace(".base_layer.", "."))] = tensor
+            place, own = whole, config.family.names.own(name.replace(".base_layer.", "."))
+        if own in place:
+            found = f"{PREFIX}{name} and the same under another key in {file}"
+            raise InputError(found, "each tensor under one key", "save it again in PEFT")
+        place[own] = tensor
     return updates, whole
 
 

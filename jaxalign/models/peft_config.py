@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxalign.errors import InputError
 from jaxalign.models.hub import read_json
 
 MERGE = "merge it in PEFT: model.merge_and_unload().save_pretrained(DIR), and DIR in place of the adapter"
 _OWN = "the adapter's own adapter_config.json"
+_LARGEST = float(np.finfo(np.float32).max)  # scales are float32
+
+# What PEFT makes of patterns: of the end of a module's name, and of whole names within it.
+_END, _WITHIN = r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)"
 
 # What is left out stands for these.
 _DEFAULTS: Mapping[str, Any] = {
@@ -49,12 +55,12 @@ class PeftConfig(NamedTuple):
     @property
     def dora(self) -> bool:
         """Whether magnitudes are trained too."""
-        return bool(self.fields["use_dora"])
+        return self.fields["use_dora"]
 
     @property
     def rslora(self) -> bool:
         """Whether scales are alpha / sqrt(rank)."""
-        return bool(self.fields["use_rslora"])
+        return self.fields["use_rslora"]
 
     @property
     def scores(self) -> bool:
@@ -78,13 +84,13 @@ class PeftConfig(NamedTuple):
     def _by_pattern(self, name: str, module: str, usual: Any) -> Any:
         """The value of the first pattern that matches the end of a name, after a dot."""
         values = self.fields[name]
-        return next((values[key] for key in values if re.match(rf"(.*\.)?({key})$", module)), usual)
+        return next((values[key] for key in values if re.match(_END.format(key), module)), usual)
 
     def targets(self, module: str, layer: int) -> bool:
         """Whether a module of a layer has an update, by the rule with which PEFT gives it one."""
         if _named(self.fields["exclude_modules"] or [], module):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.whole_modules):
+        if any(re.match(_WITHIN.format(name), module) for name in self.whole_modules):
             return False
         wanted, layers = self.fields["target_modules"], self.fields["layers_to_transform"]
         if wanted == "all-linear":
@@ -131,15 +137,20 @@ def read_peft_config(file: Path) -> PeftConfig:
             raise wrong(name, "an object of numbers by pattern")
         for key, value in fields[name].items():
             _check_number(f"{name}[{key!r}]", value, file, whole=name == "rank_pattern")
-            _check_pattern(name, key, file)
+            _check_pattern(name, key, file, _END)
     _check_number("r", fields["r"], file, whole=True)
     _check_number("lora_alpha", fields["lora_alpha"], file, whole=False)
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(fields[name], bool):
+            raise wrong(name, "true or false")
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         value, pattern = fields[name], name != "modules_to_save"
         if isinstance(value, str) and pattern:
             _check_pattern(name, value, file)
         elif (value or name == "target_modules") and not _are_names(value):
             raise wrong(name, "a list of names" + ", or a regular expression" * pattern)
+    for name in fields["modules_to_save"] or []:
+        _check_pattern("modules_to_save", name, file, _WITHIN)
     return PeftConfig(fields)
 
 
@@ -148,12 +159,13 @@ def _are_names(value: Any) -> bool:
 
 
 def _check_number(name: str, value: Any, file: Path, *, whole: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or (whole and value < 1):
-        raise InputError(f"{name} {value!r} in {file}", "a positive integer" if whole else "a number", _OWN)
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not number or not (value >= 1 if whole else abs(value) <= _LARGEST):  # NaN is not
+        raise InputError(f"{name} {value!r} in {file}", "a positive integer" if whole else "a finite number", _OWN)
 
 
-def _check_pattern(name: str, pattern: str, file: Path) -> None:
+def _check_pattern(name: str, pattern: str, file: Path, form: str = "{}") -> None:
     try:
-        re.compile(pattern)
+        re.compile(form.format(pattern))
     except re.error as error:
         raise InputError(f"{name} {pattern!r} in {file}: {error}", "a regular expression", _OWN) from error

@@ -284,6 +284,15 @@ def change(directory, how, rename=lambda name: name):
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
         ({"r": 0}, "r 0 in"),
         ({"lora_alpha": "8"}, "lora_alpha '8'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"lora_alpha": float("-inf")}, "lora_alpha -inf"),
+        ({"lora_alpha": 1e308}, r"lora_alpha 1e\+308"),
+        ({"lora_alpha": 10**400}, "lora_alpha 1000"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern\['q_proj'\] nan"),
+        ({"use_rslora": "false"}, "use_rslora 'false'"),
+        ({"use_dora": 0}, "use_dora 0"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, r"rank_pattern '\(\?i\)q_proj' in .*global flags"),
+        ({"modules_to_save": ["("]}, r"modules_to_save '\('"),
         ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern\['q_proj'\] 2.5"),
         ({"rank_pattern": {"q_proj(": 2}}, r"rank_pattern 'q_proj\('"),
         ({"target_modules": 3}, "target_modules 3"),
@@ -342,12 +351,28 @@ def test_tensors_that_do_not_fit(tmp_path, adapter, how, rename, said):
         ("vision.weight", (2,), r"vision\.weight"),
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 32), "token_adapter"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "magnitude"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight.weight", (4, 32), r"lora_A\.weight\.weight in"),
     ],
 )
 def test_tensors_beside_the_updates_that_do_not_fit(tmp_path, adapter, name, shape, said):
     tensors = load_file(adapter / peft.WEIGHTS) | {f"base_model.model.{name}": np.ones(shape, np.float32)}
     save_file(tensors, adapter / peft.WEIGHTS)
     with pytest.raises(InputError, match=said):
+        read(adapter)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"self_attn.q_proj.lora_magnitude_vector{end}" for end in ("", ".weight")],
+        [f"self_attn.k_proj{own}.weight" for own in ("", ".base_layer")],
+    ],
+)
+def test_a_tensor_under_two_keys(adapter, names):
+    edit(adapter, use_dora="magnitude" in names[0])
+    added = {f"base_model.model.model.layers.0.{name}": np.ones(32, np.float32) for name in names}
+    save_file(load_file(adapter / peft.WEIGHTS) | added, adapter / peft.WEIGHTS)
+    with pytest.raises(InputError, match="the same under another key"):
         read(adapter)
 
 
