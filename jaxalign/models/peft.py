@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +82,8 @@ def read(directory: Path, config: ModelConfig) -> Saved:
     for module, parts in found.items():
         fused, (layer,) = _linear(module, config)
         for row, arrays in zip(fused.rows, _read_update(module, fused, parts, told, config), strict=True):
+            if arrays is None:
+                continue
             own.setdefault(row.path, {})[layer] = arrays
             scales.setdefault(row.path, {})[layer] = told.scale(module)
     updates, leaves = [], {}
@@ -257,8 +260,8 @@ def _check_targets(directory: Path, config: ModelConfig, told: PeftConfig, found
 
 def _read_update(
     module: str, fused: Fused, parts: dict[str, Tensor], told: PeftConfig, config: ModelConfig
-) -> list[dict[str, np.ndarray]]:
-    """The update of one module in our layout, for each of the kernels that it is made of."""
+) -> list[dict[str, np.ndarray] | None]:
+    """The update of one module in our layout, for each of the kernels that it is made of; None: it has none."""
     dims = sizes(config) | {"R": told.rank(module)}
     lies = [Lies.of(row) for row in fused.rows]
     whole = {name: Fused(tuple(getattr(lie, name) for lie in lies)) for name in ("lora_b", "magnitude")}
@@ -284,12 +287,43 @@ def _read_update(
     if len(extra := parts.keys() - {PARTS[name] for name in wanted}):
         raise InputError(f"{PREFIX}{module}.{min(extra)} in {file}", "magnitudes where use_dora is true", MERGE)
 
-    def own(lie: Lies, name: str, array: np.ndarray) -> np.ndarray:
-        row = getattr(lie, name)
-        part = array if name == "lora_a" else whole[name].part(row, array, dims)  # one A for all parts of a kernel
-        return row.to_ours(part, dims)
+    blocks = [whole["lora_b"].part(lie.lora_b, arrays["lora_b"], dims) for lie in lies]
+    found: list[dict[str, np.ndarray] | None] = []
+    for lie, block, columns in zip(lies, blocks, _columns(blocks, every=told.dora), strict=True):
+        own = {"lora_a": arrays["lora_a"][columns], "lora_b": block[..., columns]}
+        if told.dora:
+            own["magnitude"] = whole["magnitude"].part(lie.magnitude, arrays["magnitude"], dims)
+        ranked = dims | {"R": own["lora_a"].shape[0]}
+        ours = {name: getattr(lie, name).to_ours(array, ranked) for name, array in own.items()}
+        found.append(ours if ranked["R"] else None)
+    return found
 
-    return [{name: own(lie, name, array) for name, array in arrays.items()} for lie in lies]
+
+def _columns(blocks: Sequence[np.ndarray], *, every: bool) -> list[np.ndarray]:
+    """Which columns of a fused B each of its parts has for its own: all of them, but where an export put them together.
+
+    PEFT has one A for all parts, and an export to it each part's columns behind those of the part before. Read as they
+    lie, ranks would grow with each export.
+
+    >>> q, k, v = np.array([[3.0, 0, 0, 0]]), np.zeros((1, 4)), np.array([[0.0, 0, 5, 4]])
+    >>> [own.tolist() for own in _columns([q, k, v], every=False)]
+    [[0, 1], [], [2, 3]]
+    >>> [own.tolist() for own in _columns([q, q], every=False)]
+    [[0, 1, 2, 3], [0, 1, 2, 3]]
+
+    Args:
+      blocks: B of each part [..., R].
+      every: whether each part must have some: one without an update would have no magnitudes.
+    """
+    uses = np.stack([np.any(block.reshape(-1, block.shape[-1]), axis=0) for block in blocks])  # [parts, R]
+    (there,) = np.nonzero(uses.any(axis=0))
+    owners = uses.argmax(axis=0)
+    mixed = uses.sum(axis=0).max() > 1 or np.any(np.diff(owners[there]) < 0)
+    if len(there) == 0 or mixed or (every and not uses.any(axis=1).all()):
+        return [np.arange(uses.shape[1]) for _ in blocks]
+    before = np.searchsorted(there, np.arange(uses.shape[1]), side="right") - 1
+    owners = owners[there[np.maximum(before, 0)]]  # a column of zeros goes to the part of the one before it
+    return [np.flatnonzero(owners == part) for part in range(len(blocks))]
 
 
 def _stacked(by_layer: dict[int, dict[str, np.ndarray]], update: Update) -> dict[str, np.ndarray]:

@@ -147,7 +147,7 @@ def _adapter(path: str, config: ModelConfig, rules: Rules | None, saved: Adapter
     """That of the model: the one that is there, or one by rules."""
     if rules is None or saved is None:
         return saved if rules is None else adapters.make(config, rules)
-    if adapters.make(config, rules) != saved:
+    if not _alike(adapters.make(config, rules), saved):
         ranks = sorted({rank for _, update in saved.updates for rank in update.ranks if rank})
         raise InputError(
             f"{path} is an adapter of rank {', '.join(map(str, ranks))}, and the section `adapter` describes another",
@@ -155,6 +155,15 @@ def _adapter(path: str, config: ModelConfig, rules: Rules | None, saved: Adapter
             "--config.adapter.rank=0, which takes it as it is; or jaxalign export --merge, and that model",
         )
     return saved
+
+
+def _alike(one: Adapter, other: Adapter) -> bool:
+    """Whether two adapters are the same; scales are made of a file's alpha and rank, and may differ in the last bit."""
+    ranks = [[(path, update.ranks) for path, update in each.updates] for each in (one, other)]
+    if (one.dora, one.rslora, ranks[0]) != (other.dora, other.rslora, ranks[1]):
+        return False
+    found, wanted = ([update.scales for _, update in each.updates] for each in (one, other))
+    return np.allclose(found, wanted, rtol=1e-12, atol=0)
 
 
 def _paths_of(config: ModelConfig, tensors: Any) -> frozenset[str]:
