@@ -38,12 +38,8 @@ def plan_adapter(
     Raises:
       InputError: trained parameters for which PEFT has no form.
     """
-    adapter = model.config.adapter
-    leaves = by_path(params)
-    if adapter is None or not any(map(is_adapter, leaves)):
-        raise InputError("no adapter among the parameters", "low-rank updates", "jaxalign.save without base")
-    if model.config.score_bias is not None or model.config.num_labels is not None:
-        raise _no_form("a head of several labels, or of tokens", "a score: one number, without bias")
+    check_form(model, params)
+    adapter, leaves = model.config.adapter, by_path(params)
     updates = [
         _update(model, adapter, fused, layer, leaves)
         for layer in range(model.config.num_layers)
@@ -54,9 +50,7 @@ def plan_adapter(
     alphas = {one.module: _alpha(one, adapter) for one in updates}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     linears = [_module(fused, layer) for fused in _linears(model) for layer in range(model.config.num_layers)]
-    whole = _whole(model, {path: leaf for path, leaf in leaves.items() if not is_adapter(path)})
-    if both := ranks.keys() & {name.rpartition(".")[0] for name in whole}:
-        raise _no_form(f"{min(both)} was trained whole, and beside it an update of it", "one of the two")
+    whole = _whole(model, leaves)
     told = {
         "peft_type": "LORA",
         "task_type": _TASKS[model.config.head],
@@ -82,8 +76,35 @@ def plan_adapter(
     return told, {f"{PREFIX}{name}": planned for name, planned in tensors}
 
 
+def check_form(model: Model, params: Params) -> None:
+    """Refuses what PEFT has no form for: before training, from shapes, what would be refused when it is written.
+
+    Args:
+      model: of the parameters, with its adapter.
+      params: those that are trained; arrays or ShapeDtypeStructs.
+
+    Raises:
+      InputError: what is trained, and what could be.
+    """
+    adapter, leaves = model.config.adapter, by_path(params)
+    if adapter is None or not any(map(is_adapter, leaves)):
+        raise InputError("no adapter among the parameters", "low-rank updates", "jaxalign.save without base")
+    if model.config.score_bias is not None or model.config.num_labels is not None:
+        raise _no_form("a head of several labels, or of tokens", "a score: one number, without bias")
+    updated = set()
+    for layer in range(model.config.num_layers):
+        for fused in _linears(model):
+            if ranks := [part.rank for part in _parts(adapter, fused, layer) if part.rank]:
+                updated.add(_module(fused, layer))
+                if adapter.dora and len(ranks) < len(fused.rows):
+                    module = _module(fused, layer)
+                    raise _no_form(f"some parts of {module} have magnitudes and some have none", "all parts or none")
+    if both := updated & {name.rpartition(".")[0] for name in _whole(model, leaves)}:
+        raise _no_form(f"{min(both)} is trained whole, and beside it an update of it", "one of the two")
+
+
 def _no_form(found: str, expected: str) -> InputError:
-    fix = "an export with the adapter merged, which is a whole model: jaxalign.save without base"
+    fix = "--config.model.train and --config.adapter.targets; in Python, jaxalign.save without base merges the adapter"
     return InputError(f"PEFT has no form for this: {found}", expected, fix)
 
 
@@ -118,8 +139,6 @@ def _update(model: Model, adapter: Adapter, fused: Fused, layer: int, leaves: Ma
     module, dims = _module(fused, layer), sizes(model.config)
     parts = _parts(adapter, fused, layer)
     there = [part for part in parts if part.rank]
-    if adapter.dora and len(there) < len(parts):
-        raise _no_form(f"some parts of {module} have magnitudes and some have none", "DoRA of all parts or none")
 
     def own(name: str, part: _Part) -> np.ndarray:
         array = on_host(leaves[f"{part.row.path.removesuffix('/kernel')}/{name}"], (layer,))
@@ -168,15 +187,16 @@ def _alpha(update: _Update, adapter: Adapter) -> int | float:
 
 def _whole(model: Model, leaves: Mapping[str, Any]) -> dict[str, Planned]:
     """Tensors that were trained whole, by name."""
+    leaves = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     names, dims = model.config.family.names, sizes(model.config)
     there = {names.row_of(path).name for path in by_path(model.plain().abstract())}
     for path in leaves:  # PEFT saves modules: a tensor is all of its parts, and a weight comes with its bias
         module = names.row_of(path).name.rpartition(".")[0]
         if names.has_another(names.row_of(path).name):  # PEFT goes by the modules of one version of transformers
-            raise _no_form(f"{module} was trained whole, which versions of transformers call differently", "it frozen")
+            raise _no_form(f"{module} is trained whole, which versions of transformers call differently", "it frozen")
         of_module = [row.path for row in names.rows if row.name.rpartition(".")[0] == module and row.name in there]
         if missing := [other for other in of_module if other not in leaves]:
-            raise _no_form(f"{path} was trained and {', '.join(missing)} was not", f"all of {module}")
+            raise _no_form(f"{path} is trained and {', '.join(missing)} is not", f"all of {module}")
     found = {}
     for fused, index in names.in_order({path: leaf.shape for path, leaf in leaves.items()}) if leaves else ():
 

@@ -14,6 +14,7 @@ from jaxalign.config import defaults
 from jaxalign.errors import InputError, named
 from jaxalign.models.added_tokens import ENDS
 from jaxalign.models.export import only_here
+from jaxalign.models.peft_export import check_form
 from jaxalign.models.schedule import settled_remat
 from jaxalign.ops.trees import by_path
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
@@ -27,7 +28,7 @@ from jaxalign.train import algorithms
 from jaxalign.train.checkpoints import abstract
 from jaxalign.train.compiled import Compiled
 from jaxalign.train.lock import Lock
-from jaxalign.train.models import Role, Roles, describe_start, revision_of, shared
+from jaxalign.train.models import Role, Roles, adapter_base, describe_start, revision_of, shared
 from jaxalign.train.optimizer import check_rate_factors, make_optimizer, make_schedule, updates_made
 from jaxalign.train.rundir import RunDir
 from jaxalign.types import PolicyBatch, TrainState
@@ -96,6 +97,9 @@ class Stage:
         context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
         self.program = algorithms.build(c, Roles(c, mesh, self.added), context)
         check_rate_factors(c.optimizer.rate_factors, [r.abstract() for r in self.program.trained.values()])
+        exported = self.program.trained[self.program.exported]
+        if adapter_base(exported) is not None:  # what could not be written at the end
+            check_form(exported.model, exported.abstract())
         self._build_steps()
 
     def _build_steps(self) -> None:

@@ -394,8 +394,8 @@ def test_no_weights_or_old_ones(tmp_path, adapter):
 def test_trained_parameters_for_which_peft_has_no_form(tmp_path):
     model, params, _ = exported(tmp_path, config=tiny.hf_config(attention_bias=True))
     cases = {
-        "was trained whole": ("layers/attention/query/",),  # bias and kernel, beside an update
-        "layers/attention/key/bias was not": ("layers/attention/key/kernel",),
+        "is trained whole": ("layers/attention/query/",),  # bias and kernel, beside an update
+        "layers/attention/key/bias is not": ("layers/attention/key/kernel",),
     }
     for said, whole in cases.items():
         some = split(params, lambda name, whole=whole: is_adapter(name) or name.startswith(whole))[0]
@@ -403,7 +403,7 @@ def test_trained_parameters_for_which_peft_has_no_form(tmp_path):
             hf.save(tmp_path / "out", model, some, base="base")
     with pytest.raises(InputError, match="no adapter among"):
         hf.save(tmp_path / "out", model, {"norm": params["norm"]}, base="base")
-    with pytest.raises(InputError, match="embed_out was trained whole, which versions"):
+    with pytest.raises(InputError, match="embed_out is trained whole, which versions"):
         exported(tmp_path / "neox", Rules(4, 8.0, ("dense",)), CASES["gpt_neox"], ("lm_head/",))
     with pytest.raises(InputError, match=r"some parts of model\.layers\.0\.self_attn\.qkv_proj have"):
         exported(tmp_path / "phi", Rules(4, 8.0, ("attention/query",), dora=True), CASES["phi3"])

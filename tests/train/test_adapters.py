@@ -1,6 +1,7 @@
 """Runs that train an adapter: roles share one frozen base, checkpoints hold what is trained, exports compute it."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from jaxalign.train import trainer
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.optimizer import check_rate_factors
 from jaxalign.train.rundir import RunDir
+from tests.models import tiny_models as tiny
+from tests.models.tiny_families import CASES
 
 FIELDS = {
     "num_train_steps": 2,
@@ -242,3 +245,25 @@ def test_a_factor_of_the_learning_rate_by_path(shared, tmp_path):
     assert np.abs(found[0][path]).max() > 0
     np.testing.assert_allclose(found[1][path], 4 * found[0][path], rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(found[1][path.replace("_b", "_a")], found[0][path.replace("_b", "_a")], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model.train": ("layers/mlp/up",)}, "up_proj is trained whole, and beside it an update of it"),
+        ({"model.train": ("layers/attention/query",), "family": "phi3"}, "qkv_proj is trained whole|is not"),
+        ({"adapter.targets": ("attention/query",), "adapter.dora": True, "family": "phi3"}, "some parts of .*qkv_proj"),
+        ({"model.train": ("layers/mlp_norm/scale",), "family": "gpt2"}, "mlp_norm/bias is not"),
+    ],
+)
+def test_what_could_not_be_written_at_the_end_is_refused_before_training(fields, said, shared, tmp_path):
+    fields = dict(fields)
+    if family := fields.pop("family", None):
+        config = CASES[family] | {"vocab_size": 512}
+        tiny.write(tmp_path / "model", config, tiny.tensors(config))
+        for file in (shared / "models" / "stories260k-llama").glob("*token*"):
+            (tmp_path / "model" / file.name).symlink_to(file)
+        fields |= {"model.path": str(tmp_path / "model"), "data.max_length": 32}
+    with pytest.raises(InputError, match="PEFT has no form") as error:
+        made(shared, tmp_path / "run", "sft", **fields)
+    assert re.search(said, str(error.value)), error.value
