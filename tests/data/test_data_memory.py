@@ -58,13 +58,14 @@ def test_reading_and_mixing_hold_little(tmp_path, name):
 def test_building_holds_little(tmp_path, tokenizer_of):
     tokenizer = tokenizer_of("models/stories3m-llama")
     peaks, sizes = [], []
-    for count in (300, 300, 900):  # the first imports
+    for count in (300, 300, 300, 900, 900):  # the first imports
         config = defaults("sft")
         config.workdir, config.batch_size, config.data.packing = str(tmp_path / f"{len(peaks)}"), 8, False
         config.data.sources, config.data.truncation = (_write(tmp_path / "a.jsonl", count, 1000),), "keep_start"
         peaks.append(_peak(lambda config=config: build.build(config, tokenizer)))
         sizes.append(os.path.getsize(tmp_path / "a.jsonl"))
-    assert peaks[2] - peaks[1] < 0.3 * (sizes[2] - sizes[1])
+    # The least of two: threads that other tests have left allocate too.
+    assert min(peaks[3:]) - min(peaks[1:3]) < 0.3 * (sizes[3] - sizes[1])
 
 
 def test_a_spool_gives_back_what_it_got(tmp_path):

@@ -83,3 +83,9 @@ def test_the_tree_has_a_line_with_words_for_every_file():
         path = Path(name)
         if not name.startswith((".", "tests/")) and path.name not in {"__init__.py", "__main__.py"}:
             assert lines.get(path.name), name
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and runs none of the second; the oracle tests run by themselves."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "oracle"]
+    assert not [name for name in set(names) if names.count(name) > 1]
