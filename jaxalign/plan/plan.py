@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import __version__
+from jaxalign.config import get
 from jaxalign.errors import InputError
 from jaxalign.parallel.hardware import Hardware, find_machine, read_machines
 from jaxalign.plan.described import plan_stage
@@ -69,13 +70,15 @@ def plan(
     with tempfile.TemporaryDirectory() as scratch:
         # All are read before the first is compiled, which takes minutes: one that training would refuse ends them all.
         made, exports = {}, {}
+        first = {get(c, field) for c in configs.values() for field in ("from.model", "from.reward")}
         for name, c in configs.items():
             with _errors_of(name):
                 configs[name] = starting_from(c, exports)
                 made[name] = make_stage(configs[name], devices, tempfile.mkdtemp(dir=scratch), assumed.values)
-                directory = os.path.join(scratch, f"export of {name}")
-                if name and (directory := adapter_export(made[name][0], configs[name].workdir, directory)):
-                    exports[name] = directory
+                if name in first:
+                    directory = os.path.join(scratch, f"export of {name}")
+                    if exported := adapter_export(made[name][0], configs[name].workdir, directory):
+                        exports[name] = exported
         for name, c in configs.items():
             tell = lambda text, name=name: say(_spelt(f"{name + ': ' if name else ''}{text}", _of(name)))  # noqa: E731
             with _errors_of(name):
