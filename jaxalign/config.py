@@ -24,7 +24,7 @@ from jaxalign import relations
 from jaxalign.errors import InputError
 from jaxalign.functions import is_name
 from jaxalign.ranges import ADAPTER_RATE, CHOICES, FUNCTIONS, REQUIRED, bounds, misfit, shown
-from jaxalign.registry import ALGORITHMS
+from jaxalign.registry import ALGORITHMS, guides
 
 
 def defaults(algorithm: str, *, adapter: int = 0) -> ConfigDict:
@@ -331,7 +331,7 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
 
 def _guides(config: ConfigDict) -> Iterator[tuple[str, float, float, float]]:
     """What practitioners' guides give: the field, the least of whole models, the least and the greatest."""
-    for field, low, high in ALGORITHMS[config.algorithm.name].guides:
+    for field, low, high in guides(config):
         factor = ADAPTER_RATE if config.adapter.rank and field.endswith("learning_rate") else 1
         yield field, low, factor * low, factor * high
 

@@ -33,6 +33,7 @@ ADDED: dict[str, Any] = {
     "optimizer.rate_factors": [],
     "algorithm.one_base": False,
     "data.chat_template_kwargs": [],
+    "algorithm.discopop_tau": 0.05,
 }
 ADAPTER_RATE = 10  # learning rates of adapters over those of whole models, as guides give them
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them

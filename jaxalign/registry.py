@@ -80,7 +80,8 @@ def _dpo() -> dict[str, dict[str, Any]]:
             # as in the paper (False); summed, the same aim takes a beta smaller by the completions' length
             "average": config_dict.placeholder(bool),
             "beta": 0.1,  # strength of the KL constraint to the reference
-            "label_smoothing": 0.0,  # share of labels taken to be wrong
+            "label_smoothing": 0.0,  # share of labels taken to be wrong: of sigmoid, robust, exo_pair
+            "discopop_tau": 0.05,  # discopop alone: how wide its blend of two losses is
             "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
             "reference_path": config_dict.placeholder(str),  # directory or hub id; default: the policy's own start
         },
@@ -159,18 +160,53 @@ def _samples() -> dict[str, Any]:
     }
 
 
+class PairLoss(NamedTuple):
+    """A loss on pairs as configuration knows it; `ops/losses_preference.py` has the functions by the same names."""
+
+    fields: tuple[str, ...] = ()  # of `algorithm`, that it reads beside beta
+    beta: tuple[float, float] = (0.05, 0.5)  # what guides and its paper give
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": PairLoss(("label_smoothing",)),
+    "ipo": PairLoss(("average",), beta=(0.01, 0.5)),
+    "hinge": PairLoss(),
+    "robust": PairLoss(("label_smoothing",)),
+    "exo_pair": PairLoss(("label_smoothing",)),
+    "discopop": PairLoss(("discopop_tau",)),
+    "sigmoid_norm": PairLoss(beta=(2, 10)),  # of log-ratios of one token, not of sums over some hundred
+    "nca_pair": PairLoss(beta=(0.01, 0.5)),
+    "sppo_hard": PairLoss(beta=(0.001, 0.5)),
+    "apo_zero": PairLoss(),
+    "apo_down": PairLoss(),
+}
+
+
+def loss_options(algorithm: Any) -> dict[str, Any]:
+    """What a loss on pairs is given beside beta; a field that is None is left to the loss's own default.
+
+    Args:
+      algorithm: that section of a configuration.
+    """
+    found = PAIR_LOSSES.get(algorithm.loss, PairLoss())
+    return {field: algorithm[field] for field in found.fields if algorithm[field] is not None}
+
+
 def _check_dpo(c: Any, inputs: bool) -> None:
-    if c.algorithm.average is not None and c.algorithm.loss != "ipo":
+    loss = c.algorithm.loss
+    for field, unset in (("label_smoothing", 0.0), ("average", None), ("discopop_tau", 0.05)):
+        readers = [name for name, one in PAIR_LOSSES.items() if field in one.fields]
+        if loss in PAIR_LOSSES and loss not in readers and c.algorithm[field] != unset:
+            raise InputError(
+                f"algorithm.{field}={c.algorithm[field]} with the {loss} loss",
+                f"{unset}: {', '.join(readers)} alone read it",
+                f"--config.algorithm.{field}={unset}",
+            )
+    if loss == "exo_pair" and not c.algorithm.label_smoothing:
         raise InputError(
-            f"algorithm.average with the {c.algorithm.loss} loss",
-            "None: only ipo has an averaged and a summed form",
-            "--config.algorithm.average=None",
-        )
-    if c.algorithm.loss == "ipo" and c.algorithm.label_smoothing:
-        raise InputError(
-            "label_smoothing with the ipo loss",
-            "0: IPO has no smoothed form",
-            "--config.algorithm.label_smoothing=0",
+            "algorithm.label_smoothing=0 with the exo_pair loss",
+            "a share above 0: labels without any doubt are infinitely far from every policy",
+            "--config.algorithm.label_smoothing=0.001",
         )
 
 
@@ -234,8 +270,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         PAIRS,
         method="direct preference optimization",
         frozen=True,
-        choices=(("algorithm.loss", ("sigmoid", "ipo")), ("algorithm.reference", ("live", "cached"))),
-        bounds=(("algorithm.beta", 1e-9, _BIG), _LABEL_SMOOTHING),
+        choices=(("algorithm.loss", tuple(PAIR_LOSSES)), ("algorithm.reference", ("live", "cached"))),
+        bounds=(("algorithm.beta", 1e-9, _BIG), _LABEL_SMOOTHING, ("algorithm.discopop_tau", 1e-6, 1)),
         guides=(
             ("algorithm.beta", 0.05, 0.5),
             ("optimizer.learning_rate", 5e-7, 5e-6),
@@ -272,3 +308,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         check=_check_ppo,
     ),
 }
+
+
+def guides(config: Any) -> list[tuple[str, float, float]]:
+    """The ranges that practitioners' guides give, of a loss that reads beta otherwise its own: field, least, greatest.
+
+    Args:
+      config: one stage's configuration.
+    """
+    algorithm = config.algorithm
+    loss = PAIR_LOSSES.get(algorithm.loss) if "loss" in algorithm else None
+    own = {} if loss is None else {"algorithm.beta": loss.beta}
+    return [(field, *own.get(field, (low, high))) for field, low, high in ALGORITHMS[algorithm.name].guides]

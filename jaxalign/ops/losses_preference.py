@@ -1,23 +1,21 @@
-"""Losses on preference pairs given sequence log-probs of the policy and of a reference.
+"""Losses on preference pairs by the difference of their log-ratios, and the table of all losses on pairs.
 
 Notation: a = chosen log-ratio (policy minus reference, summed over the completion), b = rejected log-ratio,
-D = a - b, s = logistic function.  `beta a` is the implicit reward of the chosen completion.
+D = a - b, s = logistic function.  `beta a` is the implicit reward of the chosen completion.  All have the arguments of
+`sigmoid_loss`; what further ones are is said there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops.masked import masked_sum
-from jaxalign.ops.precision import at_least_float32
+from jaxalign.ops import losses_sides as sides
+from jaxalign.ops.log_ratios import Pair, by_token, log_ratios, pair_terms
 from jaxalign.types import Terms
 
-Pair = Mapping[str, jax.Array]  # {"chosen": [N], "rejected": [N]}
 PreferenceLoss = Callable[..., Terms]  # (policy, ref, lengths, mask, *, beta, **options)
 
 
@@ -40,17 +38,33 @@ def sigmoid_loss(
       label_smoothing: eps, the share of labels taken to be wrong, in [0, 0.5).
 
     Returns:
-      Terms with loss [N]; metrics as `_metrics` says.
+      Terms with loss [N]; metrics as `log_ratios.pair_terms` says.
 
     >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
     >>> print(sigmoid_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss)
     [0.6931472]
     """
     del lengths
-    chosen, rejected, policy, mask = _log_ratios(policy, ref, mask)
-    logits = beta * (chosen - rejected)
+    ratios = log_ratios(policy, ref, mask)
+    logits = beta * (ratios.chosen - ratios.rejected)
     loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
-    return Terms(jnp.where(mask != 0, loss, 0), mask, _metrics(policy, chosen, rejected, mask, beta))
+    return pair_terms(loss, ratios, beta)
+
+
+def sigmoid_norm_loss(policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float) -> Terms:
+    """DPO on log-ratios averaged over a completion's tokens, so that long answers do not count for more.
+
+        loss = -log s(beta (a / len_chosen - b / len_rejected))
+
+    Source: Lambert et al. 2024 (arXiv 2411.15124, Tulu 3), with a beta of 5.
+
+    >>> zero, one = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}, {"chosen": jnp.ones(1), "rejected": jnp.ones(1)}
+    >>> print(sigmoid_norm_loss(zero, zero, one, jnp.array([True]), beta=5.0).loss)
+    [0.6931472]
+    """
+    ratios = log_ratios(policy, ref, mask)
+    chosen, rejected = by_token(ratios, lengths)
+    return pair_terms(-jax.nn.log_sigmoid(beta * (chosen - rejected)), ratios, beta)
 
 
 def ipo_loss(policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float, average: bool = True) -> Terms:
@@ -69,57 +83,122 @@ def ipo_loss(policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: f
       average: per token (TRL's form) or summed (the paper's).
 
     Returns:
-      Terms with loss [N]; metrics as `_metrics` says (rewards are of sums in both forms).
+      Terms with loss [N]; metrics as `log_ratios.pair_terms` says (rewards are of sums in both forms).
 
     >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
     >>> print(ipo_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss)
     [25.]
     """
-    chosen, rejected, policy, mask = _log_ratios(policy, ref, mask)
-    gap = chosen - rejected
-    if average:
-        gap = chosen / jnp.maximum(lengths["chosen"], 1) - rejected / jnp.maximum(lengths["rejected"], 1)
-    loss = jnp.square(gap - 1 / (2 * beta))
-    return Terms(jnp.where(mask != 0, loss, 0), mask, _metrics(policy, chosen, rejected, mask, beta))
+    ratios = log_ratios(policy, ref, mask)
+    chosen, rejected = by_token(ratios, lengths) if average else (ratios.chosen, ratios.rejected)
+    return pair_terms(jnp.square(chosen - rejected - 1 / (2 * beta)), ratios, beta)
+
+
+def hinge_loss(policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float) -> Terms:
+    """A margin of 1 between the implicit rewards, and no gradient beyond it.
+
+        loss = max(0, 1 - beta D)
+
+    Sources: Zhao et al. 2023 (arXiv 2305.10425, SLiC-HF), whose margin is one of log-probs; on log-ratios as in Liu et
+    al. 2023 (arXiv 2309.06657, RSO).
+
+    >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
+    >>> print(hinge_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss)
+    [1.]
+    """
+    del lengths
+    ratios = log_ratios(policy, ref, mask)
+    return pair_terms(jax.nn.relu(1 - beta * (ratios.chosen - ratios.rejected)), ratios, beta)
+
+
+def robust_loss(
+    policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float, label_smoothing: float = 0.0
+) -> Terms:
+    """DPO's loss without the bias of labels that are wrong at a known rate: its mean over such labels is DPO's own.
+
+        loss = (-(1 - eps) log s(beta D) + eps log s(-beta D)) / (1 - 2 eps)
+
+    Source: Chowdhury et al. 2024 (arXiv 2403.00409, rDPO).  It is not bounded below: a pair that is sure and
+    right goes on being pushed.
+
+    Args:
+      policy, ref, lengths, mask, beta: as `sigmoid_loss`.
+      label_smoothing: eps, the share of labels that are wrong, in [0, 0.5).
+
+    >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
+    >>> print(robust_loss(zero, zero, zero, jnp.array([True]), beta=0.1, label_smoothing=0.2).loss)
+    [0.6931472]
+    """
+    del lengths
+    ratios = log_ratios(policy, ref, mask)
+    logits, eps = beta * (ratios.chosen - ratios.rejected), label_smoothing
+    loss = (eps * jax.nn.log_sigmoid(-logits) - (1 - eps) * jax.nn.log_sigmoid(logits)) / (1 - 2 * eps)
+    return pair_terms(loss, ratios, beta)
+
+
+def exo_pair_loss(
+    policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float, label_smoothing: float = 1e-3
+) -> Terms:
+    """EXO: the reverse KL from the policy's choice between the two to that of the labels, which DPO has forward.
+
+        p = (s(beta D), s(-beta D));  loss = KL(p || (1 - eps, eps))
+
+    Source: Ji et al. 2024 (arXiv 2402.00856) eq. 16, with their beta_pi = beta.
+
+    Args:
+      policy, ref, lengths, mask, beta: as `sigmoid_loss`.
+      label_smoothing: eps, the share of labels taken to be wrong, in (0, 0.5): at 0 the KL is infinite.
+
+    >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
+    >>> print(exo_pair_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss.round(4))
+    [2.7612]
+    """
+    del lengths
+    ratios = log_ratios(policy, ref, mask)
+    logits = beta * (ratios.chosen - ratios.rejected)
+    eps = jnp.asarray(label_smoothing, logits.dtype)
+    loss = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-eps))
+    loss += jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(eps))
+    return pair_terms(loss, ratios, beta)
+
+
+def discopop_loss(
+    policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float, discopop_tau: float = 0.05
+) -> Terms:
+    """DiscoPOP, a blend that a language model found: logistic where a pair is wrong, exponential where it is right.
+
+        m = s(beta D / tau);  loss = (1 - m) (-log s(beta D)) + m exp(-beta D)
+
+    Source: Lu et al. 2024 (arXiv 2406.08414) eq. 5, with tau = 0.05.  The last term is computed as
+    exp(log m - beta D), which stays finite for every D where tau is below 1.
+
+    Args:
+      policy, ref, lengths, mask, beta: as `sigmoid_loss`.
+      discopop_tau: tau, how wide the blend is.
+
+    >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
+    >>> print(discopop_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss)
+    [0.8465736]
+    """
+    del lengths
+    ratios = log_ratios(policy, ref, mask)
+    logits = beta * (ratios.chosen - ratios.rejected)
+    exponential = jnp.exp(jax.nn.log_sigmoid(logits / discopop_tau) - logits)
+    loss = exponential - jax.nn.sigmoid(-logits / discopop_tau) * jax.nn.log_sigmoid(logits)
+    return pair_terms(loss, ratios, beta)
 
 
 # Every loss on pairs, by the name that `algorithm.loss` gives it.
 PREFERENCE_LOSSES: Mapping[str, PreferenceLoss] = {
     "sigmoid": sigmoid_loss,
     "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "robust": robust_loss,
+    "exo_pair": exo_pair_loss,
+    "discopop": discopop_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+    "nca_pair": sides.nca_pair_loss,
+    "sppo_hard": sides.sppo_hard_loss,
+    "apo_zero": sides.apo_zero_loss,
+    "apo_down": sides.apo_down_loss,
 }
-
-
-def _log_ratios(policy: Pair, ref: Pair, mask: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Any]:
-    """Chosen and rejected log-ratios, the policy's log-probs, the weights; masked pairs become zeros beforehand."""
-    arrays = [policy["chosen"], policy["rejected"], ref["chosen"], ref["rejected"], mask]
-    chex.assert_rank(arrays, 1)
-    chex.assert_equal_shape(arrays)
-    here = {k: jnp.where(mask != 0, at_least_float32(policy[k]), 0) for k in ("chosen", "rejected")}
-    there = {k: jnp.where(mask != 0, jax.lax.stop_gradient(at_least_float32(ref[k])), 0) for k in here}
-    chosen, rejected = here["chosen"] - there["chosen"], here["rejected"] - there["rejected"]
-    return chosen, rejected, here, mask.astype(chosen.dtype)
-
-
-def _metrics(policy, chosen, rejected, weights, beta) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What is logged of every preference loss, means over the pairs.
-
-    `rewards/{chosen,rejected}` the implicit rewards beta a and beta b, `rewards/margins` their difference,
-    `rewards/accuracies` the share of pairs with a positive margin, `rewards/ties` the share with none (all
-    before the first update, where policy and reference are one), `logps/{chosen,rejected}` the policy's log-probs
-    (nats a completion), `dpo/gradient_weight` beta s(-beta D): how hard DPO's gradient pulls at a pair (arXiv
-    2305.18290, section 4); near beta where the policy ranks a pair wrongly, near 0 where it is sure and right.
-    """
-    margins = beta * (chosen - rejected)
-    values = {
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).astype(margins.dtype),
-        "rewards/ties": (margins == 0).astype(margins.dtype),
-        "logps/chosen": policy["chosen"],
-        "logps/rejected": policy["rejected"],
-        "dpo/gradient_weight": beta * jax.nn.sigmoid(-margins),
-    }
-    total = jnp.sum(weights)
-    return {name: (masked_sum(value, weights), total) for name, value in values.items()}

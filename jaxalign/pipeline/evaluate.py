@@ -28,6 +28,7 @@ from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.pipeline.loaded import require_head
 from jaxalign.pipeline.named import named_config
+from jaxalign.registry import loss_options
 from jaxalign.steps.preference import by_pair, sequence_logprobs
 from jaxalign.steps.reward import completion_scores
 from jaxalign.train.named_functions import own_loss
@@ -263,16 +264,13 @@ def _of_logprobs(each: Each, ref: Each | None, config: Any) -> tuple[dict[str, f
             "logps/accuracies_per_token": float((weight * (mean["chosen"] > mean["rejected"])).sum() / total),
         }, None
     cfg = config.algorithm
-    options: dict[str, Any] = {"label_smoothing": cfg.label_smoothing} if cfg.loss == "sigmoid" else {}
-    if cfg.loss == "ipo":
-        options["average"] = cfg.average is not False
     terms = (own_loss(cfg.loss) if is_name(cfg.loss) else PREFERENCE_LOSSES[cfg.loss])(
         {side: jnp.asarray(each[side]) for side in sides},
         {side: jnp.asarray(ref[side]) for side in sides},
         {side: jnp.asarray(each[f"tokens_{side}"]) for side in sides},
         jnp.asarray(weight),
         beta=cfg.beta,
-        **options,
+        **loss_options(cfg),
     )
     margins = cfg.beta * ((each["chosen"] - ref["chosen"]) - (each["rejected"] - ref["rejected"]))
     return _means(terms) | figures, margins

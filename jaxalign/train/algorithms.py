@@ -16,6 +16,7 @@ from jaxalign.errors import InputError, named
 from jaxalign.functions import is_name
 from jaxalign.models.stacks import place
 from jaxalign.ops.trees import by_path
+from jaxalign.registry import loss_options
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
 from jaxalign.steps.policy import policy_objective, stop_on_kl
@@ -159,11 +160,10 @@ def _dpo(config, roles, context) -> Program:
         policy.model.head,
         loss=own_loss(cfg.loss) if is_name(cfg.loss) else cfg.loss,
         beta=cfg.beta,
-        label_smoothing=cfg.label_smoothing,
         reference=cfg.reference,
         ref_apply=reference.model.apply,
         ref_head=reference.model.head,
-        **({} if cfg.average is None else {"average": cfg.average}),
+        **{"label_smoothing": cfg.label_smoothing} | loss_options(cfg),
     )
     return Program(
         {"policy": policy},

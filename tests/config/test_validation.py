@@ -92,8 +92,25 @@ def test_the_default_is_proposed_for_a_value_out_of_bounds(algorithm, field, val
 def test_trap_label_smoothing_is_an_error_where_the_loss_has_none():
     c = ready("dpo")
     c.algorithm.loss, c.algorithm.label_smoothing = "ipo", 0.1
-    with pytest.raises(InputError, match="label_smoothing with the ipo loss"):
+    with pytest.raises(InputError, match="label_smoothing=0.1 with the ipo loss"):
         validate(c)
+
+
+@pytest.mark.parametrize(
+    ("loss", "field", "value", "found", "proposed"),
+    [
+        ("sppo_hard", "label_smoothing", 0.1, "label_smoothing=0.1 with the sppo_hard loss", 0.0),
+        ("sigmoid", "average", False, "average=False with the sigmoid loss", None),
+        ("hinge", "discopop_tau", 0.5, "discopop_tau=0.5 with the hinge loss", 0.05),
+        ("exo_pair", "label_smoothing", 0.0, "label_smoothing=0 with the exo_pair loss", 0.001),
+    ],
+)
+def test_a_field_that_the_loss_does_not_read_or_needs(loss, field, value, found, proposed):
+    c = ready("dpo")
+    c.algorithm.loss, c.algorithm[field] = loss, value
+    with pytest.raises(InputError, match=found) as raised:
+        validate(c)
+    assert raised.value.fix == f"--config.algorithm.{field}={proposed}"
 
 
 @pytest.mark.parametrize(

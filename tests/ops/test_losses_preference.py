@@ -1,6 +1,7 @@
 """Preference losses: hand numbers, Python loops, degenerate input."""
 
 import functools
+import inspect
 import math
 
 import chex
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES, ipo_loss, sigmoid_loss
+from jaxalign.registry import PAIR_LOSSES
 
 N = 5
 
@@ -37,8 +39,99 @@ def ipo_by_hand(a, b, len_c, len_r, beta, average=True):
     return gap**2, 2 * gap / c, -2 * gap / r
 
 
-BY_HAND = {"sigmoid": sigmoid_by_hand, "ipo": ipo_by_hand}
-OPTIONS = [("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("ipo", {}), ("ipo", {"average": False})]
+def of_difference(slope):
+    """A loss of x = beta (a - b), and its derivative by x."""
+
+    def by_hand(a, b, len_c, len_r, beta, **options):
+        loss, d = slope(beta * (a - b), **options)
+        return loss, beta * d, -beta * d
+
+    return by_hand
+
+
+@of_difference
+def hinge_by_hand(x):
+    return max(0.0, 1 - x), -1.0 if x < 1 else 0.0
+
+
+@of_difference
+def robust_by_hand(x, label_smoothing=0.0):
+    e = label_smoothing
+    loss = ((1 - e) * softplus(-x) - e * softplus(x)) / (1 - 2 * e)
+    return loss, (-(1 - e) * logistic(-x) - e * logistic(x)) / (1 - 2 * e)
+
+
+@of_difference
+def exo_by_hand(x, label_smoothing=1e-3):
+    """The sum over both outcomes, p log(p / q)."""
+    e, p, not_p = label_smoothing, logistic(x), logistic(-x)
+    log_odds = (-softplus(-x) - math.log(1 - e)) - (-softplus(x) - math.log(e))
+    loss = p * (-softplus(-x) - math.log(1 - e)) + not_p * (-softplus(x) - math.log(e))
+    return loss, p * not_p * log_odds  # the derivatives of the logs cancel
+
+
+@of_difference
+def discopop_by_hand(x, discopop_tau=0.05):
+    m, slope = logistic(x / discopop_tau), logistic(x / discopop_tau) * logistic(-x / discopop_tau) / discopop_tau
+    exponential = math.exp(-x - softplus(-x / discopop_tau))  # m exp(-x)
+    slope_of_it = exponential * (logistic(-x / discopop_tau) / discopop_tau - 1)
+    loss = logistic(-x / discopop_tau) * softplus(-x) + exponential
+    assert x < -30 or math.isclose(loss, (1 - m) * softplus(-x) + m * math.exp(-x), rel_tol=1e-9)
+    return loss, slope_of_it - slope * softplus(-x) - logistic(-x / discopop_tau) * logistic(-x)
+
+
+def sigmoid_norm_by_hand(a, b, len_c, len_r, beta):
+    x = beta * (a / len_c - b / len_r)
+    return softplus(-x), -beta * logistic(-x) / len_c, beta * logistic(-x) / len_r
+
+
+def nca_by_hand(a, b, len_c, len_r, beta):
+    a, b = beta * a, beta * b
+    loss = softplus(-a) + softplus(a) / 2 + softplus(b) / 2
+    return loss, beta * (logistic(a) / 2 - logistic(-a)), beta * logistic(b) / 2
+
+
+def sppo_by_hand(a, b, len_c, len_r, beta):
+    return (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2, 2 * a - 1 / beta, 2 * b + 1 / beta
+
+
+def apo_zero_by_hand(a, b, len_c, len_r, beta):
+    a, b = beta * a, beta * b
+    return logistic(-a) + logistic(b), -beta * logistic(a) * logistic(-a), beta * logistic(b) * logistic(-b)
+
+
+def apo_down_by_hand(a, b, len_c, len_r, beta):
+    a, x = beta * a, beta * (a - b)
+    pull = beta * logistic(x) * logistic(-x)
+    return logistic(a) + logistic(-x), beta * logistic(a) * logistic(-a) - pull, pull
+
+
+BY_HAND = {
+    "sigmoid": sigmoid_by_hand,
+    "ipo": ipo_by_hand,
+    "hinge": hinge_by_hand,
+    "robust": robust_by_hand,
+    "exo_pair": exo_by_hand,
+    "discopop": discopop_by_hand,
+    "sigmoid_norm": sigmoid_norm_by_hand,
+    "nca_pair": nca_by_hand,
+    "sppo_hard": sppo_by_hand,
+    "apo_zero": apo_zero_by_hand,
+    "apo_down": apo_down_by_hand,
+}
+MORE = {
+    "sigmoid": {"label_smoothing": 0.2},
+    "ipo": {"average": False},
+    "robust": {"label_smoothing": 0.2},
+    "exo_pair": {"label_smoothing": 0.2},
+    "discopop": {"discopop_tau": 0.5},
+}
+OPTIONS = [(name, {}) for name in BY_HAND] + list(MORE.items())
+# At policy = reference and beta 0.1, as TRL 1.16 has them.
+AT_START = {
+    "sigmoid": 0.693147, "hinge": 1, "ipo": 25, "exo_pair": 2.761231, "nca_pair": 1.386294, "robust": 0.693147,
+    "sppo_hard": 50, "apo_zero": 1, "apo_down": 1, "discopop": 0.846574, "sigmoid_norm": 0.693147,
+}  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("name", "options"))
@@ -111,9 +204,15 @@ def test_equals_a_loop(name, options, case):
             np.testing.assert_allclose(total, sum(map(value, kept)), rtol=1e-12, atol=1e-11)
 
 
-@pytest.mark.parametrize(("name", "at_start"), [("sigmoid", 0.693147), ("ipo", 25.0)])
+def test_every_loss_has_a_loop_and_its_options_are_the_config_s():
+    assert BY_HAND.keys() == PREFERENCE_LOSSES.keys() == PAIR_LOSSES.keys() == AT_START.keys()
+    for name, function in PREFERENCE_LOSSES.items():
+        options = tuple(inspect.signature(function).parameters)[5:]  # after policy, ref, lengths, mask, beta
+        assert options == PAIR_LOSSES[name].fields == tuple(MORE.get(name, {})), name
+
+
+@pytest.mark.parametrize(("name", "at_start"), AT_START.items())
 def test_loss_where_policy_equals_reference(name, at_start):
-    """The table of TRL 1.16 at beta 0.1."""
     logprobs = pair([-3.0, -40.0], [-5.0, -1.0])
     _, terms = evaluate(logprobs, logprobs, pair([3, 40], [5, 1]), jnp.ones(2, bool), 0.1, name, ())
     np.testing.assert_allclose(terms.loss, [at_start] * 2, rtol=1e-6)
@@ -177,6 +276,43 @@ def test_huge_margins_are_linear_not_infinite():
     gradient, terms = evaluate(far, pair([0.0], [-1e6]), pair([1], [1]), jnp.ones(1, bool), 1.0, "sigmoid", ())
     np.testing.assert_allclose(terms.loss, [2e6])
     np.testing.assert_allclose(gradient["chosen"], [-1.0])
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda x: str(x))
+def test_far_from_the_reference_all_is_finite(name, options):
+    """Log-ratios of 1e4 either way, in float32: values as the loop has them, gradients finite."""
+    far = [(a, b) for a in (-1e4, 0.0, 1e4) for b in (-1e4, 0.0, 1e4)]
+    chosen, rejected = (list(side) for side in zip(*far, strict=True))
+    ones = pair([1] * 9, [1] * 9)
+    zeros = pair([0.0] * 9, [0.0] * 9)
+    for beta in (0.1, 1.0):
+        found = evaluate(pair(chosen, rejected), zeros, ones, jnp.ones(9, bool), beta, name, tuple(options.items()))
+        gradient, terms = found
+        by_hand = [BY_HAND[name](a, b, 1, 1, beta, **options)[0] for a, b in far]
+        np.testing.assert_allclose(terms.loss, by_hand, rtol=1e-5, atol=1e-5)
+        assert all(np.isfinite(side).all() for side in gradient.values())
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "hinge", "robust", "apo_zero"])
+@hypothesis.given(st.tuples(*[st.floats(-1e3, 1e3)] * 4))
+@hypothesis.settings(max_examples=15, deadline=None)
+def test_a_better_chosen_or_a_worse_rejected_completion_never_costs(name, values):
+    a, b, better, worse = values
+    chosen, rejected = [a, max(a, better), a], [b, b, min(b, worse)]
+    ones, zeros = pair([2] * 3, [3] * 3), pair([0.0] * 3, [0.0] * 3)
+    loss = evaluate(pair(chosen, rejected), zeros, ones, jnp.ones(3, bool), 0.1, name, ())[1].loss
+    assert loss[1] <= loss[0] and loss[2] <= loss[0]
+
+
+def test_robust_is_dpo_s_loss_in_the_mean_over_labels_that_are_wrong_at_the_stated_rate():
+    policy, zero, ones = pair([1.5, -0.5], [0.25, 3.0]), pair([0.0] * 2, [0.0] * 2), pair([1, 1], [1, 1])
+    flipped = {"chosen": policy["rejected"], "rejected": policy["chosen"]}
+
+    def loss(name, pairs, **options):
+        return evaluate(pairs, zero, ones, jnp.ones(2, bool), 1.0, name, tuple(options.items()))[1].loss
+
+    noisy = 0.7 * loss("robust", policy, label_smoothing=0.3) + 0.3 * loss("robust", flipped, label_smoothing=0.3)
+    np.testing.assert_allclose(noisy, loss("sigmoid", policy), rtol=1e-5)
 
 
 def test_trap_16_bit_logprobs_are_not_summed_in_16_bits():

@@ -13,12 +13,14 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference as PairCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
 from jaxalign.models.hf import save
+from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from tests.steps.peer_cases import (
     ALGORITHMS,
     BETA,
     CENTER,
     GOLDEN,
     MODELS,
+    SMOOTHED,
     compare,
     examples_of,
     head_of,
@@ -58,7 +60,7 @@ def trainer_of(algorithm, model, ref, shared, folder):
         data = data.remove_columns("prompt")
         args = RewardConfig(**args, center_rewards_coefficient=CENTER)
         return RewardTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
-    args = DPOConfig(**args, beta=BETA, loss_type=[algorithm])
+    args = DPOConfig(**args, beta=BETA, loss_type=[algorithm], **SMOOTHED.get(algorithm, {}))
     return DPOTrainer(model, ref_model=ref, args=args, train_dataset=data, processing_class=tokenizer)
 
 
@@ -168,11 +170,9 @@ class Stub:
         return self.outputs
 
 
-@pytest.mark.parametrize("algorithm", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("algorithm", PREFERENCE_LOSSES)
 def test_preference_loss_on_the_same_logprobs(algorithm, shared, tmp_path):
     """float64 to 1e-12: TRL's own compute_loss, its model replaced by given log-probs."""
-    from tests.steps.test_losses_golden import PREFERENCE_LOSSES
-
     model, ref = (torch_model(LlamaForCausalLM, "tiny", w, "lm", shared, tmp_path) for w in ("policy", "ref"))
     trainer = trainer_of(algorithm, model, ref, shared, tmp_path / "run")
     rng = np.random.default_rng(3)
@@ -185,7 +185,11 @@ def test_preference_loss_on_the_same_logprobs(algorithm, shared, tmp_path):
     filler = {"entropy": policy.detach(), "mean_logits": policy.detach(), "is_top1": mask[:, 1:] > 0}
     trainer.ref_model = Stub(model, log_probs=raw[1])
     inputs = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
-    loss = trainer._compute_loss(Stub(model, log_probs=policy, **filler), inputs, False)
+    torch.set_default_dtype(torch.float64)  # exo_pair makes a tensor of its label_smoothing
+    try:
+        loss = trainer._compute_loss(Stub(model, log_probs=policy, **filler), inputs, False)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert loss.dtype == torch.float64
     loss.backward()
     halves = lambda x: np.stack(np.split(np.asarray(x), 2), axis=1)  # noqa: E731
@@ -205,8 +209,9 @@ def test_preference_loss_on_the_same_logprobs(algorithm, shared, tmp_path):
 
         def mean(x):
             terms = PREFERENCE_LOSSES[algorithm](
-                pair(x), pair(peer["ref"]), pair(peer["lengths"]), np.ones(pairs, bool), beta=BETA
-            )
+                pair(x), pair(peer["ref"]), pair(peer["lengths"]), np.ones(pairs, bool), beta=BETA,
+                **SMOOTHED.get(algorithm, {}),
+            )  # fmt: skip
             return terms.loss.mean()
 
         found, gradient = jax.value_and_grad(mean)(peer["policy"])

@@ -5,7 +5,7 @@ import pytest
 
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.losses_reward import reward_loss
-from tests.steps.peer_cases import BETA, CENTER, GOLDEN, compare, ours
+from tests.steps.peer_cases import BETA, CENTER, GOLDEN, SMOOTHED, compare, ours
 
 
 def stored(prefix):
@@ -24,7 +24,7 @@ def test_real_model(shared):
     compare(ours("stories260k-llama", "sigmoid", shared), stored("stories260k-llama/sigmoid/"))
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_preference_loss_on_the_same_logprobs(name, x64):
     """float64, to 1e-12, values and gradients."""
     import jax
@@ -34,8 +34,9 @@ def test_preference_loss_on_the_same_logprobs(name, x64):
 
     def mean(policy):
         terms = PREFERENCE_LOSSES[name](
-            pair(policy), pair(peer["ref"]), pair(peer["lengths"]), np.ones(len(policy), bool), beta=BETA
-        )
+            pair(policy), pair(peer["ref"]), pair(peer["lengths"]), np.ones(len(policy), bool), beta=BETA,
+            **SMOOTHED.get(name, {}),
+        )  # fmt: skip
         return (terms.loss * terms.weight).sum() / terms.weight.sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean))(peer["policy"])
