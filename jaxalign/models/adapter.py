@@ -7,7 +7,9 @@ DoRA, `magnitude`, stacked like all layers.  A tree without them is the base mod
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -57,9 +59,14 @@ class Adapter:
         """That of the linear at a path in a layer."""
         return dict(self.updates).get(path)
 
-    def numbers(self) -> dict[str, np.ndarray]:
-        """What differs from layer to layer, as what a layer receives: [L] by path, scales and which have magnitudes."""
-        scales = {_number(path): np.array(u.scales, np.float32) for path, u in self.updates if u.scale is None}
+    def numbers(self, dtype: Any) -> dict[str, np.ndarray]:
+        """What differs from layer to layer, as what a layer receives: [L] by path, scales and which have magnitudes.
+
+        Args:
+          dtype: of the computation; scales are in at least float32.
+        """
+        wide = jnp.promote_types(dtype, jnp.float32)
+        scales = {_number(path): np.array(u.scales, wide) for path, u in self.updates if u.scale is None}
         return scales | {_there(path): np.array(u.ranks) > 0 for path, u in self.updates if self.dora and 0 in u.ranks}
 
     def scaled(self, layer: Params, numbers: Mapping[str, Any], length: int, dtype: Any) -> Params:
@@ -100,12 +107,26 @@ class Adapter:
         for path, update in self.updates:
             own = _at(layers, path)
             if "lora_a" in own:
-                scales = some(jnp.asarray(update.scales, jnp.float32))
+                scales = some(jnp.asarray(update.scales, at_least_float32(own["lora_b"]).dtype))
                 there = some(jnp.asarray(update.ranks) > 0) if 0 in update.ranks else None
                 parts = (own["kernel"], own["lora_a"], own["lora_b"], own.get("magnitude"), scales, there)
                 whole = {name: x for name, x in own.items() if name not in LEAVES} | {"kernel": jax.vmap(one)(*parts)}
                 layers = _put(layers, path, whole)
         return layers
+
+    def without_still(self, params: Params) -> Params:
+        """Trained parameters, zeros where nothing reads them: magnitudes of layers that have no update.
+
+        Args:
+          params: those that are trained, an adapter's or more.
+        """
+        for path, update in self.updates:
+            if self.dora and 0 in update.ranks:
+                own = _at(params["layers"], path)
+                there = np.array(update.ranks).reshape(-1, *(1,) * (own["magnitude"].ndim - 1)) > 0
+                still = own | {"magnitude": jnp.where(there, own["magnitude"], 0)}
+                params = params | {"layers": _put(params["layers"], path, still)}
+        return params
 
 
 def _number(path: str) -> str:
@@ -143,17 +164,21 @@ def make(config: Any, rules: Rules) -> Adapter:
     """
     names = _linears(config)
     everything = rules.targets == (ALL_LINEAR,)
-    patterns = [*(() if everything else rules.targets), *(p for p, _ in (*rules.rank_pattern, *rules.alpha_pattern))]
-    found = {pattern: _expression(pattern) for pattern in patterns}
-    for pattern, expression in found.items():
-        if not any(expression.search(name) for layers in names.values() for both in layers for name in both):
-            ends = sorted({name.split(".")[-1] for layers in names.values() for name, _ in layers} | names.keys())
-            near = get_close_matches(pattern, ends, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"the adapter's pattern {pattern!r} matches no linear of a layer",
-                f"one of {', '.join(ends)}, with or without what stands before it, or {ALL_LINEAR}",
-                f"--config.adapter.targets='(\"{near}\",)'",
-            )
+    found: dict[str, re.Pattern] = {}
+    for field in ("targets", "rank_pattern", "alpha_pattern"):
+        for given in () if everything and field == "targets" else getattr(rules, field):
+            pattern = given if field == "targets" else given[0]
+            found[pattern] = _expression(rules, field, pattern)
+            if not any(found[pattern].search(name) for layers in names.values() for both in layers for name in both):
+                ends = sorted({name.split(".")[-1] for layers in names.values() for name, _ in layers} | names.keys())
+                whole = [name for layers in names.values() for name, _ in layers]
+                near = get_close_matches(pattern, [*ends, *whole], n=1, cutoff=0.0)[0]
+                or_all = f", or {ALL_LINEAR}" if field == "targets" else ""
+                raise InputError(
+                    f"the adapter's pattern {pattern!r} matches no linear of a layer (adapter.{field})",
+                    f"one of {', '.join(ends)}, with or without what stands before it{or_all}",
+                    f"--config.adapter.{field}={_with_pattern(rules, field, pattern, near)}",
+                )
 
     def matches(pattern: str, both: tuple[str, str]) -> bool:
         return any(found[pattern].search(name) for name in both)
@@ -178,14 +203,24 @@ def make(config: Any, rules: Rules) -> Adapter:
     return Adapter(tuple(updates), rules.dora, rules.rslora)
 
 
-def _expression(pattern: str) -> re.Pattern:
+def _with_pattern(rules: Rules, field: str, pattern: str, right: str) -> str:
+    """A field of the rules with another pattern in the place of one, as a flag gives it."""
+    given = getattr(rules, field)
+    if field == "targets":
+        mended: tuple = tuple(right if target == pattern else target for target in given)
+    else:
+        mended = tuple((right if key == pattern else key, number) for key, number in given)
+    return shlex.quote(json.dumps(mended))
+
+
+def _expression(rules: Rules, field: str, pattern: str) -> re.Pattern:
     try:
         return re.compile(rf"(?:^|[./])(?:{pattern})$")
     except re.error as error:
         raise InputError(
             f"the adapter's pattern {pattern!r}: {error}",
             "a regular expression of a linear's name",
-            f"--config.adapter.targets='(\"{re.escape(pattern)}\",)'",
+            f"--config.adapter.{field}={_with_pattern(rules, field, pattern, re.escape(pattern))}",
         ) from error
 
 

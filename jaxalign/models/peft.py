@@ -105,7 +105,7 @@ def changes(saved: Saved, path: str) -> bool:
 
 
 def merge(saved: Saved, path: str, kernel: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """A kernel with its update added in at least float32; layers without one keep their numbers.
+    """A kernel with its update added in at least float32, of float64 in that; layers without one keep their numbers.
 
     Args:
       saved: the adapter.
@@ -122,7 +122,7 @@ def merge(saved: Saved, path: str, kernel: jax.Array, dtype: np.dtype, sharding:
         kernel, a, b, magnitude, scale, rank = parts
         return jnp.where(rank > 0, merged(kernel, LowRank(a, b * scale, magnitude)), kernel).astype(dtype)
 
-    numbers = np.array(update.scales, np.float32), np.array(update.ranks)
+    numbers = np.array(update.scales, jnp.promote_types(dtype, jnp.float32)), np.array(update.ranks)
     # Layer by layer: all products at once would take as much memory again.
     add = jax.jit(lambda *parts: jax.lax.map(one, parts), out_shardings=sharding)
     return add(kernel, a, b, magnitude, *numbers)

@@ -279,7 +279,7 @@ class Model:
         num_keys = rows.tokens.shape[1] if num_keys is None else num_keys
         rotations, turns = ropes.of_layers(c.ropes or (c.rope,), rows.positions, num_keys, c.head_dim, c.dtype)
         window, widths = windows.of_layers(c.windows, num_keys)
-        numbers = turns | widths | (c.adapter.numbers() if c.adapter else {})
+        numbers = turns | widths | (c.adapter.numbers(c.dtype) if c.adapter else {})
         given = LayerInputs(rotations, rows, numbers, slots, backend=self.attention, window=window)
         return ends, ends.embed(rows.tokens, rows.positions), given
 

@@ -70,17 +70,17 @@ def column_norms(kernel, a, b):
 
 
 def merged(kernel, update: LowRank):
-    """The kernel that computes what `adapted` does, in at least float32: [*in, *out].
+    """The kernel that computes what `adapted` does, in the widest of its dtypes and at least float32: [*in, *out].
 
     Args:
       kernel: W [*in, *out].
       update: of it.
     """
-    wide = at_least_float32(kernel)
-    a, b = (x.astype(wide.dtype) for x in update[:2])
+    dtype = jnp.result_type(kernel, update.a, update.b, jnp.float32)
+    wide, a, b = (x.astype(dtype) for x in (kernel, update.a, update.b))
     inputs, rank = math.prod(a.shape[:-1]), a.shape[-1]
     product = jnp.matmul(a.reshape(inputs, rank), b.reshape(rank, -1), precision=product_precision(a.dtype))
     whole = wide + product.reshape(kernel.shape)
     if update.magnitude is None:
         return whole
-    return whole * (update.magnitude.astype(wide.dtype) / column_norms(kernel, a, b))
+    return whole * (update.magnitude.astype(dtype) / column_norms(wide, a, b))

@@ -222,29 +222,40 @@ def _source_of(file: str, paths: list[str]) -> str:
     return next((path for path in paths if file.startswith(path) or fnmatch.fnmatch(file, path)), file)
 
 
-def check_tokens(path: str, tokenizer: Any, revision: str | None = None) -> None:
-    """Refuses a reference whose ids stand for other tokens than the policy's: its log-probs would be of other texts.
+_READERS = {
+    "reference_path": ("reference", "the policy's own start"),
+    "value_path": ("value model", "the reward model where its tokenizer is the policy's, else the policy's own start"),
+}
+
+
+def check_tokens(path: str, tokenizer: Any, revision: str | None = None, field: str = "reference_path") -> None:
+    """Refuses a model that reads the policy's ids and to which they stand for other tokens, or for none.
+
+    A reference's log-probs would be of other texts; a value model may have more tokens than the policy.
 
     Args:
-      path: the reference's directory or hub id.
+      path: the model's directory or hub id.
       tokenizer: of the policy.
       revision: of the hub id.
+      field: which gave the path: "reference_path" or "value_path".
 
     Raises:
       InputError: naming a token that differs.
     """
     from jaxalign.models.tokenizer import load_tokenizer
 
-    with named("algorithm.reference_path"):
+    role, usual = _READERS[field]
+    with named(f"algorithm.{field}"):
         ours, theirs = tokenizer.get_vocab(), load_tokenizer(path, revision).get_vocab()
-    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    read = ours.keys() | theirs.keys() if field == "reference_path" else ours.keys()
+    differing = sorted(token for token in read if ours.get(token) != theirs.get(token))
     if differing:
         token = differing[0]
         raise InputError(
-            f"{len(differing)} tokens of the reference {path} are not the policy's: {token!r} is {theirs.get(token)} "
+            f"{len(differing)} tokens of the {role} {path} are not the policy's: {token!r} is {theirs.get(token)} "
             f"there and {ours.get(token)} here",
-            "a reference with the policy's tokenizer",
-            "--config.algorithm.reference_path=None (the policy's own start)",
+            f"a {role} with the policy's tokenizer",
+            f"--config.algorithm.{field}=None ({usual})",
         )
 
 
@@ -267,6 +278,8 @@ def _ppo(config, roles, context) -> Program:
     value = roles.scorer(value_path, config.optimizer.value_learning_rate)
     fix = "a value model with the policy's tokenizer: --config.algorithm.value_path=DIR"
     check_vocabulary(context.tokenizer, value.model.config.vocab_size, value_path, fix)
+    if value_path not in (start, config.model.path):
+        check_tokens(value_path, context.tokenizer, field="value_path")
     reference = _run_as(policy, roles.reference())
     if cfg.one_base:
         named_roles = {"policy": policy, "ref": reference, "value": value} | (

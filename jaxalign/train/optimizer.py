@@ -12,6 +12,7 @@ import optax
 
 from jaxalign.errors import InputError
 from jaxalign.functions import is_name
+from jaxalign.models.adapter import Adapter
 from jaxalign.models.stacks import place
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.ops.stochastic_rounding import rounding_bits
@@ -70,7 +71,9 @@ def make_schedule(cfg: Any, learning_rate: float, num_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: Any, learning_rate: float, num_steps: int, adapter: Adapter | None = None
+) -> optax.GradientTransformation:
     """The gradient transformation of one role: clip by the role's global norm, scale, decay, learning rate.
 
     Weight decay is decoupled (Loshchilov and Hutter 2019): parameters shrink by learning rate x `weight_decay`.
@@ -86,12 +89,15 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
       cfg: the `optimizer` section.
       learning_rate: the role's peak.
       num_steps: updates of the whole run.
+      adapter: of the role's model: magnitudes that nothing reads do not decay either.
     """
     parts: list[optax.GradientTransformation] = []
     schedule = make_schedule(cfg, learning_rate, num_steps)
     decay = []
     if cfg.weight_decay:
         decay = [optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay_mask == "matrices" else None)]
+        if adapter is not None and cfg.decay_mask == "all":
+            decay = [_of_what_is_read(decay[0], adapter)]
     if cfg.max_grad_norm:
         parts.append(clip_by_global_norm(cfg.max_grad_norm))
     if cfg.name == "adamw":
@@ -116,6 +122,15 @@ def make_optimizer(cfg: Any, learning_rate: float, num_steps: int) -> optax.Grad
     if cfg.rate_factors:
         parts.append(scale_by_path(cfg.rate_factors))
     return kept_in(optax.chain(*parts), cfg.state_dtype)
+
+
+def _of_what_is_read(decay: optax.GradientTransformation, adapter: Adapter) -> optax.GradientTransformation:
+    """The same decay, of parameters that the model reads."""
+
+    def update(updates, state, params=None):
+        return decay.update(updates, state, adapter.without_still(params))
+
+    return optax.GradientTransformation(decay.init, update)
 
 
 def scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:

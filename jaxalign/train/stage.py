@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +110,10 @@ class Stage:
         c, program, mesh = self.config, self.program, self.mesh
         updates = self.num_steps * program.updates
         rates = {role: r.learning_rate for role, r in program.trained.items()}
-        self.optimizers = {role: make_optimizer(c.optimizer, rate, updates) for role, rate in rates.items()}
+        self.optimizers = {
+            role: make_optimizer(c.optimizer, rates[role], updates, r.model.config.adapter)
+            for role, r in program.trained.items()
+        }
         schedules = {role: make_schedule(c.optimizer, rate, updates) for role, rate in rates.items()}
         scaling = c.model.dtype == "float16"
         step = make_train_step(
@@ -219,6 +225,7 @@ def stage_warnings(stage: Stage) -> list[str]:
         found.append(note)
     if stage.added is not None:
         found += _added_warnings(c, stage.program.trained[stage.program.exported])
+    found += _rank_warnings(c, stage.program.trained[stage.program.exported])
     if not c.adapter.rank:  # else the configuration's own warnings know of adapters
         usual = defaults(c.algorithm.name)
         for name, role in stage.program.trained.items():
@@ -260,6 +267,26 @@ def _added_warnings(config: Any, role: Role) -> list[str]:
             "no vectors of these tokens"
         )
     return found
+
+
+def _rank_warnings(config: Any, role: Role) -> list[str]:
+    """Updates of a rank beyond their kernel's smaller side: of that rank they can be any matrix already."""
+    leaves, wide, more = by_path(role.abstract()), {}, 0
+    for path in [path for path in leaves if path.endswith("/lora_a")] if config.adapter.rank else ():
+        a, b = leaves[path].shape, leaves[f"{path[:-1]}b"].shape
+        inputs, outputs = math.prod(a[1:-1]), math.prod(b[2:])
+        if (beyond := a[-1] - min(inputs, outputs)) > 0:
+            wide[path.removeprefix("layers/").removesuffix("/lora_a")] = a[-1], inputs, outputs
+            more += a[0] * beyond * (inputs + outputs) * leaves[path].dtype.itemsize
+    if not wide:
+        return []
+    matrices = ", ".join(f"{path} ({inputs:,} x {outputs:,})" for path, (_, inputs, outputs) in wide.items())
+    least = (*((path, min(sides)) for path, (_, *sides) in wide.items()), *config.adapter.rank_pattern)
+    return [
+        f"adapter: rank {max(rank for rank, *_ in wide.values()):,} is beyond the smaller side of {matrices}, whose "
+        f"updates can be any matrix at that side's rank: {more / 2**20:.3g} MiB of parameters more, and gradients and "
+        f"moments of them, for nothing (--config.adapter.rank_pattern={shlex.quote(json.dumps(least))})"
+    ]
 
 
 def data_warnings(dataset: Any, eval_dataset: Any) -> list[str]:

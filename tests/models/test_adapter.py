@@ -1,6 +1,7 @@
 """Adapters: which linears they name, what fresh ones change (nothing), and the model that has them merged in."""
 
 import dataclasses
+import shlex
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from jaxalign.errors import InputError
 from jaxalign.models import adapter as adapters
 from jaxalign.models.adapter import Rules
 from jaxalign.models.transformer import Model
+from jaxalign.ops.trees import by_path, from_paths
+from jaxalign.rollout.layout import lay_out
 from tests.models import tiny_models as tiny
 
 ROWS = tiny.causal(np.random.default_rng(0).integers(3, 60, (2, 9)))
@@ -53,6 +56,27 @@ def test_merged_equals_beside_and_a_tree_without_it_is_the_base(rules):
         np.testing.assert_allclose(hidden(model, start), hidden(base, adapters.base(start)), rtol=0, atol=1e-5)
     else:
         np.testing.assert_array_equal(hidden(model, start), hidden(base, adapters.base(start)))
+
+
+@pytest.mark.parametrize("rules", [Rules(3, 7.0), VARIED._replace(alpha=7.0)], ids=["one_scale", "scales_by_layer"])
+def test_in_float64_nothing_is_rounded_to_float32(rules, x64):
+    wide = {"dtype": "float64", "param_dtype": "float64"}
+    model, _, params = adapted(rules, **wide)
+    layers = params["layers"]
+    merged = by_path(model.config.adapter.merged(layers))
+    laid = lay_out(model, params)["layers"]  # as PPO samples from
+    for path, (ranks, scales) in model.config.adapter.updates:
+        own = {name.rpartition("/")[2]: np.asarray(x) for name, x in by_path(layers).items() if name.startswith(path)}
+        for layer in range(len(ranks)):
+            a = own["lora_a"][layer].reshape(-1, max(ranks))
+            product = (a @ own["lora_b"][layer].reshape(max(ranks), -1)).reshape(own["kernel"][layer].shape)
+            wanted = own["kernel"][layer] + scales[layer] * product
+            np.testing.assert_allclose(merged[f"{path}/kernel"][layer], wanted, rtol=0, atol=1e-14)
+            np.testing.assert_allclose(by_path(laid[layer])[f"{path}/kernel"], wanted, rtol=0, atol=1e-14)
+    base = Model(dataclasses.replace(model.config, adapter=None))
+    whole = hidden(base, params | {"layers": from_paths(merged)})
+    assert whole.dtype == np.float64
+    np.testing.assert_allclose(hidden(model, params), whole, rtol=0, atol=1e-12)
 
 
 def test_the_base_is_initialised_as_without_an_adapter():
@@ -118,15 +142,28 @@ def test_rank_stabilised_scale():
 
 
 @pytest.mark.parametrize(
-    "rules, said",
+    "rules, said, fix",
     [
-        (Rules(4, 8.0, ("q_prj",)), "'q_prj' matches no linear"),
-        (Rules(4, 8.0, ("lm_head",)), "'lm_head' matches no linear"),
-        (Rules(4, 8.0, rank_pattern=(("layers.9.*", 2),)), "'layers.9.*' matches no linear"),
-        (Rules(4, 8.0, ("q_proj(",)), "missing \\), unterminated"),
+        (Rules(4, 8.0, ("q_prj",)), "'q_prj' matches no linear", 'targets=["q_proj"]'),
+        (Rules(4, 8.0, ("v_proj", "lm_head")), "'lm_head' matches no linear", '["v_proj", "'),
+        (Rules(4, 8.0, rank_pattern=(("layers.9.*", 2),)), "'layers.9.*' matches no linear", "rank_pattern="),
+        (Rules(4, 8.0, ("q_proj(",)), "missing \\), unterminated", "targets="),
+        (
+            Rules(4, 8.0, rank_pattern=(("v_proj", 2), ("q_prj", 3))),
+            r"'q_prj' matches no linear of a layer \(adapter\.rank_pattern\)",
+            'rank_pattern=[["v_proj", 2], ["q_proj", 3]]',
+        ),
+        (
+            Rules(4, 8.0, alpha_pattern=(("layers.9.self_attn.o_proj", 2.0),)),
+            r"\(adapter\.alpha_pattern\)",
+            'alpha_pattern=[["model.layers.2.self_attn.o_proj", 2.0]]',
+        ),
+        (Rules(4, 8.0, alpha_pattern=(("o_proj[", 2.0),)), "unterminated", r'alpha_pattern=[["o_proj\\[", 2.0]]'),
     ],
 )
-def test_a_pattern_that_matches_nothing_gets_the_nearest_name(rules, said):
+def test_a_pattern_that_matches_nothing_gets_the_nearest_name(rules, said, fix):
     with pytest.raises(InputError, match=said) as caught:
         adapters.make(tiny.model().config, rules)
+    (flag,) = shlex.split(caught.value.fix)
+    assert flag.startswith("--config.adapter.") and fix in flag
     assert "q_proj" in caught.value.expected or "regular expression" in caught.value.expected

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jaxalign.train import trainer
 from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.optimizer import check_rate_factors
 from jaxalign.train.rundir import RunDir
+from jaxalign.train.stage import stage_warnings
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
 
@@ -157,6 +159,23 @@ def test_a_killed_run_resumes_to_the_same_bits_and_not_on_another_base(shared, t
     )
     with pytest.raises(InputError, match=r"the weights of model\.path"):
         trainer.run(again, devices=jax.devices()[:1])
+
+
+def test_a_rank_beyond_a_kernels_smaller_side_is_told(shared, tmp_path):
+    """Of five layers, 64 wide, keys and values are 32 wide: 16 of 48 are for nothing."""
+
+    def told(**fields):
+        return [said for said in stage_warnings(made(shared, tmp_path / "run", "sft", **fields)) if "beyond" in said]
+
+    assert told(**{"adapter.rank": 32}) == []
+    wasted = 2 * 5 * 16 * (64 + 32) * 4
+    (said,) = told(**{"adapter.rank": 48, "adapter.rank_pattern": (("q_proj", 8),)})
+    assert "rank 48 is beyond the smaller side of attention/key (64 x 32), attention/value (64 x 32)" in said
+    assert f"{wasted / 2**20:.3g} MiB" in said
+    (flag,) = re.findall(r"--config\.adapter\.rank_pattern=('.*')\)", said)
+    pattern = tuple(map(tuple, json.loads(*shlex.split(flag))))
+    assert pattern == (("attention/key", 32), ("attention/value", 32), ("q_proj", 8))
+    assert told(**{"adapter.rank": 48, "adapter.rank_pattern": pattern}) == []
 
 
 def test_norms_and_heads_on_request(shared, tmp_path):

@@ -1,5 +1,7 @@
 """Optimizers and schedules against steps by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,13 @@ from safetensors.numpy import load_file
 from jaxalign import config as configuration
 from jaxalign.config import defaults
 from jaxalign.errors import InputError
+from jaxalign.models import adapter as adapters
+from jaxalign.models.transformer import Model
+from jaxalign.ops.trees import split
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.train import trainer
 from jaxalign.train.optimizer import kept_in, make_optimizer, make_schedule, updates_made
+from tests.models import tiny_models as tiny
 
 
 def section(**fields):
@@ -59,6 +65,29 @@ def test_adamw_step_by_hand_with_decay_on_matrices_alone():
     np.testing.assert_allclose(updates["layers"]["mlp"]["up"]["kernel"], -0.01 * (1 + 0.1 * 2.0), rtol=1e-5)
     np.testing.assert_allclose(updates["layers"]["mlp"]["up"]["bias"], -0.01, rtol=1e-5)
     np.testing.assert_allclose(updates["layers"]["norm"]["scale"], -0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd", "schedule_free"])
+def test_magnitudes_of_layers_without_an_update_do_not_decay(name):
+    rules = adapters.Rules(2, 4.0, (r"layers\.[02].*q_proj", "down_proj"), dora=True)
+    config = tiny.model().config
+    model = Model(dataclasses.replace(config, adapter=adapters.make(config, rules)))
+    start = split(model.init(jax.random.key(0)), adapters.is_adapter)[0]
+    tx = make_optimizer(
+        section(name=name, weight_decay=0.5, decay_mask="all", schedule="constant"), 0.1, 10, model.config.adapter
+    )
+    params, state = start, tx.init(start)
+    for _ in range(3):
+        grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+        query = grads["layers"]["attention"]["query"]
+        query["magnitude"] = query["magnitude"].at[1].set(0)  # as the model has it
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    before, after = (tree["layers"]["attention"]["query"]["magnitude"] for tree in (start, params))
+    np.testing.assert_array_equal(after[1], before[1])
+    assert np.abs(after[0] - before[0]).min() > 0.01 and np.abs(after[2] - before[2]).min() > 0.01
+    before, after = (tree["layers"]["mlp"]["down"]["magnitude"] for tree in (start, params))
+    assert np.abs(after - before).min() > 0.01
 
 
 def test_clip_is_by_the_norm_of_all_leaves():

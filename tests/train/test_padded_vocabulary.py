@@ -9,6 +9,7 @@ from run_child import make_config, stories
 from safetensors.numpy import load_file
 
 from jaxalign.cli import main
+from jaxalign.errors import InputError
 from jaxalign.models import hf
 from jaxalign.models.added_tokens import Added
 from jaxalign.models.tokenizer import load_tokenizer
@@ -55,6 +56,13 @@ def test_sft_and_its_export(shared, padded, tmp_path):
     data = tmp_path / "held.jsonl"
     data.write_text(json.dumps({"prompt": "Once", "completion": " upon a time"}) + "\n")
     assert main(["evaluate", "--model", str(tmp_path / "run" / "export"), "--data", str(data)]) == 0
+
+
+def test_spare_rows_of_a_value_model_are_no_vectors_of_added_tokens(shared, padded, tmp_path):
+    fields = {"model.add_tokens": ("<|im_start|>",), "algorithm.value_path": str(padded)}
+    config = make_config(stories(shared, tmp_path / "run", "ppo", **FIELDS | fields))
+    with pytest.raises(InputError, match=r"1 tokens of the value model .*'<\|im_start\|>' is None there and 512 here"):
+        trainer.run(config, devices=jax.devices()[:1])
 
 
 def test_ppo_with_a_smaller_reward_and_value_model(shared, padded, tmp_path):
