@@ -16,6 +16,7 @@ see       rewards/accuracies of DPO and objective/scores and objective/kl of PPO
 """
 
 from jaxalign.config import defaults, stages
+from jaxalign.errors import InputError
 
 BASE, CHAT = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"  # the same tokens, and a chat template
 
@@ -23,7 +24,7 @@ BASE, CHAT = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"  # th
 def get_config(memory: str = "24gb"):
     """Four stages, for a card of 24 GB, or one of 80."""
     if memory not in ("24gb", "80gb"):
-        raise ValueError(f"configs/one_gpu.py:{memory}: for a card of 24gb or 80gb")
+        raise InputError(f"configs/one_gpu.py:{memory}", "a card of 24gb or 80gb", "--config=configs/one_gpu.py:24gb")
     small = memory == "24gb"
     return stages("runs/one_gpu", sft=sft(small), reward=reward(small), dpo=dpo(small), ppo=ppo(small))
 
@@ -39,7 +40,7 @@ def _shared(algorithm: str, small: bool):
     config.data.row_length = 2048
     config.data.packing = True
     config.data.truncation = "keep_end"
-    config.batch_size = 16 if small else 32  # packed rows, in parts of two or four; an evaluation takes them at once
+    config.batch_size = 16 if small else 32  # packed rows, in parts of two or four
     config.grad_accum_steps = 8
     config.eval.every = 100
     config.eval.num_batches = 8

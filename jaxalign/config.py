@@ -89,7 +89,7 @@ def _common() -> ConfigDict:
             "num_train_steps": none(int),  # batches of the data stream; PPO: iterations. Else num_epochs
             "num_epochs": 1,  # passes over the data, where num_train_steps is not set
             "batch_size": 64,  # rows of a global batch: records, pairs or prompts where rows are not packed
-            "grad_accum_steps": 1,  # microbatches of a batch; the gradient is that of the whole batch
+            "grad_accum_steps": 1,  # microbatches of a batch, of evaluations too; the result is that of the whole batch
             "process_timeout": 300,  # seconds without a heartbeat after which another process of the run counts as lost
             "profile": 0,  # steps to profile: time by phase, and a trace in workdir/profile; 0: none
             "callbacks": (),  # "file.py:function" each, called with step, metrics, state at every line of metrics.jsonl

@@ -34,7 +34,7 @@ from jaxalign.steps.reward import completion_scores
 from jaxalign.train.named_functions import own_loss
 from jaxalign.types import Terms
 
-_ROWS = 16  # of a batch, where no flag says another number; a forward pass holds little
+_ROWS = 16  # of a batch, where no flag says another number
 
 Each = dict[str, np.ndarray]  # per completion [N], or of pairs "chosen" and "rejected" [N] each
 
@@ -86,8 +86,10 @@ def evaluate(
         _check_flags(config, reference, scratch)
         mesh = make_mesh(config.mesh)
         with config.unlocked():
-            if config.batch_size == configuration.defaults(algorithm).batch_size:
-                config.batch_size = -(-_ROWS // batch_shards(mesh)) * batch_shards(mesh)
+            default = config.batch_size == configuration.defaults(algorithm).batch_size
+            rows = (_ROWS if default else config.batch_size) // config.grad_accum_steps  # at a time, as training takes
+            config.batch_size = max(-(-rows // batch_shards(mesh)), 1) * batch_shards(mesh)
+            config.grad_accum_steps = 1
             config.data.shuffle, config.model.remat = False, "none"
         with jax.set_mesh(mesh):
             found = _measured(config, mesh, scratch)

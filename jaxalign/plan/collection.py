@@ -87,7 +87,9 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
         given, readouts = _with(jax.eval_shape(collector.complete, asked.rows, rollout), rows)
     if isinstance(collector.reward, Model):
         last = jax.eval_shape(lambda a, b: last_columns(a, b, collector.together), asked.rows, here)
-        yield compiled("scoring", mesh, collector.score, frozen["reward"], given, _with(last, rows))
+        brought = device_bytes(frozen["reward"]) if stage.offload else 0  # from the host's memory
+        parts = collector.scored_in(given, held + brought)
+        yield compiled("scoring", mesh, collector.score, frozen["reward"], given, _with(last, rows), parts=parts)
     elif isinstance(collector.reward, ModelScorer):
         width = power_of_two(given.tokens.shape[1])
         text = Rows(*[of_completions(np.int32, width)] * 4)._replace(causal=CausalByIndex())
@@ -95,7 +97,7 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
             "scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32)
         )
     own = {role: params[role] for role in collector.roles}
-    brought = device_bytes(frozen["ref"]) if stage.offload else 0  # from the host's memory, to score
+    brought = device_bytes(frozen["ref"]) if stage.offload else 0
     yield compiled(
         "forward passes",
         mesh,

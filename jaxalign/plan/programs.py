@@ -115,7 +115,8 @@ def programs(stage: Any, *, limit: int | None, say: Any = None, only: str = "") 
                 tell("reference pass")
                 role = program.reference
                 ref = abstract(role.abstract(), param_shardings(stage.mesh, role.abstract()))
-                executable, seconds = _timed(lambda: reference_pass(role.model).compile(ref, batch))
+                passed = reference_pass(role.model, stage.config.grad_accum_steps)
+                executable, seconds = _timed(lambda: passed.compile(ref, batch))
                 # Before training, without the state: its own weights alone lie there.
                 held, of_training = {"ref": device_bytes(ref)}, held
                 yield done(

@@ -81,7 +81,7 @@ def make_train_step(
         def items(given, batch):
             return objective.items(given, frozen, extra, batch)
 
-        if grad_accum_steps == 1:
+        if grad_accum_steps == 1:  # one forward pass, not two
             return by_role(lambda own, batch: loss(items(own, batch), batch), params, frozen, batch)
         whole = _collect(lambda micro: items(joined(params, frozen), micro), batch, grad_accum_steps)
         cotangents, sums = jax.grad(loss, has_aux=True)(whole, batch)
@@ -160,21 +160,34 @@ def make_train_step(
     return step
 
 
-def make_eval_step(objective: Objective):
+def make_eval_step(objective: Objective, *, grad_accum_steps: int = 1):
     """An eval step: (params, frozen, extra, batch) -> {name: (sum, weight)}, to be added up over batches, then divided.
 
     The objective's metrics and its loss (`loss`, or `loss/<role>` where there are several roles).  A loss of several
     terms has [terms] sums and weights: it is the sum of their quotients, and each is `term/<term>` as well.  Statistics
-    and comparisons of items are within a batch.
+    and comparisons of items are within a batch, whole.
+
+    Args:
+      objective: the loss of each role.
+      grad_accum_steps: the train step's micro-batches, one of which goes through the models at a time here too: what
+        fits in memory to train on fits to evaluate.
     """
 
     def step(params, frozen, extra, batch) -> dict[str, Sum]:
-        weights, statistics, given = objective.weights(batch), None, joined(params, frozen)
+        weights, statistics, whole = objective.weights(batch), None, joined(params, frozen)
         if objective.statistics is not None:
-            statistics = objective.statistics(given, frozen, extra, batch)
-        if objective.items is not None:
-            given = objective.items(given, frozen, extra, batch)
-        sums = sums_of(objective, weights, given, frozen, extra, statistics, batch)
+            statistics = _accumulate(
+                lambda micro: objective.statistics(whole, frozen, extra, micro), batch, grad_accum_steps
+            )
+
+        def sums_in(given, rows):
+            return sums_of(objective, weights, given, frozen, extra, statistics, rows)
+
+        if objective.items is None:
+            sums = _accumulate(lambda micro: sums_in(whole, micro), batch, grad_accum_steps)
+        else:
+            items = _collect(lambda micro: objective.items(whole, frozen, extra, micro), batch, grad_accum_steps)
+            sums = sums_in(items, batch)
         found = losses(objective, weights, sums)
         named = {("loss" if len(found) == 1 else f"loss/{role}"): value for role, value in found.items()}
         return named | several(weights, sums) | dict(sums.metrics)
@@ -241,6 +254,8 @@ def _accumulate(fn, batch, count):
 
 def _collect(fn, batch, count):
     """fn(micro-batch), [B / A, ...], of all micro-batches, in the order of the batch's rows: [B, ...]."""
+    if count == 1:
+        return fn(batch)
     micro = _micro_batches(batch, count)
     found = jax.lax.map(lambda index: fn(micro(index)), jnp.arange(count))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)

@@ -111,7 +111,7 @@ class Collector:
         rows = batch_sharding(mesh)
         self.ask = jax.jit(self._ask_for_each, out_shardings=rows)
         self.complete = jax.jit(paired_rows if self.together == 2 else completed_rows, out_shardings=rows)
-        self.score = jit(self._score_completions, out_shardings=rows)
+        self.score = jit(self._score_completions, static_argnames=("parts",), out_shardings=rows)
         self.forward = jit(self._forward_passes, static_argnames=("parts",), out_shardings=rows)
 
     def collect(
@@ -159,11 +159,12 @@ class Collector:
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)
         if on_device:
-            given = self.score(
-                in_memory(frozen["reward"], DEVICE), rows, last_columns(batch.rows, rollout.present, self.together)
-            )
+            reward, last = in_memory(frozen["reward"], DEVICE), last_columns(batch.rows, rollout.present, self.together)
+            brought = device_bytes(reward) - device_bytes(frozen["reward"])  # from the host's memory
+            given = self.score(reward, rows, last, parts=self.scored_in(rows, None if held is None else held + brought))
+            del reward
         ref = in_memory(frozen["ref"], DEVICE)
-        brought = device_bytes(ref) - device_bytes(frozen["ref"])  # from the host's memory
+        brought = device_bytes(ref) - device_bytes(frozen["ref"])
         forward = self.forward(
             {role: params[role] for role in self.roles},
             ref,
@@ -215,9 +216,20 @@ class Collector:
           rows: [B, T], or their shapes.
           held: as `collect` takes it.
         """
+        return self._fewest([model for model in (self.policy, self.value) if model is not None], rows, held)
+
+    def scored_in(self, rows: Rows, held: int | None) -> int:
+        """In how many parts a reward model on the mesh scores these rows: at least one for each batch of prompts.
+
+        Args:
+          rows: [B, T], or their shapes.
+          held: as `collect` takes it.
+        """
+        return max(self._fewest([self.reward], rows, held), rows.tokens.shape[0] // self.config.batch_size)
+
+    def _fewest(self, models: list[Any], rows: Rows, held: int | None) -> int:
         if held is None:
             return self.parts
-        models = [model for model in (self.policy, self.value) if model is not None]
         return max(fewest_parts(model, self.mesh, rows.tokens.shape, self.parts, held, self.limit) for model in models)
 
     def split(self, prompts: tuple[int, int], held: int) -> Split:
@@ -250,10 +262,10 @@ class Collector:
         used, ids = batch.completions.mask[:, 0], batch.record_ids[:, 0]
         return batch, jnp.where(used, ids * count + jnp.arange(len(ids), dtype=ids.dtype) % count, -1)
 
-    def _score_completions(self, params: Params, rows: Rows, last: Array) -> Array:
-        """A reward model's score at each completion's last token, as many rows at a time as there are prompts."""
-        count = max(rows.tokens.shape[0] // self.config.batch_size, 1)
-        return in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), count).reshape(-1)
+    def _score_completions(self, params: Params, rows: Rows, last: Array, parts: int | None = None) -> Array:
+        """A reward model's score at each completion's last token, in so many parts; None: as forward passes take it."""
+        found = in_parts(lambda part: score_rows(self.reward, params, *part), (rows, last), parts or self.parts)
+        return found.reshape(-1)
 
     def _forward_passes(
         self, params: dict[str, Params], ref: Params, rows: Rows, readouts: Readouts, parts: int | None = None

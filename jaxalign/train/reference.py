@@ -22,8 +22,9 @@ from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.rollout.host import all_rows
 from jaxalign.steps.preference import sequence_logprobs
 from jaxalign.train.compiled import Compiled
+from jaxalign.train.minibatches import in_parts
 from jaxalign.train.stage import Stage
-from jaxalign.types import Batch
+from jaxalign.types import Batch, Params
 
 _SAVE_SECONDS = 60.0  # between two writes of an unfinished cache
 
@@ -65,7 +66,7 @@ def attach(stage: Stage, datasets: list[Any]) -> list[Any]:
         from etils import epath
 
         folder = epath.Path(stage.config.data.cache_dir)
-    logprobs = reference_pass(role.model)
+    logprobs = reference_pass(role.model, stage.config.grad_accum_steps)
     wrapped = []
     for dataset in datasets:
         if dataset is None:
@@ -85,9 +86,13 @@ def attach(stage: Stage, datasets: list[Any]) -> list[Any]:
     return wrapped
 
 
-def reference_pass(model: Any) -> Compiled:
-    """(params, batch) -> the log-prob of each completion of the batch."""
-    return Compiled(lambda params, batch: sequence_logprobs(model.apply, model.head, params, batch), "reference pass")
+def reference_pass(model: Any, parts: int) -> Compiled:
+    """(params, batch) -> the log-prob of each completion of the batch, whose rows go through the model in parts."""
+
+    def logprobs(params: Params, batch: Batch) -> jax.Array:
+        return in_parts(lambda rows: sequence_logprobs(model.apply, model.head, params, rows), batch, parts)
+
+    return Compiled(logprobs, "reference pass")
 
 
 def _compute(dataset: Any, table: np.ndarray, cache: ReferenceCache, logprobs: Any, mesh: Any) -> np.ndarray:

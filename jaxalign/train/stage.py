@@ -145,7 +145,8 @@ class Stage:
         )
         self.like = abstract(like, self.shardings)
         self.step, self.remat = self.step_with(None), ""
-        self.eval_step = Compiled(make_eval_step(program.objective), "eval step", out_shardings=whole)
+        evaluate = make_eval_step(program.objective, grad_accum_steps=c.grad_accum_steps)
+        self.eval_step = Compiled(evaluate, "eval step", out_shardings=whole)
 
     def step_with(self, remat: str | None) -> Compiled:
         """The train step, not compiled yet.

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxalign.config import validate
+from jaxalign.errors import InputError
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.parallel.mesh import mesh_shape
@@ -89,6 +90,11 @@ def test_four_stages_on_one_gpu(memory):
         assert c.batch_size % (c.grad_accum_steps * c.algorithm.get("num_minibatches", 1)) == 0
         assert not stage.checked.warnings, stage.checked.warnings
     assert planned[-1].config.algorithm.one_base
+
+
+def test_a_card_that_one_gpu_has_no_config_for():
+    with pytest.raises(InputError, match=r"fix: +--config=configs/one_gpu.py:24gb$"):
+        load_config(f"{ROOT}/configs/one_gpu.py:16gb")
 
 
 def _doc(name):

@@ -3,10 +3,15 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from run_child import make_config, stories
 
 from jaxalign.errors import InputError
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import compiled
+from jaxalign.train.arguments import batch_of, step_arguments
 from jaxalign.train.compiled import Compiled, memory_errors, out_of_memory, refuse_what_cannot_fit
+from jaxalign.train.rundir import RunDir
+from jaxalign.train.stage import Stage
 
 
 def test_compiles_once_for_each_shape():
@@ -66,3 +71,20 @@ def test_an_argument_that_nothing_reads_is_none_of_the_memory():
     f = Compiled(lambda state, frozen: state + frozen["policy"], "f", donate=(0,))
     f(jnp.zeros((64, 64)), {"policy": base, "ref": base})
     assert f.memory["arguments"] == 2 * base.nbytes
+
+
+def test_an_evaluation_takes_a_stage_s_batch_in_its_parts(shared, tmp_path):
+    """What fits to train on fits to evaluate."""
+    taken = {}
+    for parts in (1, 4):
+        more = {"grad_accum_steps": parts, "model.remat": "full", "data.eval_fraction": 0.2, "batch_size": 8}
+        config = make_config(stories(shared, tmp_path / str(parts), "sft", **more))
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            stage = Stage(config, mesh, RunDir(config.workdir))
+            _, frozen, batch = step_arguments(stage)
+            stage.step.compile(stage.like, frozen, batch)
+            stage.eval_step.compile(stage.like.params, frozen, stage.like.extra, batch_of(stage, stage.eval_dataset))
+        taken[parts] = stage.step.memory, stage.eval_step.memory
+    assert taken[4][1]["temporary"] < 0.5 * taken[1][1]["temporary"]
+    assert taken[4][1]["total"] < taken[4][0]["total"]
