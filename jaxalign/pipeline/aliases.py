@@ -94,6 +94,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
         ("lora_modules_to_save modules_to_save trainable_layers", "model.train"),
         ("use_rslora peft_use_rslora", "adapter.rslora"),
         ("use_dora peft_use_dora", "adapter.dora"),
+        ("load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant", "model.frozen_dtype"),
+        ("bnb_4bit_use_double_quant", "model.frozen_dtype"),
+        ("bnb_4bit_compute_dtype", "model.dtype"),
         ("loraplus_lr_ratio loraplus_ratio", "optimizer.rate_factors"),
         ("apply_chat_template_kwargs", "data.chat_template_kwargs"),
         ("tp tensor_parallel tensor_parallel_size ds_tensor_parallel_size", "mesh.tensor"),
@@ -101,6 +104,24 @@ ALIASES: dict[str, tuple[str, ...]] = {
         ("dp data_parallel data_parallel_size", "mesh.data"),
     )
     for alias in aliases.split()
+}
+
+# What other programs have and no field here is: a sentence of it, and what to do. A name without a dot stands for the
+# last part of a dotted name too.
+ABSENT: dict[str, tuple[str, str]] = {
+    name: told
+    for names, told in (
+        (
+            "lora_dropout lora.dropout peft.dropout dropout attention_dropout resid_pdrop hidden_dropout",
+            (
+                "nothing is dropped out here, in adapters or elsewhere",
+                "against overfitting: fewer epochs, checkpoint.patience, a smaller adapter.rank",
+            ),
+        ),
+        ("lora_task_type task_type peft.task_type", ("the algorithm says what a model is trained for", "")),
+        ("lora_bias", ("an adapter has no biases of its own", "--config.model.train=bias trains those of the model")),
+    )
+    for name in names.split()
 }
 
 _DTYPES = {
@@ -115,6 +136,7 @@ _VALUES: dict[str, dict[str, str | None]] = {
         ("bf16", {"true": "bfloat16", "false": "float32"}),
         ("fp16", {"true": "float16", "false": "float32"}),
         ("torch_dtype precision mixed_precision compute_dtype ds.param_dtype param_dtype", _DTYPES),
+        ("bnb_4bit_compute_dtype", _DTYPES),
         ("ipo ipo_enable", {"true": "ipo", "false": "sigmoid"}),
         ("train_on_inputs", {"true": "all", "false": "completion"}),
         (
@@ -138,6 +160,10 @@ _VALUES: dict[str, dict[str, str | None]] = {
         ("tensorboard logging.tensorboard", {"true": "tensorboard", "false": "None"}),
         ("resume_from_checkpoint", {"none": "False"}),
         ("use_peft use_lora lora", {"true": "16", "false": "0"}),
+        ("load_in_4bit", {"true": "nf4", "false": "None"}),
+        ("load_in_8bit", {"true": "int8", "false": "None"}),
+        ("use_bnb_nested_quant bnb_4bit_use_double_quant", {"true": "nf4", "false": "nf4"}),
+        ("bnb_4bit_quant_type", {"fp4": "nf4"}),
         ("lora_target_linear", {"true": "all-linear"}),
         ("lora_target", {"all": "all-linear"}),
     )

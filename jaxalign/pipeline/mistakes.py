@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxalign.config import defaults, get, leaves
 from jaxalign.errors import InputError
-from jaxalign.pipeline.aliases import ALIASES, meaning
+from jaxalign.pipeline.aliases import ABSENT, ALIASES, meaning
 from jaxalign.ranges import CHOICES, bounds, misfit
 from jaxalign.registry import ALGORITHMS
 
@@ -61,6 +61,11 @@ def _alias(config: ConfigDict, name: str) -> str:
     return tail.lower() if tail.lower() in ALIASES else ""
 
 
+def _absent(name: str) -> tuple[str, str] | None:
+    """Of another program's name that no field here is: a sentence, and what to do."""
+    return ABSENT.get(name.lower()) or ABSENT.get(name.rpartition(".")[2].lower())
+
+
 class Place(NamedTuple):
     """Where a config file names a field."""
 
@@ -92,6 +97,9 @@ def no_field(config: ConfigDict, field: str, found: str, value: Any = None, plac
         return place(name) + (f" = {_as_python(text, kind) if text else repr(get(config, name))}" if assigned else "")
 
     stage, own = _parted(config, field)
+    if told := _absent(own):
+        leave = f"{place.line}: without it" if place else f"without --{'config.' * ('config.' in found)}{field}"
+        return InputError(f"{found}; {told[0]}", "a run without it", leave + f"; {told[1]}" * bool(told[1]))
     if place is None and (columns := columns_meant(own, None if value is None else str(value))):
         prefix = next((f"{name}." for name in (stage, *names) if name), "")
         return no_columns(config, f"{prefix}data.sources", columns, found)
@@ -136,6 +144,8 @@ def no_flag(config: ConfigDict, rest: Sequence[str], own: Sequence[str]) -> Inpu
     field = field.replace("-", "_")
     tails = {leaf.rpartition(".")[2] for leaf in leaves(config)}
     known = _alias(config, field) or difflib.get_close_matches(field.rpartition(".")[2], tails, n=1, cutoff=0.7)
+    if _absent(field):
+        return no_field(config, field, f"{given}: there is no such flag")
     if not known:
         return InputError(
             f"{given}: there is no such flag", "--config=FILE --config.FIELD=VALUE --dry_run", "jaxalign train --help"

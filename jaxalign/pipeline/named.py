@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def _flags(argv: Sequence[str], command: str) -> tuple[list[tuple[str, str | Non
     while i < len(argv):
         flag, equals, text = argv[i].partition("=")
         name = flag.lstrip("-").removeprefix("config.").replace("-", "_")
+        if found and not flag.startswith("-") and argv[i - 1] == found[-1][1]:
+            several = f"--{found[-1][0]}={shlex.quote(f'{argv[i - 1]},{argv[i]}')}"
+            raise InputError(f"{argv[i][:200]!r} behind {argv[i - 1][:200]!r}", "several values with commas", several)
         if not flag.startswith("-") or not name:
             raise InputError(f"argument {argv[i][:200]!r}", "flags: --name=value", f"jaxalign {command} --help")
         value: str | None = text if equals else None

@@ -50,6 +50,50 @@ def test_what_others_call_a_field(algorithm, name, near):
     assert error.value.fix.startswith(f"--config.{near}=")
 
 
+LORA = [  # PEFT's, TRL's and bitsandbytes'
+    ("lora_r", "8", "adapter.rank=8"),
+    ("lora_alpha", "32", "adapter.alpha=32"),
+    ("lora_target_modules", "q_proj,v_proj", "adapter.targets=q_proj,v_proj"),
+    ("use_dora", "true", "adapter.dora=true"),
+    ("use_peft", "true", "adapter.rank=16"),
+    ("load_in_4bit", "true", "model.frozen_dtype=nf4"),
+    ("load_in_8bit", "True", "model.frozen_dtype=int8"),
+    ("bnb_4bit_compute_dtype", "bf16", "model.dtype=bfloat16"),
+]
+
+
+@pytest.mark.parametrize("name, value, fix", LORA)
+def test_flags_of_adapters(name, value, fix, tmp_path, capsys):
+    file = tmp_path / "c.py"
+    file.write_text("from jaxalign.config import defaults\n\n\ndef get_config():\n    return defaults('dpo')\n")
+    given = f"--{name}" if value == "true" else f"--{name}={value}"
+    for command, prefix in ((["dpo", "--model=m", "--data=d.jsonl"], ""), ([f"--config={file}"], "config.")):
+        assert main(["train", *command, given]) != 0
+        assert capsys.readouterr().err.rstrip().endswith(f"fix:      --{prefix}{fix}")
+
+
+@pytest.mark.parametrize("name", ["lora_dropout", "adapter.dropout", "config.lora_dropout"])
+def test_dropout_is_said_not_to_exist(name, tmp_path, capsys):
+    file = tmp_path / "c.py"
+    file.write_text("from jaxalign.config import defaults\n\n\ndef get_config():\n    return defaults('dpo')\n")
+    for command in (["dpo", "--model=m", "--data=d.jsonl"], [f"--config={file}"]):
+        assert main(["train", *command, f"--{name}=0.1"]) != 0
+        said = capsys.readouterr().err
+        assert (
+            "nothing is dropped out here" in said and "fix:      without --" in said and "smaller adapter.rank" in said
+        )
+    file.write_text(file.read_text().replace("    return", "    c =") + "    c.adapter.dropout = 0.1\n    return c\n")
+    assert main(["train", f"--config={file}"]) != 0
+    said = capsys.readouterr().err
+    assert "nothing is dropped out here" in said and f"line 6 of {file}: without it" in said
+
+
+def test_several_values_behind_a_flag(capsys):
+    """As argparse takes them elsewhere."""
+    assert main(["train", "dpo", "--model=m", "--adapter.targets", "q_proj", "v_proj"]) != 0
+    assert "fix:      --adapter.targets=q_proj,v_proj" in capsys.readouterr().err
+
+
 def test_what_others_call_a_field_of_a_stage():
     config = stages("w", sft=defaults("sft"), dpo=defaults("dpo"))
     for name, near in [("dpo.lr", "dpo.optimizer.learning_rate"), ("dpo.algorithm.betta", "dpo.algorithm.beta")]:
