@@ -51,13 +51,14 @@ def test_figures_are_those_of_training(algorithm, shared, tmp_path, pairs, capsy
         (tmp_path / "texts.jsonl").write_text("".join(lines))
     fields = {
         "data.sources": (data,), "data.eval_sources": (data,), "data.max_records": None, "num_train_steps": 2,
-        "checkpoint.every": 0, "eval.every": 2, "optimizer.learning_rate": 1e-3,
+        "checkpoint.every": 0, "eval.every": 2, "optimizer.learning_rate": 1e-3, "grad_accum_steps": 2,
     }  # fmt: skip
     run = tmp_path / "run"
     done = trainer.run(make_config(stories(shared, run, algorithm, **fields)), devices=jax.devices()[:1])
     beside = ["--reference", model] if algorithm == "dpo" else []
     flags = ["--max_length=128", "--truncation=keep_start"]
     flags += ["--max_prompt_length=100"] if algorithm == "dpo" else []
+    flags += ["--batch_size=6", "--grad_accum_steps=3"] if algorithm == "reward" else []
     found = evaluated(capsys, "--model", str(run / "export"), "--data", data, *beside, *flags)
     figures = found["figures"]
     expected = {name.removeprefix("eval/"): value for name, value in done["eval"].items()}
