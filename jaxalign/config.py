@@ -319,6 +319,7 @@ def validate(config: ConfigDict, *, inputs: bool = True) -> list[str]:
     return (
         check_lengths(config)
         + relations.without_effect(config, defaults(name))
+        + ALGORITHMS[name].warnings(config)
         + [
             f"{field} is {get(config, field):g}; guides for {name}{' with an adapter' * (low != usual)} give "
             + (f"{low:g}" if low == high else f"{low:g} to {high:g}")

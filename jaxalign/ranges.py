@@ -34,6 +34,8 @@ ADDED: dict[str, Any] = {
     "algorithm.one_base": False,
     "data.chat_template_kwargs": [],
     "algorithm.discopop_tau": 0.05,
+    "algorithm.simpo_gamma": 0.5,
+    "algorithm.extra_losses": [],
 }
 ADAPTER_RATE = 10  # learning rates of adapters over those of whole models, as guides give them
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # of logging.trackers; train/trackers.py has them

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
+from jaxalign import pair_losses
 from jaxalign.errors import InputError
+from jaxalign.pair_losses import PAIR_LOSSES
 
 _MANY = 1_000_000_000  # completions: well within 32 bits
 _BIG = 1e6  # coefficients
@@ -44,6 +46,7 @@ class Algorithm(NamedTuple):
     bounds: tuple[tuple[str, float, float], ...] = ()  # (field, least, greatest); a name that several have, alike
     guides: tuple[tuple[str, float, float], ...] = ()  # what practitioners' guides give; outside it is a warning
     check: Callable[[Any, bool], None] = lambda config, inputs: None  # see relations.check
+    warnings: Callable[[Any], list[str]] = lambda config: []  # a sentence each, of fields that go badly together
 
 
 def _sft() -> dict[str, dict[str, Any]]:
@@ -82,7 +85,9 @@ def _dpo() -> dict[str, dict[str, Any]]:
             "beta": 0.1,  # strength of the KL constraint to the reference
             "label_smoothing": 0.0,  # share of labels taken to be wrong: of sigmoid, robust, exo_pair
             "discopop_tau": 0.05,  # discopop alone: how wide its blend of two losses is
-            "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk
+            "simpo_gamma": 0.5,  # simpo alone: the margin between the rewards
+            "extra_losses": (),  # further losses on the same pairs, each with its weight: (("sft", 0.1),)
+            "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk; none: there is none
             "reference_path": config_dict.placeholder(str),  # directory or hub id; default: the policy's own start
         },
         "optimizer": {"learning_rate": 1e-6},
@@ -160,56 +165,6 @@ def _samples() -> dict[str, Any]:
     }
 
 
-class PairLoss(NamedTuple):
-    """A loss on pairs as configuration knows it; `ops/losses_preference.py` has the functions by the same names."""
-
-    fields: tuple[str, ...] = ()  # of `algorithm`, that it reads beside beta
-    beta: tuple[float, float] = (0.05, 0.5)  # what guides and its paper give
-
-
-PAIR_LOSSES: dict[str, PairLoss] = {
-    "sigmoid": PairLoss(("label_smoothing",)),
-    "ipo": PairLoss(("average",), beta=(0.01, 0.5)),
-    "hinge": PairLoss(),
-    "robust": PairLoss(("label_smoothing",)),
-    "exo_pair": PairLoss(("label_smoothing",)),
-    "discopop": PairLoss(("discopop_tau",)),
-    "sigmoid_norm": PairLoss(beta=(2, 10)),  # of log-ratios of one token, not of sums over some hundred
-    "nca_pair": PairLoss(beta=(0.01, 0.5)),
-    "sppo_hard": PairLoss(beta=(0.001, 0.5)),
-    "apo_zero": PairLoss(),
-    "apo_down": PairLoss(),
-}
-
-
-def loss_options(algorithm: Any) -> dict[str, Any]:
-    """What a loss on pairs is given beside beta; a field that is None is left to the loss's own default.
-
-    Args:
-      algorithm: that section of a configuration.
-    """
-    found = PAIR_LOSSES.get(algorithm.loss, PairLoss())
-    return {field: algorithm[field] for field in found.fields if algorithm[field] is not None}
-
-
-def _check_dpo(c: Any, inputs: bool) -> None:
-    loss = c.algorithm.loss
-    for field, unset in (("label_smoothing", 0.0), ("average", None), ("discopop_tau", 0.05)):
-        readers = [name for name, one in PAIR_LOSSES.items() if field in one.fields]
-        if loss in PAIR_LOSSES and loss not in readers and c.algorithm[field] != unset:
-            raise InputError(
-                f"algorithm.{field}={c.algorithm[field]} with the {loss} loss",
-                f"{unset}: {', '.join(readers)} alone read it",
-                f"--config.algorithm.{field}={unset}",
-            )
-    if loss == "exo_pair" and not c.algorithm.label_smoothing:
-        raise InputError(
-            "algorithm.label_smoothing=0 with the exo_pair loss",
-            "a share above 0: labels without any doubt are infinitely far from every policy",
-            "--config.algorithm.label_smoothing=0.001",
-        )
-
-
 def _check_ppo(c: Any, inputs: bool) -> None:
     if c.batch_size % c.algorithm.num_minibatches:
         raise InputError(
@@ -270,14 +225,20 @@ ALGORITHMS: dict[str, Algorithm] = {
         PAIRS,
         method="direct preference optimization",
         frozen=True,
-        choices=(("algorithm.loss", tuple(PAIR_LOSSES)), ("algorithm.reference", ("live", "cached"))),
-        bounds=(("algorithm.beta", 1e-9, _BIG), _LABEL_SMOOTHING, ("algorithm.discopop_tau", 1e-6, 1)),
+        choices=(("algorithm.loss", tuple(PAIR_LOSSES)), ("algorithm.reference", ("live", "cached", "none"))),
+        bounds=(
+            ("algorithm.beta", 1e-9, _BIG),
+            _LABEL_SMOOTHING,
+            ("algorithm.discopop_tau", 1e-6, 1),
+            ("algorithm.simpo_gamma", 0, _BIG),
+        ),
         guides=(
             ("algorithm.beta", 0.05, 0.5),
             ("optimizer.learning_rate", 5e-7, 5e-6),
             ("num_epochs", 1, 1),
         ),
-        check=_check_dpo,
+        check=pair_losses.check,
+        warnings=pair_losses.warnings,
     ),
     "ppo": Algorithm(
         _ppo,

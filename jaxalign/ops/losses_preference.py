@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops import losses_free as free
 from jaxalign.ops import losses_sides as sides
 from jaxalign.ops.log_ratios import Pair, by_token, log_ratios, pair_terms
 from jaxalign.types import Terms
@@ -201,4 +202,8 @@ PREFERENCE_LOSSES: Mapping[str, PreferenceLoss] = {
     "sppo_hard": sides.sppo_hard_loss,
     "apo_zero": sides.apo_zero_loss,
     "apo_down": sides.apo_down_loss,
+    "simpo": free.simpo_loss,
+    "orpo": free.orpo_loss,
+    "sft": free.chosen_loss,
 }
+BY_TOKEN = ("sft",)  # means over chosen completions' tokens; all others are means over pairs

@@ -23,12 +23,12 @@ from jaxalign.functions import is_name
 from jaxalign.ops.losses_preference import PREFERENCE_LOSSES
 from jaxalign.ops.losses_reward import reward_loss
 from jaxalign.ops.readout import completion_sums
+from jaxalign.pair_losses import PAIR_LOSSES, loss_options
 from jaxalign.parallel.compiler_options import jit
 from jaxalign.parallel.mesh import batch_shards, make_mesh
 from jaxalign.parallel.sharding import batch_part, put_batch
 from jaxalign.pipeline.loaded import require_head
 from jaxalign.pipeline.named import named_config
-from jaxalign.registry import loss_options
 from jaxalign.steps.preference import by_pair, sequence_logprobs
 from jaxalign.steps.reward import completion_scores
 from jaxalign.train.named_functions import own_loss
@@ -79,7 +79,7 @@ def evaluate(
     sources = [data] if isinstance(data, str) else list(data)
     own = [f"--data={source if isinstance(source, str) else json.dumps([source])}" for source in sources]
     if pairs and not scalar:
-        own += [f"--algorithm.reference_path={reference}"] if reference else ["--algorithm.reference=cached"]
+        own += [f"--algorithm.reference_path={reference}"] if reference else ["--algorithm.reference=none"]
     with tempfile.TemporaryDirectory(prefix="jaxalign-evaluate-") as scratch:
         flags = [f"--model={model}", *own, f"--out={scratch}", *flags]
         config, _ = named_config(algorithm, flags)
@@ -101,7 +101,7 @@ def _check_flags(config: Any, reference: str | None, scratch: str) -> None:
     own = {"data.eval_fraction": 0.0, "data.eval_sources": (), "workdir": scratch}
     if "reference" in config.algorithm:
         own |= {
-            "algorithm.reference": "live" if reference else "cached", "algorithm.reference_path": reference,
+            "algorithm.reference": "live" if reference else "none", "algorithm.reference_path": reference,
         }  # fmt: skip
     for field, value in own.items():
         given = configuration.get(config, field)
@@ -257,25 +257,38 @@ def _of_logprobs(each: Each, ref: Each | None, config: Any) -> tuple[dict[str, f
         )
         for side in sides
     }
+    cfg = config.algorithm
     if ref is None:
         mean = {side: each[side] / np.maximum(each[f"tokens_{side}"], 1) for side in sides}
         total = weight.sum()
-        return figures | {
+        figures |= {
             **{f"logps/{side}": float((weight * each[side]).sum() / total) for side in sides},
             "logps/accuracies": float((weight * (each["chosen"] > each["rejected"])).sum() / total),
             "logps/accuracies_per_token": float((weight * (mean["chosen"] > mean["rejected"])).sum() / total),
-        }, None
-    cfg = config.algorithm
-    terms = (own_loss(cfg.loss) if is_name(cfg.loss) else PREFERENCE_LOSSES[cfg.loss])(
+        }
+        if cfg.loss not in PAIR_LOSSES or PAIR_LOSSES[cfg.loss].reference is not False:
+            return figures, None
+        ref = {side: np.zeros_like(each[side]) for side in sides}
+        return _of_losses(each, ref, cfg) | figures, None
+    margins = cfg.beta * ((each["chosen"] - ref["chosen"]) - (each["rejected"] - ref["rejected"]))
+    return _of_losses(each, ref, cfg) | figures, margins
+
+
+def _of_losses(each: Each, ref: Each, cfg: Any) -> dict[str, float]:
+    """The weighted sum of the losses on pairs, and the metrics of the first."""
+    sides = ("chosen", "rejected")
+    arrays = (
         {side: jnp.asarray(each[side]) for side in sides},
         {side: jnp.asarray(ref[side]) for side in sides},
         {side: jnp.asarray(each[f"tokens_{side}"]) for side in sides},
-        jnp.asarray(weight),
-        beta=cfg.beta,
-        **loss_options(cfg),
+        jnp.asarray(each["weight"]),
     )
-    margins = cfg.beta * ((each["chosen"] - ref["chosen"]) - (each["rejected"] - ref["rejected"]))
-    return _means(terms) | figures, margins
+    found, options = [], loss_options(cfg)
+    for name, coef in ((cfg.loss, 1.0), *cfg.extra_losses):
+        function = own_loss(name) if is_name(name) else PREFERENCE_LOSSES[name]
+        own = {} if is_name(name) else {field: options[field] for field in PAIR_LOSSES[name].fields if field in options}
+        found.append((coef, _means(function(*arrays, beta=cfg.beta, **own))))
+    return found[0][1] | {"loss": sum(coef * figures["loss"] for coef, figures in found)}
 
 
 def _of_texts(each: Each) -> dict[str, float]:
@@ -323,10 +336,11 @@ def page(result: dict[str, Any]) -> str:
         lines.append(f"  {'pairs':<32}{result['num_pairs']:,}")
     elif "tokens" in figures:
         lines.append(f"  {'scored tokens':<32}{figures['tokens']:,.0f}")
+    accuracy = next((name for name in ("rewards/accuracies", "logps/accuracies") if name in figures), None)
     for name, words, form in _PAGE:
         if figures.get(name) is not None:
             interval = ""
-            if name in ("rewards/accuracies", "logps/accuracies"):
+            if name == accuracy:
                 low, high = result["accuracy_interval"]
                 interval = f"  (95% interval {low:.1%} to {high:.1%})"
             lines.append(f"  {words:<32}{form.format(figures[name])}{interval}")

@@ -88,7 +88,7 @@ def _role(term: str) -> str:
 def losses(objective, weights, sums: Sums) -> dict[str, Sum]:
     """(coef * S, W) of each role: scalars, or [terms] where there are several."""
     found: dict[str, list[Sum]] = {}
-    for term, total in sums.terms.items():
+    for term, total in sorted(sums.terms.items()):  # sums over micro-batches have them in this order, others in any
         found.setdefault(_role(term), []).append((objective.coefs.get(term, 1) * total, weights[term]))
     stacked = lambda pairs: (jnp.stack([s for s, _ in pairs]), jnp.stack([w for _, w in pairs]))  # noqa: E731
     return {role: pairs[0] if len(pairs) == 1 else stacked(pairs) for role, pairs in found.items()}

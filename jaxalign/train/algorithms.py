@@ -16,7 +16,7 @@ from jaxalign.errors import InputError, named
 from jaxalign.functions import is_name
 from jaxalign.models.stacks import place
 from jaxalign.ops.trees import by_path
-from jaxalign.registry import loss_options
+from jaxalign.pair_losses import loss_options
 from jaxalign.rollout.pairs import completions_per_row
 from jaxalign.steps.objective import Objective
 from jaxalign.steps.policy import policy_objective, stop_on_kl
@@ -143,6 +143,16 @@ def _reward(config, roles, context) -> Program:
 def _dpo(config, roles, context) -> Program:
     cfg = config.algorithm
     policy = roles.policy(config.optimizer.learning_rate)
+    given = {
+        "loss": own_loss(cfg.loss) if is_name(cfg.loss) else cfg.loss,
+        "extra_losses": cfg.extra_losses,
+        "beta": cfg.beta,
+        "reference": cfg.reference,
+        **{"label_smoothing": cfg.label_smoothing} | loss_options(cfg),
+    }
+    model = policy.model
+    if cfg.reference == "none":
+        return Program({"policy": policy}, {}, preference_objective(model.apply, model.head, **given), "policy")
     if cfg.reference_path:
         check_tokens(cfg.reference_path, context.tokenizer, revision_of(cfg.reference_path, config))
     reference = roles.reference(cfg.reference_path)
@@ -156,14 +166,7 @@ def _dpo(config, roles, context) -> Program:
     if live:
         reference = _run_as(policy, reference)
     objective = preference_objective(
-        policy.model.apply,
-        policy.model.head,
-        loss=own_loss(cfg.loss) if is_name(cfg.loss) else cfg.loss,
-        beta=cfg.beta,
-        reference=cfg.reference,
-        ref_apply=reference.model.apply,
-        ref_head=reference.model.head,
-        **{"label_smoothing": cfg.label_smoothing} | loss_options(cfg),
+        model.apply, model.head, ref_apply=reference.model.apply, ref_head=reference.model.head, **given
     )
     return Program(
         {"policy": policy},

@@ -76,6 +76,27 @@ def test_figures_are_those_of_training(algorithm, shared, tmp_path, pairs, capsy
         assert 0 <= figures["calibration/ece"] <= 1
 
 
+def test_a_run_without_a_reference_and_with_two_losses(shared, tmp_path, pairs, capsys, one_device):
+    """ORPO: one model in memory, the parts of its loss in the metrics, and the figures of its evaluation."""
+    from jaxalign.train import trainer
+
+    fields = {
+        "data.sources": (pairs,), "data.eval_sources": (pairs,), "data.max_records": None, "num_train_steps": 2,
+        "checkpoint.every": 0, "eval.every": 2, "optimizer.learning_rate": 1e-3, "grad_accum_steps": 2,
+        "algorithm.loss": "orpo", "algorithm.reference": "none", "algorithm.extra_losses": (("sft", 0.5),),
+    }  # fmt: skip
+    run = tmp_path / "run"
+    done = trainer.run(make_config(stories(shared, run, "dpo", **fields)), devices=jax.devices()[:1])
+    expected = {name.removeprefix("eval/"): value for name, value in done["eval"].items()}
+    parts = [expected[f"term/policy/{name}"] for name in ("orpo", "sft")]
+    assert expected["loss"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5) and min(parts) > 0
+    flags = ["--max_length=128", "--truncation=keep_start", "--max_prompt_length=100", "--loss=orpo"]
+    flags.append('--extra_losses=(("sft", 0.5),)')
+    figures = evaluated(capsys, "--model", str(run / "export"), "--data", pairs, *flags)["figures"]
+    for name in ("loss", "rewards/accuracies", "rewards/margins"):
+        assert figures[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
 def test_pairs_without_a_reference_and_a_file(shared, tmp_path, pairs, capsys, one_device):
     model, out = str(shared / "models" / "stories260k-llama"), tmp_path / "e.json"
     assert main(["evaluate", "--model", model, "--data", pairs, "--out", str(out)]) == 0

@@ -92,7 +92,7 @@ def test_the_default_is_proposed_for_a_value_out_of_bounds(algorithm, field, val
 def test_trap_label_smoothing_is_an_error_where_the_loss_has_none():
     c = ready("dpo")
     c.algorithm.loss, c.algorithm.label_smoothing = "ipo", 0.1
-    with pytest.raises(InputError, match="label_smoothing=0.1 with the ipo loss"):
+    with pytest.raises(InputError, match=r"label_smoothing=0\.1 with the ipo loss"):
         validate(c)
 
 
@@ -111,6 +111,35 @@ def test_a_field_that_the_loss_does_not_read_or_needs(loss, field, value, found,
     with pytest.raises(InputError, match=found) as raised:
         validate(c)
     assert raised.value.fix == f"--config.algorithm.{field}={proposed}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "found", "fix"),
+    [
+        ({"loss": "simpo"}, "reference=live with the simpo loss", "reference=none"),
+        ({"loss": "apo_zero", "reference": "none"}, "reference=none with the apo_zero loss", "reference=live"),
+        ({"reference": "none", "reference_path": "x"}, "reference_path=x", "reference_path=None"),
+        ({"extra_losses": ("sft",)}, "holds 'sft'", "extra_losses='"),
+        ({"extra_losses": (("nll", 1.0),)}, "nll", "extra_losses='"),
+        ({"extra_losses": (("sft", 0.0),)}, "0.0", "extra_losses='"),
+        ({"extra_losses": (("sigmoid", 1.0),)}, "the sigmoid loss twice", "extra_losses='"),
+        ({"simpo_gamma": 1.0, "extra_losses": (("sft", 1.0),)}, "with the sigmoid and sft loss", "simpo_gamma=0.5"),
+    ],
+)
+def test_losses_that_do_not_go_together(fields, found, fix):
+    c = ready("dpo")
+    c.algorithm.update(fields)
+    with pytest.raises(InputError, match=found) as raised:
+        validate(c)
+    assert raised.value.fix.startswith(f"--config.algorithm.{fix}")
+
+
+def test_orpo_without_its_other_half_is_told():
+    c = ready("dpo")
+    c.algorithm.loss, c.algorithm.reference = "orpo", "none"
+    assert any("extra_losses" in said for said in validate(c))
+    c.algorithm.extra_losses = (("sft", 1.0),)
+    assert not any("extra_losses" in said for said in validate(c))
 
 
 @pytest.mark.parametrize(

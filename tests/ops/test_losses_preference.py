@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.ops.losses_preference import PREFERENCE_LOSSES, ipo_loss, sigmoid_loss
-from jaxalign.registry import PAIR_LOSSES
+from jaxalign.ops.losses_preference import BY_TOKEN, PREFERENCE_LOSSES, ipo_loss, sigmoid_loss
+from jaxalign.pair_losses import PAIR_LOSSES
 
 N = 5
 
@@ -106,6 +106,27 @@ def apo_down_by_hand(a, b, len_c, len_r, beta):
     return logistic(a) + logistic(-x), beta * logistic(a) * logistic(-a) - pull, pull
 
 
+def simpo_by_hand(a, b, len_c, len_r, beta, simpo_gamma=0.5):
+    x = beta * (a / len_c - b / len_r) - simpo_gamma
+    return softplus(-x), -beta * logistic(-x) / len_c, beta * logistic(-x) / len_r
+
+
+def orpo_by_hand(a, b, len_c, len_r, beta):
+    """By probabilities, not their logs; the derivative of log(p / (1 - p)) by log p is 1 / (1 - p), and 0 at p = 1."""
+    (x, slope_x, y, slope_y) = (f for mean in (a / len_c, b / len_r) for f in odds_by_hand(mean))
+    pull = beta * logistic(y - x)
+    return beta * softplus(y - x), -pull * slope_x / len_c, pull * slope_y / len_r
+
+
+def odds_by_hand(mean):
+    not_p = -math.expm1(min(mean, -1e-6))
+    return min(mean, -1e-6) - math.log(not_p), 1 / not_p if mean < -1e-6 else 0.0
+
+
+def sft_by_hand(a, b, len_c, len_r, beta):
+    return -a / len_c, -1 / len_c, 0.0
+
+
 BY_HAND = {
     "sigmoid": sigmoid_by_hand,
     "ipo": ipo_by_hand,
@@ -118,13 +139,18 @@ BY_HAND = {
     "sppo_hard": sppo_by_hand,
     "apo_zero": apo_zero_by_hand,
     "apo_down": apo_down_by_hand,
+    "simpo": simpo_by_hand,
+    "orpo": orpo_by_hand,
+    "sft": sft_by_hand,
 }
+FREE = ("simpo", "orpo", "sft")  # of the policy's log-probs
 MORE = {
     "sigmoid": {"label_smoothing": 0.2},
     "ipo": {"average": False},
     "robust": {"label_smoothing": 0.2},
     "exo_pair": {"label_smoothing": 0.2},
     "discopop": {"discopop_tau": 0.5},
+    "simpo": {"simpo_gamma": 1.2},
 }
 OPTIONS = [(name, {}) for name in BY_HAND] + list(MORE.items())
 # At policy = reference and beta 0.1, as TRL 1.16 has them.
@@ -179,23 +205,28 @@ def test_equals_a_loop(name, options, case):
         )
         for i in range(N):
             if mask[i]:
-                a, b = pc[i] - rc[i], pr[i] - rr[i]
+                a, b = (pc[i], pr[i]) if name in FREE else (pc[i] - rc[i], pr[i] - rr[i])
+                assert terms.weight[i] == (lc[i] if name == "sft" else 1)
                 loss, d_chosen, d_rejected = BY_HAND[name](a, b, lc[i], lr[i], beta, **options)
             else:
                 loss = d_chosen = d_rejected = 0.0
+            d_chosen, d_rejected = (d * float(terms.weight[i]) for d in (d_chosen, d_rejected))
             np.testing.assert_allclose(terms.loss[i], loss, rtol=1e-12, atol=1e-13)
             np.testing.assert_allclose(gradient["chosen"][i], d_chosen, rtol=1e-12, atol=1e-13)
             np.testing.assert_allclose(gradient["rejected"][i], d_rejected, rtol=1e-12, atol=1e-13)
         kept = [i for i in range(N) if mask[i]]
+        ratios = [(pc[i] - rc[i], pr[i] - rr[i]) for i in range(N)]
+        if name in FREE:
+            ratios = [(pc[i], pr[i]) if name == "sft" else (pc[i] / lc[i], pr[i] / lr[i]) for i in range(N)]
         of = {
-            "rewards/chosen": lambda i: beta * (pc[i] - rc[i]),
-            "rewards/rejected": lambda i: beta * (pr[i] - rr[i]),
-            "rewards/margins": lambda i: beta * ((pc[i] - rc[i]) - (pr[i] - rr[i])),
-            "rewards/accuracies": lambda i: float((pc[i] - rc[i]) - (pr[i] - rr[i]) > 0),
-            "rewards/ties": lambda i: float((pc[i] - rc[i]) - (pr[i] - rr[i]) == 0),
+            "rewards/chosen": lambda i: beta * ratios[i][0],
+            "rewards/rejected": lambda i: beta * ratios[i][1],
+            "rewards/margins": lambda i: beta * (ratios[i][0] - ratios[i][1]),
+            "rewards/accuracies": lambda i: float(ratios[i][0] - ratios[i][1] > 0),
+            "rewards/ties": lambda i: float(ratios[i][0] - ratios[i][1] == 0),
             "logps/chosen": lambda i: pc[i],
             "logps/rejected": lambda i: pr[i],
-            "dpo/gradient_weight": lambda i: beta * logistic(-beta * ((pc[i] - rc[i]) - (pr[i] - rr[i]))),
+            "dpo/gradient_weight": lambda i: beta * logistic(-beta * (ratios[i][0] - ratios[i][1])),
         }
         assert set(terms.metrics) == set(of)
         for metric, value in of.items():
@@ -205,7 +236,9 @@ def test_equals_a_loop(name, options, case):
 
 
 def test_every_loss_has_a_loop_and_its_options_are_the_config_s():
-    assert BY_HAND.keys() == PREFERENCE_LOSSES.keys() == PAIR_LOSSES.keys() == AT_START.keys()
+    assert BY_HAND.keys() == PREFERENCE_LOSSES.keys() == PAIR_LOSSES.keys() == AT_START.keys() | set(FREE)
+    assert tuple(name for name, one in PAIR_LOSSES.items() if one.reference is False) == FREE
+    assert BY_TOKEN == ("sft",)
     for name, function in PREFERENCE_LOSSES.items():
         options = tuple(inspect.signature(function).parameters)[5:]  # after policy, ref, lengths, mask, beta
         assert options == PAIR_LOSSES[name].fields == tuple(MORE.get(name, {})), name
@@ -258,7 +291,7 @@ def test_weights_scale_the_pairs(name):
     plain = evaluate(policy, ref, lengths, jnp.ones(2, bool), 0.1, name, ())[1]
     weighted = evaluate(policy, ref, lengths, jnp.array([3.0, 0.5]), 0.1, name, ())[1]
     np.testing.assert_array_equal(weighted.loss, plain.loss)
-    np.testing.assert_array_equal(weighted.weight, [3.0, 0.5])
+    np.testing.assert_array_equal(weighted.weight, plain.weight * jnp.array([3.0, 0.5]))
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as PairCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
@@ -48,11 +50,11 @@ def torch_model(kind, name, which, head, shared, folder):
     return kind.from_pretrained(folder / which, dtype=torch.float32, attn_implementation="eager")
 
 
-def trainer_of(algorithm, model, ref, shared, folder):
+def trainer_of(algorithm, model, ref, shared, folder, *, pairs=False):
     """TRL's trainer, in float32 and without gradient checkpointing (its defaults are the contrary)."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260k-llama")
     args = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []}
-    if algorithm == "sft":
+    if algorithm == "sft" and not pairs:
         data = Dataset.from_dict({"text": [TEXT]})
         return SFTTrainer(model, args=SFTConfig(**args), train_dataset=data, processing_class=tokenizer)
     data = Dataset.from_dict({"prompt": [TEXT], "chosen": [" there"], "rejected": [" was"]})
@@ -170,11 +172,11 @@ class Stub:
         return self.outputs
 
 
-@pytest.mark.parametrize("algorithm", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("algorithm", [name for name in PREFERENCE_LOSSES if name not in ("simpo", "orpo")])
 def test_preference_loss_on_the_same_logprobs(algorithm, shared, tmp_path):
     """float64 to 1e-12: TRL's own compute_loss, its model replaced by given log-probs."""
     model, ref = (torch_model(LlamaForCausalLM, "tiny", w, "lm", shared, tmp_path) for w in ("policy", "ref"))
-    trainer = trainer_of(algorithm, model, ref, shared, tmp_path / "run")
+    trainer = trainer_of(algorithm, model, ref, shared, tmp_path / "run", pairs=True)
     rng = np.random.default_rng(3)
     pairs, length = 9, 14
     mask = torch.zeros((2 * pairs, length + 1), dtype=torch.long)
@@ -212,7 +214,44 @@ def test_preference_loss_on_the_same_logprobs(algorithm, shared, tmp_path):
                 pair(x), pair(peer["ref"]), pair(peer["lengths"]), np.ones(pairs, bool), beta=BETA,
                 **SMOOTHED.get(algorithm, {}),
             )  # fmt: skip
-            return terms.loss.mean()
+            return (terms.loss * terms.weight).sum() / terms.weight.sum()
+
+        found, gradient = jax.value_and_grad(mean)(peer["policy"])
+        np.testing.assert_allclose(found, peer["loss"], rtol=1e-12)
+        np.testing.assert_allclose(gradient, peer["gradient"], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_losses_without_a_reference_on_the_same_logprobs(name):
+    """float64 to 1e-12: the losses of TRL's CPO and ORPO trainers, given log-probs averaged over tokens."""
+    rng = np.random.default_rng(7)
+    lengths = torch.tensor(rng.integers(1, 12, (9, 2)))
+    policy = torch.tensor(-rng.exponential(1.0, (9, 2)) * lengths.numpy()).requires_grad_()
+    means = (policy / lengths).T
+    said = {"beta": BETA, "alpha": 0.0, "loss_type": "simpo", "simpo_gamma": 0.5, "label_smoothing": 0.0}
+    trainer = SimpleNamespace(**said, accelerator=SimpleNamespace(device="cpu"))
+    if name == "simpo":
+        loss = CPOTrainer.cpo_loss(trainer, *means)[0].mean()
+    else:
+        float32 = torch.Tensor.float
+        torch.Tensor.float = lambda x: x  # it rounds what it is given
+        try:
+            loss = -ORPOTrainer.odds_ratio_loss(trainer, *means)[0].mean()
+        finally:
+            torch.Tensor.float = float32
+    loss.backward()
+    peer = {"loss": loss.item(), "policy": policy.detach().numpy(), "gradient": policy.grad.numpy()}
+    peer |= {"ref": np.zeros((9, 2)), "lengths": lengths.numpy()}
+    keep(f"function/{name}/", peer)
+    import jax
+
+    with jax.enable_x64(True):
+        pair = lambda x: {"chosen": x[:, 0], "rejected": x[:, 1]}  # noqa: E731
+
+        def mean(x):
+            return PREFERENCE_LOSSES[name](
+                pair(x), pair(peer["ref"]), pair(peer["lengths"]), np.ones(9, bool), beta=BETA
+            ).loss.mean()
 
         found, gradient = jax.value_and_grad(mean)(peer["policy"])
         np.testing.assert_allclose(found, peer["loss"], rtol=1e-12)

@@ -307,8 +307,10 @@ def test_divisors_known_beforehand_are_the_sums_of_the_weights(algorithm, x64):
     objective = worlds.objective(algorithm)
     for layout in ({"junk": 3}, {"packed": True, "junk": 4}, {"plan": [], "junk": 5}):
         data = worlds.data(algorithm, **layout)
-        found = {float(x) for x in objective.weights(data).values()}
         items = worlds.many(algorithm) if "plan" not in layout else ()
-        each = [e.weight * (len(e.completions[0]) if algorithm in ("sft", "ppo") else 1) for e in items]
-        assert len(found) == 1
-        np.testing.assert_allclose(found.pop(), sum(each), rtol=1e-12)
+        records, tokens = (
+            sum(e.weight * (len(e.completions[0]) if by_token else 1) for e in items) for by_token in (False, True)
+        )
+        for term, found in objective.weights(data).items():
+            by_token = algorithm in ("sft", "ppo") or term == "policy/sft"
+            np.testing.assert_allclose(found, tokens if by_token else records, rtol=1e-12)

@@ -38,7 +38,7 @@ def test_trap_no_dropout_in_training_reference_or_scoring(algorithm, x64):
 
     def gradient(params, frozen, batch):
         sums = lambda p: make_eval_step(objective(algorithm, "full"))(p, frozen, {}, batch)  # noqa: E731
-        return jax.grad(lambda p: sum(s[0] for name, s in sums(p).items() if name.startswith("loss")))(params)
+        return jax.grad(lambda p: sum(s[0].sum() for name, s in sums(p).items() if name.startswith("loss")))(params)
 
     assert not draws(gradient, params, frozen, batch)
     if algorithm == "reward":

@@ -18,8 +18,8 @@ from jaxalign.types import PolicyBatch, TrainState
 from tests.steps.layouts import examples, lay, perturbed, tiny_model
 
 ROWS = 8
-ALGORITHMS = ("sft", "reward", "dpo", "ipo", "ppo")
-PAIRED = ("reward", "dpo", "ipo")
+ALGORITHMS = ("sft", "reward", "dpo", "ipo", "orpo", "ppo")
+PAIRED = ("reward", "dpo", "ipo", "orpo")
 # Optimisations change nothing that these tests look at; without them a program compiles in a third of the time.
 COMPILER = {"xla_backend_optimization_level": 0}
 SGD = optax.sgd(1.0)  # the update is minus the gradient
@@ -56,6 +56,11 @@ def objective(algorithm, remat="none"):
             value_clip_range=0.2,
             vf_coef=0.1,
             entropy_coef=0.01,
+        )
+    if algorithm == "orpo":  # means over pairs and over tokens
+        extra = (("sft", 1.0), ("hinge", 0.5))
+        return preference_objective(
+            policy.apply, policy.head, loss="orpo", beta=0.3, label_smoothing=0.0, reference="none", extra_losses=extra
         )
     loss, smoothing = ("sigmoid", 0.1) if algorithm == "dpo" else ("ipo", 0.0)
     return preference_objective(

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "jaxalign"
 
 # Room 0 is the package itself, which holds the version alone.
 ROOMS = {
-    "errors": 1, "functions": 1, "disk": 1, "registry": 1, "ranges": 1, "relations": 1, "types": 1, "config": 1,
+    "errors": 1, "functions": 1, "disk": 1, "pair_losses": 1, "registry": 1, "ranges": 1, "relations": 1, "types": 1,
+    "config": 1,
     "ops": 2, "data": 2, "parallel": 2,
     "models": 3,
     "rollout": 4,
@@ -68,7 +69,7 @@ def test_rooms_import_from_smaller_numbers_only():
             there = parts[1]
             same_file_room = there == here and path.parent != PACKAGE
             # Room 1 is one room of files: each may use those before it.
-            first = ("errors", "functions", "disk", "registry", "ranges", "relations", "types", "config")
+            first = ("errors", "functions", "disk", "pair_losses", "registry", "ranges", "relations", "types", "config")
             one = here in first and there in first and first.index(there) < first.index(here)
             if not (same_file_room or one or (here and ROOMS[there] < ROOMS[here])):
                 where = f"{path.relative_to(ROOT)}:{line}: {here or 'jaxalign'} ({ROOMS.get(here, 0)})"
@@ -109,7 +110,9 @@ def test_nothing_imports_torch_or_a_peer():
     assert [str(path) for path in MODULES if outside(path) & banned] == []
 
 
-@pytest.mark.parametrize("room", ["data", "config", "types", "errors", "disk", "registry", "ranges", "relations"])
+@pytest.mark.parametrize(
+    "room", ["data", "config", "types", "errors", "disk", "pair_losses", "registry", "ranges", "relations"]
+)
 def test_rooms_without_jax(room):
     """Data are numpy, and a configuration is checked before jax is loaded."""
     heavy = {"jax", "flax", "optax", "chex", "orbax"}
