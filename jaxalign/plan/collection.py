@@ -76,8 +76,8 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     widths = [(widest, wide)] if num_slots < total else cache_widths(batch.rows.tokens.shape[1], wide)
     yield from _decode(collector, laid, place, sampling, num_slots, widths)
 
-    def of_completions(dtype: Any, *dims: int) -> Any:
-        return jax.ShapeDtypeStruct((total, *dims), dtype, sharding=rows)
+    def of_completions(dtype: Any, *dims: int, count: int = total) -> Any:
+        return jax.ShapeDtypeStruct((count, *dims), dtype, sharding=rows)
 
     here = of_completions(np.bool_, wide)
     rollout = Rollout(
@@ -85,17 +85,18 @@ def collection(stage: Any, params: Any, frozen: Any, batch: Any, limit: int | No
     )
     with jax.set_mesh(mesh):
         given, readouts = _with(jax.eval_shape(collector.complete, asked.rows, rollout), rows)
-    if isinstance(collector.reward, Model):
-        last = jax.eval_shape(lambda a, b: last_columns(a, b, collector.together), asked.rows, here)
+    if isinstance(collector.reward, (Model, ModelScorer)):
         brought = device_bytes(frozen["reward"]) if stage.offload else 0  # from the host's memory
         parts = collector.scored_in(given, held + brought)
+    if isinstance(collector.reward, Model):
+        last = jax.eval_shape(lambda a, b: last_columns(a, b, collector.together), asked.rows, here)
         yield compiled("scoring", mesh, collector.score, frozen["reward"], given, _with(last, rows), parts=parts)
     elif isinstance(collector.reward, ModelScorer):
-        width = power_of_two(given.tokens.shape[1])
-        text = Rows(*[of_completions(np.int32, width)] * 4)._replace(causal=CausalByIndex())
-        yield compiled(
-            "scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, of_completions(np.int32)
-        )
+        width, at_once = power_of_two(given.tokens.shape[1]), total // parts
+        text = Rows(*[of_completions(np.int32, width, count=at_once)] * 4)._replace(causal=CausalByIndex())
+        last = of_completions(np.int32, count=at_once)
+        made = compiled("scoring", mesh, score_rows, collector.reward.model, frozen["reward"], text, last)
+        yield made._replace(times=float(parts))
     own = {role: params[role] for role in collector.roles}
     brought = device_bytes(frozen["ref"]) if stage.offload else 0
     yield compiled(

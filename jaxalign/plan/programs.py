@@ -173,8 +173,8 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
             columns = slots.cache.keys[0].shape[-2]
             reads = {"weights": weights - looked_up, "cache": device_bytes(slots.cache), "columns": columns}
         elif name == "scoring":
-            of, kept, given = work, _brought(stage, frozen["reward"]), given[-5:]
-            flops = _flops(frozen_models["reward"], work, 1.0)
+            of, kept = work._replace(tokens=work.tokens / times), _brought(stage, frozen["reward"])
+            given, flops = given[-5:], _flops(frozen_models["reward"], of, 1.0)
         elif name == "forward passes":
             of, kept, given = work, _brought(stage, frozen["ref"]), given[-8:]
             flops = sum(_flops(m, work, 1.0) for m in (*models.values(), frozen_models["ref"]))

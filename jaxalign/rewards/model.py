@@ -120,13 +120,14 @@ class ModelScorer:
         require_finite(found, [f"{r.source}:{r.line}" for r in samples.records], self.name)
         return found
 
-    def scores(self, params: Params, samples: Samples, rows: int) -> np.ndarray:
-        """Scores of at most `rows` samples, in one batch; every process calls with the same number of rows.
+    def scores(self, params: Params, samples: Samples, rows: int, parts: int = 1) -> np.ndarray:
+        """Scores of at most `rows` samples, padded alike; every process calls with the same number of rows.
 
         Args:
           params: of the reward model.
           samples: prompts (text or messages), completions and whether they finished, N of each.
           rows: of this process's part of the batch; those beyond the samples are filled.
+          parts: of the rows, one of which goes through the model at a time.
 
         Returns:
           float32 [N].
@@ -140,12 +141,15 @@ class ModelScorer:
         filled = sequences + [np.zeros(1, np.int32)] * (rows - len(sequences))
         batch, last = padded_rows(filled)
         model = self.model.for_length(int(last.max()) + 1)  # in a run its longest sequence is stated
-        if self.mesh is None:
-            scores = np.asarray(score_rows(model, params, batch, last))
-        else:
-            with jax.set_mesh(self.mesh):
-                scores = local_rows(score_rows(model, params, *put_batch((batch, last), self.mesh)))
-        return scores[: len(sequences)]
+        scores = []
+        for here in np.split(np.arange(rows), parts):
+            some = jax.tree.map(lambda x, here=here: x[here], (batch, last))
+            if self.mesh is None:
+                scores.append(np.asarray(score_rows(model, params, *some)))
+            else:
+                with jax.set_mesh(self.mesh):
+                    scores.append(local_rows(score_rows(model, params, *put_batch(some, self.mesh))))
+        return np.concatenate(scores)[: len(sequences)]
 
     def tokens(self, prompt: Any, completion: str, finished: bool, columns: Mapping[str, Any] = _NONE) -> np.ndarray:
         """Prompt and completion in the reward model's own template, with an end of turn only where it finished.

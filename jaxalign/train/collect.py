@@ -159,18 +159,21 @@ class Collector:
         sampled = time.perf_counter()
         on_device = isinstance(self.reward, Model)
         if on_device:
-            reward, last = in_memory(frozen["reward"], DEVICE), last_columns(batch.rows, rollout.present, self.together)
-            brought = device_bytes(reward) - device_bytes(frozen["reward"])  # from the host's memory
-            given = self.score(reward, rows, last, parts=self.scored_in(rows, None if held is None else held + brought))
+            reward = in_memory(frozen["reward"], DEVICE)
+            given = self.score(
+                reward,
+                rows,
+                last_columns(batch.rows, rollout.present, self.together),
+                parts=self.scored_in(rows, _beside(held, frozen["reward"], reward)),
+            )
             del reward
         ref = in_memory(frozen["ref"], DEVICE)
-        brought = device_bytes(ref) - device_bytes(frozen["ref"])
         forward = self.forward(
             {role: params[role] for role in self.roles},
             ref,
             rows,
             readouts,
-            parts=self.parts_of(rows, None if held is None else held + brought),
+            parts=self.parts_of(rows, _beside(held, frozen["ref"], ref)),
         )  # the devices work on while the host scores
         del ref
         samples, texts, used = read_samples(
@@ -185,7 +188,7 @@ class Collector:
             said = by_part(local_rows(given)[used].tolist())
             scores = one_part(given, batch.completions.mask[:, 0])
         else:
-            said = by_part(self._score_on_host(frozen, samples, len(used)))
+            said = by_part(self._score_on_host(frozen, samples, len(used), rows, held))
             scores = put_batch(score_arrays(said, self._weights, used, local_rows(rollout.present)), self.mesh)
         if isinstance(self.reward, (Model, ModelScorer)):  # of all processes, so that all of them stop
             places = [f"record {i}" for i in all_rows(batch.record_ids)[:, 0]]
@@ -202,10 +205,14 @@ class Collector:
         lines = sample_lines(samples, texts, total, said if len(said) > 1 else {})
         return Collected(batch, rollout, rows, readouts, forward, scores), lines, metrics
 
-    def _score_on_host(self, frozen: dict[str, Params], samples: Samples, rows: int) -> Any:
-        """Scores by a function, or by a model that reads text."""
+    def _score_on_host(
+        self, frozen: dict[str, Params], samples: Samples, count: int, rows: Rows, held: int | None
+    ) -> Any:
+        """Scores by a function, or by a model that reads text: of about as many tokens as the rows have."""
         if isinstance(self.reward, ModelScorer):
-            return self.reward.scores(in_memory(frozen["reward"], DEVICE), samples, rows).tolist()
+            reward = in_memory(frozen["reward"], DEVICE)
+            parts = self.scored_in(rows, _beside(held, frozen["reward"], reward))
+            return self.reward.scores(reward, samples, count, parts).tolist()
         assert not isinstance(self.reward, Model)
         return self.reward(samples) if samples.prompts else []
 
@@ -219,13 +226,14 @@ class Collector:
         return self._fewest([model for model in (self.policy, self.value) if model is not None], rows, held)
 
     def scored_in(self, rows: Rows, held: int | None) -> int:
-        """In how many parts a reward model on the mesh scores these rows: at least one for each batch of prompts.
+        """In how many parts a reward model scores these rows: at least one for each batch of prompts.
 
         Args:
           rows: [B, T], or their shapes.
           held: as `collect` takes it.
         """
-        return max(self._fewest([self.reward], rows, held), rows.tokens.shape[0] // self.config.batch_size)
+        model = self.reward.model if isinstance(self.reward, ModelScorer) else self.reward
+        return max(self._fewest([model], rows, held), rows.tokens.shape[0] // self.config.batch_size)
 
     def _fewest(self, models: list[Any], rows: Rows, held: int | None) -> int:
         if held is None:
@@ -291,3 +299,8 @@ class Collector:
 
         found = in_parts(micro, (rows, readouts), parts or self.parts)
         return jax.tree.map(lambda x: x.reshape(x.shape[0] * self.together, -1), found)
+
+
+def _beside(held: int | None, kept: Params, on_device: Params) -> int | None:
+    """Bytes held on each device with parameters that may have been brought from the host's memory."""
+    return None if held is None else held + device_bytes(on_device) - device_bytes(kept)

@@ -97,6 +97,8 @@ def test_scorer_batches_do_not_matter(scorer):
     all_at_once = scorer(samples(["Say: "] * 5, texts, [True] * 5))
     two = ModelScorer(scorer.model, scorer.encoder.tokenizer, scorer.params, batch_size=2)
     np.testing.assert_allclose(all_at_once, two(samples(["Say: "] * 5, texts, [True] * 5)), atol=1e-5)
+    in_parts = scorer.scores(scorer.params, samples(["Say: "] * 5, texts, [True] * 5), 6, 3)
+    np.testing.assert_allclose(all_at_once, in_parts, atol=1e-5)
     assert len(set(all_at_once)) == 5
 
 

@@ -302,6 +302,17 @@ def test_reward_model_reads_the_policys_own_rows(plain, monkeypatch):
     np.testing.assert_allclose(metrics["objective/scores"], np.mean([s["score"] for s in said]), rtol=1e-5)
 
 
+def test_scoring_takes_as_few_parts_as_fit(plain, monkeypatch, shared):
+    """Where the memory is not known, those of the train step."""
+    collector, rows, model = plain.prepare.collector, plain.batch.rows, tiny_model("score")
+    for reward in (model, ModelScorer(model, load_tokenizer(shared / "tokenizers" / "minimind-6400"))):
+        monkeypatch.setattr(collector, "reward", reward)
+        for limit, parts in ((None, 4), (2**30, 1), (1000, 4)):
+            monkeypatch.setattr(collector, "limit", limit)
+            assert collector.scored_in(rows, 0) == collector.parts_of(rows, 0) == parts
+        assert collector.scored_in(rows, None) == 4
+
+
 def test_reward_model_with_another_tokenizer_reads_text(plain, monkeypatch, shared):
     """Decoded completions, tokenised anew; a batch that is not full is filled."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "minimind-6400")
