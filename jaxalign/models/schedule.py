@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.cache import Cache, Seen
+from jaxalign.models.cache import Cache, Seen, rings
 from jaxalign.models.layer_inputs import KeysValues, LayerInputs
 from jaxalign.models.stacks import Stack, len_of, stacks
 from jaxalign.ops.attention_blocked import SAVED
@@ -150,7 +150,14 @@ def _one_by_one(
     return x if sources is None or few else take_sources(x, sources)
 
 
-def run_cached(layer: Layer, layers: Params, x: jax.Array, given: LayerInputs, cache: Cache) -> tuple[jax.Array, Cache]:
+def run_cached(
+    layer: Layer,
+    layers: Params,
+    x: jax.Array,
+    given: LayerInputs,
+    cache: Cache,
+    windows: tuple[int | None, ...] | None = None,
+) -> tuple[jax.Array, Cache]:
     """All layers over T more tokens.
 
     One by one, so that neither a layer's cache nor its parameters are cut out of stacked arrays, which copies them for
@@ -162,15 +169,19 @@ def run_cached(layer: Layer, layers: Params, x: jax.Array, given: LayerInputs, c
       x: [B, T, D].
       given: what every layer receives.
       cache: of the earlier tokens.
+      windows: of the layers, by which rings are told from arrays of all columns; None: of none.
 
     Returns:
       [B, T, D] and the cache with the new tokens.
     """
     if cache.keys[0].ndim == 5:
         return _run_stacked(layer, layers, x, given, cache)
+    ring = rings(windows if x.shape[1] == 1 else None, [keys.shape[2] for keys in cache.keys])
     grown = []
-    for (own, numbers), keys, values in zip(_each(layers, given.numbers), cache.keys, cache.values, strict=True):
-        x, kept = layer(own, x, given.of_layer(numbers)._replace(seen=Seen(keys, values, cache.index)))
+    own_caches = zip(cache.keys, cache.values, ring, strict=True)
+    for (own, numbers), (keys, values, wraps) in zip(_each(layers, given.numbers), own_caches, strict=True):
+        seen = Seen(keys, values, cache.index, ring=wraps)
+        x, kept = layer(own, x, given.of_layer(numbers)._replace(seen=seen))
         grown.append(kept)
     all_keys, all_values = zip(*grown, strict=True)
     return x, Cache(all_keys, all_values, cache.index + x.shape[1])

@@ -85,7 +85,7 @@ class Attention(nnx.Module):
             window=seen.window is not None,
         )
         of_scores: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
-        out = attention(q, k, v, slots_BS=given.slots, backend=backend, **of_scores, **seen._asdict())
+        out = attention(q, k, v, backend=backend, **of_scores, **seen._asdict())
         return _kept(self.out(constrain(out, "batch", None, "tensor", None))), kept
 
 
@@ -216,7 +216,7 @@ class Model:
         Args:
           params: as `abstract` says; with a cache also with `layers` as `schedule.split_layers` gives them.
           rows: [B, T]; with a cache, the intervals refer to its slots and the T tokens are written to the slots
-            `index` to `index + T`.
+            `index` to `index + T`; one token, where an array of the cache is a ring.
           cache: keys and values of earlier tokens.
           sources: int32 [B, M], the tokens of each row whose hidden states are read; None: all of them, in order.
 
@@ -225,8 +225,8 @@ class Model:
           numbers (none).
         """
         if cache is not None:
-            ends, x, given = self._enter(params, rows, num_keys=cache.keys[0].shape[-2])
-            x, cache = run_cached(self._layer, params["layers"], x, given, cache)
+            ends, x, given = self._enter(params, rows, num_keys=max(keys.shape[-2] for keys in cache.keys))
+            x, cache = run_cached(self._layer, params["layers"], x, given, cache, self.config.windows)
             return ends.norm(x if sources is None else take_sources(x, sources)), cache, {}
 
         def stack(rows: Rows, slots: jax.Array | None, sources: jax.Array | None) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.models.cache import ring_columns
 from jaxalign.models.layer_inputs import LayerInputs
 from jaxalign.types import CausalByIndex, Rows
 
@@ -22,6 +23,7 @@ class VisibleKeys(NamedTuple):
     end_BT: jax.Array
     window: int | jax.Array | None = None
     positions: tuple[jax.Array, jax.Array] | None = None
+    slots_BS: jax.Array | None = None
 
 
 def of_layers(windows: tuple[int | None, ...] | None, num_keys: int) -> tuple[int | None, dict[str, Any]]:
@@ -60,14 +62,16 @@ def visible_keys(given: LayerInputs, queries: Rows, num_keys: int) -> VisibleKey
       num_keys: S.
     """
     start, end = queries.attend_start, queries.attend_end
+    if given.seen is not None and given.seen.ring:  # which holds the window alone
+        return VisibleKeys(start, end, slots_BS=ring_columns(end, num_keys))
     window = given.numbers.get(_NUMBER, given.window)
     if isinstance(window, np.integer):  # of layers that run one by one
         window = int(window) if window < num_keys else None
     if window is None:
-        return VisibleKeys(start, end)
+        return VisibleKeys(start, end, slots_BS=given.slots)
     if given.seen is None and not isinstance(given.rows.causal, CausalByIndex):
-        return VisibleKeys(start, end, window, (queries.positions, given.rows.positions))
+        return VisibleKeys(start, end, window, (queries.positions, given.rows.positions), given.slots)
     index = jnp.arange(queries.positions.shape[1], dtype=jnp.int32) if given.queries is None else given.queries
     if given.seen is not None:
         index = given.seen.index + index
-    return VisibleKeys(jnp.maximum(start, index - window + 1), end)
+    return VisibleKeys(jnp.maximum(start, index - window + 1), end, slots_BS=given.slots)

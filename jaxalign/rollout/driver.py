@@ -97,6 +97,7 @@ class Decoder:
         self._on_tokens, self._steps = on_tokens, _STREAMED_STEPS if on_tokens else MOST_STEPS
         self._shards = 1 if mesh is None else batch_shards(mesh)
         self._arrays = len(params["layers"])  # of the cache, too
+        self._windows: dict[str, Any] = {"windows": model.config.windows}
         self._slots: Any = None
         self._column = self._width = 0
         self._number = np.full(num_slots, -1)  # of the completion; -1: free
@@ -127,7 +128,9 @@ class Decoder:
         """
         self._column = prefilled.keys.shape[3]
         self._width = _wide_enough(self._column, self._limit)
-        self._slots = seat(prefilled, sample_ids.astype(np.int32), width=self._width, arrays=self._arrays)
+        self._slots = seat(
+            prefilled, sample_ids.astype(np.int32), width=self._width, arrays=self._arrays, **self._windows
+        )
         for x in (prefilled.keys, prefilled.values, prefilled.hidden):
             x.delete()
         self._number = np.where(sample_ids >= 0, np.arange(len(sample_ids)), -1)
@@ -146,7 +149,9 @@ class Decoder:
             sources[i], ends[i], samples[i] = ready.source, ready.end, ready.sample_id
             self._number[row], self._start[row], self._place[row] = ready.number, self._column - ready.length, 0
         count = np.int32(len(free))
-        self._slots = refill(self._slots, queue.prefilled, rows, sources, ends, samples, count, window=queue.window)
+        self._slots = refill(
+            self._slots, queue.prefilled, rows, sources, ends, samples, count, window=queue.window, **self._windows
+        )
 
     def _make_room(self, prompt: int = 0) -> None:
         """At least one column to write, and `prompt` columns before it; moves the rows where there are not."""
@@ -162,7 +167,7 @@ class Decoder:
                 self._model, np.int32(column), batch=len(self._number), width=width, arrays=self._arrays
             )
         else:
-            self._slots = move(self._slots, self._column - column, width=width)
+            self._slots = move(self._slots, self._column - column, width=width, **self._windows)
         self._start -= self._column - column
         self._column, self._width = column, width
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxalign.errors import InputError
 from jaxalign.models import stacks
 from jaxalign.models.adapter import is_adapter
+from jaxalign.models.cache import slot_counts
 from jaxalign.models.quantised import kernel_at
 from jaxalign.models.schedule import cache_arrays
 from jaxalign.models.transformer import Model
@@ -213,9 +214,10 @@ def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> dict[str, int
         of_number = item if kernel_at(name) is None else x.dtype.itemsize
         split = any("tensor" in (axes or ()) for axes in param_spec(name, x.shape, mesh))
         weights += of_number * math.prod(x.shape) // (tensor if split else 1)
-    rows = -(-slots // batch_shards(mesh))
+    rows, arrays = -(-slots // batch_shards(mesh)), cache_arrays(c.num_layers)
     heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else c.num_kv_heads
-    cache = 2 * item * c.num_layers * rows * heads * columns * c.head_dim
+    kept = sum(slot_counts(c.windows, columns, arrays)) * c.num_layers // arrays
+    cache = 2 * item * kept * rows * heads * c.head_dim
     reading = -(-rows // tensor) * columns * _of_a_token(model)
     embedding = c.vocab_size * c.embed_dim * item // tensor
     sampling = 3 * 4 * rows * c.vocab_size // tensor

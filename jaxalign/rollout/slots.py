@@ -20,7 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.cache import Cache
+from jaxalign.models.cache import Cache, in_ring, rings, slot_counts
 from jaxalign.models.schedule import split_layers
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
@@ -89,8 +89,10 @@ def repeat_rows(tree: Any, copies: int) -> Any:
     return tree if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree)
 
 
-@functools.partial(jax.jit, static_argnames=("width", "arrays"))
-def seat(prefilled: Prefilled, sample_ids: Array, *, width: int, arrays: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("width", "arrays", "windows"))
+def seat(
+    prefilled: Prefilled, sample_ids: Array, *, width: int, arrays: int, windows: tuple[int | None, ...] | None = None
+) -> Slots:
     """Slots for prompts, in their order: one for each, or as many neighbours as it has sample ids.
 
     Args:
@@ -98,15 +100,18 @@ def seat(prefilled: Prefilled, sample_ids: Array, *, width: int, arrays: int) ->
       sample_ids: int32 [B * S], S for each prompt; a negative one marks an unused row.
       width: columns of the cache, at least P.
       arrays: of the cache, as many as `lay_out` gives trees of layers.
+      windows: of the layers, whose columns are all that a layer keeps; None: it keeps all.
     """
     columns = prefilled.keys.shape[3]
     copies = sample_ids.shape[0] // prefilled.hidden.shape[0]
+    sizes = slot_counts(windows, width, arrays)
 
-    def padded(x):
-        room = [(0, 0)] * (x.ndim - 2) + [(0, width - columns), (0, 0)]
-        return jnp.repeat(jnp.pad(x, room), copies, axis=x.ndim - 4)
+    def padded(x, size):
+        room = [(0, 0)] * (x.ndim - 2) + [(0, size - columns), (0, 0)]
+        kept = in_ring(x, columns, size) if size < columns else jnp.pad(x, room)
+        return jnp.repeat(kept, copies, axis=x.ndim - 4)
 
-    keys, values = (tuple(map(padded, split_layers(x, arrays))) for x in (prefilled.keys, prefilled.values))
+    keys, values = (tuple(map(padded, split_layers(x, arrays), sizes)) for x in (prefilled.keys, prefilled.values))
     last = (x[:, -1] for x in (prefilled.hidden, prefilled.positions, prefilled.start))
     hidden, position, start = repeat_rows(tuple(last), copies)
     return _on_mesh(
@@ -135,11 +140,13 @@ def empty_slots(model: Model, index: Array | int, *, batch: int, width: int, arr
     """
     c = model.config
     stacked = () if arrays == c.num_layers else (c.num_layers // arrays,)
-    none = jnp.zeros((*stacked, batch, c.num_kv_heads, width, c.head_dim), c.dtype)
+    sizes = slot_counts(c.windows, width, arrays)
+    none = {size: jnp.zeros((*stacked, batch, c.num_kv_heads, size, c.head_dim), c.dtype) for size in sizes}
+    each = tuple(none[size] for size in sizes)
     zero = jnp.zeros(batch, jnp.int32)
     return _on_mesh(
         Slots(
-            cache=Cache((none,) * arrays, (none,) * arrays, jnp.asarray(index, jnp.int32)),
+            cache=Cache(each, each, jnp.asarray(index, jnp.int32)),
             hidden=jnp.zeros((batch, c.embed_dim), c.dtype),
             position=zero,
             start=zero,
@@ -150,7 +157,7 @@ def empty_slots(model: Model, index: Array | int, *, batch: int, width: int, arr
     )
 
 
-@functools.partial(jax.jit, static_argnames=("window",), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("window", "windows"), donate_argnames=("slots",))
 def refill(
     slots: Slots,
     prefilled: Prefilled,
@@ -161,6 +168,7 @@ def refill(
     count: Array | int,
     *,
     window: int,
+    windows: tuple[int | None, ...] | None = None,
 ) -> Slots:
     """Puts prompts into some of the slots; the others continue.
 
@@ -173,8 +181,10 @@ def refill(
       sample_ids: int32 [B], of each.
       count: how many of these are meant, the first ones.
       window: columns that are copied, as many as the longest prompt has and at most P.
+      windows: of the layers, as `seat` takes them.
     """
     index = slots.cache.index
+    ring = rings(windows, [x.shape[-2] for x in slots.cache.keys])
 
     def at(*indices):
         return tuple(jnp.asarray(i, jnp.int32) for i in indices)
@@ -196,7 +206,11 @@ def refill(
             )
             # The prompt's last column comes last; what is before its first, another prompt's, is never seen.
             part = jnp.roll(part.reshape(*stacked, *part.shape[2:]), first + window - end, axis=-2)
-            where = at(*[0] * len(stacked), row, 0, index - window, 0)
+            if ring[number]:  # nothing else of the row is seen again
+                part, before = in_ring(part, index, old.shape[-2]), 0
+            else:
+                before = index - window
+            where = at(*[0] * len(stacked), row, 0, before, 0)
             return jax.lax.dynamic_update_slice(old, part.astype(old.dtype), where)
 
         keys = tuple(layer(n, old, prefilled.keys) for n, old in enumerate(slots.cache.keys))
@@ -216,20 +230,22 @@ def refill(
     return _on_mesh(jax.lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), one, slots))
 
 
-def move(slots: Slots, shift: int, *, width: int) -> Slots:
+def move(slots: Slots, shift: int, *, width: int, windows: tuple[int | None, ...] | None = None) -> Slots:
     """The same rows in a cache of other columns, one array at a time; the old cache is used up.
 
     Args:
       slots: to be moved.
       shift: by how many columns to the left; not more than lie before every live row.
       width: columns of the new cache, at least those of the old one.
+      windows: of the layers, as `seat` takes them.
     """
     shift = jnp.int32(shift)
+    sizes = slot_counts(windows, width, len(slots.cache.keys))
 
     def moved(layers):
         out = []
-        for x in layers:
-            out.append(_shift(x, shift) if x.shape[-2] == width else _widen(x, shift, width=width))
+        for x, size in zip(layers, sizes, strict=True):
+            out.append(_shift(x, shift) if x.shape[-2] == size else _widen(x, shift, width=size))
             if not x.is_deleted():
                 x.delete()
         return tuple(out)
@@ -250,7 +266,7 @@ def _shift(x: Array, shift: Array) -> Array:
 
 
 def _rolled(x: Array, shift: Array) -> Array:
-    # What wraps around is outside every live row's interval.
+    # What wraps around is outside every live row's interval; in a ring it lies where it belongs.
     return _by_heads(jnp.roll(x, -shift, axis=-2))
 
 

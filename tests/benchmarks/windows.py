@@ -1,11 +1,8 @@
-"""What decoding would read less if the cache of a layer with a window kept the window's columns alone.
+"""What decoding reads less since the cache of a layer with a window keeps the window's columns alone, in a ring.
 
-    python tests/benchmarks/windows.py             bytes of a token by counting, at the shapes of published models; then
-                                                   time on a CPU, of a prototype whose layers with a window read no more
-    python tests/benchmarks/windows.py --smoke     toy size
-
-In the prototype a layer's columns lie in a ring: column c at place c mod window.  Attention does not ask for an order
-of its keys, and is told which column each place holds.
+python tests/benchmarks/windows.py             bytes of a token by counting, at the shapes of published models; then
+                                               time on a CPU, against caches that keep all columns
+python tests/benchmarks/windows.py --smoke     toy size
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -22,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from harness.in_turns import against, in_turns, median
 
-from jaxalign.models import transformer
-from jaxalign.models.cache import Cache
-from jaxalign.models.cache import extend as extend_in_order
+from jaxalign.models.cache import Cache, in_ring
 from jaxalign.models.config import ModelConfig, from_hf
 from jaxalign.models.schedule import split_layers
-from jaxalign.ops.attention import attention as attention_in_order
+from jaxalign.models.transformer import Model
 from jaxalign.parallel import startup
 from jaxalign.types import Rows
 
@@ -45,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--slots", default="16,64", help="completions at a time")
     parser.add_argument("--columns", default="2048,4096,8192", help="prompt and completion together")
-    parser.add_argument("--window", type=int, default=512, help="of the prototype")
+    parser.add_argument("--window", type=int, default=512, help="of the model whose time is taken")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--smoke", action="store_true", help="toy size, one round")
     args = parser.parse_args()
@@ -79,24 +73,12 @@ def config(columns: int, window: int, smoke: bool) -> ModelConfig:
 
 
 def make_step(config: ModelConfig):
-    """A token of each slot, of caches in order or in rings: (parameters, cache) -> hidden states and the cache."""
-    window = min(w for w in config.windows if w)
-
-    def extend(seen, keys, values):
-        in_ring = seen.keys.shape[2] == window
-        return extend_in_order(seen._replace(index=seen.index % window) if in_ring else seen, keys, values)
-
-    def attention(q, k, v, start_BT, end_BT, **options):
-        if k.shape[1] == window:
-            last = end_BT[:, -1:] - 1
-            options["slots_BS"] = last - (last - jnp.arange(window)) % window  # negative: nothing was written yet
-        return attention_in_order(q, k, v, start_BT, end_BT, **options)
+    """A token of each slot: (parameters, cache) -> hidden states and the cache."""
 
     def step(params, cache):
         ones, at = jnp.ones((cache.keys[0].shape[0], 1), jnp.int32), cache.index
         rows = Rows(tokens=3 * ones, positions=at * ones, attend_start=0 * ones, attend_end=(at + 1) * ones)
-        with mock.patch.object(transformer, "extend", extend), mock.patch.object(transformer, "attention", attention):
-            return transformer.Model(config).apply(params, rows, cache)[:2]
+        return Model(config).apply(params, rows, cache)[:2]
 
     return jax.jit(step, donate_argnums=(1,))
 
@@ -108,7 +90,7 @@ def caches(config: ModelConfig, slots: int, columns: int) -> dict[bool, Cache]:
     kept = [[rng.normal(size=shape).astype(np.float32) for _ in config.windows] for _ in range(2)]
 
     def ring(x, window):
-        return x if window is None else np.roll(x[:, :, at - window : at], at % window, axis=2)
+        return x if window is None else in_ring(jnp.asarray(x[:, :, :at]), at, window)
 
     rings = [[ring(x, window) for x, window in zip(each, config.windows, strict=True)] for each in kept]
     put = lambda each: tuple(map(jnp.asarray, each))  # noqa: E731
@@ -118,7 +100,7 @@ def caches(config: ModelConfig, slots: int, columns: int) -> dict[bool, Cache]:
 def measure(slots: int, columns: int, args: argparse.Namespace) -> None:
     """Prints how long a token takes with both caches."""
     c = config(columns, args.window, args.smoke)
-    params = jax.jit(transformer.Model(c).init)(jax.random.key(0))
+    params = jax.jit(Model(c).init)(jax.random.key(0))
     params |= {"layers": split_layers(params["layers"], c.num_layers)}
     held, step, hidden = caches(c, slots, columns), make_step(c), {}
 

@@ -192,7 +192,7 @@ def test_a_growing_cache_changes_nothing(policy, whole, monkeypatch):
     widths = []
     move = driver.move
     monkeypatch.setattr(driver, "GROWTH", 4)
-    monkeypatch.setattr(driver, "move", lambda *a, width: widths.append(width) or move(*a, width=width))
+    monkeypatch.setattr(driver, "move", lambda *a, width, **o: widths.append(width) or move(*a, width=width, **o))
     monkeypatch.setattr(driver, "cache_width", lambda columns: columns)
     ids, logprobs, _ = batched(policy)
     assert len(widths) > 3 and widths == sorted(widths)
