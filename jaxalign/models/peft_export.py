@@ -145,9 +145,12 @@ def _update(model: Model, adapter: Adapter, fused: Fused, layer: int, leaves: Ma
         array = {"lora_a": array[..., : part.rank], "lora_b": array[: part.rank]}.get(name, array)
         return getattr(Lies.of(part.row), name).to_theirs(array, dims | {"R": part.rank})
 
-    # What was read from one module and not trained since has one A.
-    shared = len(parts) > 1 and len(there) == len(parts) and len({(part.rank, part.scale) for part in parts}) == 1
-    shared = shared and all(np.array_equal(own("lora_a", parts[0]), own("lora_a", part)) for part in parts[1:])
+    # What was read from one module and not trained since has one A. Of parts whose B are zero one A does too: behind
+    # each other they would be read as three times the rank, and no column would say whose it is.
+    shared = len(parts) > 1 and len({part.rank for part in parts}) == 1
+    one_scale = len({part.scale for part in parts}) == 1
+    if shared and not (one_scale and all(np.array_equal(own("lora_a", parts[0]), own("lora_a", p)) for p in parts)):
+        shared = not any(np.any(own("lora_b", part)) for part in parts)
     rank = there[0].rank if shared else sum(part.rank for part in there)
     scale = there[0].scale
 
@@ -159,7 +162,7 @@ def _update(model: Model, adapter: Adapter, fused: Fused, layer: int, leaves: Ma
         for part, lie in zip(parts, lies, strict=True):
             block = np.zeros(lie.lora_b.shape(dims), np.float32)
             if part.rank:
-                ratio = np.float32(part.scale / scale)
+                ratio = np.float64(part.scale / scale)  # with the product in float64 B is rounded once
                 block[..., column : column + part.rank] = own("lora_b", part) * ratio
                 column += 0 if shared else part.rank
             blocks.append(block)

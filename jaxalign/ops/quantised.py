@@ -61,8 +61,9 @@ class Quantised:
 def quantise(kernel: Any, kind: str, dim: int) -> dict[str, Any]:
     """A layer's kernel in few bits.
 
-    The same numbers from NumPy and from JAX, but for NF4's codes of numbers between two levels, which may be the other
-    level's where a compiler rounds a scale otherwise.
+    NumPy, which quantises what is read from files, divides exactly; compilers multiply by the reciprocal of 127 or 255.
+    So scales of int8 and steps of NF4's ranges may differ from NumPy's in their last bit, and the code of a number
+    half-way between two may be the other one.
 
     Args:
       kernel: of any shape and float dtype.

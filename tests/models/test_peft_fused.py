@@ -66,6 +66,48 @@ def test_the_same_rules_go_on_from_it(tmp_path, case):
     ]
 
 
+@pytest.mark.parametrize("case", ["phi3", "gpt2", "gpt_neox", "dora", "rslora"])
+def test_the_same_rules_go_on_from_an_adapter_that_was_not_trained(tmp_path, case):
+    family, rules = ADAPTERS[case]
+    _, params, wanted = untrained(tmp_path, rules, CASES[family])
+    saved = read(tmp_path / "adapter")
+    assert saved.adapter == wanted.config.adapter
+    assert not any(np.any(x) for path, x in by_path(saved.leaves).items() if path.endswith("lora_b"))
+    assert {update.ranks for _, update in saved.adapter.updates} == {(4,) * wanted.config.num_layers}
+    found = hidden(*hf.load(tmp_path / "adapter", **tiny.SETTINGS))
+    np.testing.assert_allclose(found, hidden(wanted, params), rtol=0, atol=2e-5)
+    hf.save(tmp_path / "again", wanted, saved.leaves, base=str(tmp_path / "base"))
+    assert (tmp_path / "again" / peft.WEIGHTS).read_bytes() == (tmp_path / "adapter" / peft.WEIGHTS).read_bytes()
+
+
+def untrained(directory, rules, config):
+    """A base, and an adapter of it as training starts from."""
+    tiny.write(directory / "base", config, tiny.tensors(config))
+    base, params = hf.load(directory / "base", **tiny.SETTINGS)
+    model = Model(dataclasses.replace(base.config, adapter=adapters.make(base.config, rules)))
+    own = model.init_adapter(jax.random.key(0), params["layers"])
+    hf.save(directory / "adapter", model, own, base=str(directory / "base"))
+    return base, params, model
+
+
+@pytest.mark.parametrize("family, module", [("phi3", "qkv_proj"), ("gpt2", "c_attn"), ("gpt_neox", "query_key_value")])
+def test_alphas_that_differ_are_in_b_rounded_once(tmp_path, family, module):
+    names = tuple(f"attention/{part}" for part in ("query", "key", "value"))
+    rules = Rules(3, 3.0, names, alpha_pattern=((names[1], 7.0), (names[2], 0.1)))
+    model, _, own = exported(tmp_path, rules, CASES[family])
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert told["lora_alpha"] / told["r"] == 1.0 and not told["alpha_pattern"]
+    saved = read(tmp_path / "adapter")
+    for name, alpha in zip(names, (3.0, 7.0, 0.1), strict=True):
+        mine, found = (by_path(tree["layers"]) for tree in (own, saved.leaves))
+        assert model.config.adapter.update(name).scale == pytest.approx(alpha / 3)
+        assert saved.adapter.update(name) == ((3,) * model.config.num_layers, (1.0,) * model.config.num_layers)
+        np.testing.assert_array_equal(found[f"{name}/lora_a"], mine[f"{name}/lora_a"])
+        exact = np.asarray(mine[f"{name}/lora_b"], np.float64) * (alpha / 3)
+        np.testing.assert_array_equal(found[f"{name}/lora_b"], exact.astype(np.float32))
+    assert any(module in name for name in load_file(tmp_path / "adapter" / peft.WEIGHTS))
+
+
 def changed(directory, how):
     tensors = {name: how(name, x) for name, x in load_file(directory / peft.WEIGHTS).items()}
     save_file(tensors, directory / peft.WEIGHTS)

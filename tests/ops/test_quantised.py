@@ -144,8 +144,8 @@ def test_jax_and_numpy_agree(kind):
     one, other = quantise(kernel, kind, 0), jax.jit(lambda x: quantise(x, kind, 0))(jnp.asarray(kernel))
     for name, x in one.items():
         assert x.dtype == other[name].dtype
-        if name != "codes":
-            np.testing.assert_allclose(x, other[name], rtol=1e-6)
+        if name != "codes":  # to the last bit of float32; NF4's scales are whole numbers, which are the same
+            np.testing.assert_array_max_ulp(x.astype(np.float32), np.asarray(other[name], np.float32), maxulp=1)
     assert np.mean(one["codes"] != np.asarray(other["codes"])) < 1e-3
 
 
