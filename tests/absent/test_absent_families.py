@@ -7,7 +7,7 @@ import pytest
 from jaxalign import config as configuration
 from jaxalign.plan.plan import plan, plan_step
 from jaxalign.train import compiled
-from tests.absent.test_absent_machines import MACHINES, completions, pairs  # noqa: F401  (fixtures)
+from tests.absent.test_absent_machines import MACHINES
 
 
 def config_of(algorithm, model, data, tmp_path):
@@ -19,7 +19,7 @@ def config_of(algorithm, model, data, tmp_path):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_pairs_that_share_a_prompt_longer_than_the_window(machine, shared, pairs, tmp_path, monkeypatch):  # noqa: F811
+def test_pairs_that_share_a_prompt_longer_than_the_window(machine, shared, pairs, tmp_path, monkeypatch):
     """Neither Mosaic, Triton nor Splash can: the step compiles with attention that compares positions."""
     source = shared / "models" / "stories3m-llama"
     model = tmp_path / "model"
@@ -41,7 +41,7 @@ GPU, TPU = "gpu:h200:1x8x1", "tpu:v5p:2x2x4"
 
 
 @pytest.mark.parametrize(("machine", "kind", "remat"), [(GPU, "nf4", "full"), (TPU, "int8", "dots")])
-def test_an_adapter_beside_kernels_in_few_bits(machine, kind, remat, shared, completions, tmp_path):  # noqa: F811
+def test_an_adapter_beside_kernels_in_few_bits(machine, kind, remat, shared, completions, tmp_path):
     """Frozen kernels arrive and are gathered as codes, and every product is in the dtype of the computation."""
     c = config_of("sft", shared / "models" / "stories3m-llama", completions, tmp_path)
     c.adapter.rank, c.model.frozen_dtype, c.model.remat = 8, kind, remat
@@ -57,7 +57,7 @@ def test_an_adapter_beside_kernels_in_few_bits(machine, kind, remat, shared, com
     assert codes > (1 if kind == "int8" else 0.5) * kernels
 
 
-def test_ppo_of_an_adapter(shared, pairs, tmp_path):  # noqa: F811
+def test_ppo_of_an_adapter(shared, pairs, tmp_path):
     """The rollout merges the adapter into the base that roles share."""
     c = config_of("ppo", shared / "models" / "stories3m-llama", pairs, tmp_path)
     c.adapter.rank, c.algorithm.one_base = 8, True

@@ -20,31 +20,6 @@ from jaxalign.train import compiled
 MACHINES = {"tpu:v5p:2x2x4": ("TPU v5", 16), "gpu:h200:1x8x1": ("NVIDIA H200", 8)}
 
 
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """A file that serves all four algorithms."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    words = ("a", "small", "red", "fox", "ran", "to", "the", "big", "green", "tree", "and", "sat", "down")
-    with open(path, "w") as file:
-        for i in range(64):
-            record = {
-                "prompt": " ".join(words[: 2 + i % 5]),
-                "chosen": " " + " ".join(words[i % 3 :]),
-                "rejected": " " + " ".join(words[: 4 + i % 4]),
-            }
-            file.write(json.dumps(record) + "\n")
-    return path
-
-
-@pytest.fixture(scope="session")
-def completions(pairs):
-    """The chosen halves, for SFT."""
-    path = pairs.with_name("completions.jsonl")
-    records = [json.loads(line) for line in pairs.read_text().splitlines()]
-    path.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in records))
-    return path
-
-
 def config_of(algorithm, shared, pairs, completions, tmp_path):
     """A run of the small Llama: rows over eight or four shards, heads and hidden units over two."""
     c = configuration.defaults(algorithm)

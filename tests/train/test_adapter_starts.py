@@ -1,21 +1,18 @@
 """Runs that start from adapters: trained on beside their base, which all roles share; references are frozen copies."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 from run_child import make_config, stories
 from safetensors.numpy import load_file
+from stage_world import rows, stage_of
 
 from jaxalign.errors import InputError
 from jaxalign.models.adapter import is_adapter
 from jaxalign.ops.trees import by_path
 from jaxalign.parallel.device_memory import num_bytes
-from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline.export import export
 from jaxalign.train import trainer
-from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import stage_warnings
 
 FIELDS = {
@@ -40,13 +37,7 @@ def learned(tmp_path_factory):
 
 
 def made(shared, workdir, algorithm, **fields):
-    config = make_config(stories(shared, workdir, algorithm, **FIELDS | fields))
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    return trainer.Stage(config, mesh, RunDir(config.workdir))
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return stage_of(make_config(stories(shared, workdir, algorithm, **FIELDS | fields)))
 
 
 def test_dpo_goes_on_from_an_adapter_and_its_reference_is_a_copy_of_it(learned, shared, tmp_path):

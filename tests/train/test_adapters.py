@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from run_child import make_config, stories
-from safetensors.numpy import load_file
+from stage_world import rows, stage_of, state_of, tensors
 
 from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
@@ -16,12 +16,9 @@ from jaxalign.models import hf
 from jaxalign.models.adapter import is_adapter
 from jaxalign.ops.trees import by_path, join
 from jaxalign.parallel.device_memory import num_bytes
-from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline.named import named_config
 from jaxalign.train import trainer
-from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.optimizer import check_rate_factors
-from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import stage_warnings
 from tests.models import tiny_models as tiny
 from tests.models.tiny_families import CASES
@@ -42,25 +39,7 @@ VARIED = {
 
 
 def made(shared, workdir, algorithm, devices=1, **fields):
-    config = make_config(stories(shared, workdir, algorithm, **FIELDS | fields))
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:devices])
-    return trainer.Stage(config, mesh, RunDir(config.workdir))
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(directory):
-    return {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
-
-
-def state_of(stage, step):
-    checkpoints = Checkpoints(stage.directory.checkpoints, keep=2)
-    try:
-        return checkpoints.restore(step, stage.like)[0]
-    finally:
-        checkpoints.close()
+    return stage_of(make_config(stories(shared, workdir, algorithm, **FIELDS | fields)), devices)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 from run_child import make_config, stories
 from safetensors.numpy import load_file
+from stage_world import rows, stage_of, state_of
 
 import jaxalign
 from jaxalign.cli import main
 from jaxalign.config import defaults, validate
 from jaxalign.errors import InputError
 from jaxalign.models.tokenizer import load_tokenizer
-from jaxalign.ops.trees import by_path
-from jaxalign.parallel.mesh import make_mesh
+from jaxalign.ops.trees import by_path, join
 from jaxalign.pipeline.named import named_config
 from jaxalign.train import trainer
-from jaxalign.train.rundir import RunDir
 from jaxalign.train.stage import stage_warnings
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -36,17 +35,8 @@ def spec(shared, workdir, algorithm, **fields):
     return make_config(stories(shared, workdir, algorithm, **FIELDS | fields))
 
 
-def made(config, devices=1):
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:devices])
-    return trainer.Stage(config, mesh, RunDir(config.workdir))
-
-
 def told_of_tokens(config):
-    return [warning for warning in stage_warnings(made(config)) if "add_tokens" in warning]
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [warning for warning in stage_warnings(stage_of(config)) if "add_tokens" in warning]
 
 
 @pytest.fixture
@@ -111,7 +101,7 @@ def test_all_roles_have_them(shared, tmp_path, algorithm, more):
     told = json.loads((tmp_path / "run/export/config.json").read_text())
     assert told["vocab_size"] == 576
     assert ["whole model" in w for w in told_of_tokens(config)] == [True] * ("adapter.rank" in more)
-    stage = made(config)
+    stage = stage_of(config)
     for role in (*stage.program.trained.values(), *stage.program.frozen.values()):
         for path, x in by_path(role.abstract()).items():
             assert path != "embed/embedding" or x.shape[0] == 576
@@ -141,15 +131,10 @@ def test_an_adapter_leaves_as_a_whole_model_and_says_what_stays_frozen(shared, t
     table = load_file(export / "model.safetensors")["model.embed_tokens.weight"]
     assert (table[ROWS:] == table[ROWS]).all()
     model, params = jaxalign.load(export)
-    stage = made(config)
+    stage = stage_of(config)
     batch = jax.tree.map(np.asarray, stage.dataset.batch(0).rows)
     role = stage.program.trained["policy"]
-    from jaxalign.ops.trees import join
-    from jaxalign.train.checkpoints import Checkpoints
-
-    checkpoints = Checkpoints(stage.directory.checkpoints, keep=2)
-    trained = join(checkpoints.restore(2, stage.like)[0].params["policy"], role.rest.load())
-    checkpoints.close()
+    trained = join(state_of(stage, 2).params["policy"], role.rest.load())
     mine = role.model.apply(trained, batch)[0]
     np.testing.assert_allclose(model.apply(params, batch)[0], mine, rtol=0, atol=2e-5)
     assert main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
@@ -183,7 +168,7 @@ def test_a_reference_of_another_vocabulary_is_refused(shared, tmp_path):
     path = shared / "models" / "stories260k-llama"
     config = spec(shared, tmp_path / "run", "dpo", **{"algorithm.reference_path": str(path)})
     with pytest.raises(InputError, match=r"2 tokens of the reference .* are not the policy's: '<\|im_end\|>' is None"):
-        made(config)
+        stage_of(config)
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,16 @@ import jax
 import numpy as np
 import pytest
 from run_child import make_config, stories
-from safetensors.numpy import load_file
+from stage_world import stage_of, state_of, tensors
 
 from jaxalign.errors import InputError
 from jaxalign.models import hf, stacks
 from jaxalign.ops.trees import by_path
 from jaxalign.parallel.device_memory import num_bytes
-from jaxalign.parallel.mesh import make_mesh
 from jaxalign.pipeline.export import export
 from jaxalign.train import trainer
 from jaxalign.train.arguments import step_arguments
-from jaxalign.train.checkpoints import Checkpoints
 from jaxalign.train.models import bytes_by_role
-from jaxalign.train.rundir import RunDir
 
 FIELDS = {
     "num_train_steps": 2,
@@ -32,13 +29,7 @@ LAST = (3, 4)
 
 
 def made(shared, workdir, algorithm, devices=1, **fields):
-    config = make_config(stories(shared, workdir, algorithm, **FIELDS | fields))
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:devices])
-    return trainer.Stage(config, mesh, RunDir(config.workdir))
-
-
-def tensors(directory):
-    return {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
+    return stage_of(make_config(stories(shared, workdir, algorithm, **FIELDS | fields)), devices)
 
 
 def changed(shared, directory):
@@ -50,14 +41,6 @@ def changed(shared, directory):
 def of_layers(shared, numbers, part=""):
     names = tensors(shared / "models" / "stories260k-llama")
     return {name for name in names if any(name.startswith(f"model.layers.{i}.{part}") for i in numbers)}
-
-
-def state_of(stage, step):
-    checkpoints = Checkpoints(stage.directory.checkpoints, keep=2)
-    try:
-        return checkpoints.restore(step, stage.like)[0]
-    finally:
-        checkpoints.close()
 
 
 @pytest.mark.parametrize(

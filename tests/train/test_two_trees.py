@@ -6,14 +6,12 @@ import jax
 import numpy as np
 import pytest
 from run_child import make_config, stories
-from safetensors.numpy import load_file
+from stage_world import stage_of, tensors
 
 from jaxalign.parallel.device_memory import num_bytes
-from jaxalign.parallel.mesh import make_mesh
 from jaxalign.train import algorithms, trainer
 from jaxalign.train.arguments import step_arguments
 from jaxalign.train.models import bytes_by_role
-from jaxalign.train.rundir import RunDir
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -37,18 +35,6 @@ def in_part(monkeypatch):
     monkeypatch.setattr(algorithms, "build", divided)
 
 
-def alone(spec):
-    """The stage on one device, nothing run."""
-    config = make_config(spec)
-    return trainer.Stage(
-        config, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]), RunDir(config.workdir)
-    )
-
-
-def tensors(directory):
-    return {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
-
-
 @pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
 def test_a_run_that_trains_attention_alone(algorithm, shared, tmp_path, in_part):
     fields = {"num_train_steps": 2, "checkpoint.every": 1, "optimizer.learning_rate": 1e-5, "optimizer.warmup_steps": 0}
@@ -61,7 +47,7 @@ def test_a_run_that_trains_attention_alone(algorithm, shared, tmp_path, in_part)
     assert moved and moved == {name for name in before if name.split(".")[-2] in ATTENTION}
 
     sizes = results["model_bytes"]
-    stage = alone(stories(shared, tmp_path / "other", algorithm, **fields))
+    stage = stage_of(make_config(stories(shared, tmp_path / "other", algorithm, **fields)))
     policy = stage.program.trained["policy"]
     state, frozen, _ = step_arguments(stage)
     assert bytes_by_role(state.params, frozen) == sizes  # what a dry run says
@@ -77,7 +63,7 @@ def test_a_run_that_trains_attention_alone(algorithm, shared, tmp_path, in_part)
 
 
 def test_frozen_roles_of_one_source_are_loaded_once(shared, tmp_path):
-    stage = alone(stories(shared, tmp_path / "run", "dpo"))
+    stage = stage_of(make_config(stories(shared, tmp_path / "run", "dpo")))
     ref, reads = stage.program.frozen["ref"], []
     counted = ref._replace(read=lambda wanted: reads.append(1) or ref.read(wanted))
     other = counted._replace(origin=lambda path: "elsewhere")
