@@ -15,26 +15,15 @@ import contextlib
 import importlib.util
 import os
 import re
-import statistics
 import sys
-import time
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
-import jax.numpy as jnp
-from gpu_parts.batches import texts
+from harness.in_turns import against, in_turns, median
+from harness.sft_step import SftStep, add_sizes, described, sized
 
-from jaxalign.config import defaults
-from jaxalign.models import transformer
-from jaxalign.models.config import from_hf
 from jaxalign.parallel import startup
-from jaxalign.steps.sft import sft_objective
-from jaxalign.steps.step import make_train_step
-from jaxalign.train.compiled import Compiled
-from jaxalign.train.optimizer import make_optimizer
-from jaxalign.types import TrainState
 
 # A file that an older tree lacks is passed over, so that this script times that tree too.
 FILES = [f"jaxalign.models.{name}" for name in ("transformer", "mlp", "norm")]
@@ -62,69 +51,33 @@ def left_out():
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for name, value in {"hidden": 512, "layers": 8, "heads": 8, "ffn": 1376, "vocab": 2048}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--smoke", action="store_true", help="toy size, one round")
-    args = parser.parse_args()
-    if args.smoke:
-        args.hidden, args.layers, args.heads, args.ffn, args.vocab = 32, 2, 2, 64, 128
-        args.rows, args.length, args.rounds = 2, 128, 1
-    return args
+    add_sizes(parser, layers=8, rows=8, rounds=7)
+    return sized(parser.parse_args(), 128)
 
 
-def make_step(args: argparse.Namespace):
-    """A compiled step and its state."""
-    described = {
-        "model_type": "llama",
-        "vocab_size": args.vocab,
-        "hidden_size": args.hidden,
-        "intermediate_size": args.ffn,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.heads,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    }
-    config = from_hf(described, dtype="float32", param_dtype="float32", remat="none")
-    model = transformer.Model(config)
-    tx = make_optimizer(defaults("sft").optimizer, 1e-4, 1000)
-    step = make_train_step(sft_objective(model.apply, model.head), {"policy": tx})
-    params = jax.jit(model.init)(jax.random.key(0))
-    state = TrainState(jnp.int32(0), {"policy": params}, {"policy": jax.jit(tx.init)(params)}, {}, jnp.int32(0))
-    batch = jax.tree.map(jnp.asarray, texts(args.vocab, rows=args.rows, length=args.length))
-    compiled = Compiled(step, "step", donate=(0,))
-    program = compiled.compile(state, {}, batch).as_text()
-    products = len(re.findall(r" = f32\[\d+,\d+\]\S* dot\(", program))
+def made(args: argparse.Namespace) -> SftStep:
+    """Llama's step, compiled, with every product that is due."""
+    step = SftStep(described("llama", args), args.rows, args.length).compile()
+    products = len(re.findall(r" = f32\[\d+,\d+\]\S* dot\(", step.program))
     due = 3 * (7 * args.layers + 1)  # each weight and the head: its own product and both of its derivative
     if products < due:
         raise AssertionError(f"the compiler has left out some of the products with weights: {products} of {due}")
-    return lambda state: compiled(state, {}, batch)[0], state
+    return step
 
 
 def main() -> int:
     """Prints both times and their ratio."""
     args = parse()
     startup.start()  # as a run begins
-    steps, states = {}, {}
-    steps["whole"], states["whole"] = make_step(args)
+    steps = {"whole": made(args)}
     with left_out():
-        steps["bare"], states["bare"] = make_step(args)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(args.rounds + 1):
-        for name in list(steps) if turn % 2 else reversed(list(steps)):
-            start = time.perf_counter()
-            states[name] = jax.block_until_ready(steps[name](states[name]))
-            if turn or args.smoke:  # the first is to get warm
-                seconds[name].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(seconds["whole"], seconds["bare"], strict=True)]
-    whole, bare = (statistics.median(seconds[name]) for name in ("whole", "bare"))
+        steps["bare"] = made(args)
+    taken = in_turns(steps, args.rounds, warm=0 if args.smoke else 1)
+    whole, bare = (median(taken[name]).wall for name in ("whole", "bare"))
     print(
         f"hidden {args.hidden}, {args.layers} layers, {args.rows} x {args.length} tokens: "
         f"{1000 * whole:.0f} ms a step, {1000 * bare:.0f} without attention, norms, rotations and activations: "
-        f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{against(taken['whole'], taken['bare'])}"
     )
     return 0
 
