@@ -63,6 +63,21 @@ def hidden(model, params):
     return np.asarray(model.apply(params, ROWS)[0])
 
 
+def test_in_float64_it_is_merged_in_float64(tmp_path, x64):
+    exported(tmp_path, VARIED)
+    wide = tiny.SETTINGS | {"dtype": "float64", "param_dtype": "float64"}
+    found, base = (by_path(hf.load(tmp_path / name, **wide)[1]) for name in ("adapter", "base"))
+    saved = read(tmp_path / "adapter")
+    leaves = by_path(saved.leaves)
+    for path, (ranks, scales) in saved.adapter.updates:
+        kernel = np.asarray(base[f"layers/{path}/kernel"])
+        a, b = (leaves[f"layers/{path}/{name}"].astype(np.float64) for name in ("lora_a", "lora_b"))
+        for layer in range(len(ranks)):
+            product = a[layer].reshape(-1, max(ranks)) @ b[layer].reshape(max(ranks), -1)
+            wanted = kernel[layer] + scales[layer] * product.reshape(kernel[layer].shape)
+            np.testing.assert_allclose(found[f"layers/{path}/kernel"][layer], wanted, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     "rules, config",
     [
