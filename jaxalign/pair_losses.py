@@ -29,6 +29,8 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "exo_pair": PairLoss(("label_smoothing",)),
     "discopop": PairLoss(("discopop_tau",)),
     "sigmoid_norm": PairLoss(beta=(2, 10)),  # of log-ratios of one token, not of sums over some hundred
+    "dpop": PairLoss(("dpop_lambda",), reference=True),
+    "rdpo": PairLoss(("rdpo_alpha",)),
     "nca_pair": PairLoss(beta=(0.01, 0.5), reference=True),
     "sppo_hard": PairLoss(beta=(0.001, 0.5), reference=True),
     "apo_zero": PairLoss(reference=True),
@@ -37,7 +39,14 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "orpo": PairLoss(beta=(0.05, 1), reference=False, beside="sft"),
     "sft": PairLoss(reference=False),
 }
-_UNSET = {"label_smoothing": 0.0, "average": None, "discopop_tau": 0.05, "simpo_gamma": 0.5}
+_UNSET = {
+    "label_smoothing": 0.0,
+    "average": None,
+    "discopop_tau": 0.05,
+    "simpo_gamma": 0.5,
+    "dpop_lambda": 50.0,
+    "rdpo_alpha": 0.01,
+}
 
 
 def loss_options(algorithm: Any) -> dict[str, Any]:

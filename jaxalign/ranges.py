@@ -35,6 +35,8 @@ ADDED: dict[str, Any] = {
     "data.chat_template_kwargs": [],
     "algorithm.discopop_tau": 0.05,
     "algorithm.simpo_gamma": 0.5,
+    "algorithm.dpop_lambda": 50.0,
+    "algorithm.rdpo_alpha": 0.01,
     "algorithm.extra_losses": [],
 }
 ADAPTER_RATE = 10  # learning rates of adapters over those of whole models, as guides give them

@@ -86,6 +86,8 @@ def _dpo() -> dict[str, dict[str, Any]]:
             "label_smoothing": 0.0,  # share of labels taken to be wrong: of sigmoid, robust, exo_pair
             "discopop_tau": 0.05,  # discopop alone: how wide its blend of two losses is
             "simpo_gamma": 0.5,  # simpo alone: the margin between the rewards
+            "dpop_lambda": 50.0,  # dpop alone: weight of what the chosen completion falls below the reference
+            "rdpo_alpha": 0.01,  # rdpo alone: reward that is put down to each token of length
             "extra_losses": (),  # further losses on the same pairs, each with its weight: (("sft", 0.1),)
             "reference": "live",  # live: a frozen copy; cached: log-probs computed ahead, to disk; none: there is none
             "reference_path": config_dict.placeholder(str),  # directory or hub id; default: the policy's own start
@@ -231,6 +233,8 @@ ALGORITHMS: dict[str, Algorithm] = {
             _LABEL_SMOOTHING,
             ("algorithm.discopop_tau", 1e-6, 1),
             ("algorithm.simpo_gamma", 0, _BIG),
+            ("algorithm.dpop_lambda", 0, _BIG),
+            ("algorithm.rdpo_alpha", 0, _BIG),
         ),
         guides=(
             ("algorithm.beta", 0.05, 0.5),

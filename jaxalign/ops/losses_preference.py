@@ -189,6 +189,54 @@ def discopop_loss(
     return pair_terms(loss, ratios, beta)
 
 
+def dpop_loss(
+    policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float, dpop_lambda: float = 50.0
+) -> Terms:
+    """DPO-Positive: DPO that pays where the chosen completion becomes less likely than under the reference.
+
+        loss = -log s(beta (D - lambda max(0, -a)))
+
+    Source: Pal et al. 2024 (arXiv 2402.13228, Smaug) eq. 3, with lambda 5 to 500.
+
+    Args:
+      policy, ref, lengths, mask, beta: as `sigmoid_loss`.
+      dpop_lambda: lambda, the weight of a fall of the chosen completion beside the difference.
+
+    >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
+    >>> print(dpop_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss)
+    [0.6931472]
+    """
+    del lengths
+    ratios = log_ratios(policy, ref, mask)
+    fall = jax.nn.relu(-ratios.chosen)
+    loss = -jax.nn.log_sigmoid(beta * (ratios.chosen - ratios.rejected - dpop_lambda * fall))
+    return pair_terms(loss, ratios, beta)
+
+
+def rdpo_loss(
+    policy: Pair, ref: Pair, lengths: Pair, mask: jax.Array, *, beta: float, rdpo_alpha: float = 0.01
+) -> Terms:
+    """R-DPO: a longer answer is taken to have been preferred for its length, in part, and is pushed less.
+
+        loss = -log s(beta D + alpha (len_chosen - len_rejected))
+
+    Source: Park et al. 2024 (arXiv 2403.19159): the reward that preferences show is less than theirs by alpha for each
+    token.
+
+    Args:
+      policy, ref, mask, beta: as `sigmoid_loss`.
+      lengths: {"chosen", "rejected"} [N], scored tokens of each completion.
+      rdpo_alpha: alpha, reward for each token.
+
+    >>> zero = {"chosen": jnp.zeros(1), "rejected": jnp.zeros(1)}
+    >>> print(rdpo_loss(zero, zero, zero, jnp.array([True]), beta=0.1).loss)
+    [0.6931472]
+    """
+    ratios = log_ratios(policy, ref, mask)
+    by_length = rdpo_alpha * (lengths["chosen"] - lengths["rejected"])
+    return pair_terms(-jax.nn.log_sigmoid(beta * (ratios.chosen - ratios.rejected) + by_length), ratios, beta)
+
+
 # Every loss on pairs, by the name that `algorithm.loss` gives it.
 PREFERENCE_LOSSES: Mapping[str, PreferenceLoss] = {
     "sigmoid": sigmoid_loss,
@@ -198,6 +246,8 @@ PREFERENCE_LOSSES: Mapping[str, PreferenceLoss] = {
     "exo_pair": exo_pair_loss,
     "discopop": discopop_loss,
     "sigmoid_norm": sigmoid_norm_loss,
+    "dpop": dpop_loss,
+    "rdpo": rdpo_loss,
     "nca_pair": sides.nca_pair_loss,
     "sppo_hard": sides.sppo_hard_loss,
     "apo_zero": sides.apo_zero_loss,

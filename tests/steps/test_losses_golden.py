@@ -24,7 +24,7 @@ def test_real_model(shared):
     compare(ours("stories260k-llama", "sigmoid", shared), stored("stories260k-llama/sigmoid/"))
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", [name for name in PREFERENCE_LOSSES if name not in ("dpop", "rdpo")])
 def test_preference_loss_on_the_same_logprobs(name, x64):
     """float64, to 1e-12, values and gradients."""
     import jax
