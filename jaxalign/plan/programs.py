@@ -170,7 +170,7 @@ def _iteration(stage, frozen, batch, rows, models, done, tell, calls, moments) -
             of = Work(rows_at_once, prompt + wide / 2, 1.0, 1.0)
             flops, times = _flops(policy, of, 1.0), times * -(-total // rows_at_once)
             given = jax.tree.leaves(call.arguments[2:4])
-            columns = slots.cache.keys[0].shape[-2]
+            columns = max(keys.shape[-2] for keys in slots.cache.keys)  # fewer of a layer with a window
             reads = {"weights": weights - looked_up, "cache": device_bytes(slots.cache), "columns": columns}
         elif name == "scoring":
             of, kept = work._replace(tokens=work.tokens / times), _brought(stage, frozen["reward"])
