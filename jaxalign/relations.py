@@ -213,6 +213,12 @@ def _check_adapter(c: Any) -> None:
         for pattern in given:
             if not _is_pattern(pattern):
                 raise InputError(f"{field} holds {shown(pattern)}", "patterns of names", f"--config.{field}=None")
+            if re.search(r"\[([^][]*,)?\s*added\s*(,[^][]*)?\]$", pattern) and not c.model.add_tokens:
+                raise InputError(
+                    f"{field} {pattern!r}, and no tokens are added",
+                    "model.add_tokens, or the ids of tokens: embed[128256:]",
+                    "--config.model.add_tokens='<|im_start|>,<|im_end|>'",
+                )
     if c.optimizer.rate_factors and (c.optimizer.name == "schedule_free" or is_name(c.optimizer.name)):
         raise InputError(
             f"optimizer.rate_factors with optimizer.name={c.optimizer.name}",

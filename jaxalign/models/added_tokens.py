@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ENDS = ("embed/embedding", "lm_head/kernel")  # the parameters that have a vector for every token
 MULTIPLE = 64  # of a vocabulary that was made larger, so that meshes still divide it
 _CHUNK = 1024  # rows that are added up at a time
 
@@ -44,6 +43,19 @@ class Added:
             for start in range(first, end, _CHUNK):
                 total += table[start : min(start + _CHUNK, end)].astype(np.float64).sum(0)
         return (total / sum(end - first for first, end in self.known)).astype(np.float32)
+
+    def vectors(self, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Those of some tokens in the larger table, as `write` fills it.
+
+        Args:
+          table: the checkpoint's [rows, D].
+          ids: of the tokens, [n].
+        """
+        mean = self.mean(table)
+        found = np.empty((len(ids), *mean.shape), np.promote_types(table.dtype, np.float32))
+        there = (ids < self.rows) & ~np.isin(ids, self.ids)
+        found[there], found[~there] = table[ids[there]], mean
+        return found
 
     def write(self, out: np.ndarray, table: np.ndarray, within: Sequence[slice], mean: np.ndarray) -> None:
         """Fills a part of the larger table; rows that no token has are the mean too.

@@ -15,6 +15,7 @@ from jaxalign.models.added_tokens import Added
 from jaxalign.models.family import Family
 from jaxalign.models.hub import ADAPTER_CONFIG, CONFIG, base_of, is_adapter_dir, read_json
 from jaxalign.models.text_part import text_fields
+from jaxalign.models.token_rows import TokenRows
 from jaxalign.ops.rope import Rope
 
 HEADS = ("lm", "score")
@@ -70,6 +71,7 @@ class ModelConfig:
     num_labels: int | None = None  # of the scalar head; None: one
     score_bias: bool | None = None  # whether a classifier of tokens has one; None: it is none
     added: Added | None = None  # tokens that the checkpoint has no vectors of, which `vocab_size` counts
+    token_rows: TokenRows | None = None  # tokens whose vectors are trained beside their table; None: none are
     hf_config: str = dataclasses.field(default="{}", compare=False, repr=False)  # the original JSON, for export
 
     @property

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxalign.models.config import ModelConfig
+from jaxalign.models.token_rows import EMBEDDING
 from jaxalign.ops.embedding import lookup
+from jaxalign.ops.precision import at_least_float32
 from jaxalign.parallel.sharding import constrain
 
 
@@ -23,11 +25,16 @@ class Embed(nnx.Module):
         dtype = jnp.dtype(config.param_dtype)
         table = lambda *shape: config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)  # noqa: E731
         self.embedding = nnx.Param(table(config.vocab_size, config.embed_dim))
+        self.size, self.own = config.vocab_size, config.token_rows
+        ids = None if self.own is None else self.own.ids(EMBEDDING)
+        self.token_rows = None if ids is None else nnx.Param(at_least_float32(self.embedding[...][ids]))
         places = config.num_positions
         self.positions = None if places is None else nnx.Param(table(places, config.embed_dim))
 
     def __call__(self, tokens, positions):
         x = self._rows(self.embedding, tokens)
+        if self.own is not None and self.token_rows is not None:
+            x = self.own.looked_up(x, tokens, self.token_rows[...], self.size)
         x = x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)  # rounded as the family's own code does
         x = x if self.positions is None else x + self._rows(self.positions, positions)
         return constrain(x, "batch", None, None)

@@ -39,6 +39,7 @@ from jaxalign.models.hub import (
 from jaxalign.models.peft import WEIGHTS
 from jaxalign.models.peft_export import plan_adapter
 from jaxalign.models.quantised import kernel_at, quantised
+from jaxalign.models.token_rows import EMBEDDING, TokenRows, table_of
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, MAX_BYTES, PRODUCER, Planned, producer_of, write_file, write_tensors
 from jaxalign.ops.low_rank import LowRank, merged
@@ -272,6 +273,7 @@ def _planned(model: Model, params: Params) -> Iterator[tuple[str, Planned]]:
     """Every tensor by its Hugging Face name, layer by layer, in the order of the table."""
     names, dims = model.config.family.names, sizes(model.config)
     leaves = _with_updates(model, _whole(model, stacks.leaves(params, model.config.num_layers)))
+    leaves = _with_token_rows(model, leaves)
     for path in leaves:
         names.row_of(path)
     for fused, index in names.in_order({path: leaf.shape for path, leaf in leaves.items()}):
@@ -348,8 +350,38 @@ def _with_updates(model: Model, leaves: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+class _WithRows(NamedTuple):
+    """A table with the vectors of some tokens that lie beside it."""
+
+    path: str
+    table: Any
+    rows: Any
+    own: TokenRows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    def on_host(self, index: Index) -> np.ndarray:
+        """All of it, in the wider type of the two."""
+        table, rows = on_host(self.table, index), on_host(self.rows, index)
+        table = table.astype(np.promote_types(table.dtype, rows.dtype), copy=True)
+        (table if self.path == EMBEDDING else table.T)[self.own.ids(self.path)] = rows
+        return table
+
+
+def _with_token_rows(model: Model, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves by path, vectors of some tokens in their tables."""
+    found = {path: leaf for path, leaf in leaves.items() if table_of(path) is None}
+    for path in leaves.keys() - found.keys():
+        table, own = table_of(path), model.config.token_rows
+        if table is not None and own is not None:
+            found[table] = _WithRows(table, found[table], leaves[path], own)
+    return found
+
+
 def _on_host(leaf: Any, index: Index) -> np.ndarray:
-    return leaf.on_host(index) if isinstance(leaf, (_Dequantised, _Updated)) else on_host(leaf, index)
+    return leaf.on_host(index) if isinstance(leaf, (_Dequantised, _Updated, _WithRows)) else on_host(leaf, index)
 
 
 def _gather(fused: Fused, leaves: list[Any], index: Index, dims: dict[str, int]) -> np.ndarray:

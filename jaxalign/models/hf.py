@@ -26,9 +26,10 @@ from jaxalign.models.hf_names import Fused, Index, Row, sizes
 from jaxalign.models.hub import base_of, is_adapter_dir, locate
 from jaxalign.models.quantised import dequantised, kernel_at, parts_of, read_parts
 from jaxalign.models.text_part import text_tensors
+from jaxalign.models.token_rows import TokenRows, table_of
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_tensors
-from jaxalign.ops.trees import split
+from jaxalign.ops.trees import from_paths, split
 from jaxalign.types import Params
 
 _EMBEDDING, _HEAD, _SCORE = "embed/embedding", "lm_head/kernel", "score/kernel"
@@ -50,6 +51,7 @@ def load(
     quantised: str | None = None,
     added: Added | None = None,
     cuts: stacks.Cuts = None,
+    token_rows: TokenRows | None = None,
     shardings: Shardings = None,
     key: jax.Array | None = None,
     wanted: Wanted = None,
@@ -68,6 +70,7 @@ def load(
       quantised: "int8" or "nf4": the layers' kernels take so few bits, quantised layer by layer; None: as the others.
       added: tokens that it has no vectors of, which start as the mean of the others.
       cuts: layers at which another stack begins, of a checkpoint that is no adapter; None: there is one stack.
+      token_rows: tokens whose vectors are a parameter of their own, of a checkpoint that is no adapter; None: none.
       shardings: from the abstract parameters to a tree of shardings; None: the first local device.
       key: of a new scalar head; None: the checkpoint must have one.
       wanted: which parameters, by path; None: all.
@@ -81,16 +84,16 @@ def load(
     directory = locate(path, revision)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    config = dataclasses.replace(config.with_added(added), quantised=quantised, cuts=cuts)
+    config = dataclasses.replace(config.with_added(added), quantised=quantised, cuts=cuts, token_rows=token_rows)
     model = Model(config)
-    params: Params = {}
+    leaves = {}
     for leaf_path, sharding, array in read_leaves(directory, config, model.abstract(), shardings, wanted):
         if array is None and key is None:
             raise _no_head(directory, config)
         if array is None:
             array = jax.jit(lambda k: model.init(k)["score"]["kernel"], out_shardings=sharding)(key)
-        _put(params, leaf_path, array)
-    return model, params
+        leaves[leaf_path] = array
+    return model, from_paths(leaves)
 
 
 def read_leaves(
@@ -116,6 +119,7 @@ def read_leaves(
     if config.quantised is not None:
         kernels = functools.partial(dequantised, length=config.embed_dim, dtype=np.float32)
         whole = abstract | {"layers": jax.eval_shape(kernels, abstract["layers"])}
+    whole = split(whole, lambda leaf_path: table_of(leaf_path) is None)[0]
     sources, names = match(config, stacks.uncut(whole), tensors), config.family.names
     # Where a kernel takes fewer bits, what takes its place, and what it is quantised from.
     places = {path: (leaf, sharding) for path, leaf, sharding in _leaves(abstract, shardings)}
@@ -125,19 +129,22 @@ def read_leaves(
         leaf_path, first, _ = stacks.place(leaf_path)
         row, found = names.row_of(leaf_path), sources[leaf_path]
         fused = names.fused_of(row)
+        added = config.added if "V" in row.dims else None
         if saved is None or not peft.changes(saved, leaf_path):
-            added = config.added if "V" in row.dims else None
             return _read_leaf(row, fused, found, dims, leaf, sharding, added, first)
         # As exact as the files, so that the sum is rounded once.
         wide = functools.reduce(np.promote_types, (DTYPES[t.dtype] for t in found.values()), leaf.dtype)
-        kernel = _read_leaf(row, fused, found, dims, jax.ShapeDtypeStruct(leaf.shape, wide), sharding)
+        kernel = _read_leaf(row, fused, found, dims, jax.ShapeDtypeStruct(leaf.shape, wide), sharding, added)
         return peft.merge(saved, leaf_path, kernel, leaf.dtype, sharding)
 
     for leaf_path, (leaf, sharding) in places.items():
         if wanted is not None and not wanted(leaf_path):
             continue
-        kernel = kernel_at(leaf_path)
-        if kernel is None:
+        kernel, table = kernel_at(leaf_path), table_of(leaf_path)
+        if table is not None:
+            row, ids = names.row_of(table), config.token_rows.ids(table)
+            yield leaf_path, sharding, _read_vectors(row, sources[table][()], ids, leaf, sharding, config.added)
+        elif kernel is None:
             there = stacks.place(leaf_path).path in sources
             yield leaf_path, sharding, read(leaf_path, leaf, sharding) if there else None
         elif leaf_path.endswith("_codes"):  # the kernel's other parts with them
@@ -216,6 +223,7 @@ def from_scratch(
     quantised: str | None = None,
     added: Added | None = None,
     cuts: stacks.Cuts = None,
+    token_rows: TokenRows | None = None,
     shardings: Shardings = None,
     wanted: Wanted = None,
 ) -> tuple[Model, Params]:
@@ -226,12 +234,10 @@ def from_scratch(
     directory = locate(path, revision, weights=False)
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     config = read_config(directory, head=head, rope_length=rope_length, **settings)
-    model = Model(dataclasses.replace(config.with_added(added), quantised=quantised, cuts=cuts))
+    config = dataclasses.replace(config.with_added(added), quantised=quantised, cuts=cuts, token_rows=token_rows)
+    model = Model(config)
     chosen = wanted or (lambda leaf_path: True)
-    out: Params = {}
-    for leaf_path, _, sharding in _leaves(model.abstract(), shardings):
-        if chosen(leaf_path):
-            _put(out, leaf_path, sharding)
+    out = from_paths({p: sharding for p, _, sharding in _leaves(model.abstract(), shardings) if chosen(p)})
     return model, jax.jit(lambda key: split(model.init(key), chosen)[0], out_shardings=out)(key)
 
 
@@ -384,6 +390,17 @@ def _read_leaf(
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
 
 
+def _read_vectors(
+    row: Row, tensor: Tensor, ids: np.ndarray, leaf: jax.ShapeDtypeStruct, sharding: Sharding, added: Added | None
+) -> jax.Array:
+    """Those of some tokens, [n, D], of a tensor [V, D]."""
+    table = tensor.read()
+    with np.errstate(over="ignore"):  # checked and reported below
+        own = np.ascontiguousarray(table[ids] if added is None else added.vectors(table, ids), leaf.dtype)
+    _check_finite(own, tensor, row.name)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda part: own[part])
+
+
 def _read_kernel(row: Row, fused: Fused, tensors: dict[Index, Tensor], dims: dict[str, int], at: Index) -> np.ndarray:
     """One layer's, in float32."""
     kernel = np.ascontiguousarray(row.to_ours(fused.part(row, tensors[at].read(), dims), dims), np.float32)
@@ -418,13 +435,6 @@ def _leaves(abstract: Params, shardings: Shardings) -> list[tuple[str, jax.Shape
     else:
         placed = treedef.flatten_up_to(shardings(abstract))  # type: ignore[attr-defined]
     return [("/".join(k.key for k in p), leaf, s) for (p, leaf), s in zip(flat, placed, strict=True)]
-
-
-def _put(tree: dict, leaf_path: str, value: Any) -> None:
-    *parents, last = leaf_path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = value
 
 
 def get_leaf(tree: Mapping, leaf_path: str) -> Any:

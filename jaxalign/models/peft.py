@@ -14,20 +14,21 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxalign.errors import InputError
+from jaxalign.models import peft_tokens
 from jaxalign.models.adapter import LEAVES, Adapter, Update
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.hf_names import Fused, Row, sizes
 from jaxalign.models.hub import ADAPTER_CONFIG, base_of
 from jaxalign.models.hub import is_adapter_dir as is_adapter_dir
-from jaxalign.models.peft_config import MERGE, PeftConfig, read_peft_config
+from jaxalign.models.peft_config import MERGE, PREFIX, PeftConfig, read_peft_config
 from jaxalign.models.text_part import text_tensors
+from jaxalign.models.token_rows import ENDS, TokenRows, leaf_of
 from jaxalign.models.weights import DTYPES, Tensor, all_finite, list_file, list_tensors
 from jaxalign.ops.low_rank import LowRank, merged
 from jaxalign.ops.trees import by_path, from_paths
 from jaxalign.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every key in the file, before the module's name
 PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _NAME = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:(?<=vector)\.weight)?")
 
@@ -36,8 +37,9 @@ class Saved(NamedTuple):
     """An adapter as it was read."""
 
     adapter: Adapter
-    leaves: Params  # of the adapter: float32 on the host, layers stacked [L, ...], zeros beyond a layer's rank
+    leaves: Params  # float32 on the host, stacked [L, ...], zeros beyond a layer's rank; vectors of tokens [n, D]
     tensors: dict[str, Tensor]  # by Hugging Face's names: trained whole, they take the place of the base's
+    token_rows: TokenRows | None = None  # tokens whose vectors it has, which take the place of the base's
 
 
 class Lies(NamedTuple):
@@ -73,7 +75,7 @@ def read(directory: Path, config: ModelConfig) -> Saved:
         missing, mis-shaped or no number; it names the field or the tensor.
     """
     told = read_peft_config(directory / ADAPTER_CONFIG)
-    found, whole = _sorted(directory, config)
+    found, whole, vectors = _sorted(directory, config)
     _check_whole(directory, config, told, whole)
     _check_targets(directory, config, told, found.keys())
     names, L = config.family.names, config.num_layers
@@ -96,16 +98,23 @@ def read(directory: Path, config: ModelConfig) -> Saved:
         if told.dora:
             stacked["magnitude"] = _magnitudes(own[path], names.row_of(path), config, directory)
         leaves |= {f"{path.removesuffix('/kernel')}/{name}": array for name, array in stacked.items()}
-    return Saved(Adapter(tuple(updates), told.dora, told.rslora), from_paths(leaves), whole)
+    tokens = peft_tokens.read(directory / WEIGHTS, config, told.fields[peft_tokens.FIELD], vectors)
+    leaves |= {leaf_of(table): rows for table, (_, rows) in tokens.items()}
+    token_rows = TokenRows.of({table: ids for table, (ids, _) in tokens.items()})
+    return Saved(Adapter(tuple(updates), told.dora, told.rslora), from_paths(leaves), whole, token_rows)
 
 
 def changes(saved: Saved, path: str) -> bool:
-    """Whether the parameter at a path is a kernel with an update."""
+    """Whether the parameter at a path is a kernel with an update, or a table with vectors of its own."""
+    if saved.token_rows is not None and saved.token_rows.ids(path) is not None:
+        return True
     return any(path == f"layers/{own}/kernel" for own, _ in saved.adapter.updates)
 
 
 def merge(saved: Saved, path: str, kernel: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """A kernel with its update added in at least float32, of float64 in that; layers without one keep their numbers.
+
+    Of a table, with the adapter's vectors in it.
 
     Args:
       saved: the adapter.
@@ -115,6 +124,9 @@ def merge(saved: Saved, path: str, kernel: jax.Array, dtype: np.dtype, sharding:
       sharding: of the result.
     """
     leaves = by_path(saved.leaves)
+    if path in ENDS and (own := saved.token_rows) is not None:
+        put = jax.jit(lambda table, rows: own.joined(path, table.astype(dtype), rows), out_shardings=sharding)
+        return put(kernel, leaves[leaf_of(path)])
     a, b, magnitude = (leaves.get(path.replace("kernel", name)) for name in LEAVES)
     update = dict(saved.adapter.updates)[path.removeprefix("layers/").removesuffix("/kernel")]
 
@@ -144,11 +156,14 @@ def adapter_tensors(directory: Path) -> dict[str, Tensor]:
     return list_file(directory / WEIGHTS)
 
 
-def _sorted(directory: Path, config: ModelConfig) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of the updates by module and part, and those that were trained whole by name."""
+def _sorted(
+    directory: Path, config: ModelConfig
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the updates by module and part, those that were trained whole by name, vectors by module."""
     file = directory / WEIGHTS
     updates: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
     tensors = adapter_tensors(directory)
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -159,8 +174,11 @@ def _sorted(directory: Path, config: ModelConfig) -> tuple[dict[str, dict[str, T
         if match := _NAME.fullmatch(name):
             _check_linear(match[1], name, file, config)
             place, own = updates.setdefault(match[1], {}), match[2]
+        elif name.endswith(peft_tokens.KEY):
+            weight = config.family.names.own(f"{name.removesuffix(peft_tokens.KEY)}.weight")
+            place, own = vectors, weight.removesuffix(".weight")
         elif ".lora_" in name or ".token_adapter." in name:
-            expected = "low-rank updates of linears, and tensors that were trained whole"
+            expected = "low-rank updates of linears, vectors of tokens, and tensors that were trained whole"
             raise InputError(f"{PREFIX}{name} in {file}", expected, MERGE)
         else:  # a module's own bias lies beneath its update
             place, own = whole, config.family.names.own(name.replace(".base_layer.", "."))
@@ -168,7 +186,7 @@ def _sorted(directory: Path, config: ModelConfig) -> tuple[dict[str, dict[str, T
             found = f"{PREFIX}{name} and the same under another key in {file}"
             raise InputError(found, "each tensor under one key", "save it again in PEFT")
         place[own] = tensor
-    return updates, whole
+    return updates, whole, vectors
 
 
 def _linear(module: str, config: ModelConfig) -> tuple[Fused, tuple[int, ...]] | None:

@@ -13,6 +13,7 @@ from jaxalign.errors import InputError
 from jaxalign.models.hub import read_json
 
 MERGE = "merge it in PEFT: model.merge_and_unload().save_pretrained(DIR), and DIR in place of the adapter"
+PREFIX = "base_model.model."  # of every key in an adapter's file, before the module's name
 _OWN = "the adapter's own adapter_config.json"
 _LARGEST = float(np.finfo(np.float32).max)  # scales are float32
 
@@ -32,6 +33,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "modules_to_save": None,
+    "trainable_token_indices": None,
     "init_lora_weights": True,
     "loftq_config": None,
     "use_rslora": False,

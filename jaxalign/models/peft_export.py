@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.errors import InputError
+from jaxalign.models import peft_tokens
 from jaxalign.models.adapter import Adapter, is_adapter
 from jaxalign.models.gather import on_host
 from jaxalign.models.hf_names import Fused, Row, sizes
-from jaxalign.models.peft import PARTS, PREFIX, Lies
+from jaxalign.models.peft import PARTS, Lies
+from jaxalign.models.peft_config import PREFIX
+from jaxalign.models.token_rows import table_of
 from jaxalign.models.transformer import Model
 from jaxalign.models.weights import Planned
 from jaxalign.ops.trees import by_path
@@ -70,9 +73,11 @@ def plan_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    indices, vectors = peft_tokens.plan(model.config, leaves)
+    told |= indices
     if _ties(model, leaves):
         told["ensure_weight_tying"] = True
-    tensors = [*(item for one in updates for item in one.tensors.items()), *whole.items()]
+    tensors = [*(item for one in updates for item in one.tensors.items()), *whole.items(), *vectors.items()]
     return told, {f"{PREFIX}{name}": planned for name, planned in tensors}
 
 
@@ -91,6 +96,11 @@ def check_form(model: Model, params: Params) -> None:
         raise InputError("no adapter among the parameters", "low-rank updates", "jaxalign.save without base")
     if model.config.score_bias is not None or model.config.num_labels is not None:
         raise _no_form("a head of several labels, or of tokens", "a score: one number, without bias")
+    names = model.config.family.names
+    for table in filter(None, map(table_of, leaves)):
+        if names.has_another(names.row_of(table).name):  # PEFT goes by the modules of one version of transformers
+            module = peft_tokens.module_of(model.config, table)
+            raise _no_form(f"rows of {module}, which versions of transformers call differently", "it frozen")
     updated = set()
     for layer in range(model.config.num_layers):
         for fused in _linears(model):
@@ -190,7 +200,7 @@ def _alpha(update: _Update, adapter: Adapter) -> int | float:
 
 def _whole(model: Model, leaves: Mapping[str, Any]) -> dict[str, Planned]:
     """Tensors that were trained whole, by name."""
-    leaves = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+    leaves = {path: leaf for path, leaf in leaves.items() if not is_adapter(path) and table_of(path) is None}
     names, dims = model.config.family.names, sizes(model.config)
     there = {names.row_of(path).name for path in by_path(model.plain().abstract())}
     for path in leaves:  # PEFT saves modules: a tensor is all of its parts, and a weight comes with its bias

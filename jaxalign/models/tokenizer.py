@@ -247,6 +247,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str], vocab_size: int) -> Added 
     return Added(vocab_size, tuple(new), _ranges(i for i in before.values() if i < vocab_size))
 
 
+def ids_of(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """The ids of tokens that a tokenizer has."""
+    return tuple(tokenizer.convert_tokens_to_ids(token) for token in tokens)
+
+
 def _ranges(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Ranges of ids, each from its first to one past its last.
 

@@ -24,6 +24,7 @@ from jaxalign.models.position_order import by_position, pays
 from jaxalign.models.quantised import parts_of
 from jaxalign.models.schedule import AROUND_ATTENTION, run_cached, run_layers, run_prefill
 from jaxalign.models.stacks import cut
+from jaxalign.models.token_rows import EMBEDDING, HEAD, has_rows
 from jaxalign.ops.attention import attention, choose_backend
 from jaxalign.ops.attention_scores import Scores
 from jaxalign.ops.logits import Head
@@ -140,6 +141,10 @@ class Ends(nnx.Module):
             self.score = Linear(scale, "score", (D,), (config.num_labels or 1,), bool(config.score_bias), rngs)
         elif not config.tied:
             self.lm_head = Linear(config, "lm_head", (D,), (V,), False, rngs)
+            ids = None if config.token_rows is None else config.token_rows.ids(HEAD)
+            if ids is not None:
+                rows = at_least_float32(self.lm_head.kernel[...].T[ids])
+                self.lm_head.token_rows = nnx.Param(rows)  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)
@@ -164,8 +169,8 @@ class Model:
     attention: str | None = None  # a backend of `jaxalign.ops.attention`; None: what suits the platform
 
     def plain(self) -> Model:
-        """The base model in whole kernels: without an adapter, not quantised, in one stack."""
-        config = dataclasses.replace(self.config, adapter=None, quantised=None, cuts=None)
+        """The base model in whole kernels: without what is trained beside them, not quantised, in one stack."""
+        config = dataclasses.replace(self.config, adapter=None, quantised=None, cuts=None, token_rows=None)
         return self if config == self.config else dataclasses.replace(self, config=config)
 
     def abstract(self) -> Params:
@@ -274,8 +279,10 @@ class Model:
         self, params: Params, rows: Rows, slots: jax.Array | None = None, num_keys: int | None = None
     ) -> tuple[Any, jax.Array, LayerInputs]:
         """What is not a layer, the tokens' vectors, and what every layer receives; `num_keys`: of a cache."""
-        c = self.config
-        ends = nnx.merge(_graph(Ends, c)[0], {k: v for k, v in params.items() if k != "layers"})
+        c, own = self.config, {k: v for k, v in params.items() if k != "layers"}
+        if c.token_rows is not None and not has_rows(own):
+            c = dataclasses.replace(c, token_rows=None)
+        ends = nnx.merge(_graph(Ends, c)[0], own)
         num_keys = rows.tokens.shape[1] if num_keys is None else num_keys
         rotations, turns = ropes.of_layers(c.ropes or (c.rope,), rows.positions, num_keys, c.head_dim, c.dtype)
         window, widths = windows.of_layers(c.windows, num_keys)
@@ -290,7 +297,12 @@ class Model:
         """
         if self.config.head != "lm":
             raise ValueError("a model with a scalar head has no token head")
-        kernel = params["embed"]["embedding"].T if self.config.tied else params["lm_head"]["kernel"]
+        path = EMBEDDING if self.config.tied else HEAD
+        module, name = path.split("/")
+        kernel, rows = params[module][name], params[module].get("token_rows")
+        if rows is not None and self.config.token_rows is not None:
+            kernel = self.config.token_rows.joined(path, kernel.astype(self.config.dtype), rows)
+        kernel = kernel.T if self.config.tied else kernel
         kernel, scale, cap = kernel.astype(self.config.dtype), self.config.logit_scale, self.config.logit_softcap
         return kernel if scale is None and cap is None else Head(kernel, Scores(scale or 1.0, cap))
 

@@ -20,6 +20,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"v_(row|col)/.*", PartitionSpec()),  # adafactor's factored moments: vectors, not worth splitting
     (r".*/ns_coeffs", PartitionSpec()),  # muon's three constants
     (r"embed/(embedding|positions)", PartitionSpec("tensor", "fsdp")),  # [V, D], [P, D]
+    (r"(embed|lm_head)/token_rows", PartitionSpec(None, "fsdp")),  # [n, D]
     (r"attention/(query|key|value)/kernel", PartitionSpec(None, "fsdp", "tensor", None)),  # [L, D, N|K, H]
     (r"attention/(query|key|value)/bias", PartitionSpec(None, "tensor", None)),  # [L, N|K, H]
     (r"attention/out/kernel", PartitionSpec(None, "tensor", None, "fsdp")),  # [L, N, H, D]

@@ -57,7 +57,7 @@ def export(
     from jaxalign.models.config import read_config
     from jaxalign.models.export import check_target, only_here
     from jaxalign.models.hub import CONFIG, locate
-    from jaxalign.models.tokenizer import add_tokens, check_vocabulary, load_tokenizer
+    from jaxalign.models.tokenizer import add_tokens, check_vocabulary, ids_of, load_tokenizer
     from jaxalign.parallel.mesh import make_mesh
     from jaxalign.parallel.sharding import param_shardings
     from jaxalign.train.card import model_card
@@ -86,7 +86,7 @@ def export(
     tokenizer = load_tokenizer(*of, given["chat_template"], values)
     described = read_config(directory, dtype="float32", param_dtype="float32", remat="none")
     added = add_tokens(tokenizer, tokens, described.vocab_size)
-    trained = _trained(config, source, revision, mesh, added)
+    trained = _trained(config, source, revision, mesh, added, ids_of(tokenizer, tokens))
     check_vocabulary(tokenizer, trained.model.config.vocab_size, source)
     like = trained.abstract()
     like = jax.tree.map(
@@ -109,7 +109,7 @@ def export(
     return write_export(out, trained, params, rest, merge=merge, **options)
 
 
-def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh: Any, added: Any) -> Role:
+def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh: Any, *added: Any) -> Role:
     """The role that a run trains and exports; of a run of an earlier version what it has not is as it was."""
     from jaxalign.train.models import Roles
 
@@ -119,7 +119,7 @@ def _trained(config: Mapping[str, Any], source: str, revision: str | None, mesh:
         c[section].update({name: value for name, value in config.get(section, {}).items() if name in c[section]})
     c.data.max_length, c.seed = config["data"]["max_length"], config["seed"]
     c.model.path, c.model.revision, c.model.attention = source, revision, None
-    roles = Roles(c, mesh, added)
+    roles = Roles(c, mesh, *added)
     return roles.scorer(source, 1.0) if algorithm.head == "score" else roles.policy(1.0)
 
 

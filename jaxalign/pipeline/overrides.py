@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from typing import Any
 
 from absl import flags
@@ -35,6 +36,9 @@ def override(config: ConfigDict, field: str, text: str | None, *, extend: bool =
     >>> override(c, "data.sources", "a.jsonl,b.jsonl")
     >>> c.data.sources
     ('a.jsonl', 'b.jsonl')
+    >>> override(c, "model.train", "embed[5,7:9],norm")
+    >>> c.model.train
+    ('embed[5,7:9]', 'norm')
     >>> override(c, "mesh", "{'tensor': 2}")
     >>> c.mesh.tensor, c.mesh.fsdp
     (2, -1)
@@ -97,7 +101,7 @@ def tuple_of(field: str, text: str) -> tuple:
         if text.lstrip()[:1] in tuple("([{"):
             example = '{"enable_thinking": false}' if "kwargs" in field else '[{"path": "a.jsonl"}]'
             raise _unfit(field, text, "a Python or JSON literal", f"{example} (quote it for the shell)")
-        if parts := tuple(part.strip() for part in text.split(",") if part.strip()):
+        if parts := tuple(part.strip() for part in _COMMA.split(text) if part.strip()):
             return parts
         raise _unfit(field, text, "a value, several with commas, or None for none", "None")
     if value is None:
@@ -106,6 +110,7 @@ def tuple_of(field: str, text: str) -> tuple:
 
 
 _NOT_A_LITERAL = object()
+_COMMA = re.compile(r",(?![^\[]*\])")  # between values, not within brackets: lm_head[5,7]
 
 
 def _literal(text: str | None) -> Any:

@@ -272,6 +272,8 @@ def lay_out(model: Model, params: Params, mesh: Mesh | None = None) -> Params:
 
 @functools.partial(jit, static_argnames=("model", "mesh"))
 def lay_out_ends(model: Model, ends: Params, *, mesh: Mesh | None) -> Params:
+    own = model.config.token_rows
+    ends = ends if own is None else own.merged(ends, model.config.dtype)
     return jax.tree_util.tree_map_with_path(functools.partial(_place, model, mesh, lambda x: x), ends)
 
 

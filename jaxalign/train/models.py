@@ -20,12 +20,14 @@ from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import locate
 from jaxalign.models.quantised import kernel_at
 from jaxalign.models.stacks import place
+from jaxalign.models.token_rows import table_of
 from jaxalign.models.transformer import Model
 from jaxalign.ops.attention import require_backend
 from jaxalign.ops.rope import BY_LENGTH
 from jaxalign.ops.trees import by_path, from_paths, join, joined, split
 from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.ranges import QUANTISED
+from jaxalign.registry import ALGORITHMS
 from jaxalign.train import trained
 from jaxalign.train.starts import start_of
 from jaxalign.types import Params
@@ -63,6 +65,7 @@ class Roles:
     config: Any
     mesh: Mesh
     added: Added | None = None  # tokens that `model.path` has no vectors of
+    token_ids: tuple[int, ...] = ()  # of `model.add_tokens`
 
     def policy(self, learning_rate: float) -> Role:
         """The model that is trained to talk: `model.path`, from its values or from scratch."""
@@ -97,8 +100,13 @@ class Roles:
             return whole
         if kind := self._frozen()[1]:  # its frozen kernels in few bits are what the trained part is computed with
             whole = self._role(path, head, learning_rate, scratch, rules, quantised=kind)
-        trains = trained_paths(whole, c.model.train)
-        rest = self._role(path, head, 0.0, scratch, rules, frozen=True)
+        patterns = trained.with_added(c.model.train, self.token_ids)
+        if head != ALGORITHMS[c.algorithm.name].head:  # of a value model beside a policy
+            patterns = trained.of_head(whole.model.config, patterns)
+        if rows := trained.token_rows_of(whole.model.config, patterns):
+            whole = self._role(path, head, learning_rate, scratch, rules, quantised=kind, token_rows=rows)
+        trains = trained_paths(whole, patterns)
+        rest = self._role(path, head, 0.0, scratch, rules, frozen=True, token_rows=rows)
         rest = rest._replace(holds=lambda leaf_path: not trains(leaf_path))
         return whole._replace(holds=trains, rest=rest if jax.tree.leaves(rest.abstract()) else None)
 
@@ -143,7 +151,7 @@ class Roles:
         return next((f for f, given in model_fields(self.config).items() if given == path), "model.path")
 
     def _role(
-        self, path, head, learning_rate, scratch, rules: Rules | None = None, *, frozen=False, quantised=None
+        self, path, head, learning_rate, scratch, rules: Rules | None = None, *, frozen=False, quantised=None, **more
     ) -> Role:
         c = self.config.model
         param_dtype, kind = self._frozen() if frozen else (c.param_dtype, quantised)
@@ -160,6 +168,7 @@ class Roles:
                 quantised=kind,
                 added=self.added if path == c.path else None,
                 train=tuple(c.train),
+                **more,
                 dtype=c.dtype,
                 param_dtype=param_dtype,
                 remat=c.remat if learning_rate else "none",
@@ -206,10 +215,17 @@ def trained_paths(role: Role, patterns: Sequence[str]) -> Callable[[str], bool]:
             "--config.adapter.rank=0, or --config.adapter.targets with the layers' numbers",
         )
     found = trained.matched(config, patterns)
+    for table, _ in config.token_rows.ranges if config.token_rows else ():
+        if found[table][0] or role.learned(table):
+            raise InputError(
+                f"model.train names some vectors of {table}, and all of it is trained",
+                "one of the two",
+                f"--config.model.train={table.partition('/')[0]}",
+            )
 
     def trains(leaf_path: str) -> bool:
         path, layer, _ = place(leaf_path)
-        own = is_adapter(path) or path.startswith("score/") or role.learned(path)
+        own = is_adapter(path) or path.startswith("score/") or role.learned(path) or table_of(path) is not None
         return own or (path in found and found[path][layer])
 
     return trains

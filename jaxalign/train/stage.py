@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from jaxalign.config import defaults
 from jaxalign.errors import InputError, named
-from jaxalign.models.added_tokens import ENDS
 from jaxalign.models.export import only_here
 from jaxalign.models.peft_export import check_form
 from jaxalign.models.schedule import settled_remat
+from jaxalign.models.token_rows import ENDS, leaf_of
 from jaxalign.ops.trees import by_path
 from jaxalign.parallel.host_memory import DEVICE, HOST, in_memory, require_host_memory
 from jaxalign.parallel.mesh import batch_shards
@@ -71,7 +71,7 @@ class Stage:
         lock: Lock | None = None,
         data: Callable[[Any, Any, tuple[int, ...]], tuple[Any, Any]] | None = None,
     ):
-        from jaxalign.models.tokenizer import add_tokens, check_vocabulary, load_tokenizer, stop_ids
+        from jaxalign.models.tokenizer import add_tokens, check_vocabulary, ids_of, load_tokenizer, stop_ids
 
         c = config
         self.config, self.mesh, self.directory, self.lock = config, mesh, directory, lock
@@ -98,7 +98,9 @@ class Stage:
         more = more_stops(c.rollout.stop, self.tokenizer) if "rollout" in c else ()
         self.stop_ids = tuple(sorted({*ends, *more}))
         context = algorithms.Context(mesh, self.tokenizer, self.stop_ids, self.dataset, self.eval_dataset)
-        self.program = algorithms.build(c, Roles(c, mesh, self.added), context)
+        self.program = algorithms.build(
+            c, Roles(c, mesh, self.added, ids_of(self.tokenizer, c.model.add_tokens)), context
+        )
         check_rate_factors(c.optimizer.rate_factors, [r.abstract() for r in self.program.trained.values()])
         exported = self.program.trained[self.program.exported]
         if adapter_base(exported) is not None:  # what could not be written at the end
@@ -256,11 +258,12 @@ def stage_warnings(stage: Stage) -> list[str]:
 def _added_warnings(config: Any, role: Role) -> list[str]:
     """What a run that trains a part of its model makes of added tokens."""
     held, found = by_path(role.abstract()), []
-    if frozen := [path for path in ENDS if path in by_path(role.model.abstract()) and path not in held]:
-        trained = ",".join([*config.model.train, *(path.partition("/")[0] for path in frozen)])
+    tables = [path for path in ENDS if path in by_path(role.model.abstract())]
+    if frozen := [path for path in tables if path not in held and leaf_of(path) not in held]:
+        trained = ",".join([*config.model.train, *(f"{path.partition('/')[0]}[added]" for path in frozen)])
         found.append(
             f"model.add_tokens, and {' and '.join(frozen)} frozen: all new tokens keep one vector, the mean of the "
-            f"others, and cannot be told apart (--config.model.train={trained})"
+            f"others, and cannot be told apart (--config.model.train='{trained}')"
         )
     if role.model.config.adapter is not None:
         found.append(

@@ -15,9 +15,10 @@ from jaxalign.errors import InputError
 from jaxalign.models import adapter as adapters
 from jaxalign.models import hf, peft
 from jaxalign.models.adapter import Adapter, Rules, is_adapter
-from jaxalign.models.added_tokens import ENDS, Added
+from jaxalign.models.added_tokens import Added
 from jaxalign.models.config import ModelConfig, read_config
 from jaxalign.models.hub import ADAPTER_CONFIG, base_of, is_adapter_dir, locate, read_json
+from jaxalign.models.token_rows import ENDS, TokenRows
 from jaxalign.models.transformer import Model
 from jaxalign.ops.trees import by_path, from_paths, join, split
 from jaxalign.parallel.sharding import param_shardings
@@ -51,6 +52,7 @@ def start_of(
     quantised: str | None = None,
     added: Added | None = None,
     train: Sequence[str] = (),
+    token_rows: TokenRows | None = None,
     **settings: Any,
 ) -> Start:
     """What a role starts from.
@@ -69,6 +71,7 @@ def start_of(
       quantised: how layers' kernels take few bits: "int8" or "nf4".
       added: tokens that the checkpoint has no vectors of.
       train: patterns of what is trained, by which layers lie in several stacks; not beside an adapter or few bits.
+      token_rows: tokens whose vectors are trained and not their tables.
       settings: of `read_config`.
 
     Raises:
@@ -82,8 +85,11 @@ def start_of(
         base, saved = base_of(directory, weights=False), peft.read(directory, config)
     config = config.with_added(added)
     adapter = _adapter(path, config, rules, None if saved is None else saved.adapter)
+    token_rows = _token_rows(path, token_rows, None if saved is None else saved.token_rows)
+    held = frozenset() if saved is None else frozenset(by_path(saved.leaves))
     cuts = cuts_of(config, train) if adapter is None and quantised is None else None
-    model = Model(dataclasses.replace(config, adapter=adapter, quantised=quantised, cuts=cuts), attention)
+    beside: dict[str, Any] = {"quantised": quantised, "cuts": cuts, "token_rows": token_rows}
+    model = Model(dataclasses.replace(config, adapter=adapter, **beside), attention)
     learned = frozenset() if saved is None else _paths_of(config, saved.tensors)
     if quantised and (whole := learned - by_path(model.abstract()).keys()):
         raise InputError(
@@ -94,8 +100,7 @@ def start_of(
     shardings = lambda tree: param_shardings(mesh, tree)  # noqa: E731
 
     def read_base(wanted: Wanted) -> Params:
-        given = settings | {"shardings": shardings, "wanted": wanted}
-        given |= {"quantised": quantised, "added": added, "cuts": cuts}
+        given = settings | {"shardings": shardings, "wanted": wanted, "added": added} | beside
         if scratch:
             return hf.from_scratch(path, revision=revision, key=key, **given)[1]
         if base is None:
@@ -106,8 +111,9 @@ def start_of(
         return join(hf.load(directory, **own)[1], hf.load(base_of(directory), key=fresh, **rest)[1])
 
     def read(wanted: Wanted) -> Params:
-        own = split(model.abstract(), lambda leaf_path: is_adapter(leaf_path) and wanted(leaf_path))[0]
-        rest = read_base(lambda leaf_path: not is_adapter(leaf_path) and wanted(leaf_path))
+        apart = lambda leaf_path: is_adapter(leaf_path) or leaf_path in held  # noqa: E731
+        own = split(model.abstract(), lambda leaf_path: apart(leaf_path) and wanted(leaf_path))[0]
+        rest = read_base(lambda leaf_path: not apart(leaf_path) and wanted(leaf_path))
         if not own:
             return rest
         if saved is not None:
@@ -121,7 +127,7 @@ def start_of(
 
     def origin(leaf_path: str) -> Hashable:
         more = added if leaf_path in ENDS else None
-        if is_adapter(leaf_path) or leaf_path in learned:
+        if is_adapter(leaf_path) or leaf_path in learned or leaf_path in held:
             return (str(directory), "adapter", settings["param_dtype"], more)
         return (str(base or directory), settings["param_dtype"], scratch, more)
 
@@ -155,6 +161,17 @@ def _adapter(path: str, config: ModelConfig, rules: Rules | None, saved: Adapter
             "--config.adapter.rank=0, which takes it as it is; or jaxalign export --merge, and that model",
         )
     return saved
+
+
+def _token_rows(path: str, asked: TokenRows | None, saved: TokenRows | None) -> TokenRows | None:
+    """Those of the model: that are there, or that are asked for."""
+    if None not in (asked, saved) and asked != saved:
+        raise InputError(
+            f"{path} is an adapter with vectors of some tokens, and model.train names others",
+            "these tokens, which are trained on, or a whole model to begin with others",
+            "--config.model.train without them; or jaxalign export --merge, and that model",
+        )
+    return saved if asked is None else asked
 
 
 def _alike(one: Adapter, other: Adapter) -> bool:

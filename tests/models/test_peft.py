@@ -290,7 +290,10 @@ def change(directory, how, rename=lambda name: name):
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS'"),
-        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices \[1, 2\]"),
+        ({"trainable_token_indices": [1, 2]}, r"no base_model\.model\.model\.embed_tokens\.token_adapter"),
+        ({"trainable_token_indices": [1, 64]}, r"trainable_token_indices \[1, 64\]"),
+        ({"trainable_token_indices": [2, 1, 2]}, r"trainable_token_indices \[2, 1, 2\]"),
+        ({"trainable_token_indices": {"wte": [1]}}, "trainable_token_indices of 'wte'"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias True"),

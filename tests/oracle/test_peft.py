@@ -18,6 +18,7 @@ from jaxalign.models import hf
 from jaxalign.models import peft as saved_adapters
 from jaxalign.models.adapter import Rules, is_adapter
 from jaxalign.models.config import read_config
+from jaxalign.models.token_rows import EMBEDDING, HEAD, TokenRows, table_of
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
 from jaxalign.ops.trees import join, split
@@ -45,6 +46,12 @@ ADAPTERS = {
         tiny.hf_config(),
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
     ),
+    "tokens_tied": (tiny.hf_config(), {"target_modules": ["v_proj"], "trainable_token_indices": [9, 5, 6]}),
+    "tokens_untied": (
+        BIASED,
+        {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [9, 5, 6, 40], "lm_head": [7, 50]}},
+    ),
+    "tokens_scaled": (CASES["gemma"], {"target_modules": ["v_proj"], "trainable_token_indices": list(range(5, 50))}),
     "fused": (CASES["phi3"], {"target_modules": ["qkv_proj", "down_proj"]}),
     "by_head": (CASES["gpt_neox"], {"target_modules": ["query_key_value", "dense"]}),
     "conv1d": (CASES["gpt2"], {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
@@ -90,12 +97,14 @@ def beside(directory):
     base_config = read_config(directory.parent / "base", **tiny.SETTINGS, head=config.head)
     base = hf.load(directory.parent / "base", **tiny.SETTINGS, head=config.head, key=jax.random.key(0))[1]
     updated = {f"layers/{path}/kernel" for path, _ in saved.adapter.updates}
+    updated |= {table for table, _ in saved.token_rows.ranges} if saved.token_rows else set()
     rest = join(split(merged, lambda path: path not in updated)[0], split(base, lambda path: path in updated)[0])
     assert base_config == config
     names = config.family.names
     whole = {row.path for name in saved.tensors for row in names.find(name)[0].rows}
     trained = join(own, split(rest, lambda path: path in whole)[0]) if whole & _paths(rest) else own
-    return Model(dataclasses.replace(config, adapter=saved.adapter)), join(rest, own), trained
+    config = dataclasses.replace(config, adapter=saved.adapter, token_rows=saved.token_rows)
+    return Model(config), join(rest, own), trained
 
 
 def _paths(tree):
@@ -143,11 +152,14 @@ OURS = {
 }
 
 
-def trained(directory, config, rules, whole=(), **settings):
+def trained(directory, config, rules, whole=(), ids=None, **settings):
     """A model with an adapter of ours whose parameters have moved, and which of them are trained."""
     tiny.write(directory / "base", config, tiny.tensors(config))
     base, params = hf.load(directory / "base", **tiny.SETTINGS, **settings)
-    model = Model(dataclasses.replace(base.config, adapter=adapters.make(base.config, rules)))
+    tokens = TokenRows.of(ids or {})
+    model = Model(dataclasses.replace(base.config, adapter=adapters.make(base.config, rules), token_rows=tokens))
+    if tokens is not None:
+        params = hf.load(directory / "base", **tiny.SETTINGS, **settings, token_rows=tokens)[1]
     params = join(params, model.init_adapter(jax.random.key(0), params["layers"]))
     rng = np.random.default_rng(1)
 
@@ -157,10 +169,11 @@ def trained(directory, config, rules, whole=(), **settings):
         return x + 0.1 * rng.normal(size=x.shape).astype(x.dtype) * there if trains(name) else x
 
     def trains(name):
-        return is_adapter(name) or name.startswith(("score/", *whole))
+        return is_adapter(name) or name.startswith(("score/", *whole)) or table_of(name) is not None
 
     params = jax.tree_util.tree_map_with_path(moved, params)
-    return model, params, split(params, trains)[0], (base, split(params, lambda name: not is_adapter(name))[0])
+    before = split(params, lambda name: not is_adapter(name) and table_of(name) is None)[0]
+    return model, params, split(params, trains)[0], (base, before)
 
 
 def loaded_by_peft(directory, kind=transformers.AutoModelForCausalLM, **options):
@@ -204,6 +217,24 @@ def test_embeddings_and_norms_trained_beside_it(tmp_path, tied):
     np.testing.assert_allclose(theirs_of(oracle), ours_of(model, params), rtol=0, atol=1e-4)
     merged = hf.load(tmp_path / "out", **tiny.SETTINGS)
     np.testing.assert_allclose(ours_of(*merged), ours_of(model, params), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["tied", "untied", "gemma2", "gpt2"])
+def test_vectors_of_tokens_trained_beside_it(tmp_path, case):
+    config = CASES.get(case) or tiny.hf_config(tie_word_embeddings=case == "tied")
+    rules = Rules(4, 8.0, (r"layers/attention/query",))
+    ids = {EMBEDDING: [3, 4, 5, 17]} | ({HEAD: [0, 4]} if case == "untied" else {})
+    model, params, own, base = trained(tmp_path, config, rules, ids=ids)
+    hf.save(tmp_path / "out", model, own, base=str(tmp_path / "base"))
+    oracle = loaded_by_peft(tmp_path / "out")
+    check_added(ours_of(model, params), ours_of(*base), theirs_of(oracle), theirs_of(torch_model(tmp_path / "base")))
+    hf.save(tmp_path / "merged", model, params, source=tmp_path / "base")
+    np.testing.assert_allclose(theirs_of(torch_model(tmp_path / "merged")), ours_of(model, params), rtol=0, atol=1e-4)
+    merged = hf.load(tmp_path / "out", **tiny.SETTINGS)
+    np.testing.assert_allclose(ours_of(*merged), ours_of(model, params), rtol=0, atol=1e-4)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    name = model.config.family.names.row_of(EMBEDDING).name
+    assert np.flatnonzero((before[name] != after[name]).any(1)).tolist() == ids[EMBEDDING]
 
 
 def scores_of(model, ids):
