@@ -216,12 +216,13 @@ def _needed(model: Model, mesh: Mesh, slots: int, columns: int) -> dict[str, int
         weights += of_number * math.prod(x.shape) // (tensor if split else 1)
     rows, arrays = -(-slots // batch_shards(mesh)), cache_arrays(c.num_layers)
     heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else c.num_kv_heads
-    kept = sum(slot_counts(c.windows, columns, arrays)) * c.num_layers // arrays
-    cache = 2 * item * kept * rows * heads * c.head_dim
+    of_column = 2 * item * rows * heads * c.head_dim  # keys and values, of a layer
+    cache = of_column * sum(slot_counts(c.windows, columns, arrays)) * c.num_layers // arrays
+    prompts = of_column * c.num_layers * columns  # that have been read: of all columns, windows or not
     reading = -(-rows // tensor) * columns * _of_a_token(model)
     embedding = c.vocab_size * c.embed_dim * item // tensor
     sampling = 3 * 4 * rows * c.vocab_size // tensor
-    return {"weights": weights, "cache": 2 * cache, "temporary": max(reading, embedding, sampling)}
+    return {"weights": weights, "cache": cache + prompts, "temporary": max(reading, embedding, sampling)}
 
 
 def fewest_parts(model: Model, mesh: Mesh, shape: tuple[int, int], most: int, held: int, limit: int | None) -> int:

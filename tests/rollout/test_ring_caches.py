@@ -13,6 +13,7 @@ from jaxalign.models.cache import Cache, in_ring, ring_columns, rings, slot_coun
 from jaxalign.models.config import from_hf
 from jaxalign.models.transformer import Model
 from jaxalign.ops.logits import logits
+from jaxalign.parallel.device_memory import num_bytes
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rollout import continuous, driver, layout, slots
@@ -70,6 +71,28 @@ def test_completions_are_those_of_the_whole_sequence(case, num_slots, monkeypatc
     assert all(min(each) == min(w for w in model.config.windows if w) for each in held)
     if None in model.config.windows:
         assert len({max(each) for each in held}) > 1  # the others have grown
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma3"])
+def test_samples_are_those_of_caches_of_all_columns(case, monkeypatch, x64):
+    """At a temperature, with stops: rows end at other times, are compacted, and others take their places."""
+    model, params = model_of(case)
+    gathered, gather = [], driver.gather
+    monkeypatch.setattr(driver, "gather", lambda *a, **o: gathered.append(1) or gather(*a, **o))
+    monkeypatch.setattr(driver, "_FEWEST", 2)
+    monkeypatch.setattr(driver, "_WORTH", 4)
+    options = {"num_slots": 6, "sampling": Sampling(0.9, LIMIT), "stop_ids": (3, 17, 40), "num_samples": 2}
+
+    def sampled():
+        jax.clear_caches()
+        return continuous.continue_prompts(model, params, PROMPTS, jax.random.key(1), **options)[0]
+
+    found = sampled()
+    assert gathered and len({len(done.ids) for done in found}) > 2
+    monkeypatch.setattr(slots, "slot_counts", lambda windows, width, arrays: (width,) * arrays)
+    for one, other in zip(found, sampled(), strict=True):
+        assert one.ids == other.ids
+        np.testing.assert_allclose(one.logprob, other.logprob, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["mistral", "gemma3"])
@@ -132,13 +155,17 @@ def test_what_is_a_ring(x64):
     assert [x.shape for x in stacked.cache.keys] == [(c.num_layers, 2, c.num_kv_heads, 16, c.head_dim)]
 
 
-def test_the_count_of_memory_knows_rings():
-    model, _ = model_of("gemma3")
+def test_the_count_of_memory_knows_rings(x64):
+    """What decoding holds at most, with prompts that have been read beside the cache: they have all columns."""
+    model, params = model_of("gemma3")
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    c = model.config
-    kept = sum(w or 512 for w in c.windows)
-    needed = layout._needed(model, mesh, 4, 512)
-    assert needed["cache"] == 2 * 2 * 8 * 4 * c.num_kv_heads * c.head_dim * kept
+    prompts = tiny.causal(np.zeros((4, 96), np.int32))
+    read = jax.eval_shape(lambda p: slots.prefill(model, p, prompts), params)
+    empty = jax.eval_shape(lambda: slots.empty_slots(model, 0, batch=4, width=96, arrays=model.config.num_layers))
+    held = num_bytes((read.keys, read.values, empty.cache.keys, empty.cache.values))
+    assert layout._needed(model, mesh, 4, 96)["cache"] == held
+    full = 2 * num_bytes((read.keys, read.values))
+    assert held < 0.75 * full
 
 
 def test_several_tokens_at_once_take_a_cache_of_all_columns(x64):
