@@ -58,6 +58,8 @@ LORA = [  # PEFT's, TRL's and bitsandbytes'
     ("use_peft", "true", "adapter.rank=16"),
     ("load_in_4bit", "true", "model.frozen_dtype=nf4"),
     ("load_in_8bit", "True", "model.frozen_dtype=int8"),
+    ("bits", "4", "model.frozen_dtype=nf4"),
+    ("gamma", "1.0", "algorithm.simpo_gamma=1"),
     ("bnb_4bit_compute_dtype", "bf16", "model.dtype=bfloat16"),
 ]
 
@@ -86,6 +88,17 @@ def test_dropout_is_said_not_to_exist(name, tmp_path, capsys):
     assert main(["train", f"--config={file}"]) != 0
     said = capsys.readouterr().err
     assert "nothing is dropped out here" in said and f"line 6 of {file}: without it" in said
+
+
+@pytest.mark.parametrize("name", ["rpo_alpha", "loss_weights"])
+def test_weights_of_losses_lead_to_extra_losses(name, capsys):
+    assert main(["train", "dpo", "--model=m", "--data=d.jsonl", f"--{name}=1.0"]) != 0
+    assert f"fix:      without --{name}; --algorithm.extra_losses=" in capsys.readouterr().err
+
+
+def test_a_number_of_layers_is_told_as_a_pattern(capsys):
+    assert main(["train", "sft", "--model=m", "--data=d.jsonl", "--trainable_layers=2"]) != 0
+    assert "'layers[-2:]' are the last 2 layers" in capsys.readouterr().err
 
 
 def test_several_values_behind_a_flag(capsys):
