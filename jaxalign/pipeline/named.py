@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxalign.config import defaults, get, leaves, suit_adapter
 from jaxalign.data.files import is_url
 from jaxalign.errors import InputError
+from jaxalign.pair_losses import PAIR_LOSSES
 from jaxalign.pipeline.mistakes import columns_meant, no_columns, no_field, takers
 from jaxalign.pipeline.overrides import override
 from jaxalign.registry import ALGORITHMS
@@ -146,9 +147,12 @@ def _check(name: str, c: ConfigDict, command: str) -> None:
 def no_algorithm(name: str, config: bool = False, command: str = "train") -> InputError:
     """The error for an unknown algorithm."""
     near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.0)[0]
+    more = ""
+    if loss := PAIR_LOSSES.get(name):  # such as simpo
+        near, more = "dpo", f" --loss={name}" + " --reference=none" * (loss.reference is False)
     rest = {"train": " --model DIR --data FILE", "plan": " --model DIR"}.get(command, "")
     return InputError(
         f"argument {name!r}" + (" beside --config" if config else ""),
         f"an algorithm, one of {', '.join(ALGORITHMS)}" + (", or --config=FILE" if rest else ""),
-        "without it" if config else f"jaxalign {command} {near}{rest}",
+        "without it" if config else f"jaxalign {command} {near}{rest}{more}",
     )

@@ -245,6 +245,12 @@ def check(config: ModelConfig, pattern: str) -> None:
                 f"rows of {' or '.join(tables)}" + ", which is the head too" * (config.tied and config.head == "lm"),
                 f"--config.model.train={tables[0]}[{match[2]}]",
             )
+        if config.tied and config.head == "lm" and re.match(r"(model\.)?lm_head\b", pattern):
+            raise InputError(
+                f"model.train {pattern!r} of a model whose head is its embedding",
+                "embed, which is both",
+                "--config.model.train=embed",
+            )
         paths, modules = list(names), [each[0] for layers in names.values() for each in layers]
         near = get_close_matches(pattern, modules if re.search(r"\d", pattern) else paths, n=1, cutoff=0.0)[0]
         raise InputError(

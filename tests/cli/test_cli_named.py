@@ -40,6 +40,12 @@ def test_a_name_a_model_and_data_are_enough(trainer, data, capsys, tmp_path):
     assert load_config(str(kept)) == config
 
 
+def test_the_name_of_a_loss_leads_to_dpo(capsys):
+    assert main(["train", "simpo", "--model", "m"]) == 2
+    fix = "fix:      jaxalign train dpo --model DIR --data FILE --loss=simpo --reference=none"
+    assert fix in capsys.readouterr().err
+
+
 def test_flags_of_an_algorithm_without_its_name(data, capsys):
     said = failed(capsys, "train", "--model", "m", "--data", data)
     assert "no algorithm" in said and f"jaxalign train dpo --model m --data {data}" in said
