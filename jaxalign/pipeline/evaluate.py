@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import math
 import sys
@@ -283,11 +284,15 @@ def _of_losses(each: Each, ref: Each, cfg: Any) -> dict[str, float]:
         {side: jnp.asarray(each[f"tokens_{side}"]) for side in sides},
         jnp.asarray(each["weight"]),
     )
-    found, options = [], loss_options(cfg)
+    found, options = [], {"label_smoothing": cfg.label_smoothing} | loss_options(cfg)
     for name, coef in ((cfg.loss, 1.0), *cfg.extra_losses):
         function = own_loss(name) if is_name(name) else PREFERENCE_LOSSES[name]
-        own = {} if is_name(name) else {field: options[field] for field in PAIR_LOSSES[name].fields if field in options}
-        found.append((coef, _means(function(*arrays, beta=cfg.beta, **own))))
+        taken = inspect.signature(function).parameters
+        own = {field: value for field, value in options.items() if field in taken}
+        terms = function(*arrays, beta=cfg.beta, **own)
+        if is_name(name):  # training divides by the pairs' weights, whatever those of the terms are
+            terms = terms._replace(loss=jnp.where(arrays[3] != 0, terms.loss, 0), weight=arrays[3])
+        found.append((coef, _means(terms)))
     return found[0][1] | {"loss": sum(coef * figures["loss"] for coef, figures in found)}
 
 

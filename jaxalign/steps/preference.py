@@ -111,8 +111,11 @@ def preference_objective(
 
 
 def _key(loss: str | Callable[..., Terms]) -> str:
-    """What a loss is called among several."""
-    return loss if isinstance(loss, str) else getattr(loss, "__name__", "own")
+    """What a loss is called among several; a function never as one of the table is."""
+    if isinstance(loss, str):
+        return loss
+    name = getattr(loss, "__name__", "own")
+    return f"own_{name}" if name in PREFERENCE_LOSSES else name
 
 
 def _tokens(batch: Batch) -> dict[str, jax.Array]:
