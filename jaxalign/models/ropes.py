@@ -34,15 +34,28 @@ def of_layers(
     Raises:
       ValueError: frequencies depend on the longest sequence, and none is stated.
     """
+    check_stated(ropes, num_keys)
+    kinds = tuple(dict.fromkeys(ropes))
+    made = tuple(None if rope is None else _made(rope, positions, head_dim, dtype) for rope in kinds)
+    numbers = np.array([kinds.index(rope) for rope in ropes], np.int32)
+    return made, {_NUMBER: numbers} if len(kinds) > 1 else {}
+
+
+def check_stated(ropes: tuple[Rope | None, ...], num_keys: int) -> None:
+    """Refuses frequencies that depend on the longest sequence where none is stated, for so many keys.
+
+    Args:
+      ropes: as `of_layers` takes them.
+      num_keys: S; of a cache its columns, of which a layer with a window keeps fewer.
+
+    Raises:
+      ValueError: saying how to state it.
+    """
     if unstated := next((rope for rope in ropes if rope is not None and not rope.reads(num_keys)), None):
         raise ValueError(
             f"rope type {unstated.kind!r} turns by the longest sequence, which is not stated for rows of {num_keys} "
             f"tokens, more than {unstated.original_length}: model.for_length(longest)"
         )
-    kinds = tuple(dict.fromkeys(ropes))
-    made = tuple(None if rope is None else _made(rope, positions, head_dim, dtype) for rope in kinds)
-    numbers = np.array([kinds.index(rope) for rope in ropes], np.int32)
-    return made, {_NUMBER: numbers} if len(kinds) > 1 else {}
 
 
 def _made(rope: Rope, positions: jax.Array, head_dim: int, dtype: Any) -> Rotation:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.models.ropes import check_stated
 from jaxalign.models.transformer import Model
 from jaxalign.ops.precision import at_least_float32
 from jaxalign.parallel.mesh import batch_shards
@@ -128,6 +129,7 @@ class Decoder:
         """
         self._column = prefilled.keys.shape[3]
         self._width = _wide_enough(self._column, self._limit)
+        self._check_ropes(self._width)
         self._slots = seat(
             prefilled, sample_ids.astype(np.int32), width=self._width, arrays=self._arrays, **self._windows
         )
@@ -162,6 +164,7 @@ class Decoder:
         column = max(int(span), prompt)
         coming = self._limit if prompt else self._limit - int(self._place[live].min())
         width = max(self._width, _wide_enough(column, coming))
+        self._check_ropes(width)
         if self._slots is None:
             self._slots = empty_slots(
                 self._model, np.int32(column), batch=len(self._number), width=width, arrays=self._arrays
@@ -170,6 +173,11 @@ class Decoder:
             self._slots = move(self._slots, self._column - column, width=width, **self._windows)
         self._start -= self._column - column
         self._column, self._width = column, width
+
+    def _check_ropes(self, width: int) -> None:
+        """The model sees no more than the window of a cache where all layers have one."""
+        c = self._model.config
+        check_stated(c.ropes or (c.rope,), width)
 
     def _compact(self) -> int:
         """Moves the rows together where that leaves no more than half of the slots.

@@ -18,9 +18,9 @@ from jaxalign.ops.trees import by_path
 # Beyond a model's own: a pattern that names one of these numbers and not all numbers names layers that are not there.
 _BEYOND = 1000
 _ANY = 987_654_321
-_LAYERS = re.compile(r"layers\[(-?\d+|-?\d*:-?\d*)\]")
+_LAYERS = re.compile(r"layers\[(-?\d+|(?:-?\d+)?:(?:-?\d+)?)\]")
 _ROWS = re.compile(r"(.*[A-Za-z_)])\[([^][]*)\]")  # of a table: its name, and which tokens
-_IDS = re.compile(r"(-?\d+)|(-?\d*):(-?\d*)(?::(-?\d+))?")
+_IDS = re.compile(r"(-?\d+)|(-?\d+)?:(-?\d+)?(?::(-?\d+))?")
 ADDED = "added"  # among them: the tokens of `model.add_tokens`
 _PARTS = re.compile(r"(\[[^]]*\]|\{[^}]*\}|\\.)|(\d+)(?![\d\\[{+*?])")
 

@@ -1,5 +1,6 @@
 """Caches that keep the window's columns alone: completions are those of a forward pass over the whole sequence."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -140,6 +141,17 @@ def test_a_ring_holds_the_last_columns_each_at_its_place(size, end, shift, had):
     kept = jnp.asarray(held, jnp.float32)[None, None, :, None]
     moved = np.asarray(slots._shift(kept, jnp.int32(shift)))[0, 0, :, 0] - shift
     assert moved.tolist() == np.asarray(ring_columns(jnp.array([[end - shift]]), size))[0].tolist()
+
+
+def test_frequencies_that_nobody_stated_are_refused_where_all_layers_have_windows(x64):
+    """The cache's columns count, not the fewer that its layers keep."""
+    model, params = model_of("mistral")
+    rope = dataclasses.replace(model.config.rope, kind="dynamic", factor=2.0, original_length=16, length=None)
+    model = Model(dataclasses.replace(model.config, rope=rope))
+    with pytest.raises(ValueError, match="not stated"):
+        continuous.continue_prompts(
+            model, params, PROMPTS[:1], jax.random.key(0), num_slots=1, sampling=Sampling(0.0, LIMIT), stop_ids=()
+        )
 
 
 def test_what_is_a_ring(x64):

@@ -125,7 +125,7 @@ def test_an_adapter_leaves_as_a_whole_model_and_says_what_stays_frozen(shared, t
     config = spec(shared, tmp_path / "run", "sft", **fields)
     trainer.run(config, devices=jax.devices()[:1])
     told = told_of_tokens(config)
-    assert len(told) == 2 and "--config.model.train=embed)" in told[0] and "whole model" in told[1]
+    assert len(told) == 2 and "--config.model.train='embed[added]')" in told[0] and "whole model" in told[1]
     export = tmp_path / "run" / "export"
     assert not (export / "adapter_config.json").exists()
     table = load_file(export / "model.safetensors")["model.embed_tokens.weight"]

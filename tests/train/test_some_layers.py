@@ -196,6 +196,8 @@ def test_patterns(patterns, expected, shared, tmp_path):
         ("layers[5]", r"names layers\[5\] of 5 layers", "layers[-2:]"),
         ("layers[3:2]", r"of 5 layers, which holds no layer", "layers[-2:]"),
         ("layers.(3|5).*", "names layer 5 of a model of 5 layers", "layers.4"),
+        ("layers[-:]", "matches no parameter", "model.train="),
+        ("embed[5:-]", "matches no parameter", "model.train="),
         ("lm_head", "whose head is its embedding", "--config.model.train=embed"),
         ("layers.3.mpl", r"'layers\.3\.mpl' matches no parameter", "model.layers.3.mlp"),
         ("layers[-2:", "unterminated character set", "lm_head"),
